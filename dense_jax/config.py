@@ -1,0 +1,327 @@
+"""Configuration as frozen dataclasses that validate themselves.
+
+One definition serves all: `defaults` turns a dataclass into the nested dict that an
+experiment file edits (as an `ml_collections.ConfigDict`), `build` turns the edited dict
+back, and every error names the key, the value and what would be valid. Below `build`
+a configuration is an object with typed attributes, never a dict.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from dense_jax.types import InputError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def _field(default: Any, valid: str, check: Callable[[Any], bool]) -> Any:
+  return dataclasses.field(default=default, metadata={"valid": valid, "check": check})
+
+
+def choice(default: str, *options: str) -> Any:
+  """A field whose value is one of `options`."""
+  return _field(default, "one of " + ", ".join(options), lambda value: value in options)
+
+
+def integer(default: int, low: int, high: int | None = None) -> Any:
+  """A field whose value is an integer in [low, high]."""
+  valid = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+  return _field(default, valid, lambda v: v >= low and (high is None or v <= high))
+
+
+def number(default: float, low: float, high: float = math.inf, *, open_low: bool = False) -> Any:
+  """A field whose value is a finite number in [low, high], or (low, high]."""
+  valid = f"a number {'>' if open_low else '>='} {low:g}"
+  valid += "" if math.isinf(high) else f" and <= {high:g}"
+  return _field(
+      default,
+      valid,
+      lambda v: math.isfinite(v) and (v > low if open_low else v >= low) and v <= high,
+  )
+
+
+def invalid(key: str, value: Any, valid: str) -> InputError:
+  """The error of a value that is not valid, in one wording."""
+  return InputError(f"{key} = {value!r} is not valid: expected {valid}")
+
+
+def unknown_key(key: str, known: list[str]) -> InputError:
+  """The error of a key that does not exist, naming the nearest one that does."""
+  parent, _, name = key.rpartition(".")
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  prefix = parent + "." if parent else ""
+  hint = f"; did you mean {prefix + near[0]}?" if near else ""
+  return InputError(f"unknown key {key}{hint} Valid keys: {', '.join(prefix + k for k in known)}")
+
+
+def defaults(config: Any) -> dict[str, Any]:
+  """A config dataclass (or its class, for its defaults) as a nested plain dict."""
+  instance = config() if isinstance(config, type) else config
+  return dataclasses.asdict(instance)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+  """The fields of a config dataclass and their annotated types."""
+  hints = typing.get_type_hints(cls)
+  return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _typed(key: str, value: Any, annotation: Any) -> Any:
+  """`value` as `annotation`; an int is also a float, nothing else is converted."""
+  if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
+    raise invalid(key, value, f"a value of type {annotation.__name__}")
+  return value
+
+
+def build(
+    cls: type[ConfigT],
+    values: Mapping[str, Any],
+    key: str = "config",
+    variants: Mapping[str, type] | None = None,
+) -> ConfigT:
+  """Builds and validates a config dataclass from a nested dict.
+
+  Args:
+    cls: the dataclass.
+    values: its fields' values; a field that is missing takes its default.
+    key: the dotted path of `values`, for error messages.
+    variants: dotted path -> the dataclass to build there, for the fields whose class
+      depends on another field (``config.model.mixer`` on the family).
+
+  Raises:
+    InputError: an unknown key, a wrong type, a value out of range.
+  """
+  variants = variants or {}
+  types = field_types(cls)
+  for name in values:
+    if name not in types:
+      raise unknown_key(f"{key}.{name}", list(types))
+  built = {}
+  for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # ConfigT is a dataclass
+    if field.name not in values:
+      continue
+    path, value = f"{key}.{field.name}", values[field.name]
+    nested = variants.get(path, types[field.name])
+    if dataclasses.is_dataclass(nested):
+      if not isinstance(value, Mapping):
+        raise invalid(path, value, f"the keys {', '.join(field_types(nested))}")
+      built[field.name] = build(nested, value, path, variants)
+      continue
+    built[field.name] = _typed(path, value, types[field.name])
+    if field.metadata and not field.metadata["check"](built[field.name]):
+      raise invalid(path, value, field.metadata["valid"])
+  return cls(**built)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig:
+  """Dense hidden connections (arXiv 2403.00818).
+
+  Attributes:
+    depth: m, how many of the layers directly below each layer reads; 0 is the base model.
+    inject: "state" fuses what is read from the shallow layers' states (equations 3 and 4
+      of the design); "inputs" fuses the inputs of the state (equation 5, the released
+      DenseRetNet).
+    transition: the selective transition's projection of a shallow state, "identity" or a
+      "linear" map over the state axis for each source, started at the identity.
+    fusion: how the reads of the sources join the layer's own.
+    gate_reduction: the gate's bottleneck is D / gate_reduction.
+    gate_init: "zeros" starts the gate's last matrix at zero.
+    input_norm: with inject "inputs", RMSNorm after the fusion, as released. Without it a
+      gate of zero leaves the base model exactly.
+  """
+
+  depth: int = integer(0, 0)
+  inject: str = choice("state", "state", "inputs")
+  transition: str = choice("identity", "identity", "linear")
+  fusion: str = choice("add", "add")
+  gate_reduction: int = integer(32, 1)
+  gate_init: str = choice("zeros", "zeros", "normal")
+  input_norm: bool = True
+
+  def __post_init__(self) -> None:
+    if self.transition == "linear" and self.inject == "inputs":
+      raise invalid(
+          "config.model.dense.transition", self.transition,
+          "identity with dense.inject=inputs (a linear map projects states, not inputs)",
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """One language model.
+
+  Attributes:
+    family: a key of `dense_jax.models.registry.FAMILIES`.
+    vocab_size: V; 0 takes the tokenizer's.
+    width: D.
+    layers: L.
+    tie_embeddings: the head is the embedding's transpose.
+    norm_eps: of every RMSNorm.
+    dtype: of activations and matmuls. Parameters, decays, states, norms' statistics and
+      the loss are float32 whatever it is.
+    block_layers: layers of a super-block, the body of the scan over layers; 0 takes
+      max(m, 1). With `layers`, every layer is compiled apart.
+    remat: what the backward pass recomputes: "none"; "minimal", all but matmuls of a
+      super-block; "full", a super-block, and in it each layer and each dense read.
+    implementation: the recurrence's form, see `dense_jax.ops.dispatch`.
+    chunk: C of the chunked forms; 0 takes the form's own.
+    dense: the dense connections.
+    mixer: the family's own options.
+  """
+
+  family: str = "mamba"
+  vocab_size: int = integer(0, 0)
+  width: int = integer(256, 1)
+  layers: int = integer(4, 1)
+  tie_embeddings: bool = True
+  norm_eps: float = number(1e-5, 0, open_low=True)
+  dtype: str = choice("float32", "float32", "bfloat16")
+  block_layers: int = integer(0, 0)
+  remat: str = choice("none", "none", "minimal", "full")
+  implementation: str = choice("auto", "auto", "associative", "chunked", "recurrent")
+  chunk: int = integer(0, 0)
+  dense: DenseConfig = dataclasses.field(default_factory=DenseConfig)
+  mixer: Any = None
+
+  def __post_init__(self) -> None:
+    if self.dense.depth >= self.layers:
+      raise invalid(
+          "config.model.dense.depth", self.dense.depth,
+          f"an integer from 0 to layers - 1 = {self.layers - 1}",
+      )
+    if self.block_layers and self.block_layers < self.dense.depth:
+      raise invalid(
+          "config.model.block_layers", self.block_layers,
+          f"0, or an integer >= dense.depth = {self.dense.depth}",
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text, tokens and batches.
+
+  Attributes:
+    path: "stdlib" (the sources of Python's standard library), or a file, directory or
+      glob of .txt, .jsonl (a `text` field), .jsonl.gz, .jsonl.zst.
+    heldout_path: held-out text, in the same forms; empty holds out a part of `path`.
+    heldout_every: every n-th file is held out; every n-th document where there are fewer
+      than n files; the last 1/n of the text where there are fewer than n documents.
+    seq_len: T, tokens a row.
+    tokenizer: "train" (SentencePiece, trained on the training text and cached), "bytes",
+      or the path of a SentencePiece .model file.
+    vocab_size: pieces of a trained tokenizer.
+    cache_dir: where trained tokenizers and tokenized text are kept between runs.
+  """
+
+  path: str = "stdlib"
+  heldout_path: str = ""
+  heldout_every: int = integer(20, 2)
+  seq_len: int = integer(256, 1)
+  tokenizer: str = "train"
+  vocab_size: int = integer(4096, 300)
+  cache_dir: str = "~/.cache/dense_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW and its learning-rate schedule.
+
+  Attributes:
+    learning_rate: the peak.
+    schedule: after a linear warm-up: "cosine"; "wsd" (warm-up, stable, linear decay);
+      "polynomial"; "constant".
+    warmup_fraction: of all steps.
+    decay_fraction: of all steps, the decay of "wsd".
+    power: of "polynomial".
+    final_fraction: of the peak, at the last step.
+    weight_decay: decoupled; which parameters decay: `dense_jax.training.optimizer`.
+    clip_norm: the gradient's global norm is clipped to it; 0 does not clip.
+  """
+
+  learning_rate: float = number(1e-3, 0, open_low=True)
+  schedule: str = choice("cosine", "cosine", "wsd", "polynomial", "constant")
+  warmup_fraction: float = number(0.05, 0, 1)
+  decay_fraction: float = number(0.2, 0, 1)
+  power: float = number(1.0, 0, open_low=True)
+  final_fraction: float = number(0.1, 0, 1)
+  beta1: float = number(0.9, 0, 1)
+  beta2: float = number(0.95, 0, 1)
+  epsilon: float = number(1e-8, 0, open_low=True)
+  weight_decay: float = number(0.1, 0)
+  clip_norm: float = number(1.0, 0)
+
+  def __post_init__(self) -> None:
+    if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+      raise invalid(
+          "config.optimizer.decay_fraction", self.decay_fraction,
+          f"a number <= 1 - warmup_fraction = {1 - self.warmup_fraction:g}",
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The training run.
+
+  Attributes:
+    steps: optimizer steps.
+    batch_size: sequences a step, over all devices and accumulation steps.
+    accumulate: the batch is computed in this many parts, one after the other.
+    z_loss: weight of mean(log Z ** 2), which keeps logits from drifting; 0 is none.
+    loss_chunk: tokens of a row whose logits exist at one time.
+    log_every, eval_every, checkpoint_every: steps; the last step always does all three.
+    eval_batches: held-out batches of an evaluation during training; 0 takes all.
+    keep_last, keep_best: checkpoints kept: the newest, and the best by held-out loss.
+  """
+
+  steps: int = integer(1000, 1)
+  batch_size: int = integer(8, 1)
+  accumulate: int = integer(1, 1)
+  z_loss: float = number(0.0, 0)
+  loss_chunk: int = integer(256, 1)
+  log_every: int = integer(10, 1)
+  eval_every: int = integer(500, 1)
+  eval_batches: int = integer(16, 0)
+  checkpoint_every: int = integer(500, 1)
+  keep_last: int = integer(2, 1)
+  keep_best: int = integer(1, 0)
+
+  def __post_init__(self) -> None:
+    if self.batch_size % self.accumulate:
+      raise invalid(
+          "config.train.accumulate", self.accumulate,
+          f"a divisor of train.batch_size = {self.batch_size}",
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices by axis; one may be -1, which takes what is left.
+
+  Attributes:
+    data: replicas of the parameters, each with its part of the batch.
+    fsdp: parts of the parameters, which also divide the batch.
+    tensor: parts of heads and channels.
+  """
+
+  data: int = integer(-1, -1)
+  fsdp: int = integer(1, -1)
+  tensor: int = integer(1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """All that defines a run; what an experiment file edits."""
+
+  seed: int = integer(0, 0)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

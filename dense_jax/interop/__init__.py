@@ -1,0 +1,5 @@
+"""Other projects' checkpoint layouts."""
+
+from dense_jax.interop.hugging_face import load_hf
+
+__all__ = ["load_hf"]

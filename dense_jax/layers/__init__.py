@@ -1,0 +1,1 @@
+"""Modules: norms, mixers, dense connections, the stack of layers."""

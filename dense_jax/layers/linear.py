@@ -1,0 +1,80 @@
+"""Linear maps, norms and initialisers.
+
+Every parameter carries its logical axes (`axes`), which `dense_jax.sharding` maps to the
+mesh. Parameters are float32; a module computes in its input's dtype.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dense_jax.types import Array
+
+Initializer = Callable[[Array, tuple[int, ...]], Array]
+Axes = tuple[str | None, ...]
+
+
+def normal(std: float) -> Initializer:
+  """Gaussian with standard deviation `std`."""
+  return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def uniform(bound: float) -> Initializer:
+  """Uniform in [-bound, bound]."""
+  return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def fan_in_uniform(scale: float = 1.0) -> Initializer:
+  """Uniform with bound scale / sqrt(fan in): what PyTorch's Linear starts with."""
+  return lambda key, shape: uniform(scale / math.sqrt(shape[0]))(key, shape)
+
+
+def xavier_uniform(gain: float) -> Initializer:
+  """Uniform with bound gain * sqrt(6 / (fan in + fan out)) (Glorot and Bengio, 2010)."""
+  return lambda key, shape: uniform(gain * math.sqrt(6 / sum(shape)))(key, shape)
+
+
+def zeros(key: Array, shape: tuple[int, ...]) -> Array:
+  """All zero."""
+  del key
+  return jnp.zeros(shape, jnp.float32)
+
+
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: Initializer
+) -> nnx.Param[Array]:
+  """A float32 parameter with logical axes."""
+  if len(axes) != len(shape):
+    raise ValueError(f"axes {axes} do not name the dimensions of shape {shape}")
+  return nnx.Param(init(rngs.params(), shape), axes=axes)
+
+
+class Linear(nnx.Module):
+  """y = x W, with W `kernel` [in, out]; no bias."""
+
+  def __init__(
+      self, width_in: int, width_out: int, *, axes: Axes, init: Initializer, rngs: nnx.Rngs
+  ) -> None:
+    self.kernel = parameter(rngs, (width_in, width_out), axes, init)
+
+  def __call__(self, x: Array) -> Array:
+    """[..., in] -> [..., out], in x's dtype."""
+    return jnp.dot(x, self.kernel[...].astype(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm (arXiv 1910.07467) over the last axis; statistics in float32."""
+
+  def __init__(self, width: int, *, axis: str | None, epsilon: float, rngs: nnx.Rngs) -> None:
+    self.scale = parameter(rngs, (width,), (axis,), lambda _, shape: jnp.ones(shape))
+    self.epsilon = epsilon
+
+  def __call__(self, x: Array) -> Array:
+    """[..., width] -> the same shape, in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+    scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x32 * inverse * scale).astype(x.dtype)

@@ -1,0 +1,148 @@
+"""The layers of a model: the first ones apart, the rest as a scan over super-blocks.
+
+With dense connections of depth m the first m layers have fewer than m sources, and so
+other parameters; they, and as many more as do not fill a super-block, are compiled apart
+(`head`). All others repeat one super-block of b layers, whose parameters are stacked
+along a leading axis (`blocks`, b modules). The scan carries the last m layers' shared
+states; with b >= m they are saved once a super-block, not once a layer.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dense_jax.config import ModelConfig
+from dense_jax.layers.dense_connection import Shared
+from dense_jax.layers.linear import RMSNorm
+from dense_jax.layers.mixer import Mixer, MixerOutput
+from dense_jax.types import Array, PyTree, Segments
+
+MixerFactory = Callable[..., Mixer]
+Bank = tuple[Shared, ...]
+LayerCall = Callable[["Layer", Array, PyTree, Bank], tuple[Array, MixerOutput]]
+Remat = Callable[[Callable], Callable]
+
+
+class Layer(nnx.Module):
+  """x + mixer(norm(x))."""
+
+  def __init__(
+      self, config: ModelConfig, mixer: MixerFactory, *, sources: int, rngs: nnx.Rngs
+  ) -> None:
+    self.norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
+    self.mixer = mixer(config, sources=sources, rngs=rngs)
+
+  def __call__(
+      self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
+  ) -> tuple[Array, MixerOutput]:
+    """Returns the next x_BTD, and all that the mixer gave."""
+    output = self.mixer(self.norm(x_BTD), segments, state, shallow)
+    return x_BTD + output.y, output
+
+  def step(
+      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
+  ) -> tuple[Array, MixerOutput]:
+    """One token of `__call__`."""
+    output = self.mixer.step(self.norm(x_BD), position_B, state, shallow)
+    return x_BD + output.y, output
+
+
+def block_sizes(config: ModelConfig) -> tuple[int, int, int]:
+  """Layers apart, layers of a super-block, super-blocks."""
+  depth, layers = config.dense.depth, config.layers
+  block = config.block_layers or max(depth, 1)
+  blocks = (layers - depth) // block
+  if blocks < 2:  # A scan of one step would only hide the layers.
+    return layers, 0, 0
+  return layers - blocks * block, block, blocks
+
+
+class Stack(nnx.Module):
+  """All layers. Its state: {"head": [a layer's state], "blocks": [the same, stacked]}."""
+
+  def __init__(self, config: ModelConfig, mixer: MixerFactory, *, rngs: nnx.Rngs) -> None:
+    self.inject = config.dense.inject
+    self.depth = config.dense.depth
+    self.remat = config.remat
+    head, block, self.num_blocks = block_sizes(config)
+
+    def make(index: int, key: Array) -> Layer:
+      return Layer(config, mixer, sources=min(index, self.depth), rngs=nnx.Rngs(key))
+
+    def make_stacked(index: int) -> Layer:
+      keys = jax.random.split(rngs.params(), self.num_blocks)
+      graph = nnx.split(nnx.eval_shape(lambda: make(index, jax.random.key(0))))[0]
+      return nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(index, key))[1])(keys))
+
+    self.head = nnx.List([make(index, rngs.params()) for index in range(head)])
+    self.blocks = nnx.List([make_stacked(head + index) for index in range(block)])
+
+  def __call__(
+      self, x_BTD: Array, segments: Segments, state: PyTree
+  ) -> tuple[Array, PyTree]:
+    """Runs a sequence from `state`; returns x_BTD and the state after it."""
+    return self._run(
+        lambda layer, x, layer_state, bank: layer(x, segments, layer_state, bank), x_BTD, state
+    )
+
+  def step(self, x_BD: Array, position_B: Array, state: PyTree) -> tuple[Array, PyTree]:
+    """One token of `__call__`."""
+    return self._run(
+        lambda layer, x, layer_state, bank: layer.step(x, position_B, layer_state, bank),
+        x_BD, state,
+    )
+
+  def _run(self, call: LayerCall, x: Array, state: PyTree) -> tuple[Array, PyTree]:
+    def chain(
+        layers: Sequence[Layer], x: Array, bank: Bank, states: Sequence[PyTree], remat: Remat
+    ) -> tuple[Array, Bank, list[PyTree]]:
+      """Runs layers one after the other; the bank holds the last m, nearest first."""
+      after = []
+      for layer, layer_state in zip(layers, states, strict=True):
+        graph, params = nnx.split(layer)
+
+        def apply(params: PyTree, x: Array, layer_state: PyTree, bank: Bank, graph=graph):
+          x, output = call(nnx.merge(graph, params), x, layer_state, bank)
+          return x, output.state, output.shared(self.inject)
+
+        x, layer_state, shared = remat(apply)(params, x, layer_state, bank)
+        after.append(layer_state)
+        bank = (shared, *bank)[: self.depth]
+      return x, bank, after
+
+    minimal = {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    arguments = {"none": None, "minimal": minimal, "full": {}}[self.remat]
+    keep: Remat = lambda f: f  # noqa: E731
+    recompute: Remat = keep if arguments is None else functools.partial(jax.checkpoint, **arguments)
+    x, bank, head_states = chain(self.head, x, (), state["head"], recompute)
+    if not self.num_blocks:
+      return x, {"head": head_states, "blocks": []}
+
+    graph, params = nnx.split(self.blocks)
+    within = recompute if self.remat == "full" else keep
+
+    def body(carry: tuple[Array, Bank], inputs: PyTree) -> tuple[tuple[Array, Bank], PyTree]:
+      (x, bank), (block_params, block_states) = carry, inputs
+      x, bank, after = chain(nnx.merge(graph, block_params), x, bank, block_states, within)
+      return (x, bank), after
+
+    if arguments is not None:
+      # Only a scan's own body may say so: elsewhere the compiler would merge the
+      # recomputation with the first computation, and nothing would be saved.
+      body = jax.checkpoint(body, prevent_cse=False, **arguments)
+    (x, _), block_states = jax.lax.scan(body, (x, bank), (params, state["blocks"]))
+    return x, {"head": head_states, "blocks": block_states}
+
+  def init_state(self, batch: int) -> PyTree:
+    """The state before the first token."""
+    stacked = [
+        jax.tree.map(
+            lambda x: jnp.broadcast_to(x[None], (self.num_blocks, *x.shape)),
+            layer.mixer.init_state(batch),
+        )
+        for layer in self.blocks
+    ]
+    return {"head": [layer.mixer.init_state(batch) for layer in self.head], "blocks": stacked}

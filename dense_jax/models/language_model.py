@@ -1,0 +1,121 @@
+"""One language model for all families: embedding, stack, norm, head."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dense_jax.config import ModelConfig, invalid
+from dense_jax.layers.linear import RMSNorm, normal, parameter
+from dense_jax.layers.stack import Stack
+from dense_jax.models.registry import family
+from dense_jax.ops.cross_entropy import chunked_cross_entropy
+from dense_jax.types import Array, Batch, PyTree, Segments
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelState:
+  """What a model carries from one token to the next; its size does not grow.
+
+  Attributes:
+    position_B: int32, the next token's position in its document.
+    layers: the stack's state.
+  """
+
+  position_B: Array
+  layers: PyTree
+
+
+class LanguageModel(nnx.Module):
+  """Next-token logits of token ids. Methods are pure: jit them or not.
+
+  Example:
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    logits_BTV = model(tokens_BT)
+    state, logits_BV = model.step(model.init_state(batch_size), tokens_B)
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    if not config.vocab_size:
+      raise invalid("config.model.vocab_size", 0, "an integer >= 1 (a tokenizer's size)")
+    self.config = config
+    self.dtype = jnp.dtype(config.dtype)
+    self.embedding = parameter(
+        rngs, (config.vocab_size, config.width), ("vocab", "embed"), normal(0.02)
+    )
+    self.stack = Stack(config, family(config.family).mixer, rngs=rngs)
+    self.norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
+    if not config.tie_embeddings:
+      self.head = parameter(
+          rngs, (config.width, config.vocab_size), ("embed", "vocab"), normal(0.02)
+      )
+
+  def __call__(self, tokens_BT: Array, segments: Segments | None = None) -> Array:
+    """Float32 logits_BTV of whole sequences; without segments each row is one document."""
+    hidden_BTD, _ = self.hidden(tokens_BT, segments)
+    return self.logits(hidden_BTD)
+
+  def hidden(
+      self, tokens_BT: Array, segments: Segments | None = None, state: ModelState | None = None
+  ) -> tuple[Array, ModelState]:
+    """The last norm's output, and the state to carry on from.
+
+    Args:
+      tokens_BT: int32 token ids.
+      segments: documents and padding; None is one document a row, going on from `state`.
+      state: the state before the first token; None is a fresh one.
+    """
+    batch, time = tokens_BT.shape
+    carried = state or self.init_state(batch)
+    if segments is None:
+      first_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
+      segments = Segments(first_B1 + jnp.arange(time, dtype=jnp.int32)[None])
+    x_BTD = self.embedding[...].astype(self.dtype)[tokens_BT]
+    x_BTD, layers = self.stack(x_BTD, segments, carried.layers)
+    position_B = carried.position_B + time
+    if segments.valid_BT is not None:
+      # Padding repeats no position: the last token that is not padding has the last one.
+      last_B1 = jnp.sum(segments.valid_BT, axis=1, keepdims=True) - 1
+      last_position_B = jnp.take_along_axis(segments.positions_BT, last_B1, axis=1)[:, 0]
+      position_B = jnp.where(last_B1[:, 0] < 0, carried.position_B, last_position_B + 1)
+    return self.norm(x_BTD), ModelState(position_B, layers)
+
+  def head_DV(self) -> Array:  # noqa: N802
+    """The head's matrix, float32."""
+    return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+  def logits(self, hidden: Array) -> Array:
+    """[..., D] -> float32 [..., V]."""
+    head_DV = self.head_DV().astype(hidden.dtype)
+    return jnp.dot(hidden, head_DV, preferred_element_type=jnp.float32)
+
+  def token_losses(self, batch: Batch, *, chunk: int) -> tuple[Array, Array]:
+    """nll_BT and log_z_BT in nats, float32, `chunk` tokens of logits at a time."""
+    hidden_BTD, _ = self.hidden(batch.tokens_BT, batch.segments)
+    return chunked_cross_entropy(hidden_BTD, self.head_DV(), batch.targets_BT, chunk=chunk)
+
+  def prefill(
+      self, tokens_BT: Array, segments: Segments | None = None, state: ModelState | None = None
+  ) -> tuple[ModelState, Array]:
+    """Reads prompts in parallel: the state after them, and the next token's logits_BV.
+
+    Prompts of different lengths are padded on the right with segment id 0.
+    """
+    hidden_BTD, state = self.hidden(tokens_BT, segments, state)
+    last_BD = hidden_BTD[:, -1]
+    if segments is not None and segments.valid_BT is not None:
+      index_B = jnp.maximum(jnp.sum(segments.valid_BT, axis=1) - 1, 0)
+      last_BD = jnp.take_along_axis(hidden_BTD, index_B[:, None, None], axis=1)[:, 0]
+    return state, self.logits(last_BD)
+
+  def init_state(self, batch_size: int) -> ModelState:
+    """The state before a document's first token."""
+    return ModelState(jnp.zeros(batch_size, jnp.int32), self.stack.init_state(batch_size))
+
+  def step(self, state: ModelState, tokens_B: Array) -> tuple[ModelState, Array]:
+    """One token of each row: the next state, and float32 logits_BV."""
+    x_BD = self.embedding[...].astype(self.dtype)[tokens_B]
+    x_BD, layers = self.stack.step(x_BD, state.position_B, state.layers)
+    return ModelState(state.position_B + 1, layers), self.logits(self.norm(x_BD))

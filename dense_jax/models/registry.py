@@ -1,0 +1,37 @@
+"""The families of models: one line each."""
+
+import dataclasses
+from collections.abc import Callable
+
+from dense_jax.config import unknown_key
+from dense_jax.layers.gau_retnet import GauRetNet, GauRetNetConfig
+from dense_jax.layers.mamba import Mamba, MambaConfig
+from dense_jax.layers.mixer import Mixer
+from dense_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A family: its own options (`config.model.mixer`), its mixer, its state's form."""
+
+  config: type
+  mixer: Callable[..., Mixer]
+  form: str
+
+
+FAMILIES = {
+    "mamba": Family(MambaConfig, Mamba, "diagonal"),
+    "gau_retnet": Family(GauRetNetConfig, GauRetNet, "matrix"),
+}
+
+
+def family(name: str) -> Family:
+  """The family of that name.
+
+  Raises:
+    InputError: there is none.
+  """
+  if name not in FAMILIES:
+    near = unknown_key(name, list(FAMILIES))
+    raise InputError(f"config.model.family = {name!r} is not valid: {near}")
+  return FAMILIES[name]

@@ -1,0 +1,1 @@
+"""Pure functions on arrays: recurrences, their reads, convolutions, the loss."""

@@ -1,0 +1,157 @@
+"""Matrix-state recurrences (retention, SSD) as matmuls over chunks.
+
+    h_t = a_t h_{t-1} + v_t k_t^T        y_t = h_t q_t
+
+In two parts, so that what a deeper layer reads again is paid once. `chunk_states` finds
+the state before each chunk: a matmul a chunk, then a scan over G = T / C chunks.
+`chunk_read` answers any query from those states and the tokens inside the chunk (the
+"chunkwise" form of arXiv 2307.08621, section 2.3). All decays are exponentials of
+differences <= 0; there is no normalisation by chunk, so every chunk length gives the
+same result.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.chunks import split_time
+from dense_jax.types import Array
+
+# Tokens a chunk. In-chunk work grows with C, states kept with 1 / C.
+DEFAULT_CHUNK = 128
+
+
+def chunk_length(chunk: int, time: int) -> int:
+  """The chunk that is used: never longer than the sequence."""
+  return min(chunk or DEFAULT_CHUNK, time)
+
+
+def _cumulative(
+    log_decay_BTH: Array, resets_BT: Array | None, chunk: int
+) -> tuple[Array, Array | None]:
+  """Within each chunk: summed log decay and the number of resets, both inclusive."""
+  cum_BGCH = jnp.cumsum(split_time(log_decay_BTH.astype(jnp.float32), chunk), axis=2)
+  if resets_BT is None:
+    return cum_BGCH, None
+  return cum_BGCH, jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.int32)
+
+
+def _weight(mask: Array | None, log_weight: Array) -> Array:
+  """exp(log_weight) where `mask`, else 0; the masked part has no gradient, nor overflow."""
+  if mask is None:
+    return jnp.exp(log_weight)
+  return jnp.exp(jnp.where(mask, log_weight, -jnp.inf))
+
+
+def _compose(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+  a_left, h_left = left
+  a_right, h_right = right
+  return a_left * a_right, a_right[..., None, None] * h_left + h_right
+
+
+def chunk_states(
+    k_BTHN: Array,
+    v_BTHP: Array,
+    log_decay_BTH: Array,
+    resets_BT: Array | None,
+    initial_BHPN: Array,
+    *,
+    implementation: str,
+    chunk: int = 0,
+) -> tuple[Array, Array]:
+  """The states between chunks.
+
+  Args:
+    k_BTHN: keys.
+    v_BTHP: values, of the keys' dtype.
+    log_decay_BTH: float32, <= 0; its B may be 1 (a decay that all rows share).
+    resets_BT: bool, clears the state before a token; None never does.
+    initial_BHPN: float32 state before the first token.
+    implementation: how chunks are joined: "chunked" (`lax.scan`) or "associative"
+      (`jax.lax.associative_scan`).
+    chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
+
+  Returns:
+    before_BGHPN, the state before each chunk, and final_BHPN; both float32.
+  """
+  batch, time, heads, _ = k_BTHN.shape
+  chex.assert_shape(v_BTHP, (batch, time, heads, None))
+  chex.assert_shape(log_decay_BTH, (None, time, heads))
+  chex.assert_shape(initial_BHPN, (batch, heads, v_BTHP.shape[-1], k_BTHN.shape[-1]))
+  chex.assert_type([log_decay_BTH, initial_BHPN], jnp.float32)
+  chunk = chunk_length(chunk, time)
+  k_BGCHN, v_BGCHP = split_time(k_BTHN, chunk), split_time(v_BTHP, chunk)
+  cum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
+
+  same_document = carried = None
+  if count_BGC is not None:
+    same_document = (count_BGC == count_BGC[:, :, -1:])[..., None]
+    carried = (count_BGC[:, :, -1] == 0)[..., None]
+  to_end_BGCH = _weight(same_document, cum_BGCH[:, :, -1:] - cum_BGCH)
+  decay_BGH = _weight(carried, cum_BGCH[:, :, -1])
+  decay_BGH = jnp.broadcast_to(decay_BGH, (batch, *decay_BGH.shape[1:]))
+  added_BGHPN = jnp.einsum(
+      "bgchp,bgchn->bghpn",
+      v_BGCHP,
+      (k_BGCHN * to_end_BGCH[..., None]).astype(k_BTHN.dtype),
+      preferred_element_type=jnp.float32,
+  )
+
+  if implementation == "associative":
+    decay_BGH, sum_BGHPN = jax.lax.associative_scan(_compose, (decay_BGH, added_BGHPN), axis=1)
+    after_BGHPN = decay_BGH[..., None, None] * initial_BHPN[:, None] + sum_BGHPN
+    before_BGHPN = jnp.concatenate([initial_BHPN[:, None], after_BGHPN[:, :-1]], axis=1)
+    return before_BGHPN, after_BGHPN[:, -1]
+
+  def step(h_BHPN: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+    decay_BH, added_BHPN = inputs
+    return decay_BH[..., None, None] * h_BHPN + added_BHPN, h_BHPN
+
+  chunks_first = (jnp.moveaxis(decay_BGH, 1, 0), jnp.moveaxis(added_BGHPN, 1, 0))
+  final_BHPN, before_GBHPN = jax.lax.scan(step, initial_BHPN, chunks_first)
+  return jnp.moveaxis(before_GBHPN, 0, 1), final_BHPN
+
+
+def chunk_read(
+    q_BTHN: Array,
+    k_BTHN: Array,
+    v_BTHP: Array,
+    log_decay_BTH: Array,
+    resets_BT: Array | None,
+    before_BGHPN: Array,
+    *,
+    chunk: int = 0,
+) -> Array:
+  """y_BTHP = h_t q_t, float32, from the states between chunks (arguments as there)."""
+  batch, time, heads, _ = q_BTHN.shape
+  chex.assert_equal_shape([q_BTHN, k_BTHN])
+  chunk = chunk_length(chunk, time)
+  q_BGCHN, k_BGCHN, v_BGCHP = (split_time(x, chunk) for x in (q_BTHN, k_BTHN, v_BTHP))
+  cum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
+
+  # Scores: query position c, key position s.
+  causal = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
+  carried = None
+  if count_BGC is not None:
+    same = count_BGC[:, :, :, None] == count_BGC[:, :, None, :]
+    causal = causal & same[:, :, None]
+    carried = (count_BGC == 0)[..., None]
+  cum_BGHC = jnp.swapaxes(cum_BGCH, 2, 3)
+  decay_BGHCC = _weight(causal, cum_BGHC[..., :, None] - cum_BGHC[..., None, :])
+  scores = jnp.einsum(
+      "bgchn,bgshn->bghcs", q_BGCHN, k_BGCHN, preferred_element_type=jnp.float32
+  )
+  y = jnp.einsum(
+      "bghcs,bgshp->bgchp",
+      (scores * decay_BGHCC).astype(v_BTHP.dtype),
+      v_BGCHP,
+      preferred_element_type=jnp.float32,
+  )
+  from_start_BGCH = _weight(carried, cum_BGCH)
+  y = y + from_start_BGCH[..., None] * jnp.einsum(
+      "bgchn,bghpn->bgchp",
+      q_BGCHN,
+      before_BGHPN.astype(q_BTHN.dtype),
+      preferred_element_type=jnp.float32,
+  )
+  return y.reshape(batch, -1, heads, y.shape[-1])[:, :time]

@@ -1,0 +1,19 @@
+"""Cutting the time axis into chunks."""
+
+import jax.numpy as jnp
+
+from dense_jax.types import Array
+
+
+def pad_time(x_BT: Array, chunk: int) -> Array:
+  """Pads axis 1 at its end with zeros (false) up to a multiple of `chunk`."""
+  extra = -x_BT.shape[1] % chunk
+  if not extra:
+    return x_BT
+  return jnp.pad(x_BT, ((0, 0), (0, extra)) + ((0, 0),) * (x_BT.ndim - 2))
+
+
+def split_time(x_BT: Array, chunk: int) -> Array:
+  """[B, T, ...] -> [B, G, C, ...], padded with zeros where C does not divide T."""
+  x_BT = pad_time(x_BT, chunk)
+  return x_BT.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:])

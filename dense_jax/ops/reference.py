@@ -1,0 +1,111 @@
+"""Every recurrence as a plain float32 `lax.scan`: the specification.
+
+The one-step functions below are also what decoding runs. Every faster form is tested
+against this file: outputs, final states and gradients. Letters: `dense_jax.types`.
+
+All recurrences share one contract. `resets_BT` (bool) clears the state before a token is
+absorbed; `initial` is the state before the first token, zero if None; both are as valid
+for the gradient as any other input. Equation numbers are the design's:
+
+    h_t = a_t h_{t-1} + u_t    (1)        y_t = C_t h_t    (2)
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.types import Array, PyTree
+
+
+def diagonal_step(h_BNE: Array, dt_BE: Array, a_NE: Array, x_BE: Array, b_BN: Array) -> Array:
+  """One step of the selective diagonal recurrence (arXiv 2312.00752, equation 2a).
+
+  Args:
+    h_BNE: float32 state. N comes before E so that the long axis fills vector lanes.
+    dt_BE: float32 step size >= 0.
+    a_NE: float32 continuous decay rate <= 0.
+    x_BE: the channels' inputs.
+    b_BN: the input map.
+
+  Returns:
+    The next state, float32: exp(dt a) h + dt x b.
+  """
+  dt_BE = dt_BE.astype(jnp.float32)
+  decay_BNE = jnp.exp(dt_BE[:, None, :] * a_NE[None])
+  u_BE = dt_BE * x_BE.astype(jnp.float32)
+  return decay_BNE * h_BNE + u_BE[:, None, :] * b_BN.astype(jnp.float32)[:, :, None]
+
+
+def diagonal_read(h_BNE: Array, c_BN: Array) -> Array:
+  """y_BE = sum over N of c h, float32."""
+  return jnp.sum(h_BNE * c_BN.astype(jnp.float32)[:, :, None], axis=1)
+
+
+def matrix_step(h_BHPN: Array, log_decay_BH: Array, k_BHN: Array, v_BHP: Array) -> Array:
+  """One step of the matrix-state recurrence (retention, arXiv 2307.08621, equation 6).
+
+  Args:
+    h_BHPN: float32 state.
+    log_decay_BH: float32, log of the decay, <= 0; its B may be 1.
+    k_BHN: the key.
+    v_BHP: the value.
+
+  Returns:
+    The next state, float32: exp(log_decay) h + v k^T.
+  """
+  kv_BHPN = v_BHP.astype(jnp.float32)[..., None] * k_BHN.astype(jnp.float32)[:, :, None, :]
+  return jnp.exp(log_decay_BH)[..., None, None] * h_BHPN + kv_BHPN
+
+
+def matrix_read(h_BHPN: Array, q_BHN: Array) -> Array:
+  """y_BHP = h q, float32."""
+  return jnp.einsum("bhpn,bhn->bhp", h_BHPN, q_BHN.astype(jnp.float32))
+
+
+def _scan(
+    step: Callable[..., Array], initial: Array, inputs: PyTree, resets_BT: Array | None
+) -> tuple[Array, Array]:
+  """Runs `step(h, *inputs_t)` over axis 1. Returns all states, time second, and the last."""
+  time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, resets_BT))
+
+  def body(h: Array, xs: PyTree) -> tuple[Array, Array]:
+    inputs_t, reset_B = xs
+    if reset_B is not None:
+      h = jnp.where(reset_B.reshape(-1, *(1,) * (h.ndim - 1)), 0.0, h)
+    h = step(h, *inputs_t)
+    return h, h
+
+  final, states = jax.lax.scan(body, initial, time_first)
+  return jnp.moveaxis(states, 0, 1), final
+
+
+def diagonal_states(
+    dt_BTE: Array,
+    a_NE: Array,
+    x_BTE: Array,
+    b_BTN: Array,
+    resets_BT: Array | None,
+    initial_BNE: Array,
+) -> tuple[Array, Array]:
+  """All states h_BTNE of the selective diagonal recurrence, and the last, float32."""
+
+  def step(h: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
+    return diagonal_step(h, dt_BE, a_NE, x_BE, b_BN)
+
+  return _scan(step, initial_BNE, (dt_BTE, x_BTE, b_BTN), resets_BT)
+
+
+def matrix_states(
+    k_BTHN: Array,
+    v_BTHP: Array,
+    log_decay_BTH: Array,
+    resets_BT: Array | None,
+    initial_BHPN: Array,
+) -> tuple[Array, Array]:
+  """All states h_BTHPN of the matrix-state recurrence, and the last, float32."""
+
+  def step(h: Array, k_BHN: Array, v_BHP: Array, log_decay_BH: Array) -> Array:
+    return matrix_step(h, log_decay_BH, k_BHN, v_BHP)
+
+  return _scan(step, initial_BHPN, (k_BTHN, v_BTHP, log_decay_BTH), resets_BT)

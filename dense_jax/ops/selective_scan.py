@@ -1,0 +1,115 @@
+"""The selective diagonal recurrence (Mamba), in rematerialised chunks.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = C_t h_t
+
+The sequence is scanned chunk by chunk. The backward pass keeps the states between chunks
+and computes those inside a chunk again, so [B, T, N, E] never exists. Inside a chunk the
+states come from `jax.lax.associative_scan` ("associative") or from a `lax.scan`
+("recurrent"), which does less arithmetic and wins where lanes are few, as on a CPU.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops import reference
+from dense_jax.ops.chunks import pad_time
+from dense_jax.types import Array
+
+# Tokens a chunk. Measured with one layer, forward and backward: on two CPU cores
+# (16 x 256 tokens, E 512, N 16) "recurrent" takes 0.09 s at 16 and 0.13 s at 64; by the
+# TPU v5e compiler (2 x 2048, E 2048, N 16) "associative" needs 0.04 GB at 16, 0.08 at 64.
+DEFAULT_CHUNK = 16
+
+
+def _combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+  """Composes two steps h -> a h + u, the left one first."""
+  a_left, u_left = left
+  a_right, u_right = right
+  return a_left * a_right, a_right * u_left + u_right
+
+
+def _associative_chunk(
+    a_NE: Array, h_BNE: Array, chunk: tuple[Array, Array, Array, Array, Array | None]
+) -> tuple[Array, Array]:
+  dt_CBE, x_CBE, b_CBN, c_CBN, resets_CB = chunk
+  dt_CBE = dt_CBE.astype(jnp.float32)
+  decay = jnp.exp(dt_CBE[:, :, None, :] * a_NE[None, None])
+  if resets_CB is not None:
+    decay = jnp.where(resets_CB[:, :, None, None], 0.0, decay)
+  u_CBE = dt_CBE * x_CBE.astype(jnp.float32)
+  u = u_CBE[:, :, None, :] * b_CBN.astype(jnp.float32)[..., None]
+  decay, u = jax.lax.associative_scan(_combine, (decay, u))
+  h = decay * h_BNE[None] + u
+  y_CBE = jnp.sum(h * c_CBN.astype(jnp.float32)[..., None], axis=2)
+  return h[-1], y_CBE
+
+
+def _recurrent_chunk(
+    a_NE: Array, h_BNE: Array, chunk: tuple[Array, Array, Array, Array, Array | None]
+) -> tuple[Array, Array]:
+  def step(
+      h_BNE: Array, inputs: tuple[Array, Array, Array, Array, Array | None]
+  ) -> tuple[Array, Array]:
+    dt_BE, x_BE, b_BN, c_BN, reset_B = inputs
+    if reset_B is not None:
+      h_BNE = jnp.where(reset_B[:, None, None], 0.0, h_BNE)
+    h_BNE = reference.diagonal_step(h_BNE, dt_BE, a_NE, x_BE, b_BN)
+    return h_BNE, reference.diagonal_read(h_BNE, c_BN)
+
+  # Unrolled, XLA fuses neighbouring steps and keeps the state out of memory between them.
+  length = chunk[0].shape[0]
+  return jax.lax.scan(step, h_BNE, chunk, unroll=min(length, DEFAULT_CHUNK))
+
+
+_CHUNK = {"associative": _associative_chunk, "recurrent": _recurrent_chunk}
+
+
+def selective_scan(
+    dt_BTE: Array,
+    a_NE: Array,
+    x_BTE: Array,
+    b_BTN: Array,
+    c_BTN: Array,
+    resets_BT: Array | None,
+    initial_BNE: Array,
+    *,
+    implementation: str,
+    chunk: int = 0,
+) -> tuple[Array, Array]:
+  """The selective recurrence read with one query (arXiv 2312.00752, algorithm 2).
+
+  Args:
+    dt_BTE: step sizes >= 0; zero leaves the state as it is.
+    a_NE: float32 decay rates <= 0.
+    x_BTE: inputs.
+    b_BTN: input maps.
+    c_BTN: queries.
+    resets_BT: bool, clears the state before a token; None never does.
+    initial_BNE: float32 state before the first token.
+    implementation: "associative" or "recurrent".
+    chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
+
+  Returns:
+    y_BTE and the state after the last token, final_BNE; both float32.
+  """
+  batch, time, width = x_BTE.shape
+  state_size = a_NE.shape[0]
+  chex.assert_shape(dt_BTE, (batch, time, width))
+  chex.assert_shape([b_BTN, c_BTN], (batch, time, state_size))
+  chex.assert_shape(initial_BNE, (batch, state_size, width))
+  chex.assert_type([a_NE, initial_BNE], jnp.float32)
+  chunk = min(chunk or DEFAULT_CHUNK, time)
+
+  def chunked(x: Array) -> Array:
+    x = pad_time(x, chunk)  # dt = 0 in the padding: it leaves the state as it is.
+    return jnp.moveaxis(x, 1, 0).reshape(-1, chunk, batch, *x.shape[2:])
+
+  inputs = jax.tree.map(chunked, (dt_BTE, x_BTE, b_BTN, c_BTN, resets_BT))
+  body = functools.partial(_CHUNK[implementation], a_NE)
+  body = jax.checkpoint(body, prevent_cse=False)
+  final_BNE, y = jax.lax.scan(body, initial_BNE, inputs)
+  y_BTE = jnp.moveaxis(y.reshape(-1, batch, width), 0, 1)[:, :time]
+  return y_BTE, final_BNE

@@ -1,0 +1,61 @@
+"""Short causal depthwise convolution that knows documents and carries its tail."""
+
+import chex
+import jax.numpy as jnp
+
+from dense_jax.types import Array, Segments
+
+
+def short_conv(
+    x_BTE: Array,
+    kernel_WE: Array,
+    bias_E: Array,
+    segments: Segments,
+    tail_BWE: Array,
+) -> tuple[Array, Array]:
+  """y_t = bias + sum_j kernel[W - 1 - j] x_{t-j}, over tokens of t's own document.
+
+  Args:
+    x_BTE: inputs.
+    kernel_WE: the taps, the newest token's last.
+    bias_E: added to every output.
+    segments: the documents.
+    tail_BWE: the W - 1 inputs before the first, zero where there were none.
+
+  Returns:
+    y_BTE, and the tail after the last token that is not padding; both of x's dtype.
+  """
+  batch, time, width = x_BTE.shape
+  taps = kernel_WE.shape[0]
+  chex.assert_shape(kernel_WE, (taps, width))
+  chex.assert_shape(tail_BWE, (batch, taps - 1, width))
+  past = jnp.concatenate([tail_BWE.astype(x_BTE.dtype), x_BTE], axis=1)
+  resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
+  y_BTE = jnp.broadcast_to(bias_E.astype(x_BTE.dtype)[None, None], x_BTE.shape)
+  if resets_BT is None or valid_BT is None:
+    for tap in range(taps):
+      y_BTE = y_BTE + past[:, tap : tap + time] * kernel_WE[tap].astype(x_BTE.dtype)[None, None]
+    return y_BTE, past[:, time:]
+
+  # The tail belongs to document 0: the one that goes on where the row does not reset.
+  document = jnp.cumsum(resets_BT, axis=1, dtype=jnp.int32)
+  document = jnp.pad(document, ((0, 0), (taps - 1, 0)))
+  for tap in range(taps):
+    same = document[:, tap : tap + time] == document[:, taps - 1 :]
+    shifted = jnp.where(same[..., None], past[:, tap : tap + time], 0)
+    y_BTE = y_BTE + shifted * kernel_WE[tap].astype(x_BTE.dtype)[None, None]
+  lengths_B1 = jnp.sum(valid_BT, axis=1, keepdims=True, dtype=jnp.int32)
+  index = lengths_B1 + jnp.arange(taps - 1)[None]
+  tail_BWE = jnp.take_along_axis(past, index[..., None], axis=1)
+  last = jnp.take_along_axis(document, lengths_B1 + taps - 2, axis=1)
+  same = jnp.take_along_axis(document, index, axis=1) == last
+  return y_BTE, jnp.where(same[..., None], tail_BWE, 0)
+
+
+def short_conv_step(
+    x_BE: Array, kernel_WE: Array, bias_E: Array, tail_BWE: Array
+) -> tuple[Array, Array]:
+  """One token of `short_conv`: y_BE and the next tail."""
+  window = jnp.concatenate([tail_BWE.astype(x_BE.dtype), x_BE[:, None]], axis=1)
+  y_BE = jnp.sum(window * kernel_WE.astype(x_BE.dtype)[None], axis=1)
+  return y_BE + bias_E.astype(x_BE.dtype)[None], window[:, 1:]
