@@ -1,0 +1,197 @@
+"""Batches: the training stream, which is a pure function of the step, and held-out text."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from dense_jax.config import DataConfig, invalid
+from dense_jax.data.cache import digest
+from dense_jax.data.packing import TokenStore, build_store, pack_window
+from dense_jax.data.sources import TextSource, split
+from dense_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dense_jax.types import Batch, Segments
+
+# Packing holds the interpreter's lock, so that a second thread would gain nothing.
+_READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+  """A configuration's text, tokenized.
+
+  Attributes:
+    tokenizer: of both stores.
+    train, heldout: the token stores.
+    train_source, heldout_source: the documents that they were made of.
+    fingerprint: hex, of the text of both and the tokenizer.
+  """
+
+  tokenizer: Tokenizer
+  train: TokenStore
+  heldout: TokenStore
+  train_source: TextSource
+  heldout_source: TextSource
+  fingerprint: str
+
+
+def load_datasets(
+    config: DataConfig, progress: Callable[[int], None] | None = None
+) -> Datasets:
+  """Finds the text, loads or trains the tokenizer, tokenizes; all through the cache.
+
+  Args:
+    config: the data's configuration.
+    progress: called with the UTF-8 bytes tokenized so far, of the training text and then
+      of the held-out text; not called for what the cache holds.
+
+  Raises:
+    InputError: the text, the tokenizer or the cache cannot be used.
+  """
+  train_source, heldout_source = split(config)
+  tokenizer = load_tokenizer(config, train_source)
+  train = build_store(train_source, tokenizer, config.cache_dir, progress)
+  heldout = build_store(heldout_source, tokenizer, config.cache_dir, progress)
+  return Datasets(
+      tokenizer=tokenizer,
+      train=train,
+      heldout=heldout,
+      train_source=train_source,
+      heldout_source=heldout_source,
+      fingerprint=digest(train.fingerprint, heldout.fingerprint),
+  )
+
+
+def _stack(store: TokenStore, indices: Sequence[int], seq_len: int) -> Batch:
+  """The windows as the rows of a batch of numpy arrays."""
+  windows = [pack_window(store, int(index), seq_len) for index in indices]
+  # Any: numpy arrays stand where the dataclasses are annotated with jax's.
+  columns: dict[str, Any] = {
+      name: np.stack([window[name] for window in windows]) for name in windows[0]
+  }
+  return Batch(
+      tokens_BT=columns["tokens"],
+      targets_BT=columns["targets"],
+      loss_mask_BT=columns["loss_mask"],
+      segments=Segments(ids_BT=columns["segment_ids"], positions_BT=columns["positions"]),
+  )
+
+
+class TrainBatches(Iterator[Batch]):
+  """An endless iterator of training batches that can stop and go on at any step.
+
+  The batch of a step depends on the store, `seq_len`, `batch_size`, `seed` and the step,
+  and on nothing else: not on the number of processes, nor on interruptions. Every epoch
+  visits each window once, in a new order; a batch may span two epochs.
+  """
+
+  def __init__(
+      self,
+      store: TokenStore,
+      seq_len: int,
+      batch_size: int,
+      seed: int,
+      start_step: int = 0,
+      rows: slice | None = None,
+  ) -> None:
+    """Makes the iterator; batches are prepared from the first `next` on.
+
+    Args:
+      store: the training tokens.
+      seq_len: T, tokens of a row.
+      batch_size: B, rows of the global batch.
+      seed: of the order of the windows; >= 0.
+      start_step: the step of the first batch.
+      rows: the rows of the global batch that this process takes; None takes all.
+    """
+    windows = store.num_windows(seq_len)
+    chosen = slice(None) if rows is None else rows
+    # grain shuffles epoch e by seed + e: spread the seeds, or those of two runs whose seeds
+    # are neighbours would be the same but for one epoch.
+    spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    self._dataset = (
+        grain.MapDataset.range(windows)
+        .shuffle(seed=spread)
+        .repeat()
+        .batch(batch_size, drop_remainder=True)
+        .map(lambda indices_B: _stack(store, indices_B[chosen], seq_len))
+    )
+    self._identity = {
+        "config.data": store.fingerprint,
+        "config.data.seq_len": seq_len,
+        "config.train.batch_size": batch_size,
+        "config.seed": seed,
+    }
+    self._start(start_step)
+
+  def _start(self, step: int) -> None:
+    self._step = step
+    self._batches = iter(self._dataset[step:].to_iter_dataset(_READ_OPTIONS))
+
+  def __next__(self) -> Batch:
+    """The next step's batch: int32 and bool numpy arrays of shape (rows, T)."""
+    batch = next(self._batches)
+    self._step += 1
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """The position, as JSON has it: the next step, and what its batch depends on."""
+    return {"step": self._step, **self._identity}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position that `get_state` gave, here or in another process.
+
+    Raises:
+      InputError: the position is one in other data, or in other batches of it.
+    """
+    for field, value in self._identity.items():
+      if state.get(field) != value:
+        raise invalid(field, value, f"{state.get(field)!r}, with which the run began")
+    self.close()
+    self._start(state["step"])
+
+  def close(self) -> None:
+    """Ends the reading threads."""
+    self._batches.close()
+
+
+def heldout_batches(
+    store: TokenStore, seq_len: int, batch_size: int, limit: int = 0
+) -> Iterator[Batch]:
+  """The store's windows in order, once.
+
+  Args:
+    store: the held-out tokens.
+    seq_len: T, tokens of a row.
+    batch_size: B; the last batch is filled up with rows of padding (segment ids 0, loss
+      mask false), which add nothing to a sum over the loss mask.
+    limit: above 0, take at most so many batches, spread evenly over the store.
+
+  Yields:
+    Batches of int32 and bool numpy arrays of shape (B, T).
+  """
+  windows = store.num_windows(seq_len)
+  batches = -(-windows // batch_size)
+  taken = min(limit, batches) if limit > 0 else batches
+  for number in range(taken):
+    low = number * batches // taken * batch_size
+    high = min(low + batch_size, windows)
+    yield _fill_up(_stack(store, range(low, high), seq_len), batch_size)
+
+
+def _fill_up(batch: Batch, batch_size: int) -> Batch:
+  rows = ((0, batch_size - len(batch.tokens_BT)), (0, 0))
+
+  def pad(array_BT: Any) -> Any:
+    return np.pad(array_BT, rows)
+
+  return Batch(
+      tokens_BT=pad(batch.tokens_BT),
+      targets_BT=pad(batch.targets_BT),
+      loss_mask_BT=pad(batch.loss_mask_BT),
+      segments=Segments(
+          ids_BT=pad(batch.segments.ids_BT), positions_BT=pad(batch.segments.positions_BT)
+      ),
+  )

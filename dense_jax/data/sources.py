@@ -1,0 +1,263 @@
+"""Text documents: where they are found, how they are read, what is held out.
+
+A source is read from its files each time it is iterated over, one document after the
+other, so that memory holds one document (a .txt file is one) and never a corpus.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import gzip
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from dense_jax.config import DataConfig, invalid
+from dense_jax.data.cache import digest
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+_VALID_PATH = f'"stdlib", or a file, directory or glob of {", ".join(SUFFIXES)}'
+_NOT_LIBRARY = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
+_FINGERPRINT_BYTES = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """One text.
+
+  Attributes:
+    name: the file's path below the source's root, with ":line" for a line of a .jsonl.
+    text: not empty. It is the file's text as it stands (line ends, a byte order mark);
+      only what is not valid UTF-8 has become U+FFFD.
+  """
+
+  name: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Which part of the documents a source gives.
+
+  Attributes:
+    unit: "document" splits between documents, "text" inside each of them.
+    every: every n-th document, or the last n-th of each text, is held out.
+    heldout: the held-out part, else the rest.
+  """
+
+  unit: str
+  every: int
+  heldout: bool
+
+  def take(self, index: int, text: str) -> str:
+    """What belongs to this part of document number `index`; may be empty."""
+    if self.unit == "document":
+      return text if (index % self.every == 0) == self.heldout else ""
+    border = _line_border(text, len(text) - len(text) // self.every)
+    return text[border:] if self.heldout else text[:border]
+
+
+def _line_border(text: str, target: int) -> int:
+  """The start of a line nearest to `target`; `target` itself in a text of one line."""
+  borders = (text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1)
+  inner = [border for border in borders if 0 < border < len(text)]
+  return min(inner, key=lambda border: abs(border - target), default=target)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+  """Documents that can be iterated over any number of times, always in one order.
+
+  Attributes:
+    root: the directory below which the files' names are told.
+    files: in sorted order of those names.
+    field: the config field that named the files, for error messages.
+    part: the part of the documents to give; None gives all.
+  """
+
+  root: Path
+  files: tuple[Path, ...]
+  field: str
+  part: Part | None = None
+
+  def __iter__(self) -> Iterator[Document]:
+    """Yields the documents that are not empty.
+
+    Raises:
+      InputError: a file that cannot be read, a line that is no JSON with a text.
+    """
+    index = 0
+    for file in self.files:
+      for suffix, text in _texts(file, self.field):
+        if not text:
+          continue
+        taken = self.part.take(index, text) if self.part else text
+        index += 1
+        if taken:
+          yield Document(_name(self.root, file) + suffix, taken)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Hex identity: the files' names, sizes and first 64 KiB, and the part.
+
+    It is the same in every clone of the data, and cheap for any size of corpus. A change
+    beyond a file's first 64 KiB that keeps its size goes unseen.
+    """
+    parts: list[str | int | bytes] = []
+    for file in self.files:
+      with file.open("rb") as handle:
+        parts += [_name(self.root, file), file.stat().st_size, handle.read(_FINGERPRINT_BYTES)]
+    return digest("source", str(self.part), *parts)
+
+
+def _name(root: Path, file: Path) -> str:
+  return file.relative_to(root).as_posix()
+
+
+def _texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
+  """Yields (suffix of the document's name, text) for each document of a file."""
+  try:
+    if file.name.endswith((".txt", ".py")):
+      yield "", file.read_bytes().decode("utf-8", errors="replace")
+      return
+    with _open_lines(file, field) as lines:
+      for number, line in enumerate(lines, 1):
+        if not line.isspace():
+          yield f":{number}", _json_text(line, file, number, field)
+  except (OSError, EOFError, zlib.error) as error:
+    raise invalid(field, str(file), f"a file that can be read ({error})") from error
+
+
+@contextlib.contextmanager
+def _open_lines(file: Path, field: str) -> Iterator[BinaryIO]:
+  """A .jsonl, .jsonl.gz or .jsonl.zst file, open for reading its lines."""
+  if file.suffix == ".gz":
+    with gzip.open(file, "rb") as lines:
+      yield io.BufferedReader(lines)
+  elif file.suffix == ".zst":
+    with _open_zst(file, field) as lines:
+      yield lines
+  else:
+    with file.open("rb") as lines:
+      yield lines
+
+
+@contextlib.contextmanager
+def _open_zst(file: Path, field: str) -> Iterator[BinaryIO]:
+  import zstandard  # only those who read .zst need it
+
+  try:
+    with file.open("rb") as packed:
+      # A file that was written in parts, or appended to, has several frames.
+      reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+      yield io.BufferedReader(reader)
+  except zstandard.ZstdError as error:
+    raise invalid(field, str(file), f"a file that can be read ({error})") from error
+
+
+def _json_text(line: bytes, file: Path, number: int, field: str) -> str:
+  try:
+    text = json.loads(line.decode("utf-8"))["text"]
+    if not isinstance(text, str):
+      raise TypeError("`text` is not a string")
+  except (ValueError, KeyError, TypeError) as error:
+    raise invalid(
+        field, str(file),
+        f'a JSON object with a string "text" in every line; line {number} is {line[:60]!r}',
+    ) from error
+  # JSON can spell half of a surrogate pair, which is no text.
+  return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
+
+
+def _find_stdlib(field: str) -> TextSource:
+  root = Path(sysconfig.get_paths()["stdlib"])
+  files = [f for f in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(f.relative_to(root).parts)]
+  if not files:
+    raise invalid(field, "stdlib", f"another path: {root} holds no Python sources here")
+  return _sorted_source(root, files, field)
+
+
+def _sorted_source(root: Path, files: list[Path], field: str) -> TextSource:
+  return TextSource(root, tuple(sorted(files, key=lambda file: _name(root, file))), field)
+
+
+def find(path: str, field: str) -> TextSource:
+  """All documents of a path.
+
+  Args:
+    path: "stdlib", the `*.py` of Python's standard library without its tests; or a file,
+      a directory (with those below it; files of other suffixes are passed over) or a glob
+      (`**` goes down) of .txt, .jsonl, .jsonl.gz and .jsonl.zst files.
+    field: the config field the path is from, for error messages.
+
+  Raises:
+    InputError: nothing there, or a file of another kind.
+  """
+  if path == "stdlib":
+    return _find_stdlib(field)
+  place = Path(path).expanduser()
+  if place.is_dir():
+    files = [f for f in place.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()]
+    root = place
+  else:
+    matches = [str(place)] if place.is_file() else glob.glob(str(place), recursive=True)
+    files = [Path(match) for match in matches if os.path.isfile(match)]
+    for file in files:
+      if not file.name.endswith(SUFFIXES):
+        raise invalid(field, path, f"{_VALID_PATH}; {file.name} has another suffix")
+    root = Path(os.path.commonpath([file.parent for file in files])) if files else place
+  if not files:
+    raise invalid(field, path, f"{_VALID_PATH}; no such file was found")
+  return _sorted_source(root, files, field)
+
+
+def split(config: DataConfig) -> tuple[TextSource, TextSource]:
+  """The training documents and the held-out documents.
+
+  With `heldout_path` these are two sets of files. Else, with n = `heldout_every`: every
+  n-th file in sorted order, from the first one, is held out; with fewer than n files
+  every n-th document; with fewer than n documents the last 1/n of each document's text,
+  cut at the nearest line's start.
+
+  Raises:
+    InputError: no text is found, or none is left for one of the two, or `heldout_path`
+      names files that are trained on.
+  """
+  source = find(config.path, "config.data.path")
+  every = config.heldout_every
+  if config.heldout_path:
+    train, heldout = source, find(config.heldout_path, "config.data.heldout_path")
+    shared = {file.resolve() for file in train.files} & {f.resolve() for f in heldout.files}
+    if shared:
+      raise invalid(
+          "config.data.heldout_path", config.heldout_path,
+          f"files that are not in config.data.path as well, as {min(shared)} is",
+      )
+  elif len(source.files) >= every:
+    held = source.files[::every]
+    train = dataclasses.replace(
+        source, files=tuple(f for i, f in enumerate(source.files) if i % every)
+    )
+    heldout = dataclasses.replace(source, files=held)
+  else:
+    unit = "document" if _has_documents(source, every) else "text"
+    train = dataclasses.replace(source, part=Part(unit, every, heldout=False))
+    heldout = dataclasses.replace(source, part=Part(unit, every, heldout=True))
+  for name, part in (("training", train), ("held-out", heldout)):
+    if not _has_documents(part, 1):
+      path = config.heldout_path if part.field.endswith("heldout_path") else config.path
+      raise invalid(part.field, path, f"files with text; the {name} part of it is empty")
+  return train, heldout
+
+
+def _has_documents(source: TextSource, count: int) -> bool:
+  """Whether there are at least `count`; reads no further than that."""
+  return any(number >= count for number, _ in enumerate(source, 1))

@@ -1,0 +1,178 @@
+"""Batches that are a pure function of the step, and the held-out order."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dense_jax.config import DataConfig
+from dense_jax.data import packing, pipeline
+from dense_jax.data.tokenizer import ByteTokenizer
+from dense_jax.types import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+T = 8
+
+
+def _store(windows: int, seq_len: int = T) -> packing.TokenStore:
+  """Tokens that are their places in the stream, in documents of 11 tokens."""
+  count = windows * seq_len + 1
+  starts = np.arange(0, count, 11)
+  return packing.TokenStore(
+      tokens=np.arange(count, dtype=np.uint32), starts=starts,
+      document_bytes=np.full(len(starts), 9), fingerprint=f"store of {windows}",
+  )
+
+
+def _take(batches, count):
+  taken = [next(batches) for _ in range(count)]
+  batches.close()
+  return taken
+
+
+def _windows(batch) -> list[int]:
+  return (batch.tokens_BT[:, 0] // T).tolist()
+
+
+def _same(first, second):
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_batches_are_typed_numpy_rows():
+  store = _store(10)
+  (batch,) = _take(pipeline.TrainBatches(store, T, 4, seed=0), 1)
+  for leaf in jax.tree.leaves(batch):
+    assert isinstance(leaf, np.ndarray) and leaf.shape == (4, T)
+  assert batch.tokens_BT.dtype == batch.targets_BT.dtype == np.int32
+  assert batch.loss_mask_BT.dtype == bool
+  assert batch.segments.ids_BT.dtype == batch.segments.positions_BT.dtype == np.int32
+  for row, index in enumerate(_windows(batch)):
+    window = packing.pack_window(store, index, T)
+    np.testing.assert_array_equal(batch.tokens_BT[row], window["tokens"])
+    np.testing.assert_array_equal(batch.segments.positions_BT[row], window["positions"])
+
+
+@pytest.mark.parametrize("windows, batch_size", [(12, 4), (13, 4), (3, 8), (1, 2), (5, 1)])
+def test_every_epoch_visits_each_window_once_in_a_new_order(windows, batch_size):
+  epochs = 6
+  steps = -(-windows * epochs // batch_size)
+  batches = _take(pipeline.TrainBatches(_store(windows), T, batch_size, seed=3), steps)
+  visits = [index for batch in batches for index in _windows(batch)]
+  orders = [tuple(visits[e * windows : (e + 1) * windows]) for e in range(epochs)]
+  assert all(sorted(order) == list(range(windows)) for order in orders)
+  assert windows < 12 or len(set(orders)) == epochs
+
+
+def test_the_seed_gives_the_order_and_neighbours_share_none():
+  def orders(seed):
+    return [tuple(_windows(b)) for b in _take(pipeline.TrainBatches(_store(16), T, 16, seed), 3)]
+
+  assert orders(0) == orders(0)
+  assert len({*orders(0), *orders(1), *orders(2**40)}) == 9
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 5, 1000])
+def test_going_on_from_any_step_gives_the_same_batches(step):
+  store = _store(7)
+  whole = pipeline.TrainBatches(store, T, 3, seed=1, start_step=max(step - 2, 0))
+  for _ in range(min(step, 2)):
+    next(whole)
+  state = json.loads(json.dumps(whole.get_state()))
+  assert state["step"] == step
+  expected = _take(whole, 4)
+
+  _same(_take(pipeline.TrainBatches(store, T, 3, seed=1, start_step=step), 4), expected)
+  resumed = pipeline.TrainBatches(store, T, 3, seed=1)
+  next(resumed)
+  resumed.set_state(state)
+  assert resumed.get_state() == state
+  _same(_take(resumed, 4), expected)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_processes_rows_together_are_the_global_batch(processes):
+  store, rows = _store(9), 8 // processes
+  whole = _take(pipeline.TrainBatches(store, T, 8, seed=5), 3)
+  parts = [
+      _take(pipeline.TrainBatches(store, T, 8, seed=5, rows=slice(p * rows, (p + 1) * rows)), 3)
+      for p in range(processes)
+  ]
+  for step, expected in enumerate(whole):
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[p[step] for p in parts])
+    _same(joined, expected)
+
+
+@pytest.mark.parametrize(
+    "field, other",
+    [
+        ("config.seed", {"seed": 2}),
+        ("config.train.batch_size", {"batch_size": 4}),
+        ("config.data.seq_len", {"seq_len": T + 1}),
+        ("config.data", {"store": _store(8)}),
+    ],
+)
+def test_a_position_in_other_batches_is_refused(field, other):
+  arguments = {"store": _store(7), "seq_len": T, "batch_size": 3, "seed": 1}
+  state = pipeline.TrainBatches(**arguments).get_state()
+  batches = pipeline.TrainBatches(**{**arguments, **other})
+  message = f"^{field} = .* is not valid: expected .*{state[field]!r}, with which the run began"
+  with pytest.raises(InputError, match=message.replace(".", r"\.").replace(r"\.*", ".*")):
+    batches.set_state(state)
+  next(batches)
+  batches.close()
+
+
+def test_heldout_windows_come_in_order_and_the_last_batch_is_filled_up():
+  store = _store(10)
+  batches = list(pipeline.heldout_batches(store, T, 4))
+  assert [batch.tokens_BT.shape for batch in batches] == [(4, T)] * 3
+  tokens = np.concatenate([batch.tokens_BT for batch in batches])
+  np.testing.assert_array_equal(tokens[:10].ravel(), np.arange(80))
+  for leaf in jax.tree.leaves(batches[-1]):
+    assert not leaf[2:].any()
+  assert sum(batch.loss_mask_BT.sum() for batch in batches) == store.num_targets
+
+
+@pytest.mark.parametrize("limit, expected", [(1, [0]), (2, [0, 12]), (3, [0, 8, 16]), (9, 6)])
+def test_a_limit_spreads_evenly(limit, expected):
+  batches = list(pipeline.heldout_batches(_store(23), T, 4, limit))
+  first = [_windows(batch)[0] for batch in batches]
+  assert first == (expected if isinstance(expected, list) else [4 * i for i in range(expected)])
+
+
+def test_load_datasets(tmp_path):
+  text = "".join(f"line {number} of the text\n" for number in range(400))
+  (tmp_path / "a.txt").write_text(text)
+  config = DataConfig(
+      path=str(tmp_path / "a.txt"), tokenizer="bytes", cache_dir=str(tmp_path / "cache")
+  )
+  done = []
+  data = pipeline.load_datasets(config, done.append)
+  assert isinstance(data.tokenizer, ByteTokenizer)
+  assert data.train.num_bytes + data.heldout.num_bytes == len(text)
+  assert done == [data.train.num_bytes, data.heldout.num_bytes]
+  assert "".join(d.text for s in (data.train_source, data.heldout_source) for d in s) == text
+
+  again = pipeline.load_datasets(config, done.append)
+  assert again.fingerprint == data.fingerprint and len(done) == 2
+  (tmp_path / "a.txt").write_text(text + "more\n" * 20)
+  assert pipeline.load_datasets(config).fingerprint != data.fingerprint
+
+
+def test_importing_is_quiet_and_an_open_iterator_does_not_hold_up_the_exit():
+  script = (
+      "import numpy as np\n"
+      "from dense_jax.data import packing, pipeline\n"
+      "store = packing.TokenStore(np.arange(99), np.array([0]), np.array([97]), 'x')\n"
+      "batches = pipeline.TrainBatches(store, 8, 2, seed=0)\n"
+      "next(batches)\n"
+  )
+  done = subprocess.run(
+      [sys.executable, "-c", script],
+      cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,169 @@
+"""Tokenizers: exact round trips, training, the cache."""
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dense_jax.config import DataConfig
+from dense_jax.data import sources, tokenizer
+from dense_jax.types import InputError
+
+TEXT = "".join(
+    f"def function_{i}(self, value):\n    if value > {i}:\n        return self.call({i * 37})\n\n"
+    for i in range(300)
+)
+ODD = [
+    "", " ", "\n", "  leading and trailing  ", "\n\n\n", "a\n\n  \n\tb\t\t\n", "\r\n\r",
+    "\u2581 the space mark \u2581\u2581", "\u2581", "\u2585 \u2047", "\x00nul\x00", "\ufeffbom",
+    "e\u0301 is not \u00e9, \ufb01 is no fi, \uff21", "\U0001f600\U0010ffff", "\x85\u2028\x0b\x1f",
+    "<s></s><unk><0x0A>", "\ufffd", "日本語 עברית", "a" * 5000,
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> DataConfig:
+  folder = tmp_path_factory.mktemp("tokenizer")
+  (folder / "text.txt").write_text(TEXT)
+  return DataConfig(
+      path=str(folder / "text.txt"), cache_dir=str(folder / "cache"), vocab_size=400
+  )
+
+
+@pytest.fixture(scope="module")
+def trained(config) -> tokenizer.Tokenizer:
+  return tokenizer.load_tokenizer(config, sources.split(config)[0])
+
+
+@pytest.fixture(scope="module", params=["trained", "bytes"])
+def either(request, trained) -> tokenizer.Tokenizer:
+  return trained if request.param == "trained" else tokenizer.ByteTokenizer()
+
+
+@pytest.mark.parametrize("text", [*ODD, TEXT])
+def test_round_trip_is_exact(either, text):
+  ids = either.encode(text)
+  assert either.decode(ids) == text
+  assert all(0 <= i < either.vocab_size for i in ids)
+  assert not {either.bos_id, either.eos_id} & {*ids}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_round_trip_of_any_text(trained, text):
+  assert trained.decode(trained.encode(text)) == text
+
+
+def test_a_batch_is_the_texts_one_by_one(either):
+  assert either.encode_batch([*ODD, TEXT]) == [either.encode(text) for text in [*ODD, TEXT]]
+  assert either.encode_batch([]) == []
+
+
+def test_control_and_unknown_ids_give_no_text(either):
+  ids = either.encode("two words")
+  ids = [either.bos_id, *ids, either.vocab_size, 10**6, -1, either.eos_id]
+  assert either.decode(ids) == "two words"
+
+
+def test_bytes_that_are_no_text_give_the_replacement_character(trained):
+  assert tokenizer.ByteTokenizer().decode([0x61, 0xE2, 0x96]) == "a\ufffd"
+  first_bytes_of_three = trained.encode("\u2603")[:2]
+  assert "\ufffd" in trained.decode(first_bytes_of_three)
+
+
+def test_trained_pieces(trained):
+  assert trained.vocab_size == 400
+  assert (trained.bos_id, trained.eos_id) == (1, 2)
+  assert len(trained.encode(" " * 8)) == 1
+  assert len(TEXT) / len(trained.encode(TEXT)) > 4
+
+
+def test_training_is_deterministic_and_cached(config, trained, tmp_path, monkeypatch):
+  train_source = sources.split(config)[0]
+  other = DataConfig(path=config.path, cache_dir=str(tmp_path), vocab_size=400)
+  assert tokenizer.load_tokenizer(other, train_source).fingerprint == trained.fingerprint
+  smaller = DataConfig(path=config.path, cache_dir=str(tmp_path), vocab_size=350)
+  assert tokenizer.load_tokenizer(smaller, train_source).vocab_size == 350
+  assert len(list((tmp_path / "tokenizers").iterdir())) == 2  # and nothing half written
+
+  monkeypatch.setattr(tokenizer, "train_sentencepiece", None)
+  assert tokenizer.load_tokenizer(other, train_source).fingerprint == trained.fingerprint
+
+
+def test_training_says_nothing(config, tmp_path, capfd):
+  tokenizer.train_sentencepiece([TEXT], 400, tmp_path / "x.model")
+  assert capfd.readouterr() == ("", "")
+
+
+def test_sample_is_even_and_bounded(monkeypatch):
+  monkeypatch.setattr(tokenizer, "_SAMPLE_BYTES", 100_000)
+  texts = [f"{number:04}\n" * 2000 for number in range(100)]
+  sample = tokenizer._sample(texts)
+  assert 50_000 < sum(len(chunk.encode()) for chunk in sample) <= 100_000
+  counts = np.histogram([int(chunk[:4]) for chunk in sample], bins=5, range=(0, 100))[0]
+  assert counts.max() - counts.min() <= 1
+  assert "".join(tokenizer._chunks(TEXT + "x" * 9000)) == TEXT + "x" * 9000
+
+
+def test_save_and_load(either, tmp_path):
+  either.save(tmp_path / "run")
+  loaded = tokenizer.load_saved_tokenizer(tmp_path / "run")
+  assert type(loaded) is type(either)
+  assert loaded.fingerprint == either.fingerprint
+  assert loaded.encode("a b\n") == either.encode("a b\n")
+
+
+def test_a_model_file_by_its_path(config, trained, tmp_path):
+  tokenizer.train_sentencepiece([TEXT], 400, tmp_path / "own.model")
+  source = sources.split(config)[0]
+  named = DataConfig(path=config.path, tokenizer=str(tmp_path / "own.model"))
+  assert tokenizer.load_tokenizer(named, source).vocab_size == 400
+
+
+def test_other_models_work_as_they_are(tmp_path):
+  """No bos, no byte fallback, a dummy prefix: nothing of it is ours to mend."""
+  prefix = tmp_path / "other"
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(TEXT.split("\n")), model_prefix=str(prefix), vocab_size=80,
+      bos_id=-1, model_type="unigram", hard_vocab_limit=False, minloglevel=2,
+  )
+  other = tokenizer.SentencePieceTokenizer((tmp_path / "other.model").read_bytes())
+  assert other.bos_id == other.eos_id
+  assert other.decode(other.encode("return value")) == "return value"
+  marked = "return \u2581 value"
+  assert other.encode_batch([marked]) == [other.encode(marked)]
+
+
+@pytest.mark.parametrize("content", [None, b"not a model"])
+def test_a_bad_model_file_is_named(config, tmp_path, content):
+  path = tmp_path / "x.model"
+  if content is not None:
+    path.write_bytes(content)
+  named = DataConfig(path=config.path, tokenizer=str(path))
+  message = r"^config\.data\.tokenizer = '.*x\.model' is not valid: expected \"train\", \"bytes\""
+  with pytest.raises(InputError, match=message):
+    tokenizer.load_tokenizer(named, sources.split(config)[0])
+
+
+@pytest.mark.parametrize(
+    "text, vocab_size, message",
+    [
+        ("just a few words\n" * 10, 4096, r"= 4096 is not valid: expected an integer <= \d+"),
+        ("".join(map(chr, range(0x4E00, 0x5000))), 300, r"= 300 .*expected an integer >= 7\d\d"),
+        ("\n", 300, r"= 300 is not valid: expected a size that SentencePiece can train"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_the_text_is_named(tmp_path, text, vocab_size, message):
+  with pytest.raises(InputError, match=r"^config\.data\.vocab_size " + message):
+    tokenizer.train_sentencepiece([text], vocab_size, tmp_path / "x.model")
+  assert not list(tmp_path.iterdir())
+
+
+def test_nothing_saved_is_named(tmp_path):
+  with pytest.raises(InputError, match=r"no tokenizer in .*expected a tokenizer\.json"):
+    tokenizer.load_saved_tokenizer(tmp_path)
+  tokenizer.ByteTokenizer().save(tmp_path)
+  (tmp_path / "tokenizer.json").write_text('{"kind": "sentencepiece"}')
+  with pytest.raises(InputError, match=r"^saved tokenizer = .*tokenizer\.model"):
+    tokenizer.load_saved_tokenizer(tmp_path)
