@@ -1,0 +1,80 @@
+# Every target sets up what it needs, once; see `make help`.
+#
+#   PYTHON  the Python (>= 3.11) that makes the environment; the first suitable one if empty
+#   VENV    the environment's folder
+#   ARGS    more arguments for the command that a target runs
+
+PYTHON ?=
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
+# Each worker compiles on several threads and holds a jax of its own: four at most.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+
+# libtpu, the TPU compiler, stays outside the environment's own packages: there, jax would
+# look for chips, and warn at length, in every process of a machine that has none.
+ifeq ($(shell uname -sm),Linux x86_64)
+TPU_COMPILER := $(VENV)/tpu_compiler/.installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint ci clean
+
+help: ## this list
+	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv312]"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
+
+train: $(VENV)/.installed ## the main job: train a small DenseMamba; ARGS="--config.train.steps=10"
+	$(BIN)/python -m dense_jax.cli.train --config experiments/smoke.py --workdir runs/smoke $(ARGS)
+
+test: $(VENV)/.installed-dev $(TPU_COMPILER) ## the tests that take seconds; ARGS="-k packing"
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev $(TPU_COMPILER) ## the tests that take minutes
+	$(PYTEST) -m slow $(ARGS)
+
+lint: $(VENV)/.installed-dev ## style and types
+	$(BIN)/ruff check $(ARGS)
+	$(BIN)/mypy
+
+ci: ## all of it, on Python 3.11 and 3.12
+	.ci/run
+
+clean: ## remove environments and caches; runs/ stays
+	rm -rf .venv* .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A candidate counts if it can make an environment: some distributions ship Python without
+# ensurepip, and a version manager's shim may stand for no Python at all.
+$(VENV)/.created:
+	@for python in $(CANDIDATES); do \
+	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then \
+	    echo "setting up $(VENV) (once) with $$python, $$($$python -V) ..."; \
+	    $$python -m venv $(VENV) && touch $@; exit; \
+	  fi; \
+	done; \
+	echo "error: found no Python >= 3.11 with venv and ensurepip; tried: $(CANDIDATES)." \
+	  "Name one: make PYTHON=/path/to/python3" >&2; exit 1
+
+$(VENV)/.installed: $(VENV)/.created requirements.txt pyproject.toml
+	@echo "installing requirements.txt into $(VENV) (once) ..."
+	@$(PIP) -r requirements.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the tools for tests into $(VENV) (once) ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# The version that the installed jax asks for in its own extra "tpu".
+$(VENV)/tpu_compiler/.installed: $(VENV)/.installed
+	@echo "installing the TPU compiler into $(@D) (once) ..."
+	@rm -rf $(@D)
+	@$(PIP) --no-deps --target $(@D) "$$($(BIN)/python -c 'import importlib.metadata as metadata; \
+	  print(next(r.split(";")[0].strip() for r in metadata.requires("jax") \
+	  if r.startswith("libtpu")))')"
+	@touch $@

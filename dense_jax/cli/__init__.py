@@ -1,0 +1,1 @@
+"""Command lines: thin, each a main(argv)."""

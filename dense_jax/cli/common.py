@@ -1,0 +1,121 @@
+"""What all command lines share: arguments, exit status, loading a run."""
+
+import argparse
+import dataclasses
+import logging
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import jax
+
+from dense_jax import experiment
+from dense_jax.config import ExperimentConfig
+from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
+from dense_jax.models.language_model import LanguageModel
+from dense_jax.models.params import abstract_model, get_params
+from dense_jax.training.checkpoint import Checkpoints, placed_on
+from dense_jax.types import InputError, Params
+
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+  """An argument parser for `python -m dense_jax.cli.<module>`."""
+  return argparse.ArgumentParser(
+      prog=f"python -m dense_jax.cli.{module}",
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+  )
+
+
+def split_overrides(
+    command: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+  """Parses `arguments`; --config.KEY=VALUE (or --config.KEY VALUE) come back as pairs."""
+  prefix = "--config."
+  plain, overrides = [], []
+  rest = iter(arguments)
+  for argument in rest:
+    if not argument.startswith(prefix):
+      plain.append(argument)
+      continue
+    key, equals, value = argument.removeprefix(prefix).partition("=")
+    if not equals:
+      value = next(rest, "")
+      if not value or value.startswith("--"):
+        raise InputError(f"{argument} has no value: expected {argument}=VALUE")
+    overrides.append((key, value))
+  return command.parse_args(plain), overrides
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+  """Ends the process with main's status; 2 on bad input, 1 on anything else."""
+  logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+  try:
+    status = main(sys.argv[1:])
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    status = 2
+  except KeyboardInterrupt:
+    print("\ninterrupted; nothing was left half-written", file=sys.stderr)
+    status = 1
+  except Exception:
+    traceback.print_exc()
+    status = 1
+  sys.exit(status)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained run, restored for evaluation or sampling."""
+
+  config: ExperimentConfig
+  tokenizer: Tokenizer
+  model: LanguageModel
+  params: Params
+  step: int
+
+
+def restore(workdir: str, which: str) -> Run:
+  """Restores parameters from a run's folder onto the first device.
+
+  Args:
+    workdir: the folder that training wrote.
+    which: "latest", "best" or a step's number.
+
+  Raises:
+    InputError: no such run, or no such checkpoint.
+  """
+  folder = pathlib.Path(workdir)
+  config = experiment.read(folder)
+  model = abstract_model(config.model)
+  shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  if not (folder / CHECKPOINTS).is_dir():
+    raise InputError(f"--workdir = {workdir!r} is not valid: it has no checkpoints yet")
+  checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+  step, params = checkpoints.restore_params(shapes, which)
+  checkpoints.close()
+  return Run(config, load_saved_tokenizer(folder / TOKENIZER), model, params, step)
+
+
+def add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
+  """--workdir and --checkpoint."""
+  command.add_argument("--workdir", required=True, help="the folder that training wrote")
+  command.add_argument(
+      "--checkpoint", default="latest", help="latest (default), best (held-out loss) or a step"
+  )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+  """Aligned columns: the first to the left, all others to the right."""
+  widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+  lines = []
+  for row in rows:
+    first, *others = (cell.ljust(w) if not i else cell.rjust(w)
+                      for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    lines.append("  ".join([first, *others]).rstrip())
+  return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""What a finished run shows: the table, the samples, the plot, the next commands."""
+
+import math
+import pathlib
+import resource
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+
+from dense_jax.cli.common import table
+from dense_jax.config import ExperimentConfig
+from dense_jax.data.packing import TokenStore
+from dense_jax.data.pipeline import Datasets
+from dense_jax.data.sources import Document
+from dense_jax.evaluation.baselines import byte_ngram_bits_per_byte, xz_bits_per_byte
+from dense_jax.evaluation.perplexity import HeldOut
+from dense_jax.generation.decode import Generator
+from dense_jax.generation.sampling import Sampling
+from dense_jax.models.language_model import LanguageModel
+from dense_jax.training.metrics import read_metrics
+from dense_jax.types import Params
+
+# Baselines read at most this much text of each part, in bytes.
+_BASELINE_BYTES = 64 * 2**20
+
+
+def parameter_table(params: Params) -> str:
+  """Parameters by module; the same module of all layers is one row."""
+  sizes: dict[str, int] = {}
+  for name, leaf in params.items():
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    module = ".".join(part for part in parts if part not in ("head", "blocks") or len(parts) == 1)
+    module = module.removesuffix(".kernel").removesuffix(".scale")
+    sizes[module] = sizes.get(module, 0) + leaf.size
+  total = sum(sizes.values())
+  rows = [("module", "parameters", "share")]
+  rows += [(name, f"{size:,}", f"{size / total:.1%}") for name, size in sorted(sizes.items())]
+  return table([*rows, ("all", f"{total:,}", f"{1:.1%}")])
+
+
+def peak_memory() -> int:
+  """The process's peak resident set, bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
+
+
+def targets_per_byte(store: TokenStore) -> float:
+  """Tokens to predict in a byte of the store's text."""
+  return store.num_targets / store.num_bytes
+
+
+def _text(documents: Iterable[Document]) -> bytes:
+  """The documents' text, up to the baselines' limit."""
+  parts, size = [], 0
+  for document in documents:
+    parts.append(document.text.encode())
+    size += len(parts[-1])
+    if size >= _BASELINE_BYTES:
+      break
+  return b"".join(parts)[:_BASELINE_BYTES]
+
+
+def comparison(
+    held_out: HeldOut, data: Datasets, name: str, tokens_per_second: Sequence[float]
+) -> str:
+  """The closing table: bits per byte beside the baselines, speed and memory."""
+  train, heldout = _text(data.train_source), _text(data.heldout_source)
+  bits = held_out.bits_per_byte(targets_per_byte(data.heldout))
+  rows = [
+      ("held-out text", "bits per byte"),
+      ("byte bigram", f"{byte_ngram_bits_per_byte(train, heldout, 2):.3f}"),
+      ("byte trigram", f"{byte_ngram_bits_per_byte(train, heldout, 3):.3f}"),
+      ("xz -9", f"{xz_bits_per_byte(heldout):.3f}"),
+      (name, f"{bits:.3f}"),
+      ("", ""),
+      ("perplexity per token", f"{held_out.perplexity:.2f}"),
+  ]
+  if tokens_per_second:
+    median = sorted(tokens_per_second)[len(tokens_per_second) // 2]
+    rows.append(("training tokens/s (median)", f"{median:,.0f}"))
+  rows.append(("peak memory (RSS)", f"{peak_memory() / 2**20:,.0f} MiB"))
+  return table(rows)
+
+
+def samples(model: LanguageModel, data: Datasets, *, seed: int) -> list[tuple[str, str]]:
+  """Two prompts, the beginnings of held-out documents, and their continuations."""
+  store = data.heldout
+  prompts = []
+  for document in (0, store.num_documents // 2):
+    first, end = store.starts[document], store.starts[document + 1]
+    prompts.append([int(token) for token in store.tokens[first : min(first + 24, end - 1)]])
+  generator = Generator(model, Sampling(temperature=0.8, top_p=0.95))
+  continuations = generator(
+      prompts, max_new_tokens=64, seed=seed, stop_id=data.tokenizer.eos_id
+  )
+  decode = data.tokenizer.decode
+  return [(decode(p), decode(c)) for p, c in zip(prompts, continuations, strict=True)]
+
+
+def plot_loss(workdir: pathlib.Path) -> pathlib.Path:
+  """Draws training and held-out loss of the run's metrics."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  lines = read_metrics(workdir)
+  figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+  for key, label, style in (("loss", "training", "-"), ("heldout_loss", "held-out", "o-")):
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    if points:
+      axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+  axes.set_xlabel("step")
+  axes.set_ylabel("loss (nats per token)")
+  axes.set_yscale("log")
+  axes.yaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_minor_formatter("{x:g}")
+  axes.grid(alpha=0.3, which="both")
+  axes.legend()
+  file = workdir / "loss.png"
+  figure.savefig(file, dpi=120)
+  pyplot.close(figure)
+  return file
+
+
+def next_commands(arguments: Sequence[str], workdir: str, config: ExperimentConfig) -> str:
+  """The commands that go on from here, to be pasted."""
+  folder = shlex.quote(workdir)
+  more = [a for a in arguments if not a.startswith("--config.train.steps")]
+  resume = shlex.join([*more, f"--config.train.steps={2 * config.train.steps}"])
+  python = shlex.quote(sys.executable)
+  return "\n".join([
+      f"resume    {python} -m dense_jax.cli.train {resume}",
+      f"evaluate  {python} -m dense_jax.cli.evaluate --workdir {folder}",
+      f"sample    {python} -m dense_jax.cli.generate --workdir {folder} --prompt 'import '",
+  ])
+
+
+def perplexity_line(held_out: HeldOut, bits: float) -> str:
+  """One line of figures."""
+  if not math.isfinite(held_out.loss):
+    return f"held-out loss {held_out.loss}"
+  return (
+      f"held-out loss {held_out.loss:.4f} nats/token, perplexity {held_out.perplexity:.2f}, "
+      f"{bits:.3f} bits/byte"
+  )

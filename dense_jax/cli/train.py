@@ -1,0 +1,201 @@
+"""Trains a model, or goes on with a run."""
+
+import dataclasses
+import logging
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import tqdm
+from jax.sharding import Mesh
+
+from dense_jax import experiment, sharding
+from dense_jax.cli import common, report
+from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.data.pipeline import Datasets, TrainBatches, heldout_batches, load_datasets
+from dense_jax.evaluation.perplexity import Evaluator, HeldOut
+from dense_jax.models.params import get_params, with_params
+from dense_jax.models.registry import family
+from dense_jax.ops import dispatch
+from dense_jax.training.checkpoint import Checkpoints
+from dense_jax.training.loop import Hook, Interrupt, Logger, Moment, checkpoint_hook, train
+from dense_jax.training.metrics import MetricsWriter, Progress
+from dense_jax.training.step import Trainer, TrainState
+
+# The closing evaluation takes at most this many batches, spread over the held-out text.
+_CLOSING_BATCHES = 2000
+_EPILOG = """
+Any key of the configuration is set by --config.KEY=VALUE, for example
+  --config.train.steps=2000 --config.data.path='corpus/*.jsonl.zst' --config.model.dense.depth=2
+A --workdir that holds a run goes on with it. Ctrl-C or SIGTERM saves and ends with status 1.
+"""
+
+
+def _load_data(config: ExperimentConfig) -> Datasets:
+  with tqdm.tqdm(unit="B", unit_scale=True, desc="tokenizing", leave=False,
+                 disable=not sys.stderr.isatty()) as bar:
+    return load_datasets(config.data, lambda done: bar.update(max(done - bar.n, 0)))
+
+
+def _with_vocab(config: ExperimentConfig, data: Datasets) -> ExperimentConfig:
+  """The configuration with the tokenizer's vocabulary, if it names none."""
+  needed = data.tokenizer.vocab_size
+  if config.model.vocab_size and config.model.vocab_size < needed:
+    raise invalid(
+        "config.model.vocab_size", config.model.vocab_size,
+        f"0, or an integer >= the tokenizer's {needed}",
+    )
+  model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or needed)
+  return dataclasses.replace(config, model=model)
+
+
+def _say_what_runs(config: ExperimentConfig, mesh: Mesh, trainer: Trainer) -> None:
+  devices = jax.devices()
+  form = family(config.model.family).form
+  implementation = dispatch.resolve(form, config.model.implementation)
+  dense = config.model.dense
+  print(
+      f"devices: {len(devices)} x {devices[0].device_kind} | mesh: {sharding.describe_mesh(mesh)}"
+      f" | {config.model.family}, dense depth {dense.depth}"
+      + (f" ({dense.inject})" if dense.depth else "")
+      + f" | {form} states by: {implementation} | {config.model.dtype}"
+  )
+  print(report.parameter_table(get_params(trainer.model)), flush=True)
+
+
+class _Evaluation:
+  """Held-out evaluation during training; remembers the latest loss."""
+
+  def __init__(self, config: ExperimentConfig, data: Datasets, trainer: Trainer) -> None:
+    self._config, self._data, self._trainer = config, data, trainer
+    self._evaluator = Evaluator(trainer.model, chunk=config.train.loss_chunk)
+    self._latest: tuple[int, float] | None = None
+
+  def score(self, state: TrainState, batches: int) -> tuple[HeldOut, float]:
+    """Sums, and bits per byte."""
+    held_out = self._evaluator(
+        state.params,
+        heldout_batches(
+            self._data.heldout, self._config.data.seq_len, self._config.train.batch_size, batches
+        ),
+        self._trainer.put,
+    )
+    return held_out, held_out.bits_per_byte(report.targets_per_byte(self._data.heldout))
+
+  def hook(self, writer: MetricsWriter, progress: Progress, logger: Logger) -> Hook:
+    def run(moment: Moment) -> None:
+      logger.pause()
+      held_out, bits = self.score(moment.state, self._config.train.eval_batches)
+      self._latest = (moment.step, held_out.loss)
+      writer.write(
+          moment.step, {"heldout_loss": held_out.loss, "heldout_bits_per_byte": bits}
+      )
+      progress.line(f"step {moment.step}  {report.perplexity_line(held_out, bits)}")
+      logger.resume()
+
+    return Hook(self._config.train.eval_every, run, if_interrupted=False)
+
+  def latest_at(self, step: int) -> float | None:
+    """The held-out loss of exactly that step."""
+    return self._latest[1] if self._latest and self._latest[0] == step else None
+
+
+def _start(
+    trainer: Trainer, checkpoints: Checkpoints, batches: TrainBatches, seed: int
+) -> TrainState:
+  """The newest checkpoint's state, or a fresh one."""
+  if checkpoints.latest is None:
+    return trainer.init(seed)
+  state, position = checkpoints.restore(trainer.state_shapes, checkpoints.latest)
+  batches.set_state(position)
+  return state
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Trains; returns 0 when all steps are done, 1 when interrupted."""
+  command = common.parser("train", "Trains a model, or goes on with a run.")
+  command.epilog = _EPILOG
+  command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
+  command.add_argument("--workdir", required=True, help="where the run is kept")
+  options, overrides = common.split_overrides(command, arguments)
+  config = experiment.load(options.config, overrides)
+  workdir = pathlib.Path(options.workdir)
+  if (workdir / experiment.CONFIG_FILE).is_file():
+    experiment.check_same_run(experiment.read(workdir), config)
+  elif workdir.exists() and any(workdir.iterdir()):
+    raise invalid("--workdir", options.workdir, "a new or empty folder, or one with a run")
+
+  with Interrupt() as interrupt:
+    mesh = sharding.make_mesh(config.mesh)
+    data = _load_data(config)
+    config = _with_vocab(config, data)
+    trainer = Trainer(config, mesh)
+    _say_what_runs(config, mesh, trainer)
+    workdir.mkdir(parents=True, exist_ok=True)
+    batches = TrainBatches(
+        data.train, config.data.seq_len, config.train.batch_size, config.seed
+    )
+    checkpoints = Checkpoints(
+        workdir / common.CHECKPOINTS,
+        keep_last=config.train.keep_last, keep_best=config.train.keep_best,
+    )
+    state = _start(trainer, checkpoints, batches, config.seed)
+    experiment.save(config, workdir)
+    data.tokenizer.save(workdir / common.TOKENIZER)
+    step = int(state.step)
+    print(f"from step {step} to {config.train.steps} in {workdir}", flush=True)
+
+    writer = MetricsWriter(workdir, step)
+    progress = Progress(step, config.train.steps)
+    tokens = config.train.batch_size * config.data.seq_len
+    logger = Logger(
+        writer, progress, every=config.train.log_every, first_step=step,
+        steps=config.train.steps, tokens_per_step=tokens,
+    )
+    evaluation = _Evaluation(config, data, trainer)
+    hooks = [evaluation.hook(writer, progress, logger)]
+    hooks.append(
+        checkpoint_hook(
+            checkpoints, batches, config.train.checkpoint_every, evaluation.latest_at
+        )
+    )
+    state = train(
+        trainer, state, batches, steps=config.train.steps, hooks=hooks, on_metrics=logger,
+        interrupt=interrupt,
+    )
+    progress.close()
+    writer.close()
+    checkpoints.close()
+    batches.close()
+  step = int(state.step)
+  commands = report.next_commands(arguments, options.workdir, config)
+  if step < config.train.steps:
+    print(f"{interrupt.requested}: saved step {step} of {config.train.steps}; the same command "
+          "goes on from there")
+    return 1
+  _close(config, data, evaluation, state, workdir, trainer, logger)
+  print(commands)
+  return 0
+
+
+def _close(
+    config: ExperimentConfig, data: Datasets, evaluation: _Evaluation, state: TrainState,
+    workdir: pathlib.Path, trainer: Trainer, logger: Logger,
+) -> None:
+  """What a finished run shows."""
+  held_out, _ = evaluation.score(state, _CLOSING_BATCHES)
+  dense = config.model.dense.depth
+  name = f"this model ({config.model.family}, dense depth {dense})"
+  print("\n" + report.comparison(held_out, data, name, logger.tokens_per_second))
+  model = with_params(trainer.model, jax.device_get(state.params))
+  for prompt, continuation in report.samples(model, data, seed=config.seed):
+    print(f"\n--- prompt\n{prompt}\n--- continuation\n{continuation}")
+  print(f"\nplot      {report.plot_loss(workdir)}")
+  if not math.isfinite(held_out.loss):
+    logging.getLogger(__name__).warning("the loss is not finite: lower the learning rate")
+
+
+if __name__ == "__main__":
+  common.run(main)

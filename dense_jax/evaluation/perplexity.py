@@ -1,0 +1,70 @@
+"""Held-out loss, perplexity and bits per byte."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.models.language_model import LanguageModel
+from dense_jax.models.params import with_params
+from dense_jax.types import Array, Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """The sums of an evaluation.
+
+  Attributes:
+    nats: negative log-likelihood of all targets.
+    targets: their number.
+  """
+
+  nats: float
+  targets: int
+
+  @property
+  def loss(self) -> float:
+    """Mean nats a target."""
+    return self.nats / self.targets
+
+  @property
+  def perplexity(self) -> float:
+    """exp(loss), per token: it depends on the tokenizer."""
+    return math.exp(self.loss)
+
+  def bits_per_byte(self, targets_per_byte: float) -> float:
+    """Bits a byte of text: independent of the tokenizer."""
+    return self.loss * targets_per_byte / math.log(2)
+
+
+class Evaluator:
+  """Scores batches with a compiled step; the result does not depend on the batch size."""
+
+  def __init__(self, model: LanguageModel, *, chunk: int) -> None:
+    """`model` may be abstract; `chunk` tokens of a row have logits at one time."""
+
+    def score(params: Params, batch: Batch) -> tuple[Array, Array]:
+      nll_BT, _ = with_params(model, params).token_losses(batch, chunk=chunk)
+      masked = jnp.where(batch.loss_mask_BT, nll_BT, 0.0)
+      return jnp.sum(masked, axis=1), jnp.sum(batch.loss_mask_BT, axis=1, dtype=jnp.int32)
+
+    self._score: Callable[[Params, Batch], tuple[Array, Array]] = jax.jit(score)
+
+  def __call__(
+      self, params: Params, batches: Iterable[Batch], put: Callable[[Batch], Batch]
+  ) -> HeldOut:
+    """Sums over host batches, each placed on devices by `put`; rows are added in float64.
+
+    Raises:
+      ValueError: the batches have no target.
+    """
+    nats, targets = 0.0, 0
+    for batch in batches:
+      nll_B, targets_B = jax.device_get(self._score(params, put(batch)))
+      nats += float(nll_B.astype("float64").sum())
+      targets += int(targets_B.sum())
+    if not targets:
+      raise ValueError("no held-out targets: the held-out text has no token to predict")
+    return HeldOut(nats, targets)

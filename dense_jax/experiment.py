@@ -1,0 +1,178 @@
+"""Experiment files: where `ml_collections.ConfigDict` meets the frozen dataclasses.
+
+An experiment is a Python file with `get_config(arg="") -> ConfigDict`, begun from
+`default_config`. It is named on the command line as FILE.py or FILE.py:ARG and changed by
+`--config.KEY=VALUE`; below this module only `ExperimentConfig` is seen.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dense_jax.config import (
+    ExperimentConfig,
+    build,
+    defaults,
+    field_types,
+    invalid,
+    unknown_key,
+)
+from dense_jax.models.registry import family
+from dense_jax.types import InputError
+
+CONFIG_FILE = "config.json"
+# Keys that change how a run computes, or where it caches, but not what it is.
+_FREE = ("config.model.implementation", "config.model.chunk", "config.model.remat",
+         "config.data.cache_dir")
+_MIXER = "config.model.mixer"
+
+
+def default_config(family_name: str = "mamba") -> ConfigDict:
+  """The defaults, with that family's own options in `model.mixer`; for experiments to edit."""
+  values = defaults(ExperimentConfig)
+  values["model"]["family"] = family_name
+  values["model"]["mixer"] = defaults(family(family_name).config)
+  return ConfigDict(values)
+
+
+def resolve(values: Mapping[str, Any]) -> ExperimentConfig:
+  """A nested dict or ConfigDict as a validated `ExperimentConfig`.
+
+  Raises:
+    InputError: naming the key, the value and what would be valid.
+  """
+  plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+  name = plain.get("model", {}).get("family", ExperimentConfig().model.family)
+  plain.setdefault("model", {})
+  if plain["model"].get("mixer") is None:
+    plain["model"]["mixer"] = {}
+  return build(ExperimentConfig, plain, variants={_MIXER: family(name).config})
+
+
+def _parse(key: str, text: str, annotation: Any) -> Any:
+  """A command-line value as its field's type."""
+  try:
+    if annotation is bool:
+      return {"true": True, "false": False}[text.lower()]
+    if annotation in (int, float):
+      return annotation(text)
+  except (KeyError, ValueError):
+    wanted = "true or false" if annotation is bool else f"a value of type {annotation.__name__}"
+    raise invalid(key, text, wanted) from None
+  return text
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+  """Sets the dotted `key` (after "config.") in nested values."""
+  annotation: Any = ExperimentConfig
+  path = ["config"]
+  *parents, _ = parts = key.split(".")
+  node = values
+  for part in parts:
+    types = field_types(annotation)
+    path.append(part)
+    if part not in types:
+      raise unknown_key(".".join(path), list(types))
+    annotation = types[part]
+    if ".".join(path) == _MIXER:
+      annotation = family(values["model"]["family"]).config
+    if not isinstance(annotation, type) or not hasattr(annotation, "__dataclass_fields__"):
+      raise unknown_key(f"config.{key}", [".".join(path[1:])])
+    node = node[part]
+  types = field_types(annotation)
+  full = f"config.{key}"
+  if parts[-1] not in types:
+    raise unknown_key(full, list(types))
+  wanted = types[parts[-1]]
+  if hasattr(wanted, "__dataclass_fields__") or full == _MIXER:
+    raise invalid(full, text, "a key inside it: it is a group of keys")
+  node[parts[-1]] = _parse(full, text, wanted)
+
+
+def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConfig:
+  """Loads FILE.py[:ARG] and applies overrides (dotted key without "config.", text).
+
+  Another `model.family` brings its own defaults in `model.mixer`.
+
+  Raises:
+    InputError: the file, a key or a value is not valid.
+  """
+  name, _, argument = spec.partition(":")
+  file = pathlib.Path(name)
+  if not file.is_file():
+    raise InputError(f"--config = {spec!r} is not valid: expected an experiment file, FILE.py[:ARG]")
+  module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+  if module_spec is None or module_spec.loader is None:
+    raise InputError(f"--config = {spec!r} is not valid: expected a Python file")
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+    config = module.get_config(argument)
+  except (AttributeError, KeyError, TypeError, SyntaxError) as error:
+    raise InputError(f"{file}: {error}") from error
+  values = config.to_dict()
+  for key, text in overrides:
+    if key == "model.family" and text != values["model"]["family"]:
+      values["model"].update(family=text, mixer=defaults(family(text).config))
+  for key, text in overrides:
+    _override(values, key, text)
+  return resolve(values)
+
+
+def check_argument(argument: str, *known: str) -> str:
+  """For `get_config`: the argument, which must be empty or one of `known`."""
+  if argument and argument not in known:
+    raise InputError(f"--config argument {argument!r} is not valid: expected {', '.join(known)}")
+  return argument
+
+
+def save(config: ExperimentConfig, workdir: pathlib.Path) -> None:
+  """Writes the resolved configuration into the run's folder, whole or not at all."""
+  partial = workdir / (CONFIG_FILE + ".partial")
+  partial.write_text(json.dumps(defaults(config), indent=2) + "\n")
+  os.replace(partial, workdir / CONFIG_FILE)
+
+
+def read(workdir: pathlib.Path) -> ExperimentConfig:
+  """The resolved configuration of a run.
+
+  Raises:
+    InputError: the folder holds no run.
+  """
+  file = workdir / CONFIG_FILE
+  if not file.is_file():
+    raise InputError(f"--workdir = {str(workdir)!r} is not valid: expected a run with {CONFIG_FILE}")
+  return resolve(json.loads(file.read_text()))
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  flat = {}
+  for key, value in values.items():
+    path = f"{prefix}.{key}"
+    flat.update(_flat(value, path) if isinstance(value, Mapping) else {path: value})
+  return flat
+
+
+def check_same_run(before: ExperimentConfig, now: ExperimentConfig) -> None:
+  """Raises InputError where model or data differ from what a run was made with."""
+  old, new = defaults(before), defaults(now)
+  if not now.model.vocab_size:  # Taken from the tokenizer, which the data decide.
+    new["model"]["vocab_size"] = before.model.vocab_size
+  lines = []
+  for part in ("model", "data"):
+    was, now_is = _flat(old[part], f"config.{part}"), _flat(new[part], f"config.{part}")
+    lines += [
+        f"  {key}: the run has {was.get(key)!r}, now {now_is.get(key)!r}"
+        for key in sorted(was.keys() | now_is.keys())
+        if was.get(key) != now_is.get(key) and key not in _FREE
+    ]
+  if lines:
+    raise InputError(
+        "the run in --workdir was made with another model or other data:\n" + "\n".join(lines)
+        + "\nGive the same values to go on with it, or another --workdir."
+    )

@@ -1,0 +1,84 @@
+"""Meshes, and where parameters and batches live on them.
+
+Every parameter names its logical axes; one table maps those to mesh axes. The batch is
+split over `data` and `fsdp` together. Modules contain no sharding code.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dense_jax.config import MeshConfig, defaults, invalid
+from dense_jax.types import InputError
+
+# Logical axis -> mesh axis. What is not here is not split.
+RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "inner": "tensor"}
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """The mesh of `config` over all devices (or the given ones).
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = defaults(config)
+  free = [axis for axis, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) > 1 or 0 in sizes.values():
+    raise invalid("config.mesh", sizes, "sizes >= 1, at most one of them -1")
+  if len(devices) % fixed or (not free and fixed != len(devices)):
+    raise invalid("config.mesh", sizes, f"sizes whose product is {len(devices)}, the devices")
+  for axis in free:
+    sizes[axis] = len(devices) // fixed
+  grid = np.asarray(devices).reshape(tuple(sizes.values()))
+  return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+  """Raises InputError where the mesh does not divide an accumulation step's batch."""
+  parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if batch_size % (parts * accumulate):
+    raise invalid(
+        "config.train.batch_size", batch_size,
+        f"a multiple of mesh.data * mesh.fsdp * train.accumulate = {parts * accumulate}",
+    )
+
+
+def param_shardings(
+    axes: dict[str, tuple[str | None, ...]], shapes: dict[str, tuple[int, ...]], mesh: Mesh
+) -> dict[str, NamedSharding]:
+  """Each parameter's sharding.
+
+  Raises:
+    InputError: a dimension is not divisible by its mesh axis; it names both.
+  """
+  shardings = {}
+  for name, logical in axes.items():
+    spec = tuple(RULES.get(axis) if axis else None for axis in logical)
+    for size, axis in zip(shapes[name], spec, strict=True):
+      if axis and size % mesh.shape[axis]:
+        raise InputError(
+            f"config.mesh.{axis} = {mesh.shape[axis]} is not valid: it does not divide a "
+            f"dimension of {size} of {name}, shape {shapes[name]}"
+        )
+    shardings[name] = NamedSharding(mesh, PartitionSpec(*spec))
+  return shardings
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays whose first axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def describe_mesh(mesh: Mesh) -> str:
+  """Such as `data 4 x fsdp 2 x tensor 1`."""
+  return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -1,0 +1,176 @@
+"""The training loop: iterate, and call hooks."""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import jax
+
+from dense_jax.training.checkpoint import Checkpoints
+from dense_jax.training.metrics import MetricsWriter, Progress
+from dense_jax.training.step import Metrics, Trainer, TrainState
+from dense_jax.types import Batch
+
+
+class Batches(Protocol):
+  """Batches that know their position."""
+
+  def __next__(self) -> Batch:
+    """The next host batch."""
+
+  def get_state(self) -> dict[str, Any]:
+    """The position, as JSON has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """What a hook sees after a step.
+
+  Attributes:
+    step: updates done.
+    state: after them. Only valid during the call: the next step consumes it.
+    last: the run ends here, by its length or because it was interrupted.
+  """
+
+  step: int
+  state: TrainState
+  last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+  """Calls `run` after every `every`-th step, and after the last.
+
+  Attributes:
+    if_interrupted: also after the last step of a run that was interrupted.
+  """
+
+  every: int
+  run: Callable[[Moment], None]
+  if_interrupted: bool = True
+
+
+class Interrupt:
+  """Turns Ctrl-C and SIGTERM into a request to stop after the step; a second one is obeyed
+  at once."""
+
+  def __init__(self) -> None:
+    self.requested = ""
+    self._before: dict[signal.Signals, Any] = {}
+
+  def _handle(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    if self.requested:
+      raise KeyboardInterrupt
+    self.requested = signal.Signals(number).name
+
+  def __enter__(self) -> "Interrupt":
+    if threading.current_thread() is threading.main_thread():
+      for name in (signal.SIGINT, signal.SIGTERM):
+        self._before[name] = signal.signal(name, self._handle)
+    return self
+
+  def __exit__(
+      self,
+      kind: type[BaseException] | None,
+      error: BaseException | None,
+      trace: TracebackType | None,
+  ) -> None:
+    for name, handler in self._before.items():
+      signal.signal(name, handler)
+
+
+def train(
+    trainer: Trainer,
+    state: TrainState,
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    hooks: Sequence[Hook],
+    on_metrics: Callable[[int, Metrics], None],
+    interrupt: Interrupt,
+) -> TrainState:
+  """Trains up to `steps` updates, or until interrupted.
+
+  Args:
+    trainer: the compiled step.
+    state: where to begin; it is consumed.
+    batches: host batches, from the state's step on.
+    steps: updates in all, with those done before.
+    hooks: called in order, after their steps.
+    on_metrics: called for each step, one step late: fetching a step's metrics while the
+      next one runs does not hold up the device.
+    interrupt: asked after each step.
+  """
+  step = int(state.step)
+  pending: tuple[int, Metrics] | None = None
+  while step < steps and not interrupt.requested:
+    batch = trainer.put(next(batches))
+    with jax.transfer_guard("disallow"):
+      state, metrics = trainer.train_step(state, batch)
+    step += 1
+    if pending:
+      on_metrics(*pending)
+    pending = (step, metrics)
+    last = step == steps or bool(interrupt.requested)
+    due = [
+        hook for hook in hooks
+        if not step % hook.every or (last and (step == steps or hook.if_interrupted))
+    ]
+    if due or last:
+      on_metrics(*pending)
+      pending = None
+    for hook in due:
+      hook.run(Moment(step, state, last))
+  return state
+
+
+class Logger:
+  """Turns metrics into lines, events and the bar, every `every` steps."""
+
+  def __init__(
+      self, writer: MetricsWriter, progress: Progress, *, every: int, first_step: int,
+      steps: int, tokens_per_step: int,
+  ) -> None:
+    self._writer, self._progress = writer, progress
+    self._every, self._steps = every, steps
+    self._tokens = tokens_per_step
+    self._step, self._time = first_step, time.perf_counter()
+    self.tokens_per_second: list[float] = []
+
+  def pause(self) -> None:
+    """Time until `resume` is not training time."""
+    self._paused = time.perf_counter()
+
+  def resume(self) -> None:
+    """Ends `pause`."""
+    self._time += time.perf_counter() - self._paused
+
+  def __call__(self, step: int, metrics: Metrics) -> None:
+    """For every step; waits for the device only where it logs."""
+    self._progress.step(step)
+    if step % self._every and step != self._steps:
+      return
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    now = time.perf_counter()
+    rate = (step - self._step) * self._tokens / max(now - self._time, 1e-9)
+    self._step, self._time = step, now
+    self.tokens_per_second.append(rate)
+    self._writer.write(step, {**values, "tokens_per_second": rate})
+    left = (self._steps - step) * self._tokens / rate
+    self._progress.log(step, values["loss"], rate, left)
+
+
+def checkpoint_hook(
+    checkpoints: Checkpoints, batches: Batches, every: int, heldout_loss: Callable[[int], float | None]
+) -> Hook:
+  """Saves state and data position."""
+
+  def save(moment: Moment) -> None:
+    checkpoints.save(moment.state, moment.step, batches.get_state(), heldout_loss(moment.step))
+
+  return Hook(every, save)

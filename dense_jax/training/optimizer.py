@@ -1,0 +1,79 @@
+"""AdamW, its schedules, and which parameters decay."""
+
+import re
+
+import optax
+
+from dense_jax.config import OptimizerConfig
+from dense_jax.types import Params
+
+# Pattern of a parameter's whole path -> whether it decays. Each parameter matches one.
+WEIGHT_DECAY = {
+    r"embedding|head": True,
+    r".*\.(kernel|conv_kernel)": True,
+    r".*(^|\.)scale": False,  # norms
+    r".*\.(a_log|d|dt_bias|conv_bias)": False,  # recurrences and biases
+    r".*\.transition": False,  # it starts at the identity, not around zero
+}
+
+
+def decay_mask(names: Params | list[str]) -> dict[str, bool]:
+  """Parameter path -> whether weight decay applies.
+
+  Raises:
+    ValueError: a parameter matches no rule, or several.
+  """
+  mask = {}
+  for name in names:
+    matches = [pattern for pattern in WEIGHT_DECAY if re.fullmatch(pattern, name)]
+    if len(matches) != 1:
+      raise ValueError(
+          f"parameter {name} matches {len(matches)} weight-decay rules {matches}: expected one "
+          "of dense_jax.training.optimizer.WEIGHT_DECAY"
+      )
+    mask[name] = WEIGHT_DECAY[matches[0]]
+  return mask
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """The learning rate of update 0, 1, ..., steps - 1."""
+  peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+  warmup = round(config.warmup_fraction * steps)
+  rest = max(steps - warmup, 1)
+  match config.schedule:
+    case "constant":
+      main = optax.constant_schedule(peak)
+    case "cosine":
+      main = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    case "polynomial":
+      main = optax.polynomial_schedule(peak, final, config.power, rest)
+    case "wsd":
+      decay = max(round(config.decay_fraction * steps), 1)
+      main = optax.join_schedules(
+          [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)],
+          [max(rest - decay, 0)],
+      )
+    case other:
+      raise ValueError(f"unknown schedule {other}")
+  if not warmup:
+    return main
+  # The first update already moves: a rate of zero would waste it.
+  ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+  return optax.join_schedules([ramp, main], [warmup])
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, names: list[str]
+) -> optax.GradientTransformation:
+  """Clipping by global norm, then AdamW with decoupled decay where it applies."""
+  adamw = optax.adamw(
+      learning_rate(config, steps),
+      b1=config.beta1,
+      b2=config.beta2,
+      eps=config.epsilon,
+      weight_decay=config.weight_decay,
+      mask=decay_mask(names),
+  )
+  if not config.clip_norm:
+    return adamw
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

@@ -1,0 +1,21 @@
+"""Eight simulated devices, set before anything imports jax."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import jax
+
+# A rank that broadcasts silently is a wrong axis more often than not.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation is most of the tests' time; a second run reads what takes long from here.
+jax.config.update(
+    "jax_compilation_cache_dir",
+    str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax_tests"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

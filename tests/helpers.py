@@ -1,0 +1,98 @@
+"""What tests share: one table of tolerances, one comparison of trees, the TPU compiler."""
+
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# One row a dtype of the computation. A test that does not pass is mended, never its row.
+TOLERANCE = {
+    "float32": {"rtol": 1e-4, "atol": 1e-5},
+    "bfloat16": {"rtol": 3e-2, "atol": 3e-2},
+}
+
+
+def assert_trees_close(
+    actual: Any, expected: Any, dtype: str = "float32", scale: float = 1.0
+) -> None:
+  """Asserts that two pytrees of arrays agree; the error names every leaf that does not.
+
+  Integers and booleans must be equal, shapes too, and a NaN equals nothing.
+
+  Args:
+    actual: the tree under test.
+    expected: the tree to compare with, of the same structure.
+    dtype: that of the computation, a row of `TOLERANCE`.
+    scale: the natural size of the values where it is not about 1 (a sum's gradient); the
+      absolute tolerance is relative to it.
+  """
+  leaves, structure = jax.tree_util.tree_flatten_with_path(actual)
+  expected_leaves, expected_structure = jax.tree_util.tree_flatten(expected)
+  assert structure == expected_structure, (
+      f"the trees differ in structure:\n{structure}\n{expected_structure}"
+  )
+  tolerance = TOLERANCE[dtype]
+  differing = [
+      f"{jax.tree_util.keystr(path) or 'the array'}: {difference}"
+      for (path, leaf), expected_leaf in zip(leaves, expected_leaves, strict=True)
+      if (
+          difference := _difference(
+              np.asarray(leaf),
+              np.asarray(expected_leaf),
+              tolerance["rtol"],
+              tolerance["atol"] * scale,
+          )
+      )
+  ]
+  assert not differing, f"{len(differing)} of {len(leaves)} leaves differ:\n" + "\n".join(differing)
+
+
+def tpu_compiler_environment() -> dict[str, str]:
+  """The environment of a subprocess that compiles for TPUs, on a machine without one.
+
+  A subprocess, because libtpu must not be found by the tests' own jax. Skips the test where
+  the compiler is not installed.
+  """
+  folder = pathlib.Path(sys.prefix) / "tpu_compiler"
+  if not folder.is_dir():
+    pytest.skip("no TPU compiler here; `make test` installs it on Linux x86-64")
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  return environment | {
+      "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]),
+      "JAX_PLATFORMS": "cpu",
+      "TPU_SKIP_MDS_QUERY": "1",
+      "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+      "TPU_WORKER_HOSTNAMES": "localhost",
+      # Its lock file guards chips; here it would only keep tests from running side by side.
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+
+
+def _difference(actual: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> str:
+  """How two arrays differ, in words; empty where they agree."""
+  if actual.shape != expected.shape:
+    return f"shape {actual.shape}, expected {expected.shape}"
+  if all(array.dtype.kind in "biu" for array in (actual, expected)):
+    rtol = atol = 0.0
+  # Both complex and bfloat16 arrays have an exact home here.
+  kind = np.complex128 if "c" in (actual.dtype.kind, expected.dtype.kind) else np.float64
+  actual, expected = actual.astype(kind), expected.astype(kind)
+  wrong = ~np.isclose(actual, expected, rtol=rtol, atol=atol)
+  if not wrong.any():
+    return ""
+  with np.errstate(divide="ignore", invalid="ignore"):
+    absolute = np.abs(actual - expected)
+    relative = np.where(absolute == 0, 0, absolute / np.abs(expected))
+  first = tuple(int(i) for i in np.argwhere(wrong)[0]) if actual.ndim else ()
+  return (
+      f"{int(wrong.sum())} of {actual.size} values of shape {actual.shape} differ, "
+      f"max absolute {np.max(absolute):.3g}, max relative {np.max(relative):.3g} "
+      f"(allowed: {atol:g} + {rtol:g} relative); first at {first}: "
+      f"{actual[first]:.6g}, expected {expected[first]:.6g}"
+  )
