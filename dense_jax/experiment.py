@@ -5,6 +5,7 @@ An experiment is a Python file with `get_config(arg="") -> ConfigDict`, begun fr
 `--config.KEY=VALUE`; below this module only `ExperimentConfig` is seen.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -69,29 +70,22 @@ def _parse(key: str, text: str, annotation: Any) -> Any:
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
   """Sets the dotted `key` (after "config.") in nested values."""
-  annotation: Any = ExperimentConfig
-  path = ["config"]
-  *parents, _ = parts = key.split(".")
-  node = values
-  for part in parts:
-    types = field_types(annotation)
-    path.append(part)
-    if part not in types:
-      raise unknown_key(".".join(path), list(types))
-    annotation = types[part]
-    if ".".join(path) == _MIXER:
-      annotation = family(values["model"]["family"]).config
-    if not isinstance(annotation, type) or not hasattr(annotation, "__dataclass_fields__"):
-      raise unknown_key(f"config.{key}", [".".join(path[1:])])
-    node = node[part]
-  types = field_types(annotation)
-  full = f"config.{key}"
-  if parts[-1] not in types:
-    raise unknown_key(full, list(types))
-  wanted = types[parts[-1]]
-  if hasattr(wanted, "__dataclass_fields__") or full == _MIXER:
-    raise invalid(full, text, "a key inside it: it is a group of keys")
-  node[parts[-1]] = _parse(full, text, wanted)
+  group: type = ExperimentConfig
+  node, path = values, "config"
+  *parents, name = key.split(".")
+  for part in parents:
+    types = field_types(group)
+    nested = family(values["model"]["family"]).config if part == "mixer" else types.get(part)
+    if part not in types or not dataclasses.is_dataclass(nested):
+      groups = [field for field, kind in types.items() if dataclasses.is_dataclass(kind)]
+      raise unknown_key(f"{path}.{part}", groups or list(types))
+    group, node, path = nested, node[part], f"{path}.{part}"
+  types = field_types(group)
+  if name not in types:
+    raise unknown_key(f"{path}.{name}", list(types))
+  if dataclasses.is_dataclass(types[name]) or name == "mixer":
+    raise invalid(f"{path}.{name}", text, "a key inside it: it is a group of keys")
+  node[name] = _parse(f"{path}.{name}", text, types[name])
 
 
 def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConfig:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dense_jax.ops.matmul import matmul
 from dense_jax.types import Array
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
@@ -62,7 +63,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     """[..., in] -> [..., out], in x's dtype."""
-    return jnp.dot(x, self.kernel[...].astype(x.dtype))
+    return matmul(x, self.kernel[...])
 
 
 class RMSNorm(nnx.Module):
