@@ -88,6 +88,17 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
   node[name] = _parse(f"{path}.{name}", text, types[name])
 
 
+def get_config(file: pathlib.Path, argument: str = "") -> ConfigDict:
+  """What the `get_config` of an experiment file returns; one experiment may begin with
+  another's."""
+  module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+  if module_spec is None or module_spec.loader is None:
+    raise InputError(f"--config = {str(file)!r} is not valid: expected a Python file")
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  return module.get_config(argument)
+
+
 def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConfig:
   """Loads FILE.py[:ARG] and applies overrides (dotted key without "config.", text).
 
@@ -100,13 +111,8 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConf
   file = pathlib.Path(name)
   if not file.is_file():
     raise InputError(f"--config = {spec!r} is not valid: expected an experiment file, FILE.py[:ARG]")
-  module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
-  if module_spec is None or module_spec.loader is None:
-    raise InputError(f"--config = {spec!r} is not valid: expected a Python file")
-  module = importlib.util.module_from_spec(module_spec)
   try:
-    module_spec.loader.exec_module(module)
-    config = module.get_config(argument)
+    config = get_config(file, argument)
   except (AttributeError, KeyError, TypeError, SyntaxError) as error:
     raise InputError(f"{file}: {error}") from error
   values = config.to_dict()

@@ -22,6 +22,7 @@ from dense_jax.layers.dense_connection import DenseConnection, Shared
 from dense_jax.layers.linear import Linear, RMSNorm, xavier_uniform
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, reference
+from dense_jax.ops.matmul import materialize
 from dense_jax.ops.states import MatrixState, scan_matrix
 from dense_jax.types import Array, PyTree, Segments
 
@@ -149,7 +150,7 @@ class GauRetNet(nnx.Module):
     q_BK, own, gate_BE = self._project(x_BD)
     fused = self.dense.fuse_inputs(x_BD, own, shallow)
     q_BHN = rotate(self._by_head(q_BK), position_B)
-    k_BHN = rotate(self._by_head(fused["k"]), position_B)
+    k_BHN = materialize(rotate(self._by_head(fused["k"]), position_B))
     h_BHPN = reference.matrix_step(
         state["h"], log_decay(self.heads)[None], k_BHN, self._by_head(fused["v"])
     )

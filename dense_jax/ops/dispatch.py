@@ -1,7 +1,10 @@
 """The one place that picks an implementation, and the one that looks at the platform."""
 
+import contextlib
+import contextvars
 import functools
 import logging
+from collections.abc import Iterator
 
 import jax
 
@@ -16,30 +19,45 @@ IMPLEMENTATIONS = {
 }
 
 
-@functools.cache
-def resolve(form: str, requested: str, platform: str | None = None) -> str:
+_TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+  """Models made inside are compiled ahead of time for `platform` ("tpu", "gpu", "cpu")."""
+  token = _TARGET.set(platform)
+  try:
+    yield
+  finally:
+    _TARGET.reset(token)
+
+
+def resolve(form: str, requested: str) -> str:
   """The implementation that runs.
 
   Args:
     form: a state's form, a key of IMPLEMENTATIONS.
     requested: "auto" or one of the form's implementations.
-    platform: where it will run; None is JAX's default backend. Ahead-of-time compilation
-      for another platform names it through `requested`.
 
   Raises:
     InputError: the form has no such implementation.
   """
   options = IMPLEMENTATIONS[form]
-  if requested != "auto":
-    if requested not in options:
-      raise InputError(
-          f"config.model.implementation = {requested!r} is not valid for a {form} state: "
-          f"expected auto or one of {', '.join(options)}"
-      )
-    return requested
-  platform = platform or jax.default_backend()
+  if requested == "auto":
+    return _choose(form, _TARGET.get() or jax.default_backend())
+  if requested not in options:
+    raise InputError(
+        f"config.model.implementation = {requested!r} is not valid for a {form} state: "
+        f"expected auto or one of {', '.join(options)}"
+    )
+  return requested
+
+
+@functools.cache  # So that the choice is logged once.
+def _choose(form: str, platform: str) -> str:
   # On two CPU cores the scan inside rematerialised chunks trains a selective layer 5
   # times as fast as the associative scan, which does more arithmetic to gain lanes.
-  chosen = "recurrent" if (form, platform) == ("diagonal", "cpu") else options[0]
+  on_cpu = form == "diagonal" and platform == "cpu"
+  chosen = "recurrent" if on_cpu else IMPLEMENTATIONS[form][0]
   _LOG.info("implementation of %s states on %s: %s", form, platform, chosen)
   return chosen
