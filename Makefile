@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
 # Each worker compiles on several threads and holds a jax of its own: four at most.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# Large buffers in huge pages: on two CPU cores training is up to 1.5 times as fast.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 
 # libtpu, the TPU compiler, stays outside the environment's own packages: there, jax would

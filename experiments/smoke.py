@@ -19,12 +19,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.model.dense.depth = 1
   config.model.mixer.state_size = 8
   config.data.seq_len = 256
-  config.train.batch_size = 16
-  config.train.steps = 300
+  config.train.batch_size = 8
+  config.train.steps = 350
   config.train.eval_every = 100
   config.train.checkpoint_every = 100
   config.train.log_every = 10
-  config.optimizer.learning_rate = 4e-3
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.warmup_fraction = 0.1
   if check_argument(arg, "debug"):
     config.model.width = 32
     config.model.layers = 3

@@ -55,6 +55,7 @@ def split_overrides(
 def run(main: Callable[[Sequence[str]], int]) -> None:
   """Ends the process with main's status; 2 on bad input, 1 on anything else."""
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+  logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
   try:
     status = main(sys.argv[1:])
   except InputError as error:
