@@ -107,8 +107,8 @@ def build(
     if field.name not in values:
       continue
     path, value = f"{key}.{field.name}", values[field.name]
-    nested = variants.get(path, types[field.name])
-    if dataclasses.is_dataclass(nested):
+    nested: Any = variants.get(path, types[field.name])
+    if isinstance(nested, type) and dataclasses.is_dataclass(nested):
       if not isinstance(value, Mapping):
         raise invalid(path, value, f"the keys {', '.join(field_types(nested))}")
       built[field.name] = build(nested, value, path, variants)

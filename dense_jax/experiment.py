@@ -70,7 +70,7 @@ def _parse(key: str, text: str, annotation: Any) -> Any:
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
   """Sets the dotted `key` (after "config.") in nested values."""
-  group: type = ExperimentConfig
+  group: Any = ExperimentConfig
   node, path = values, "config"
   *parents, name = key.split(".")
   for part in parents:
@@ -89,8 +89,7 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
 
 
 def get_config(file: pathlib.Path, argument: str = "") -> ConfigDict:
-  """What the `get_config` of an experiment file returns; one experiment may begin with
-  another's."""
+  """What the file's `get_config` returns; one experiment may begin with another's."""
   module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
   if module_spec is None or module_spec.loader is None:
     raise InputError(f"--config = {str(file)!r} is not valid: expected a Python file")
@@ -110,7 +109,7 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConf
   name, _, argument = spec.partition(":")
   file = pathlib.Path(name)
   if not file.is_file():
-    raise InputError(f"--config = {spec!r} is not valid: expected an experiment file, FILE.py[:ARG]")
+    raise invalid("--config", spec, "an experiment file, FILE.py[:ARG]")
   try:
     config = get_config(file, argument)
   except (AttributeError, KeyError, TypeError, SyntaxError) as error:
@@ -146,7 +145,7 @@ def read(workdir: pathlib.Path) -> ExperimentConfig:
   """
   file = workdir / CONFIG_FILE
   if not file.is_file():
-    raise InputError(f"--workdir = {str(workdir)!r} is not valid: expected a run with {CONFIG_FILE}")
+    raise invalid("--workdir", str(workdir), f"a run with {CONFIG_FILE}")
   return resolve(json.loads(file.read_text()))
 
 

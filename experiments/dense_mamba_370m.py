@@ -4,8 +4,9 @@ Command   python -m dense_jax.cli.train --config experiments/dense_mamba_370m.py
               --workdir runs/dense_mamba_370m --config.data.path='pile/*.jsonl.zst' \
               --config.data.tokenizer=llama/tokenizer.model
 Hardware  the train step is compiled for a TPU v5e 2x2 by a test
-Size      376,136,704 parameters: D 1024, 48 layers, N 16, V 50280, tied head (arXiv 2312.00752, table 12), and for
-          each layer but the first a gate of rank D / 32 onto its 2048 channels
+Size      376,136,704 parameters: D 1024, 48 layers, N 16, V 50280, tied head (arXiv
+          2312.00752, table 12), and in each layer but the first a gate of rank D / 32 onto
+          its 2048 channels
 Recipe    length 2048, 0.5M tokens a batch, AdamW 1.5e-3 with betas 0.9 and 0.95, weight
           decay 0.1, clipping at 1, cosine decay to 1e-5 (arXiv 2312.00752, section E.2)
 Expected  not trained here

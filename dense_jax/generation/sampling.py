@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from dense_jax.config import invalid
 from dense_jax.types import Array
 
+# Below it, float32 draws are greedy anyway.
+_LEAST_TEMPERATURE = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -36,7 +39,9 @@ def sample(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
   """Token ids, int32 [B], from float32 logits."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV = logits_BV / sampling.temperature
+  # From the likeliest down, so that no temperature can overflow.
+  logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+  logits_BV = logits_BV / max(sampling.temperature, _LEAST_TEMPERATURE)
   vocab = logits_BV.shape[-1]
   if 0 < sampling.top_k < vocab:
     kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]

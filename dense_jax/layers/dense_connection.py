@@ -5,7 +5,10 @@ fused form; it knows nothing of fusion, and this file knows nothing of families.
 code serves a sequence, [B, T, ...], and one token of decoding, [B, ...].
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +87,8 @@ class DenseConnection(nnx.Module):
       self.linear = config.dense.transition == "linear"
       if self.linear:
         self.transition = parameter(
-            rngs, (sources, *query, query[-1]), (None,) * (2 + len(query)),
+            rngs, (sources, *query, query[-1]),
+            (None, "heads", None, None) if len(query) == 2 else (None, None, None),
             lambda _, shape: jnp.broadcast_to(jnp.eye(shape[-1], dtype=jnp.float32), shape),
         )
 
@@ -103,7 +107,8 @@ class DenseConnection(nnx.Module):
     fused = {}
     for name, own in inputs.items():
       gate = self.gates[name](x)
-      total = own + gate * sum(source[name] for source in shallow)  # type: ignore[index]
+      sources = [cast(Mapping[str, Array], source)[name] for source in shallow]
+      total = own + gate * functools.reduce(operator.add, sources)
       fused[name] = self.norms[name](total) if name in self.norms else total
     return fused
 
@@ -132,7 +137,7 @@ class DenseConnection(nnx.Module):
         rule = "...hn,hnm->...hm" if matrix.ndim == 3 else "...n,nm->...m"
         source_query = jnp.einsum(rule, query, matrix)
       read = jax.checkpoint(_read) if self.remat_reads else _read
-      reads.append(gate * read(source, source_query))
+      reads.append(gate * read(cast(StateSequence, source), source_query))
     return self.fuse(own, reads)
 
 

@@ -9,6 +9,7 @@ states; with b >= m they are saved once a super-block, not once a layer.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,9 @@ class Stack(nnx.Module):
       for layer, layer_state in zip(layers, states, strict=True):
         graph, params = nnx.split(layer)
 
-        def apply(params: PyTree, x: Array, layer_state: PyTree, bank: Bank, graph=graph):
+        def apply(
+            params: PyTree, x: Array, layer_state: PyTree, bank: Bank, graph: Any = graph
+        ) -> tuple[Array, PyTree, Shared]:
           x, output = call(nnx.merge(graph, params), x, layer_state, bank)
           return x, output.state, output.shared(self.inject)
 
@@ -121,6 +124,7 @@ class Stack(nnx.Module):
     if not self.num_blocks:
       return x, {"head": head_states, "blocks": []}
 
+    graph: Any
     graph, params = nnx.split(self.blocks)
     within = recompute if self.remat == "full" else keep
 

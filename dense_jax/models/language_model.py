@@ -82,7 +82,7 @@ class LanguageModel(nnx.Module):
       position_B = jnp.where(last_B1[:, 0] < 0, carried.position_B, last_position_B + 1)
     return self.norm(x_BTD), ModelState(position_B, layers)
 
-  def head_DV(self) -> Array:  # noqa: N802
+  def head_DV(self) -> Array:
     """The head's matrix, float32."""
     return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 

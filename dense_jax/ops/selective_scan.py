@@ -108,8 +108,8 @@ def selective_scan(
     return jnp.moveaxis(x, 1, 0).reshape(-1, chunk, batch, *x.shape[2:])
 
   inputs = jax.tree.map(chunked, (dt_BTE, x_BTE, b_BTN, c_BTN, resets_BT))
-  body = functools.partial(_CHUNK[implementation], a_NE)
-  body = jax.checkpoint(body, prevent_cse=False)
+  in_chunk = functools.partial(_CHUNK[implementation], a_NE)
+  body = jax.checkpoint(in_chunk, prevent_cse=False)
   final_BNE, y = jax.lax.scan(body, initial_BNE, inputs)
   y_BTE = jnp.moveaxis(y.reshape(-1, batch, width), 0, 1)[:, :time]
   return y_BTE, final_BNE

@@ -55,8 +55,10 @@ class Hook:
 
 
 class Interrupt:
-  """Turns Ctrl-C and SIGTERM into a request to stop after the step; a second one is obeyed
-  at once."""
+  """Turns Ctrl-C and SIGTERM into a request to stop after the step.
+
+  A second one is obeyed at once.
+  """
 
   def __init__(self) -> None:
     self.requested = ""
@@ -166,7 +168,8 @@ class Logger:
 
 
 def checkpoint_hook(
-    checkpoints: Checkpoints, batches: Batches, every: int, heldout_loss: Callable[[int], float | None]
+    checkpoints: Checkpoints, batches: Batches, every: int,
+    heldout_loss: Callable[[int], float | None],
 ) -> Hook:
   """Saves state and data position."""
 

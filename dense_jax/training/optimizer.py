@@ -39,7 +39,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """The learning rate of update 0, 1, ..., steps - 1."""
   peak, final = config.learning_rate, config.learning_rate * config.final_fraction
   warmup = round(config.warmup_fraction * steps)
-  rest = max(steps - warmup, 1)
+  rest = max(steps - warmup - 1, 1)  # The last update is number steps - 1.
   match config.schedule:
     case "constant":
       main = optax.constant_schedule(peak)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -121,14 +121,15 @@ class Trainer:
     abstract = jax.eval_shape(init, jax.random.key(0))
     opt_shardings = optax.tree_map_params(
         optimizer,
-        lambda _, placed: placed,
+        lambda _, sharded: sharded,
         abstract.opt_state,
         by_name,
         transform_non_params=lambda _: everywhere,
     )
-    shardings = TrainState(everywhere, by_name, opt_shardings)
+    placed: Any = everywhere  # Shardings stand where the dataclass is annotated with arrays.
+    shardings = TrainState(placed, cast(Params, by_name), opt_shardings)
     self.state_shapes: TrainState = jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        lambda leaf, sharded: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded),
         abstract,
         shardings,
     )
@@ -151,9 +152,9 @@ class Trainer:
         lambda x: jax.make_array_from_process_local_data(self._batch_sharding, x), batch
     )
 
-  def batch_shapes(self, batch_size: int, seq_len: int) -> Any:
+  def batch_shapes(self, batch_size: int, seq_len: int) -> Batch:
     """A batch's shapes and shardings, to lower the step without one."""
-    def shape(dtype: Any) -> jax.ShapeDtypeStruct:
+    def shape(dtype: Any) -> Any:
       return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=self._batch_sharding)
 
     return Batch(

@@ -14,6 +14,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,12 +60,13 @@ def training(settings: ExperimentConfig, repeats: int) -> float:
   """Training tokens/s: forward, backward and AdamW."""
   trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
   length = settings.data.seq_len
-  tokens = np.random.default_rng(0).integers(0, 8192, (1, length + 1)).astype(np.int32)
-  positions = np.arange(length, dtype=np.int32)[None]
+  # Any: host arrays stand where the dataclasses are annotated with jax's.
+  tokens: Any = np.random.default_rng(0).integers(0, 8192, (1, length + 1)).astype(np.int32)
+  positions: Any = np.arange(length, dtype=np.int32)[None]
+  ones: Any = np.ones((1, length), bool)
   batch = trainer.put(
       Batch(
-          tokens[:, :-1], tokens[:, 1:], np.ones((1, length), bool),
-          Segments(positions, np.ones_like(positions)),
+          tokens[:, :-1], tokens[:, 1:], ones, Segments(positions, ones.astype(np.int32)),
       )
   )
   state = trainer.init(0)

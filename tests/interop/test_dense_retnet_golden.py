@@ -118,7 +118,7 @@ def test_bad_tensors_are_all_listed(golden, tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-  with pytest.raises(ValueError, match="config.json does not exist"):
+  with pytest.raises(ValueError, match=r"config\.json does not exist"):
     load_hf(str(tmp_path))
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
   with pytest.raises(ValueError, match="'bert' is not of a known layout"):

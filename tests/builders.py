@@ -1,0 +1,162 @@
+"""Tiny models with perturbed parameters, documents in packed rows, batches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dense_jax.config import DenseConfig, ModelConfig, field_types
+from dense_jax.models.language_model import LanguageModel, ModelState
+from dense_jax.models.params import abstract_model, get_params, with_params
+from dense_jax.models.registry import family as find_family
+from dense_jax.types import Array, Batch, Params, PyTree, Segments
+
+VOCAB = 11
+FAMILIES = ("mamba", "gau_retnet")
+# Every kind of model that the equivalences are about: (family, m, injection).
+KINDS = [
+    (family, depth, inject)
+    for family in FAMILIES
+    for depth, inject in (
+        (0, "state"), (1, "state"), (2, "state"), (1, "inputs"), (2, "inputs"),
+    )
+]
+
+# The tests' time is compilation: without LLVM's optimisation it takes half as long.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+
+def kind_name(kind: tuple[str, int, str]) -> str:
+  """A test's id, such as mamba-m2-state."""
+  name, depth, inject = kind
+  return f"{name}-m{depth}-{inject}" if depth else f"{name}-m0"
+
+
+def model_config(
+    family: str, depth: int = 0, inject: str = "state", **options: object
+) -> ModelConfig:
+  """A tiny model; each option goes to the model, its mixer or its dense connections.
+
+  Chunks are shorter than sequences, ranks larger than one, and the head is not tied.
+  """
+  mixer_class = find_family(family).config
+  values = {
+      "vocab_size": VOCAB, "width": 16, "layers": max(2, depth + 1), "chunk": 3,
+      "tie_embeddings": False, "gate_reduction": 4, "depth": depth, "inject": inject,
+  }
+  if family == "mamba":
+    values |= {"state_size": 3, "conv_width": 4, "dt_rank": 2}
+  values |= options
+
+  def take(cls: type) -> dict[str, object]:
+    return {name: values.pop(name) for name in list(values) if name in field_types(cls)}
+
+  mixer, dense = mixer_class(**take(mixer_class)), DenseConfig(**take(DenseConfig))
+  return ModelConfig(family=family, mixer=mixer, dense=dense, **values)
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> Params:
+  """Parameters that are all away from their initial values, of unit-scale activations.
+
+  Gates are not zero, norms and D not one, transitions not the identity, biases not zero.
+  """
+  rng = np.random.default_rng(seed)
+  params = {}
+  for name, leaf in get_params(abstract_model(config)).items():
+    noise = rng.standard_normal(leaf.shape)
+    match name.rpartition(".")[2]:
+      case "kernel" | "conv_kernel" | "head":
+        value = noise / np.sqrt(leaf.shape[-2])
+      case "embedding":
+        value = noise
+      case "scale" | "d":
+        value = 1 + 0.3 * noise
+      case "a_log":
+        value = np.log(np.arange(1, leaf.shape[-2] + 1))[:, None] + 0.3 * noise
+      case "dt_bias":
+        value = 0.5 * noise - 1
+      case "conv_bias":
+        value = 0.3 * noise
+      case "transition":
+        value = np.eye(leaf.shape[-1]) + 0.3 * noise
+      case _:
+        raise AssertionError(f"say in tests/builders.py what {name} is to be")
+    params[name] = jnp.asarray(value, jnp.float32)
+  return params
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
+  """A model of `random_params`."""
+  return with_params(abstract_model(config), random_params(config, seed))
+
+
+def with_options(model: LanguageModel, **options: object) -> LanguageModel:
+  """The same parameters in a model of another form (options of ModelConfig)."""
+  config = dataclasses.replace(model.config, **options)
+  return with_params(abstract_model(config), get_params(model))
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0) -> Array:
+  """Float32 Gaussian numbers."""
+  return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def random_like(tree: PyTree, seed: int) -> PyTree:
+  """Gaussian numbers in the tree's shapes and dtypes."""
+  leaves, structure = jax.tree.flatten(tree)
+  rng = np.random.default_rng(seed)
+  return structure.unflatten(
+      [jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
+  )
+
+
+def random_state(model: LanguageModel, positions: list[int], seed: int = 1) -> ModelState:
+  """A state as it might be before those positions of the rows."""
+  fresh = jax.eval_shape(lambda: model.init_state(len(positions)))
+  return ModelState(jnp.asarray(positions, jnp.int32), random_like(fresh.layers, seed))
+
+
+def random_tokens(seed: int, *shape: int) -> Array:
+  """Token ids."""
+  return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, shape), jnp.int32)
+
+
+def packed(
+    rows: list[list[int]], *, time: int = 0, first: list[int] | None = None
+) -> Segments:
+  """Rows of documents' lengths, padded on the right to `time` or the longest row.
+
+  Args:
+    rows: each row's documents' lengths.
+    time: T; 0 takes the longest row's.
+    first: the position at which each row begins: above 0 it goes on with a document.
+  """
+  time = time or max(sum(row) for row in rows)
+  positions, ids = np.zeros((2, len(rows), time), np.int32)
+  for index, row in enumerate(rows):
+    begin = 0
+    for number, length in enumerate(row):
+      offset = first[index] if first and not number else 0
+      positions[index, begin : begin + length] = offset + np.arange(length)
+      ids[index, begin : begin + length] = number + 1
+      begin += length
+  return Segments(jnp.asarray(positions), jnp.asarray(ids))
+
+
+def random_batch(segments: Segments, seed: int = 0) -> Batch:
+  """Random tokens in those documents, each predicting the next of its document."""
+  ids = np.asarray(segments.ids_BT)
+  tokens = np.asarray(random_tokens(seed, ids.shape[0], ids.shape[1] + 1))
+  mask = np.zeros(ids.shape, bool)
+  mask[:, :-1] = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)
+  return Batch(
+      jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), jnp.asarray(mask), segments
+  )
+
+
+def tree_dot(left: PyTree, right: PyTree) -> Array:
+  """The sum of all products."""
+  return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), left, right)), start=0.0)

@@ -1,0 +1,174 @@
+"""The command lines as a user meets them: a run, its resumption, its refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import ROOT
+
+TRAIN = "dense_jax.cli.train"
+SMALL = ["--config.data.tokenizer=bytes", "--config.data.seq_len=32", "--config.train.batch_size=2",
+         "--config.model.width=16", "--config.model.layers=2", "--config.train.log_every=1"]
+
+
+def start(module, *arguments):
+  """A command line as its own process, on one CPU device."""
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  return subprocess.Popen(
+      [sys.executable, "-m", module, *map(str, arguments)],
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )
+
+
+def run(module, *arguments):
+  """Runs to the end; returns status, stdout and stderr."""
+  process = start(module, *arguments)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  for index in range(4):
+    lines = [f"line {line} of file {index}: {line * 7919 % 1000}\n" for line in range(80)]
+    (folder / f"{index}.txt").write_text("".join(lines))
+  return folder
+
+
+def arguments(text, workdir, *more):
+  return ["--config", "experiments/smoke.py:debug", "--workdir", workdir, *SMALL,
+          f"--config.data.path={text}", f"--config.data.cache_dir={text}/.cache",
+          "--config.data.heldout_every=2", *more]
+
+
+def training_losses(workdir):
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert all("step" in line for line in lines)
+  training = [line for line in lines if "loss" in line]
+  assert all("tokens_per_second" in line for line in training)
+  return {line["step"]: line["loss"] for line in training}
+
+
+def test_whole_run_then_evaluate_and_generate(text, tmp_path):
+  workdir = tmp_path / "run"
+  status, out, err = run(TRAIN, *arguments(text, workdir))
+  assert status == 0, err
+  for part in ("devices: 1 x cpu", "mesh: data 1", "states by: recurrent", "embedding",
+               "byte bigram", "byte trigram", "xz -9", "tokens/s", "peak memory", "--- prompt",
+               "resume", "evaluate", "sample"):
+    assert part in out
+  for name in ("config.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"):
+    assert (workdir / name).exists()
+  assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+
+  figures = tmp_path / "figures.json"
+  status, out, err = run("dense_jax.cli.evaluate", "--workdir", workdir, "--json", figures)
+  assert status == 0, err
+  written = json.loads(figures.read_text())
+  assert f"{written['bits_per_byte']:.3f} bits/byte" in out
+  again = tmp_path / "again.json"
+  status, _, err = run("dense_jax.cli.evaluate", "--workdir", workdir, "--json", again,
+                       "--batch-size", 3, "--checkpoint", "best")
+  assert status == 0, err
+  assert json.loads(again.read_text())["loss"] == pytest.approx(written["loss"], rel=1e-6)
+
+  status, out, err = run("dense_jax.cli.generate", "--workdir", workdir, "--prompt", "line 1",
+                         "--max-new-tokens", 8, "--temperature", 0)
+  assert status == 0, err
+  assert out.startswith("line 1")
+
+
+def test_interrupted_run_goes_on_bitwise(text, tmp_path):
+  steps = "--config.train.steps=30"
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  status, _, err = run(TRAIN, *arguments(text, whole, steps))
+  assert status == 0, err
+
+  process = start(TRAIN, *arguments(text, parts, steps))
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline:
+    file = parts / "metrics.jsonl"
+    if file.exists() and '"step": 3' in file.read_text():
+      break
+    time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 1, err
+  assert "SIGTERM: saved step" in out
+  stopped = max(training_losses(parts))
+  assert 3 <= stopped < 30
+
+  status, out, err = run(TRAIN, *arguments(text, parts, steps))
+  assert status == 0, err
+  assert f"from step {stopped} to 30" in out
+  assert training_losses(parts) == training_losses(whole)
+
+
+def test_other_model_or_data_is_refused(text, tmp_path):
+  workdir = tmp_path / "run"
+  assert run(TRAIN, *arguments(text, workdir))[0] == 0
+  before = {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
+  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.model.width=24"))
+  assert status == 2
+  assert "config.model.width: the run has 16, now 24" in err
+  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.data.seq_len=16"))
+  assert status == 2
+  assert "config.data.seq_len: the run has 32, now 16" in err
+  assert before == {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
+
+
+def test_changed_text_is_refused(text, tmp_path):
+  workdir = tmp_path / "run"
+  copy = tmp_path / "text"
+  copy.mkdir()
+  for file in text.glob("*.txt"):
+    (copy / file.name).write_text(file.read_text())
+  assert run(TRAIN, *arguments(copy, workdir))[0] == 0
+  (copy / "1.txt").write_text("something else\n" * 99)
+  status, _, err = run(TRAIN, *arguments(copy, workdir, "--config.train.steps=6"))
+  assert status == 2
+  assert "config.data" in err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.modle.x=1", "unknown key config.modle; did you mean config.model?"),
+        ("--config.model.dense.dept=1", "did you mean config.model.dense.depth?"),
+        ("--config.train.steps=many", "expected a value of type int"),
+        ("--config.train.steps=0", "expected an integer >= 1"),
+        ("--config.model.dense.depth=9", "expected an integer from 0 to layers - 1"),
+        ("--config.model.dense.inject=both", "expected one of state, inputs"),
+        ("--config.model.family=mamab", "did you mean mamba?"),
+        ("--config.mesh.tensor=3", "config.mesh"),
+        ("--config.data.path=/does/not/exist", "config.data.path"),
+        ("--config.model.implementation=chunked", "expected auto or one of associative, recurrent"),
+        ("--confg=x", "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_status_2_and_writes_nothing(text, tmp_path, argument, message):
+  workdir = tmp_path / "run"
+  status, _, err = run(TRAIN, *arguments(text, workdir, argument))
+  assert status == 2
+  assert message in err
+  assert "Traceback" not in err
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate", "generate"])
+def test_help_explains_and_is_status_0(module):
+  status, out, _ = run(f"dense_jax.cli.{module}", "--help")
+  assert status == 0
+  assert "--workdir" in out
+
+
+def test_missing_run_is_status_2(tmp_path):
+  status, _, err = run("dense_jax.cli.evaluate", "--workdir", tmp_path)
+  assert status == 2
+  assert "expected a run with config.json" in err

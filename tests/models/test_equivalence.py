@@ -1,0 +1,321 @@
+"""One function in every mode: forms, packing, carried states, decoding, causality.
+
+One compiled program for each kind of model answers most questions here: documents, parts
+and prompts are data (segments, states, weights), not shapes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dense_jax.models.language_model import ModelState
+from dense_jax.models.params import (
+    abstract_model,
+    count_params,
+    get_params,
+    with_params,
+)
+from dense_jax.types import Segments
+from tests.builders import (
+    FAMILIES,
+    KINDS,
+    VOCAB,
+    fast_jit,
+    kind_name,
+    model_config,
+    normal,
+    packed,
+    random_like,
+    random_model,
+    random_params,
+    random_state,
+    random_tokens,
+    tree_dot,
+)
+from tests.helpers import assert_trees_close
+
+B, T = 3, 11
+ROWS = [[4, 7], [2, 3, 6], [5, 3]]
+FIRST = [3, 0, 0]  # The first row goes on with a document.
+FORMS = {
+    "mamba": ("recurrent", "associative"), "gau_retnet": ("chunked", "associative", "recurrent"),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
+
+
+@functools.cache
+def _model(kind):
+  family, depth, inject = kind
+  options = {"transition": "linear"} if depth == 2 and inject == "state" else {}
+  return random_model(model_config(family, depth, inject, **options))
+
+
+@functools.cache
+def _program(kind, implementation):
+  """(tokens, segments, state, weights, cotangent) -> outputs, gradients.
+
+  Of the sum of weights * logits and cotangent * final state: (logits, final state), and
+  the gradients by the parameters and by the state's arrays.
+  """
+  family, depth, inject = kind
+  config = _model(kind).config
+  config = model_config(
+      family, depth, inject, transition=config.dense.transition, implementation=implementation
+  )
+  abstract, params = abstract_model(config), get_params(_model(kind))
+
+  @fast_jit
+  def run(params, tokens, segments, state, weights, cotangent):
+    def objective(params, layers):
+      model = with_params(abstract, params)
+      hidden, after = model.hidden(tokens, segments, ModelState(state.position_B, layers))
+      logits = model.logits(hidden)
+      return jnp.sum(weights * logits) + tree_dot(cotangent, after.layers), (logits, after)
+
+    gradients, outputs = jax.grad(objective, argnums=(0, 1), has_aux=True)(params, state.layers)
+    return outputs, gradients
+
+  return functools.partial(run, params)
+
+
+def _run(kind, *args):
+  return _program(kind, FORMS[kind[0]][0])(*args)
+
+
+@functools.cache
+def _whole(kind):
+  """The packed rows: the program's arguments, and what it gives."""
+  segments = packed(ROWS, time=T, first=FIRST)
+  state = random_state(_model(kind), FIRST)
+  weights = normal(2, B, T, VOCAB, scale=0.02) * segments.valid_BT[..., None]
+  cotangent = jax.tree.map(lambda leaf: 0.02 * leaf, random_like(state.layers, 3))
+  args = (random_tokens(1, B, T), segments, state, weights, cotangent)
+  return args, _run(kind, *args)
+
+
+def _add(left, right):
+  return jax.tree.map(jnp.add, left, right)
+
+
+@each_kind
+def test_every_form_gives_the_same(kind):
+  args, (outputs, gradients) = _whole(kind)
+  valid = args[1].valid_BT[..., None]
+  # For time's sake m = 1 is compared in one other form only.
+  forms = FORMS[kind[0]][1:] if kind[1] != 1 else FORMS[kind[0]][-1:]
+  for implementation in forms:
+    other, other_gradients = _program(kind, implementation)(*args)
+    assert_trees_close((other[0] * valid, other[1]), (outputs[0] * valid, outputs[1]))
+    assert_trees_close(other_gradients, gradients)
+
+
+@each_kind
+def test_every_parameter_matters(kind):
+  for name, gradient in _whole(kind)[1][1][0].items():
+    assert np.abs(gradient).max() > 1e-5, name
+
+
+@each_kind
+def test_packed_documents_equal_the_same_documents_run_apart(kind):
+  (tokens, segments, state, weights, _), _ = _whole(kind)
+  nothing = jax.tree.map(jnp.zeros_like, state.layers)
+  (logits, _), (by_params, by_state) = _run(kind, tokens, segments, state, weights, nothing)
+
+  documents = [
+      (row, sum(lengths[:index]), length)
+      for row, lengths in enumerate(ROWS) for index, length in enumerate(lengths)
+  ]
+  assert len(documents) == 7
+  total = jax.tree.map(jnp.zeros_like, by_params)
+  for group in (documents[:3], documents[3:6], documents[6:]):
+    apart = {"tokens": np.zeros((B, T), np.int32), "weights": np.zeros((B, T, VOCAB), np.float32)}
+    for index, (row, begin, length) in enumerate(group):
+      apart["tokens"][index, :length] = tokens[row, begin : begin + length]
+      apart["weights"][index, :length] = weights[row, begin : begin + length]
+    lengths = [[length] for _, _, length in group] + [[]] * (B - len(group))
+    # Only the very first document goes on from a state; the others start afresh.
+    first = [3, 0, 0] if group is documents[:3] or group[0] == documents[0] else [0, 0, 0]
+    start = state if first[0] else ModelState(jnp.zeros(B, jnp.int32), nothing)
+    (alone, _), (gradients, state_gradients) = _run(
+        kind, jnp.asarray(apart["tokens"]), packed(lengths, time=T, first=first), start,
+        jnp.asarray(apart["weights"]), nothing,
+    )
+    for index, (row, begin, length) in enumerate(group):
+      assert_trees_close(alone[index, :length], logits[row, begin : begin + length])
+    total = _add(total, gradients)
+    if first[0]:
+      assert_trees_close(state_gradients, by_state)
+  assert_trees_close(total, by_params)
+
+
+def _part(begin, end, tokens, segments, weights):
+  """Columns [begin, end) of rows, padded on the right to T."""
+  def cut(leaf):
+    part = leaf[:, begin:end]
+    return jnp.pad(part, ((0, 0), (0, T - end + begin)) + ((0, 0),) * (leaf.ndim - 2))
+
+  return cut(tokens), jax.tree.map(cut, segments), cut(weights)
+
+
+@each_kind
+def test_a_run_in_two_parts_equals_the_whole_with_gradients(kind):
+  (tokens, segments, state, weights, cotangent), (outputs, gradients) = _whole(kind)
+  valid = segments.valid_BT[..., None]
+  nothing = jax.tree.map(jnp.zeros_like, state.layers)
+  for split in (1, 4, 7, 10):  # 1, 7 and 10 fall inside documents.
+    first = _part(0, split, tokens, segments, weights)
+    second = _part(split, T, tokens, segments, weights)
+    (logits_1, between), _ = _run(kind, *first[:2], state, first[2], nothing)
+    (logits_2, after), by_second = _run(kind, *second[:2], between, second[2], cotangent)
+    # The gradient through the carried state.
+    _, by_first = _run(kind, *first[:2], state, first[2], by_second[1])
+    logits = jnp.concatenate([logits_1[:, :split], logits_2[:, : T - split]], axis=1)
+    assert_trees_close((logits * valid, after), (outputs[0] * valid, outputs[1]))
+    assert_trees_close((_add(by_first[0], by_second[0]), by_first[1]), gradients)
+
+
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[9]], ids=kind_name)
+def test_parts_of_their_own_lengths_equal_the_whole(kind):
+  """As above, the parts without segments or padding: their shapes are their own."""
+  model = _model(kind)
+  tokens, weights = random_tokens(1, B, T), normal(2, B, T, VOCAB, scale=0.02)
+  state = random_state(model, [3, 1, 20])
+
+  def in_parts(params, layers):
+    bound, after = with_params(model, params), ModelState(state.position_B, layers)
+    logits = []
+    for part in (slice(None, 4), slice(4, None)):
+      hidden, after = bound.hidden(tokens[:, part], None, after)
+      logits.append(bound.logits(hidden))
+    logits = jnp.concatenate(logits, axis=1)
+    return jnp.sum(weights * logits), (logits, after)
+
+  run = fast_jit(jax.grad(in_parts, argnums=(0, 1), has_aux=True))
+  gradients, outputs = run(get_params(model), state.layers)
+  # The whole has segments, which no document of theirs resets.
+  segments = Segments(state.position_B[:, None] + jnp.arange(T)[None], jnp.ones((B, T), jnp.int32))
+  nothing = jax.tree.map(jnp.zeros_like, state.layers)
+  assert_trees_close(
+      (outputs, gradients), _run(kind, tokens, segments, state, weights, nothing)
+  )
+
+
+@functools.cache
+def _steps(kind):
+  """(state, tokens_BT) -> logits_BTV and the states after each token, time second."""
+  @fast_jit
+  def run(model, state, tokens):
+    def body(state, tokens_B):
+      state, logits_BV = model.step(state, tokens_B)
+      return state, (logits_BV, state)
+
+    _, (logits, states) = jax.lax.scan(body, state, tokens.T)
+    return jnp.swapaxes(logits, 0, 1), states
+
+  return functools.partial(run, _model(kind))
+
+
+def _at(states, index_B):
+  """The state after each row's token number `index_B` of a scan's states [T, ..., B, ...]."""
+  def pick(leaf, batch_axis):
+    rows = [jnp.take(leaf[index], row, axis=batch_axis) for row, index in enumerate(index_B)]
+    return jnp.stack(rows, axis=batch_axis)
+
+  head = jax.tree.map(lambda leaf: pick(leaf, 0), states.layers["head"])
+  blocks = jax.tree.map(lambda leaf: pick(leaf, 1), states.layers["blocks"])
+  return ModelState(pick(states.position_B, 0), {"head": head, "blocks": blocks})
+
+
+@each_kind
+def test_prefill_and_steps_equal_the_full_forward(kind):
+  """Right-padded prompts of different lengths, from a fresh state; then token by token."""
+  model, tokens, lengths = _model(kind), random_tokens(4, B, T), [5, 11, 1]
+  fresh = model.init_state(B)
+  step = _steps(kind)
+  single_logits, single_states = step(fresh, tokens)
+  # Without padding: all tokens at once are the same as one by one.
+  (full, after), _ = _run(
+      kind, tokens, packed([[T]] * B, time=T), fresh, jnp.zeros((B, T, VOCAB)),
+      jax.tree.map(jnp.zeros_like, fresh.layers),
+  )
+  assert_trees_close(single_logits, full)
+  assert_trees_close(_at(single_states, [T - 1] * B), after)
+
+  prefill = fast_jit(lambda model, tokens, segments: model.prefill(tokens, segments))
+  state, logits = prefill(model, tokens, packed([[n] for n in lengths], time=T))
+  assert_trees_close(logits, jnp.stack([full[row, n - 1] for row, n in enumerate(lengths)]))
+  assert_trees_close(state, _at(single_states, [n - 1 for n in lengths]))
+
+  following = jnp.stack([jnp.roll(tokens[row], -n) for row, n in enumerate(lengths)])
+  continued, _ = step(state, following)
+  for row, length in enumerate(lengths):
+    assert_trees_close(continued[row, : T - length], full[row, length:])
+
+
+@each_kind
+def test_causality_and_documents_by_gradient(kind):
+  """Rows of 11 different tokens: the embedding's gradient tells which of them were read."""
+  tokens = jnp.stack([jnp.asarray(np.random.default_rng(row).permutation(T)) for row in range(B)])
+  fresh = _model(kind).init_state(B)
+  nothing = jax.tree.map(jnp.zeros_like, fresh.layers)
+  for rows, reads in (
+      ([[T]] * B, {0: range(0, 1), 4: range(0, 5), T - 1: range(0, T)}),
+      ([[2, 9]] * B, {1: range(0, 2), 2: range(2, 3), 7: range(2, 8)}),
+  ):
+    for t, expected in reads.items():
+      weights = jnp.zeros((B, T, VOCAB)).at[0, t].set(normal(5, VOCAB))
+      _, (by_params, _) = _run(kind, tokens, packed(rows, time=T), fresh, weights, nothing)
+      gradient = np.abs(by_params["embedding"][tokens[0]]).max(axis=1)
+      assert np.all(gradient[list(expected)] > 0), (t, gradient)
+      assert np.all(np.delete(gradient, list(expected)) == 0), (t, gradient)
+
+
+def _base_count(family, *, vocab, width, layers, options, tied):
+  """The parameters of the base model, by hand."""
+  inner = 2 * width
+  if family == "mamba":
+    state, taps, rank = options["state_size"], options["conv_width"], options["dt_rank"]
+    mixer = width * 2 * inner + taps * inner + inner  # in_proj, convolution
+    mixer += inner * (rank + 2 * state) + rank * inner + inner  # dt, B, C
+    mixer += inner * state + inner + inner * width  # A, D, out_proj
+  else:
+    keys, heads = options["key_dim"], options["heads"]
+    mixer = 2 * width * keys + width * 2 * inner + inner // heads + inner * width
+  return vocab * width * (1 if tied else 2) + width + layers * (width + mixer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_parameter_counts(family, tied):
+  options = {
+      "mamba": {"state_size": 3, "conv_width": 4, "dt_rank": 2},
+      "gau_retnet": {"key_dim": 12, "heads": 2},
+  }[family]
+  config = model_config(family, layers=4, tie_embeddings=tied, **options)
+  expected = _base_count(
+      family, vocab=VOCAB, width=16, layers=4, options=options, tied=tied
+  )
+  assert count_params(get_params(abstract_model(config))) == expected
+  assert count_params(random_params(config)) == expected
+
+
+def test_published_parameter_counts():
+  def count(config):
+    return count_params(get_params(abstract_model(config)))
+
+  mamba_130m = model_config(
+      "mamba", vocab_size=50280, width=768, layers=24, state_size=16, conv_width=4, dt_rank=48,
+      tie_embeddings=True,
+  )
+  assert count(mamba_130m) == 129_135_360  # state-spaces/mamba-130m
+  # The design's section 10: about 368M and 1.33B with their dense connections.
+  sizes = ((1536, 768, 2, 16, 368e6), (2560, 1280, 4, 25, 1.33e9))
+  for width, key_dim, heads, layers, expected in sizes:
+    config = model_config(
+        "gau_retnet", 1, "inputs", vocab_size=32000, width=width, layers=layers,
+        key_dim=key_dim, heads=heads, gate_reduction=32,
+    )
+    assert abs(count(config) / expected - 1) < 5e-3

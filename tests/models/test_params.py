@@ -1,0 +1,129 @@
+"""Parameters as a flat dict: round trips, logical axes, errors that name paths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dense_jax import sharding
+from dense_jax.models.params import (
+    abstract_model,
+    count_params,
+    get_params,
+    init_params,
+    logical_axes,
+    unrolled,
+    with_params,
+)
+from tests.builders import (
+    FAMILIES,
+    KINDS,
+    fast_jit,
+    kind_name,
+    model_config,
+    random_model,
+    random_params,
+    random_tokens,
+)
+from tests.helpers import assert_trees_close
+
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
+
+
+def _config(kind, **options):
+  """Layers enough for a scan over super-blocks."""
+  family, depth, inject = kind
+  if depth == 2 and inject == "state":
+    options["transition"] = "linear"
+  return model_config(family, depth, inject, layers=7, **options)
+
+
+@each_kind
+def test_round_trip(kind):
+  config = _config(kind)
+  params = random_params(config)
+  again = get_params(with_params(abstract_model(config), params))
+  assert list(again) == list(params)
+  assert all(again[name] is params[name] for name in params)
+
+
+@each_kind
+def test_logical_axes_cover_every_parameter(kind):
+  model = abstract_model(_config(kind))
+  axes, params = logical_axes(model), get_params(model)
+  assert axes.keys() == params.keys()
+  known = {"layers", "embed", "vocab", "heads", "inner", None}
+  for name, names in axes.items():
+    assert len(names) == params[name].ndim, name
+    assert set(names) <= known, name
+    assert (names[0] == "layers") == name.startswith("stack.blocks."), name
+  assert set(sharding.RULES) <= known
+
+
+@pytest.mark.parametrize("kind", [KINDS[2], KINDS[9]], ids=kind_name)
+def test_a_mismatch_names_the_paths_of_both_sides(kind):
+  config = _config(kind)
+  params = random_params(config)
+  del params["norm.scale"]
+  params["stack.extra"] = jnp.zeros(1)
+  with pytest.raises(ValueError, match=r"norm\.scale, stack\.extra"):
+    with_params(abstract_model(config), params)
+
+
+@each_kind
+def test_unrolled_holds_the_same_numbers_layer_by_layer(kind):
+  config = _config(kind)
+  model = random_model(config)
+  flat = unrolled(model)
+  assert not any(name.startswith("stack.blocks.") for name in get_params(flat))
+  assert unrolled(flat) is flat
+  assert count_params(get_params(flat)) == count_params(get_params(model))
+  scanned, block = get_params(model), max(kind[1], 1)
+  head, blocks = len(model.stack.head), model.stack.num_blocks
+  assert (head + block * blocks, blocks >= 2) == (7, True)
+  for layer in range(head, 7):
+    repeat, index = divmod(layer - head, block)
+    np.testing.assert_array_equal(
+        get_params(flat)[f"stack.head.{layer}.norm.scale"],
+        scanned[f"stack.blocks.{index}.norm.scale"][repeat],
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fresh_parameters(family):
+  """Reproducible, different for each layer and key, float32, gates at zero."""
+  config = model_config(family, 1, "state", layers=3, transition="linear")
+  init = fast_jit(lambda key: init_params(config, key))
+  first, again, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
+  assert_trees_close(first, again, scale=0.0)
+  for name, value in first.items():
+    assert value.dtype == jnp.float32
+    kernel = name.endswith("kernel")
+    if name.endswith("gate.up.kernel"):
+      assert not np.any(value), name
+    elif kernel or name in ("embedding", "head"):
+      assert not np.array_equal(value, other[name]), name
+      assert np.abs(np.mean(value)) < 0.5 * np.std(value) + 1e-3, name
+    if kernel and name.startswith("stack.blocks.") and "gate.up" not in name:
+      assert not np.array_equal(value[0], value[1]), name
+    if name.endswith("transition"):
+      np.testing.assert_array_equal(value, np.broadcast_to(np.eye(value.shape[-1]), value.shape))
+
+
+@pytest.mark.parametrize("kind", [KINDS[2], KINDS[4], KINDS[9]], ids=kind_name)
+def test_the_tests_own_parameters_are_away_from_fresh_ones(kind):
+  """So that every term of every equation matters in the other tests."""
+  config = model_config(*kind)
+  fresh = fast_jit(lambda key: init_params(config, key))(jax.random.key(0))
+  for name, value in random_params(config).items():
+    assert value.shape == fresh[name].shape
+    assert np.mean(np.abs(value - fresh[name]) > 1e-3) > 0.8, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_a_pytree_that_jit_takes(family):
+  model = random_model(model_config(family, 1))
+  tokens = random_tokens(0, 2, 5)
+  run = fast_jit(lambda model, tokens: model(tokens))
+  bound = fast_jit(lambda params, tokens: with_params(model, params)(tokens))
+  assert_trees_close(run(model, tokens), bound(get_params(model), tokens))

@@ -1,0 +1,139 @@
+"""With dtype bfloat16: what stays float32, and how near the float32 model it is."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dense_jax.models.params import get_params, with_params
+from dense_jax.types import Segments
+from tests.builders import (
+    FAMILIES,
+    KINDS,
+    fast_jit,
+    kind_name,
+    model_config,
+    packed,
+    random_batch,
+    random_model,
+    random_state,
+    random_tokens,
+    with_options,
+)
+from tests.helpers import assert_trees_close
+
+B, T = 2, 11
+# Of a layer's shared states and the model's state; everything else may be bfloat16.
+FLOAT32 = {"dt_BTE", "a_NE", "log_decay_BTH", "initial_BNE", "initial_BHPN", "before_BGHPN",
+           "final_BNE", "final_BHPN", "h_BNE", "h_BHPN", "h"}
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
+
+
+def _model(kind, **options):
+  family, depth, inject = kind
+  return random_model(model_config(family, depth, inject, dtype="bfloat16", **options))
+
+
+def _dtypes(tree):
+  """The last name of each array's path -> its dtypes."""
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    key = next(
+        str(getattr(part, "name", getattr(part, "key", ""))) for part in reversed(path)
+    )
+    found.setdefault(key, set()).add(leaf.dtype)
+  return found
+
+
+@each_kind
+def test_parameters_losses_and_logits_are_float32(kind):
+  model = _model(kind)
+  batch = random_batch(packed([[5, 6], [8]]))
+  assert {leaf.dtype for leaf in get_params(model).values()} == {jnp.dtype("float32")}
+  logits = jax.eval_shape(lambda: model(batch.tokens_BT, batch.segments))
+  losses = jax.eval_shape(lambda: model.token_losses(batch, chunk=4))
+  hidden, state = jax.eval_shape(lambda: model.hidden(batch.tokens_BT, batch.segments))
+  stepped, step_logits = jax.eval_shape(model.step, state, batch.tokens_BT[:, 0])
+  for leaf in (logits, *losses, step_logits):
+    assert leaf.dtype == jnp.float32
+  assert hidden.dtype == jnp.bfloat16  # Or else all of this says nothing.
+  for carried in (jax.eval_shape(lambda: model.init_state(B)), state, stepped):
+    assert _dtypes(carried.layers)["h"] == {jnp.dtype("float32")}
+
+
+def _outputs(model, call):
+  """Runs the layers one after the other; y, state, shared states and inputs of each."""
+  bank, outputs = [], []
+  for layer in model.stack.head:
+    output = call(layer.mixer, bank)
+    outputs.append({
+        "y": output.y, "state": output.state, "states": output.states, "inputs": output.inputs,
+    })
+    bank = [output.shared(model.config.dense.inject), *bank][: model.config.dense.depth]
+  return outputs
+
+
+@each_kind
+@pytest.mark.parametrize("implementation", ["associative", "recurrent"])
+def test_what_layers_compute_states_with_is_float32(kind, implementation):
+  model = _model(kind, implementation=implementation, layers=3, block_layers=3)
+  x_BTD, segments = jnp.zeros((B, T, 16), jnp.bfloat16), Segments(jnp.arange(T)[None])
+  sequence = jax.eval_shape(lambda: _outputs(
+      model, lambda mixer, bank: mixer(x_BTD, segments, mixer.init_state(B), bank)
+  ))
+  token = jax.eval_shape(lambda: _outputs(
+      model, lambda mixer, bank: mixer.step(
+          x_BTD[:, 0], jnp.zeros(B, jnp.int32), mixer.init_state(B), bank)
+  ))
+  decay = {"mamba": "dt_BTE", "gau_retnet": "log_decay_BTH"}[kind[0]]
+  for outputs, expected in ((sequence, {"h", decay}), (token, {"h"})):
+    assert len(outputs) == 3
+    for output in outputs:
+      assert output["y"].dtype == jnp.bfloat16
+      found = _dtypes(output)
+      assert expected <= found.keys()
+      for name in FLOAT32 & found.keys():
+        assert found[name] == {jnp.dtype("float32")}, name
+
+
+def _distance(actual, expected):
+  """Root mean square difference, relative to the values' own scale."""
+  return jnp.sqrt(jnp.mean((actual - expected) ** 2)) / jnp.std(expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[1] != 1], ids=kind_name)
+def test_logits_are_near_the_float32_models(kind):
+  # From a carried state: a retention's first read is one product k q, near zero now and
+  # then, whose sign and so the norm's output would turn with the rounding.
+  model, tokens = _model(kind), random_tokens(0, B, T)
+  state = random_state(model, [3, 9])
+  run = fast_jit(lambda model: model.logits(model.hidden(tokens, None, state)[0]))
+  actual, expected = run(model), run(with_options(model, dtype="float32"))
+  assert _distance(actual, expected) > 1e-4  # It did compute in bfloat16.
+  assert_trees_close(_distance(actual, expected), 0.0, "bfloat16")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_is_near_the_sequence(family):
+  model = _model((family, 1, "state"))
+  tokens, state = random_tokens(0, B, T), random_state(model, [3, 9])
+
+  @fast_jit
+  def run(model):
+    after, logits = jax.lax.scan(model.step, state, tokens.T)
+    return jnp.swapaxes(logits, 0, 1), model.logits(model.hidden(tokens, None, state)[0]), after
+
+  actual, expected, after = run(model)
+  assert_trees_close(_distance(actual, expected), 0.0, "bfloat16")
+  assert _dtypes(after.layers)["h"] == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_and_their_parameters_are_float32(family):
+  model = _model((family, 2, "state"))
+  batch = random_batch(packed([[5, 6], [8]]))
+
+  def loss(params):
+    return jnp.sum(with_params(model, params).token_losses(batch, chunk=4)[0])
+
+  gradients = jax.eval_shape(jax.grad(loss), get_params(model))
+  assert {leaf.dtype for leaf in gradients.values()} == {jnp.dtype("float32")}

@@ -1,0 +1,144 @@
+"""Matrix-state recurrences over chunks against their float32 specification."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dense_jax.ops import reference
+from dense_jax.ops.states import scan_matrix
+from dense_jax.types import Segments
+from tests.builders import fast_jit, normal, packed
+from tests.helpers import assert_trees_close
+
+B, H, P, N, C = 3, 2, 3, 4, 3
+# (length, with documents): without them the code is the same but for the masks.
+CASES = [(time, True) for time in sorted({1, 2, C - 1, C, C + 1, 29})]
+CASES += [(time, False) for time in (C, 29)]
+IMPLEMENTATIONS = ["chunked", "associative", "recurrent"]
+
+
+def _inputs(time, initial=True, rows=B):
+  return {
+      "k": normal(0, B, time, H, N),
+      "v": normal(1, B, time, H, P),
+      "q": normal(2, B, time, H, N),
+      "log_decay": -jnp.exp(normal(3, rows, time, H) - 1),
+      "initial": normal(4, B, H, P, N) * initial,
+  }
+
+
+def _segments(time):
+  """Documents that begin inside and at the borders of chunks; padding; an empty row."""
+  wanted = [[3, *[7] * 9], [time // 2, time], []]
+  rows = []
+  for lengths in wanted:
+    row = []
+    for length in lengths:
+      row.append(min(length, time - sum(row)))
+    rows.append([length for length in row if length])
+  if time > 2:
+    rows[1][-1] -= 1  # Padding.
+  return packed(rows, time=time, first=[4, 0, 0])
+
+
+def _fast(inputs, segments, implementation, chunk=C):
+  states = scan_matrix(
+      inputs["k"], inputs["v"], inputs["log_decay"], segments, inputs["initial"],
+      implementation=implementation, chunk=chunk,
+  )
+  return states.read(inputs["q"]), states.final()
+
+
+def _specification(inputs, segments):
+  """Reads of the reference's states; the last state is that of the last valid token."""
+  log_decay = jnp.broadcast_to(inputs["log_decay"], inputs["k"].shape[:3])
+  states, _ = reference.matrix_states(
+      inputs["k"], inputs["v"], log_decay, segments.resets_BT, inputs["initial"]
+  )
+  y = jax.vmap(reference.matrix_read, in_axes=1, out_axes=1)(states, inputs["q"])
+  states = jnp.concatenate([inputs["initial"][:, None], states], axis=1)
+  if segments.valid_BT is None:
+    return y, states[:, -1]
+  return y, states[jnp.arange(B), jnp.sum(segments.valid_BT, axis=1)]
+
+
+@fast_jit
+def _compare(inputs, segments):
+  """Outputs, final state and gradients by every input, of each form."""
+  time = inputs["k"].shape[1]
+  valid = 1.0 if segments.valid_BT is None else segments.valid_BT[..., None, None]
+  weight_y, weight_h = normal(6, B, time, H, P) * valid, normal(7, B, H, P, N)
+
+  def everything(run):
+    def objective(inputs):
+      y, final = run(inputs, segments)
+      return jnp.sum(y * weight_y) + jnp.sum(final * weight_h), (y * valid, final)
+
+    gradients, outputs = jax.grad(objective, has_aux=True)(inputs)
+    return outputs, gradients
+
+  fast = [functools.partial(_fast, implementation=name) for name in IMPLEMENTATIONS]
+  return everything(_specification), [everything(run) for run in fast]
+
+
+@pytest.mark.parametrize(("time", "documents"), CASES)
+def test_outputs_final_state_and_gradients_are_the_references(time, documents):
+  segments = _segments(time) if documents else Segments(jnp.arange(time)[None])
+  for initial in (False, True):
+    expected, fast = _compare(_inputs(time, initial), segments)
+    for actual in fast:
+      assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one-document", "documents"])
+def test_a_decay_that_all_rows_share(documents):
+  segments = _segments(11) if documents else Segments(jnp.arange(11)[None])
+  expected, fast = _compare(_inputs(11, rows=1), segments)
+  assert expected[1]["log_decay"].shape == (1, 11, H)
+  for actual in fast:
+    assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "associative"])
+def test_chunk_length_changes_nothing(implementation):
+  inputs, segments = _inputs(29), _segments(29)
+  run = functools.partial(fast_jit, static_argnames=("implementation", "chunk"))(_fast)
+  valid = segments.valid_BT[..., None, None]
+  expected_y, expected_final = run(inputs, segments, implementation="recurrent", chunk=0)
+  for chunk in (7, 100):
+    y, final = run(inputs, segments, implementation=implementation, chunk=chunk)
+    assert_trees_close((y * valid, final), (expected_y * valid, expected_final))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_extreme_decays_stay_finite(implementation):
+  inputs = _inputs(11)
+  size = jnp.asarray([-50.0, -1e-6, -1e4, -1e-30] * 6)[: 11 * H].reshape(1, 11, H)
+
+  @fast_jit
+  def run(inputs):
+    def objective(inputs):
+      y, final = _fast(inputs, Segments(jnp.arange(11)[None]), implementation)
+      return jnp.sum(y) + jnp.sum(final), (y, final)
+
+    return jax.grad(objective, has_aux=True)(inputs)
+
+  for decay in (size, jnp.full_like(size, -50.0), jnp.full_like(size, -1e-6)):
+    for leaf in jax.tree.leaves(run(inputs | {"log_decay": decay})):
+      assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_inputs_keep_float32_states(implementation):
+  inputs = _inputs(29)
+  low = {name: inputs[name].astype(jnp.bfloat16) for name in "kvq"}
+  run = fast_jit(
+      lambda inputs: _fast(inputs, Segments(jnp.arange(29)[None]), implementation)
+  )
+  actual, expected = run(inputs | low), run(inputs)
+  assert [leaf.dtype for leaf in actual] == [jnp.float32, jnp.float32]
+  for low_leaf, leaf in zip(actual, expected, strict=True):
+    assert_trees_close(low_leaf, leaf, "bfloat16", scale=float(jnp.std(leaf)))

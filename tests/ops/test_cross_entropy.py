@@ -1,0 +1,100 @@
+"""The chunked cross-entropy: its value, its gradients, and the logits that it never holds."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dense_jax.ops.cross_entropy import chunked_cross_entropy, token_cross_entropy
+from tests.builders import fast_jit, normal, random_tokens
+from tests.helpers import assert_trees_close
+
+B, D, V = 2, 4, 11
+
+
+def _inputs(time, vocab=V):
+  return normal(0, B, time, D), normal(1, D, vocab), random_tokens(2, B, time)
+
+
+def _direct(hidden, head, targets):
+  return token_cross_entropy(hidden @ head, targets)
+
+
+def _value_and_gradients(form, hidden, head, targets):
+  weights = normal(3, 2, *targets.shape)
+
+  def objective(hidden, head):
+    nll, log_z = form(hidden, head, targets)
+    return jnp.sum(weights[0] * nll) + jnp.sum(weights[1] * log_z**2), (nll, log_z)
+
+  return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(hidden, head)
+
+
+@pytest.mark.parametrize(("time", "chunk"), [(1, 4), (4, 4), (5, 4), (13, 4), (13, 13), (7, 100)])
+def test_chunked_equals_direct_with_gradients(time, chunk):
+  inputs = _inputs(time)
+  chunked = functools.partial(chunked_cross_entropy, chunk=chunk)
+  actual, expected = fast_jit(
+      lambda *inputs: [_value_and_gradients(form, *inputs) for form in (chunked, _direct)]
+  )(*inputs)
+  assert_trees_close(actual, expected)
+
+
+def test_it_is_the_definition():
+  hidden, head, targets = _inputs(5)
+  nll, log_z = chunked_cross_entropy(hidden, head, targets, chunk=2)
+  probability = jax.nn.softmax(hidden @ head)
+  picked = jnp.take_along_axis(probability, targets[..., None], axis=-1)[..., 0]
+  assert_trees_close(nll, -jnp.log(picked))
+  assert_trees_close(log_z, jnp.log(jnp.sum(jnp.exp(hidden @ head), axis=-1)))
+
+
+def test_large_logits_stay_finite():
+  hidden, head, targets = _inputs(5)
+  (value, outputs), gradients = _value_and_gradients(
+      functools.partial(chunked_cross_entropy, chunk=2), 1e4 * hidden, head, targets
+  )
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, outputs, gradients)))
+
+
+def _largest_array(text: str, types: str) -> int:
+  """Elements of the largest floating-point array of a jaxpr or an HLO module."""
+  shapes = re.findall(rf"\b(?:{types})\[([\d,]+)\]", text)
+  return max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_array_holds_all_logits(dtype):
+  time, vocab = 24, 50
+  hidden, head, targets = _inputs(time, vocab)
+  hidden = hidden.astype(dtype)
+
+  def largest(form):
+    run = functools.partial(_value_and_gradients, form)
+    jaxpr = str(jax.make_jaxpr(run)(hidden, head, targets))
+    program = fast_jit(run).lower(hidden, head, targets).compile().as_text()
+    return (
+        _largest_array(jaxpr, "f16|bf16|f32|f64"), _largest_array(program, "f16|bf16|f32|f64")
+    )
+
+  all_logits = B * time * vocab
+  assert max(largest(functools.partial(chunked_cross_entropy, chunk=6))) < all_logits
+  assert min(largest(_direct)) >= all_logits  # The check itself sees such an array.
+
+
+def test_bfloat16_hidden_has_float32_losses_near_the_float32_ones():
+  hidden, head, targets = _inputs(13)
+  low = hidden.astype(jnp.bfloat16)
+  actual = chunked_cross_entropy(low, head, targets, chunk=4)
+  assert [leaf.dtype for leaf in actual] == [jnp.float32, jnp.float32]
+  expected = _direct(hidden, head, targets)
+  for low_leaf, leaf in zip(actual, expected, strict=True):
+    assert_trees_close(low_leaf, leaf, "bfloat16", scale=float(jnp.std(leaf)))
+  # The logits' sums are float32: nothing but the inputs' own rounding is lost.
+  rounded = _direct(
+      low.astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32), targets
+  )
+  assert_trees_close(actual, rounded)

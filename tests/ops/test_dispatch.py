@@ -1,0 +1,76 @@
+"""The resolver: what "auto" picks, and what a bad request is told."""
+
+import logging
+
+import jax
+import pytest
+
+from dense_jax.config import ModelConfig, field_types
+from dense_jax.ops import dispatch
+from dense_jax.types import InputError
+
+
+@pytest.mark.parametrize(("form", "platform", "expected"), [
+    ("diagonal", "cpu", "recurrent"),
+    ("diagonal", "tpu", "associative"),
+    ("diagonal", "gpu", "associative"),
+    ("matrix", "cpu", "chunked"),
+    ("matrix", "tpu", "chunked"),
+    ("matrix", "gpu", "chunked"),
+])
+def test_auto(form, platform, expected):
+  with dispatch.compiling_for(platform):
+    assert dispatch.resolve(form, "auto") == expected
+
+
+@pytest.mark.parametrize("form", dispatch.IMPLEMENTATIONS)
+def test_auto_looks_at_the_platform_that_runs(form):
+  with dispatch.compiling_for(jax.default_backend()):
+    expected = dispatch.resolve(form, "auto")
+  assert dispatch.resolve(form, "auto") == expected
+
+
+def test_another_platform_is_compiled_for_inside_only():
+  before = dispatch.resolve("diagonal", "auto")
+  with pytest.raises(RuntimeError), dispatch.compiling_for("tpu"):
+    assert dispatch.resolve("diagonal", "auto") != before
+    raise RuntimeError
+  assert dispatch.resolve("diagonal", "auto") == before
+
+
+def test_a_request_is_what_runs_everywhere():
+  for form, options in dispatch.IMPLEMENTATIONS.items():
+    for requested in options:
+      for platform in ("cpu", "gpu", "tpu"):
+        with dispatch.compiling_for(platform):
+          assert dispatch.resolve(form, requested) == requested
+
+
+@pytest.mark.parametrize(("form", "requested"), [("diagonal", "chunked"), ("matrix", "conv")])
+def test_a_bad_request_names_the_field_the_value_and_the_options(form, requested):
+  with pytest.raises(InputError) as error:
+    dispatch.resolve(form, requested)
+  for part in ("config.model.implementation", repr(requested), form, "auto",
+               *dispatch.IMPLEMENTATIONS[form]):
+    assert part in str(error.value)
+
+
+def test_the_choice_is_logged_once(caplog):
+  dispatch._choose.cache_clear()
+  with caplog.at_level(logging.INFO, logger=dispatch.__name__), dispatch.compiling_for("tpu"):
+    for _ in range(3):
+      dispatch.resolve("matrix", "auto")
+  assert [record.getMessage() for record in caplog.records] == [
+      "implementation of matrix states on tpu: chunked"
+  ]
+
+
+def test_every_form_takes_only_what_the_configuration_knows():
+  valid = next(
+      field for field in ModelConfig.__dataclass_fields__.values()
+      if field.name == "implementation"
+  ).metadata["valid"]
+  assert "implementation" in field_types(ModelConfig)
+  for options in dispatch.IMPLEMENTATIONS.values():
+    for name in options:
+      assert name in valid

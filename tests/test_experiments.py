@@ -1,0 +1,74 @@
+"""Every experiment file loads, is valid, and has the size that its header says."""
+
+import pathlib
+
+import pytest
+from flax import nnx
+
+from dense_jax import experiment
+from dense_jax.models.language_model import LanguageModel
+from dense_jax.models.params import abstract_model, count_params, get_params
+from dense_jax.training.optimizer import decay_mask
+from dense_jax.types import InputError
+from tests.helpers import ROOT
+
+FILES = sorted((ROOT / "experiments").glob("*.py"))
+PARAMETERS = {
+    "dense_retnet_350m": 367_630_080,
+    "dense_retnet_1p3b": 1_333_090_560,
+    "dense_mamba_370m": 376_136_704,
+    # The embedding's rows are the tokenizer's pieces.
+    "smoke": 2_258_880,
+}
+
+
+def size(config):
+  return count_params(get_params(abstract_model(config)))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_loads_with_its_published_size(file: pathlib.Path):
+  overrides = [("model.vocab_size", "4096")] if file.stem == "smoke" else []
+  config = experiment.load(str(file), overrides)
+  assert size(config.model) == PARAMETERS[file.stem]
+  decay_mask(list(get_params(abstract_model(config.model))))
+  for part in ("Command", "Hardware", "Expected"):
+    assert part in file.read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_debug_is_small_enough_to_make(file: pathlib.Path):
+  config = experiment.load(f"{file}:debug", [("model.vocab_size", "258")])
+  model = LanguageModel(config.model, rngs=nnx.Rngs(0))
+  assert count_params(get_params(model)) < 500_000
+  with pytest.raises(InputError, match="expected debug"):
+    experiment.load(f"{file}:dbug")
+
+
+def test_base_of_dense_mamba_is_the_published_mamba_370m():
+  """371,516,416 parameters, as the released checkpoint has."""
+  file = ROOT / "experiments" / "dense_mamba_370m.py"
+  assert size(experiment.load(str(file), [("model.dense.depth", "0")]).model) == 371_516_416
+
+
+def test_another_family_brings_its_own_options():
+  file = ROOT / "experiments" / "smoke.py"
+  config = experiment.load(
+      str(file), [("model.mixer.heads", "4"), ("model.family", "gau_retnet")]
+  )
+  assert config.model.mixer.heads == 4
+  with pytest.raises(InputError, match=r"unknown key config.model.mixer.heads"):
+    experiment.load(str(file), [("model.mixer.heads", "4")])
+
+
+def test_a_wrong_key_in_a_file_is_an_input_error(tmp_path):
+  file = tmp_path / "wrong.py"
+  file.write_text(
+      "from dense_jax.experiment import default_config\n"
+      "def get_config(arg=''):\n"
+      "  config = default_config()\n"
+      "  config.train.stepz = 3\n"
+      "  return config\n"
+  )
+  with pytest.raises(InputError, match="stepz"):
+    experiment.load(str(file))
