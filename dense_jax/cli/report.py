@@ -1,6 +1,7 @@
 """What a finished run shows: the table, the samples, the plot, the next commands."""
 
 import math
+import os
 import pathlib
 import resource
 import shlex
@@ -95,8 +96,14 @@ def samples(model: LanguageModel, data: Datasets, *, seed: int) -> list[tuple[st
   continuations = generator(
       prompts, max_new_tokens=64, seed=seed, stop_id=data.tokenizer.eos_id
   )
-  decode = data.tokenizer.decode
-  return [(decode(p), decode(c)) for p, c in zip(prompts, continuations, strict=True)]
+
+  def text(tokens: Sequence[int]) -> str:
+    """Decoded; what a terminal would obey rather than show is replaced."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\ufffd" for c in data.tokenizer.decode(tokens)
+    )
+
+  return [(text(p), text(c)) for p, c in zip(prompts, continuations, strict=True)]
 
 
 def plot_loss(workdir: pathlib.Path) -> pathlib.Path:
@@ -130,9 +137,15 @@ def next_commands(arguments: Sequence[str], workdir: str, config: ExperimentConf
   folder = shlex.quote(workdir)
   more = [a for a in arguments if not a.startswith("--config.train.steps")]
   resume = shlex.join([*more, f"--config.train.steps={2 * config.train.steps}"])
-  python = shlex.quote(sys.executable)
+  executable = pathlib.Path(sys.executable)
+  if executable.is_relative_to(pathlib.Path.cwd()):
+    executable = executable.relative_to(pathlib.Path.cwd())
+  python = shlex.quote(str(executable))
+  # Large buffers in huge pages (see Makefile), if this run had them.
+  tunables = os.environ.get("GLIBC_TUNABLES", "")
+  faster = f"GLIBC_TUNABLES={shlex.quote(tunables)} " if tunables else ""
   return "\n".join([
-      f"resume    {python} -m dense_jax.cli.train {resume}",
+      f"resume    {faster}{python} -m dense_jax.cli.train {resume}",
       f"evaluate  {python} -m dense_jax.cli.evaluate --workdir {folder}",
       f"sample    {python} -m dense_jax.cli.generate --workdir {folder} --prompt 'import '",
   ])

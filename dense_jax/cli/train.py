@@ -68,8 +68,12 @@ def _say_what_runs(config: ExperimentConfig, mesh: Mesh, trainer: Trainer) -> No
 class _Evaluation:
   """Held-out evaluation during training; remembers the latest loss."""
 
-  def __init__(self, config: ExperimentConfig, data: Datasets, trainer: Trainer) -> None:
+  def __init__(
+      self, config: ExperimentConfig, data: Datasets, trainer: Trainer, writer: MetricsWriter,
+      progress: Progress, logger: Logger,
+  ) -> None:
     self._config, self._data, self._trainer = config, data, trainer
+    self._writer, self._progress, self._logger = writer, progress, logger
     self._evaluator = Evaluator(trainer.model, chunk=config.train.loss_chunk)
     self._latest: tuple[int, float] | None = None
 
@@ -84,22 +88,25 @@ class _Evaluation:
     )
     return held_out, held_out.bits_per_byte(report.targets_per_byte(self._data.heldout))
 
-  def hook(self, writer: MetricsWriter, progress: Progress, logger: Logger) -> Hook:
-    def run(moment: Moment) -> None:
-      logger.pause()
-      held_out, bits = self.score(moment.state, self._config.train.eval_batches)
-      self._latest = (moment.step, held_out.loss)
-      writer.write(
-          moment.step, {"heldout_loss": held_out.loss, "heldout_bits_per_byte": bits}
-      )
-      progress.line(f"step {moment.step}  {report.perplexity_line(held_out, bits)}")
-      logger.resume()
+  def run(self, moment: Moment) -> None:
+    """Scores and writes down, once a step."""
+    if self._latest and self._latest[0] == moment.step:
+      return
+    self._logger.pause()
+    held_out, bits = self.score(moment.state, self._config.train.eval_batches)
+    self._latest = (moment.step, held_out.loss)
+    self._writer.write(
+        moment.step, {"heldout_loss": held_out.loss, "heldout_bits_per_byte": bits}
+    )
+    self._progress.line(f"step {moment.step}  {report.perplexity_line(held_out, bits)}")
+    self._logger.resume()
 
-    return Hook(self._config.train.eval_every, run, if_interrupted=False)
-
-  def latest_at(self, step: int) -> float | None:
-    """The held-out loss of exactly that step."""
-    return self._latest[1] if self._latest and self._latest[0] == step else None
+  def loss(self, moment: Moment) -> float | None:
+    """The held-out loss at that moment; None where a run that must stop has no time."""
+    if moment.interrupted or not self._config.train.keep_best:
+      return None
+    self.run(moment)
+    return self._latest[1] if self._latest else None
 
 
 def _start(
@@ -154,13 +161,11 @@ def main(arguments: Sequence[str]) -> int:
         writer, progress, every=config.train.log_every, first_step=step,
         steps=config.train.steps, tokens_per_step=tokens,
     )
-    evaluation = _Evaluation(config, data, trainer)
-    hooks = [evaluation.hook(writer, progress, logger)]
-    hooks.append(
-        checkpoint_hook(
-            checkpoints, batches, config.train.checkpoint_every, evaluation.latest_at
-        )
-    )
+    evaluation = _Evaluation(config, data, trainer, writer, progress, logger)
+    hooks = [
+        Hook(config.train.eval_every, evaluation.run, if_interrupted=False),
+        checkpoint_hook(checkpoints, batches, config.train.checkpoint_every, evaluation.loss),
+    ]
     state = train(
         trainer, state, batches, steps=config.train.steps, hooks=hooks, on_metrics=logger,
         interrupt=interrupt,

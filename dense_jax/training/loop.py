@@ -33,12 +33,12 @@ class Moment:
   Attributes:
     step: updates done.
     state: after them. Only valid during the call: the next step consumes it.
-    last: the run ends here, by its length or because it was interrupted.
+    interrupted: the run was asked to stop here, before its last step.
   """
 
   step: int
   state: TrainState
-  last: bool
+  interrupted: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +118,16 @@ def train(
     if pending:
       on_metrics(*pending)
     pending = (step, metrics)
-    last = step == steps or bool(interrupt.requested)
+    interrupted = bool(interrupt.requested) and step < steps
     due = [
         hook for hook in hooks
-        if not step % hook.every or (last and (step == steps or hook.if_interrupted))
+        if (hook.if_interrupted if interrupted else step == steps or not step % hook.every)
     ]
-    if due or last:
+    if due or interrupted or step == steps:
       on_metrics(*pending)
       pending = None
     for hook in due:
-      hook.run(Moment(step, state, last))
+      hook.run(Moment(step, state, interrupted))
   return state
 
 
@@ -141,11 +141,14 @@ class Logger:
     self._writer, self._progress = writer, progress
     self._every, self._steps = every, steps
     self._tokens = tokens_per_step
+    self._first = first_step + 1
     self._step, self._time = first_step, time.perf_counter()
+    self._newest: Metrics = {}
     self.tokens_per_second: list[float] = []
 
   def pause(self) -> None:
-    """Time until `resume` is not training time."""
+    """Time until `resume` is not training time; waits for the steps under way."""
+    jax.block_until_ready(self._newest)
     self._paused = time.perf_counter()
 
   def resume(self) -> None:
@@ -155,7 +158,11 @@ class Logger:
   def __call__(self, step: int, metrics: Metrics) -> None:
     """For every step; waits for the device only where it logs."""
     self._progress.step(step)
+    self._newest = metrics
     if step % self._every and step != self._steps:
+      if step == self._first:  # It compiled: the clock starts after it.
+        jax.block_until_ready(metrics)
+        self._step, self._time = step, time.perf_counter()
       return
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     now = time.perf_counter()
@@ -169,11 +176,11 @@ class Logger:
 
 def checkpoint_hook(
     checkpoints: Checkpoints, batches: Batches, every: int,
-    heldout_loss: Callable[[int], float | None],
+    heldout_loss: Callable[[Moment], float | None],
 ) -> Hook:
-  """Saves state and data position."""
+  """Saves state and data position, ranked by the held-out loss at that moment."""
 
   def save(moment: Moment) -> None:
-    checkpoints.save(moment.state, moment.step, batches.get_state(), heldout_loss(moment.step))
+    checkpoints.save(moment.state, moment.step, batches.get_state(), heldout_loss(moment))
 
   return Hook(every, save)

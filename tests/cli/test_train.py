@@ -110,6 +110,36 @@ def test_interrupted_run_goes_on_bitwise(text, tmp_path):
   assert training_losses(parts) == training_losses(whole)
 
 
+SAVES_EACH_STEP = ["--config.train.steps=40", "--config.train.checkpoint_every=1",
+                   "--config.train.keep_best=0", "--config.train.eval_every=40"]
+
+
+@pytest.fixture(scope="module")
+def losses_without_kill(text, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  status, _, err = run(TRAIN, *arguments(text, workdir, *SAVES_EACH_STEP))
+  assert status == 0, err
+  return training_losses(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.0, 0.03, 0.1])
+def test_killed_while_saving_goes_on_bitwise(text, tmp_path, losses_without_kill, seconds):
+  parts = tmp_path / "parts"
+  process = start(TRAIN, *arguments(text, parts, *SAVES_EACH_STEP))
+  # A checkpoint's folder, whole or not, is there from the first save on.
+  while process.poll() is None and not list(parts.glob("checkpoints/*")):
+    time.sleep(0.002)
+  time.sleep(seconds)
+  process.kill()
+  process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGKILL
+
+  status, _, err = run(TRAIN, *arguments(text, parts, *SAVES_EACH_STEP))
+  assert status == 0, err
+  assert training_losses(parts) == losses_without_kill
+
+
 def test_other_model_or_data_is_refused(text, tmp_path):
   workdir = tmp_path / "run"
   assert run(TRAIN, *arguments(text, workdir))[0] == 0

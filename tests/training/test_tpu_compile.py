@@ -18,7 +18,7 @@ def test_train_step_compiles_for_v5e_and_fits(name):
   script = ROOT / "tests" / "training" / "tpu_train_step.py"
   result = subprocess.run(
       [sys.executable, script, ROOT / "experiments" / f"{name}.py", "4"],
-      env=tpu_compiler_environment(), capture_output=True, text=True, timeout=540, check=False,
+      env=tpu_compiler_environment(), capture_output=True, text=True, timeout=900, check=False,
   )
   assert result.returncode == 0, result.stderr[-4000:]
   memory = json.loads(result.stdout.splitlines()[-1])
