@@ -54,7 +54,7 @@ def unknown_key(key: str, known: list[str]) -> InputError:
   parent, _, name = key.rpartition(".")
   near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   prefix = parent + "." if parent else ""
-  hint = f"; did you mean {prefix + near[0]}?" if near else ""
+  hint = f"; did you mean {prefix + near[0]}?" if near else "."
   return InputError(f"unknown key {key}{hint} Valid keys: {', '.join(prefix + k for k in known)}")
 
 

@@ -175,13 +175,12 @@ def main(arguments: Sequence[str]) -> int:
     checkpoints.close()
     batches.close()
   step = int(state.step)
-  commands = report.next_commands(arguments, options.workdir, config)
   if step < config.train.steps:
-    print(f"{interrupt.requested}: saved step {step} of {config.train.steps}; the same command "
-          "goes on from there")
+    done = f"saved step {step} of {config.train.steps}" if step else "no step was done yet"
+    print(f"{interrupt.requested}: {done}; the same command goes on from there")
     return 1
   _close(config, data, evaluation, state, workdir, trainer, logger)
-  print(commands)
+  print(report.next_commands(arguments, options.workdir, config))
   return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,7 +91,10 @@ def _torch(file: pathlib.Path) -> dict[str, Tensor]:
         f"{file} needs PyTorch to be read: pip install 'dense_jax[interop]', or save the "
         "model as model.safetensors"
     ) from error
-  tensors = torch.load(file, map_location="cpu", weights_only=True)
+  try:
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+  except (pickle.UnpicklingError, RuntimeError) as error:
+    raise InputError(f"{file} is not a file of PyTorch weights alone: {error}") from error
   return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 

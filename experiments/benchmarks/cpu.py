@@ -125,7 +125,8 @@ def main() -> None:
     # The quadratic form of 8192 tokens does not repay its minutes.
     rival = training(config(length, chunk=length), repeats) if length <= 4096 else float("nan")
     torch = PYTORCH_TRAIN.get(length, float("nan"))
-    results[f"train {length}"] = {"chunked": ours, "quadratic": rival, "pytorch": torch}
+    rates = {"chunked": ours, "quadratic": rival, "pytorch": torch}
+    results[f"train {length}"] = {name: rate for name, rate in rates.items() if rate == rate}
     rows.append((f"{length}", f"{ours:.0f}", f"{rival:.0f}", f"{ours / rival:.2f}",
                  f"{torch:.0f}", f"{ours / torch:.2f}"))
   print(table(rows), flush=True)

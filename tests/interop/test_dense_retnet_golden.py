@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import pickle
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from safetensors.numpy import save_file
 from dense_jax.interop import load_hf
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.ops.cross_entropy import token_cross_entropy
+from dense_jax.types import InputError
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 # Their parameter -> ours, for the gradients that the files hold.
@@ -115,6 +119,52 @@ def test_bad_tensors_are_all_listed(golden, tmp_path):
   assert "missing: model.layers.1.self_attn.q_proj.weight" in text
   assert "extra: model.layers.9.extra" in text
   assert "shape: model.norm.weight is (5,), expected (64,)" in text
+
+
+class _TorchTensor:
+  """As much of a PyTorch tensor as reading weights needs."""
+
+  def __init__(self, value):
+    self._value = value
+
+  def float(self):
+    return self
+
+  def numpy(self):
+    return self._value
+
+
+def _fake_torch(monkeypatch, load):
+  module = types.ModuleType("torch")
+  module.load = load
+  monkeypatch.setitem(sys.modules, "torch", module)
+
+
+def test_pytorch_file_is_read_with_weights_only(golden, tmp_path, monkeypatch):
+  def load(file, *, map_location, weights_only):
+    assert (file.name, map_location, weights_only) == ("pytorch_model.bin", "cpu", True)
+    return {name: _TorchTensor(value) for name, value in golden["tensors"].items()}
+
+  _fake_torch(monkeypatch, load)
+  (tmp_path / "pytorch_model.bin").touch()
+  (tmp_path / "config.json").write_text(str(golden["config"]))
+  expected = get_params(load_hf(str(golden["folder"])))
+  for name, value in get_params(load_hf(str(tmp_path))).items():
+    np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_pytorch_file_that_is_refused_or_cannot_be_read(golden, tmp_path, monkeypatch):
+  def load(file, **options):
+    raise pickle.UnpicklingError("Weights only load failed")
+
+  (tmp_path / "pytorch_model.bin").touch()
+  (tmp_path / "config.json").write_text(str(golden["config"]))
+  _fake_torch(monkeypatch, load)
+  with pytest.raises(InputError, match="is not a file of PyTorch weights alone"):
+    load_hf(str(tmp_path))
+  monkeypatch.setitem(sys.modules, "torch", None)  # An import of it fails.
+  with pytest.raises(InputError, match="needs PyTorch to be read"):
+    load_hf(str(tmp_path))
 
 
 def test_missing_files_are_named(tmp_path):
