@@ -8,7 +8,6 @@ An experiment is a Python file with `get_config(arg="") -> ConfigDict`, begun fr
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from dense_jax.config import (
     invalid,
     unknown_key,
 )
+from dense_jax.files import write_atomically
 from dense_jax.models.registry import family
 from dense_jax.types import InputError
 
@@ -132,9 +132,8 @@ def check_argument(argument: str, *known: str) -> str:
 
 def save(config: ExperimentConfig, workdir: pathlib.Path) -> None:
   """Writes the resolved configuration into the run's folder, whole or not at all."""
-  partial = workdir / (CONFIG_FILE + ".partial")
-  partial.write_text(json.dumps(defaults(config), indent=2) + "\n")
-  os.replace(partial, workdir / CONFIG_FILE)
+  text = json.dumps(defaults(config), indent=2) + "\n"
+  write_atomically(workdir / CONFIG_FILE, text.encode())
 
 
 def read(workdir: pathlib.Path) -> ExperimentConfig:

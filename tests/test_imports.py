@@ -13,23 +13,24 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "dense_jax"
 
-_MODEL = ("models", "layers", "ops", "types", "config", "sharding")
+_MODEL = ("models", "layers", "ops", "types", "config", "files", "sharding")
 # Room -> the other rooms that it may import. `__init__` is dense_jax/__init__.py itself.
 ROOMS = {
     "__init__": ("types", "config"),
     "types": (),
     "config": ("types",),
+    "files": (),
     "sharding": ("types", "config"),
     "ops": ("types",),
     "layers": ("ops", "types", "config", "sharding"),
     "models": ("layers", "ops", "types", "config", "sharding"),
-    "data": ("types", "config"),
+    "data": ("types", "config", "files"),
     "training": _MODEL,
     "evaluation": _MODEL,
     "generation": _MODEL,
     "analysis": _MODEL,
     "interop": _MODEL,
-    "experiment": ("models", "config", "types"),
+    "experiment": ("models", "config", "types", "files"),
     "cli": (*_MODEL, "data", "training", "evaluation", "generation", "analysis", "interop",
             "experiment"),
 }

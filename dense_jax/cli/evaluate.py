@@ -1,7 +1,6 @@
 """Scores a trained run on held-out text."""
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dense_jax.data.packing import build_store
 from dense_jax.data.pipeline import heldout_batches
 from dense_jax.data.sources import find, split
 from dense_jax.evaluation.perplexity import Evaluator
+from dense_jax.files import write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,10 +49,8 @@ def main(arguments: Sequence[str]) -> int:
         "targets": held_out.targets,
         "bytes": int(store.num_bytes),
     }
-    file = pathlib.Path(options.json)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(partial, file)
+    text = json.dumps(figures, indent=2) + "\n"
+    write_atomically(pathlib.Path(options.json), text.encode())
   return 0
 
 

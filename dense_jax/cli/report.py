@@ -86,12 +86,12 @@ def comparison(
 def samples(model: LanguageModel, data: Datasets, *, seed: int) -> list[tuple[str, str]]:
   """Two prompts, the beginnings of held-out documents, and their continuations."""
   store = data.heldout
-  ends = [*store.starts[1:], store.num_tokens]
   prompts = []
   for document in (0, store.num_documents // 2):
-    first = store.starts[document]
+    first, is_last = store.starts[document], document + 1 == store.num_documents
+    end = store.num_tokens if is_last else store.starts[document + 1]
     # Without the document's end token.
-    prompts.append(store.tokens[first : min(first + 24, ends[document] - 1)].tolist())
+    prompts.append(store.tokens[first : min(first + 24, end - 1)].tolist())
   generator = Generator(model, Sampling(temperature=0.8, top_p=0.95))
   continuations = generator(
       prompts, max_new_tokens=64, seed=seed, stop_id=data.tokenizer.eos_id

@@ -1,8 +1,6 @@
-"""Keys, folders and whole-or-nothing writes of the data cache."""
+"""Keys and folders of the data cache."""
 
 import hashlib
-import os
-import uuid
 from pathlib import Path
 
 from dense_jax.config import invalid
@@ -32,21 +30,3 @@ def cache_folder(cache_dir: str, kind: str) -> Path:
         "config.data.cache_dir", cache_dir, f"a directory that can be written ({error.strerror})"
     ) from error
   return folder
-
-
-def temporary_beside(path: Path) -> Path:
-  """A new name in `path`'s folder, so that a rename to `path` is atomic."""
-  return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-  """Writes a file that other processes see whole or not at all."""
-  partial = temporary_beside(path)
-  try:
-    with partial.open("wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)

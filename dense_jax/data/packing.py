@@ -19,9 +19,10 @@ from typing import IO
 import numpy as np
 
 from dense_jax.config import invalid
-from dense_jax.data.cache import cache_folder, digest, temporary_beside
+from dense_jax.data.cache import cache_folder, digest
 from dense_jax.data.sources import TextSource
 from dense_jax.data.tokenizer import Tokenizer
+from dense_jax.files import temporary_beside
 
 _FORMAT = 1
 _BATCH_CHARACTERS = 4 << 20

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import sentencepiece
 
 from dense_jax.config import DataConfig, invalid
-from dense_jax.data.cache import cache_folder, digest, write_atomically
+from dense_jax.data.cache import cache_folder, digest
 from dense_jax.data.sources import TextSource
+from dense_jax.files import write_atomically
 from dense_jax.types import InputError
 
 _SAMPLE_BYTES = 4 << 20

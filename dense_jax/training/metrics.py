@@ -1,12 +1,13 @@
 """What a run writes down: metrics.jsonl, TensorBoard events, and a progress bar."""
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping
 
 import tqdm
+
+from dense_jax.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -36,9 +37,7 @@ class MetricsWriter:
 
     kept = [line for line in read_metrics(workdir) if line["step"] <= first_step]
     file = workdir / METRICS_FILE
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, file)
+    write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
     self._lines = file.open("a", buffering=1)
     self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
