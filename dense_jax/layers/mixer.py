@@ -16,13 +16,13 @@ class MixerOutput:
   Attributes:
     y: [B, T, D], or [B, D] in decoding.
     state: the mixer's state after the last token, as `init_state` shapes it.
-    states: the recurrence's states, for deeper layers to read.
-    inputs: the recurrence's own inputs (before fusion), for deeper layers to fuse.
+    states: the recurrence's states, for deeper layers to read; None where there is none.
+    inputs: the recurrence's inputs, for deeper layers to fuse.
   """
 
   y: Array
   state: PyTree
-  states: StateSequence
+  states: StateSequence | None
   inputs: dict[str, Array]
 
   def shared(self, inject: str) -> Shared:
@@ -34,9 +34,16 @@ class Mixer(Protocol):
   """A family's mixer: parallel over a sequence, or one token at a time."""
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
+      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
-    """A whole sequence, from `state`; `shallow` holds the layers below, nearest first."""
+    """A whole sequence.
+
+    Args:
+      x_BTD: the layer's input after its norm.
+      segments: the documents.
+      state: the state before the first token; None is a fresh one.
+      shallow: what the layers below share, nearest first.
+    """
 
   def step(
       self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]

@@ -7,16 +7,25 @@ from dense_jax.config import unknown_key
 from dense_jax.layers.gau_retnet import GauRetNet, GauRetNetConfig
 from dense_jax.layers.mamba import Mamba, MambaConfig
 from dense_jax.layers.mixer import Mixer
+from dense_jax.layers.stack import FeedForwardFactory
 from dense_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """A family: its own options (`config.model.mixer`), its mixer, its state's form."""
+  """A family of models.
+
+  Attributes:
+    config: the class of its own options, `config.model.mixer`.
+    mixer: its mixer.
+    form: its state's form, a key of `dense_jax.ops.dispatch.IMPLEMENTATIONS`.
+    feed_forward: what follows the mixer in each layer, if anything.
+  """
 
   config: type
   mixer: Callable[..., Mixer]
   form: str
+  feed_forward: FeedForwardFactory | None = None
 
 
 FAMILIES = {
