@@ -7,7 +7,7 @@ code serves a sequence, [B, T, ...], and one token of decoding, [B, ...].
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Self, cast
 
 import jax
 from flax import nnx
@@ -16,7 +16,7 @@ from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.fusion import FUSIONS
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.transition import Phi, Transition, make_gates, of_source
-from dense_jax.ops.states import Mapped, StateSequence, TokenState
+from dense_jax.ops.state_sequence import Mapped, StateSequence, TokenState
 from dense_jax.types import Array
 
 Shared = StateSequence | Mapping[str, Array] | None
@@ -35,6 +35,10 @@ class FusedStates:
   def final(self) -> Array:
     """The own state after the last token: what is fused is read, never carried."""
     return self.own.final()
+
+  def shared(self) -> Self:
+    """See `StateSequence`."""
+    return self
 
   def materialize(self) -> Array:
     """See `StateSequence`."""
@@ -162,7 +166,7 @@ class DenseConnection(nnx.Module):
       The fused read, and the states that this layer shares: its own or the fused ones.
     """
     if self.inject != "state":
-      return own, states
+      return own, states.shared()
     sources = [cast(StateSequence, source) for source in shallow]
     phis = self.transition(x, own.shape, len(sources))
     # Apart from each other, so that no two reads' intermediate values exist together.
@@ -173,8 +177,8 @@ class DenseConnection(nnx.Module):
     ]
     fused = self.fusion(x, own, reads)
     if not self.share_fused:
-      return fused, states
+      return fused, states.shared()
     if isinstance(states, TokenState):  # One token's states are there: no chain is needed.
       below = phis[0].project(sources[0].materialize(), phis[0].state_gate)
       return fused, states.plus(phis[0].gated(below))
-    return fused, FusedStates(states, sources[0], phis[0])
+    return fused, FusedStates(states.shared(), sources[0], phis[0])

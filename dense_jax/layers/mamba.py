@@ -23,7 +23,8 @@ from dense_jax.layers.linear import Linear, fan_in_uniform, parameter
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
 from dense_jax.ops import dispatch, reference
-from dense_jax.ops.states import DiagonalState, scan_diagonal
+from dense_jax.ops.states import scan_diagonal
+from dense_jax.ops.token_states import DiagonalState
 from dense_jax.types import Array, PyTree, Segments
 
 
@@ -92,15 +93,14 @@ class Mamba(ConvolvedMixer):
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
-    state = state or self.init_state(x_BTD.shape[0])
     x_BTE, z_BTE = jnp.split(self.in_proj(x_BTD), 2, axis=-1)
-    x_BTE, conv = self.convolve(x_BTE, segments, state["conv"])
+    x_BTE, conv = self.convolve(x_BTE, segments, state and state["conv"])
     dt_BTE, b_BTN, c_BTN = self._selected(x_BTE)
     own = {"b": b_BTN, "x": x_BTE}
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
     y_BTE, states = scan_diagonal(
         dt_BTE, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], self.dense.own_query(c_BTN),
-        segments, state["h"],
+        segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
     y_BTE, shared = self.dense.fuse_reads(x_BTD, y_BTE, c_BTN, states, shallow)

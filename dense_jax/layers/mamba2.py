@@ -24,7 +24,8 @@ from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
 from dense_jax.ops import dispatch, reference
 from dense_jax.ops.matmul import materialize
-from dense_jax.ops.states import MatrixState, scan_matrix
+from dense_jax.ops.states import scan_matrix
+from dense_jax.ops.token_states import MatrixState
 from dense_jax.types import Array, PyTree, Segments
 
 
@@ -139,14 +140,13 @@ class Mamba2(ConvolvedMixer):
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
-    state = state or self.init_state(x_BTD.shape[0])
     z_BTE, xbc, dt_BTH = self._project(x_BTD)
-    xbc, conv = self.convolve(xbc, segments, state["conv"])
+    xbc, conv = self.convolve(xbc, segments, state and state["conv"])
     own, c_BTJN = self._selected(xbc)
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
     log_decay_BTH, b_BTJN, v_BTHP = self._recurrence(dt_BTH, fused)
     states = scan_matrix(
-        b_BTJN, v_BTHP, log_decay_BTH, segments, state["h"],
+        b_BTJN, v_BTHP, log_decay_BTH, segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
     own_BTHP = states.read(self.dense.own_query(c_BTJN))

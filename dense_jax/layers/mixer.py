@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from dense_jax.layers.dense_connection import Shared
-from dense_jax.ops.states import StateSequence
+from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.types import Array, PyTree, Segments
 
 

@@ -19,7 +19,8 @@ from dense_jax.layers.linear import Linear, xavier_uniform
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, reference
 from dense_jax.ops.matmul import materialize
-from dense_jax.ops.states import MatrixState, scan_matrix
+from dense_jax.ops.states import scan_matrix
+from dense_jax.ops.token_states import MatrixState
 from dense_jax.types import Array, PyTree, Segments
 
 
@@ -112,7 +113,6 @@ class Retention(nnx.Module):
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
-    state = state or self.init_state(x_BTD.shape[0])
     position_BT = segments.positions_BT
     q_BTK, own, gate_BTE = self.inputs(x_BTD)
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
@@ -122,7 +122,7 @@ class Retention(nnx.Module):
         log_decay(self.heads)[None, None], (1, x_BTD.shape[1], self.heads)
     )
     states = scan_matrix(
-        k_BTHN, self._by_head(fused["v"]), decay_BTH, segments, state["h"],
+        k_BTHN, self._by_head(fused["v"]), decay_BTH, segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
     own_BTHP = states.read(self.dense.own_query(q_BTHN))

@@ -28,7 +28,8 @@ from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, hippo
 from dense_jax.ops.lti import DiagonalSystem, DplrSystem, System
-from dense_jax.ops.states import LtiState, LtiStates
+from dense_jax.ops.states import LtiStates
+from dense_jax.ops.token_states import LtiState
 from dense_jax.types import Array, PyTree, Segments
 
 

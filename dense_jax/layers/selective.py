@@ -57,8 +57,12 @@ class ConvolvedMixer(nnx.Module):
     self.conv_bias = parameter(rngs, (width,), ("inner",), uniform(bound))
     self.tail_shape, self.dtype = (options.conv_width - 1, width), jnp.dtype(dtype)
 
-  def convolve(self, x_BTE: Array, segments: Segments, tail_BWE: Array) -> tuple[Array, Array]:
-    """silu(conv(x)) and the tail to carry on from."""
+  def convolve(
+      self, x_BTE: Array, segments: Segments, tail_BWE: Array | None
+  ) -> tuple[Array, Array]:
+    """silu(conv(x)) and the tail to carry on from; a tail of None is zero."""
+    if tail_BWE is None:
+      tail_BWE = self.init_tail(x_BTE.shape[0])
     kernel, bias = self.conv_kernel[...], self.conv_bias[...]
     x_BTE, tail_BWE = short_conv(x_BTE, kernel, bias, segments, tail_BWE)
     return jax.nn.silu(x_BTE), tail_BWE

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Linear, normal, parameter, xavier_uniform, zeros
-from dense_jax.ops.states import StateSequence
+from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.types import Array
 
 

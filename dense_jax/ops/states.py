@@ -1,4 +1,4 @@
-"""StateSequence: what a mixer's recurrence leaves behind for deeper layers to read.
+"""The states of whole sequences, as deeper layers read them.
 
 A deeper layer asks a shallow layer's states a question of its own (a query) and gets the
 answer of equation (2) without the states ever being stored: the recurrence's inputs are
@@ -7,7 +7,7 @@ kept and read again. That identity is what makes dense state connections afforda
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, Self, runtime_checkable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -17,35 +17,10 @@ from dense_jax.ops.chunked_linear import chunk_read, chunk_states
 from dense_jax.ops.lti import System
 from dense_jax.ops.lti_scan import fft_convolution, lti_read, lti_states
 from dense_jax.ops.selective_scan import selective_scan
+from dense_jax.ops.state_sequence import Mapped
 from dense_jax.ops.token_scan import token_scan
+from dense_jax.ops.token_states import DiagonalState, LtiState, MatrixState
 from dense_jax.types import Array, PyTree, Segments
-
-Mapped = Callable[[Array, PyTree], Array]
-"""A function of one token's states, N last, and of that token's part of some inputs."""
-
-
-class StateSequence(Protocol):
-  """The states of one layer, over a sequence or (in decoding) at one token."""
-
-  def read(self, query: Array) -> Array:
-    """Equation (2) with any query; float32."""
-
-  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
-    """As `read`, of `function(states, inputs)` in place of the states.
-
-    Token by token in rematerialised chunks: exact for any function, and far slower.
-
-    Args:
-      query: as of `read`.
-      function: maps [B, ..., N] to the same shape.
-      inputs: a tree of [B, T, ...] (in decoding [B, ...]), or None.
-    """
-
-  def materialize(self) -> Array:
-    """The states themselves, N last; for tests and analysis, never for training."""
-
-  def final(self) -> Array:
-    """The state after the last token, to carry on from."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,18 +33,26 @@ class DiagonalStates:
   x_BTE: Array
   b_BTN: Array
   resets_BT: Array | None
-  initial_BNE: Array
-  final_BNE: Array
+  initial_BNE: Array | None
+  final_BNE: Array | None
   implementation: str = dataclasses.field(metadata={"static": True})
   chunk: int = dataclasses.field(metadata={"static": True})
 
+  def _initial(self) -> Array:
+    if self.initial_BNE is not None:
+      return self.initial_BNE
+    return jnp.zeros((self.x_BTE.shape[0], *self.a_NE.shape), jnp.float32)
+
+  def scan(self, query: Array) -> tuple[Array, Array]:
+    """c_BTN -> y_BTE and final_BNE."""
+    return selective_scan(
+        self.dt_BTE, self.a_NE, self.x_BTE, self.b_BTN, query, self.resets_BT,
+        self._initial(), implementation=self.implementation, chunk=self.chunk,
+    )
+
   def read(self, query: Array) -> Array:
     """c_BTN -> y_BTE."""
-    y_BTE, _ = selective_scan(
-        self.dt_BTE, self.a_NE, self.x_BTE, self.b_BTN, query, self.resets_BT,
-        self.initial_BNE, implementation=self.implementation, chunk=self.chunk,
-    )
-    return y_BTE
+    return self.scan(query)[0]
 
   def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
     """c_BTN -> y_BTE."""
@@ -81,7 +64,7 @@ class DiagonalStates:
       return DiagonalState(h_BNE).read_mapped(token[0], function, token[1])
 
     y_BTE, _ = token_scan(
-        step, read, self.initial_BNE, (self.dt_BTE, self.x_BTE, self.b_BTN), (query, inputs),
+        step, read, self._initial(), (self.dt_BTE, self.x_BTE, self.b_BTN), (query, inputs),
         self.resets_BT, chunk=self.chunk,
     )
     return y_BTE
@@ -89,13 +72,17 @@ class DiagonalStates:
   def materialize(self) -> Array:
     """h_BTEN, float32."""
     states, _ = reference.diagonal_states(
-        self.dt_BTE, self.a_NE, self.x_BTE, self.b_BTN, self.resets_BT, self.initial_BNE
+        self.dt_BTE, self.a_NE, self.x_BTE, self.b_BTN, self.resets_BT, self._initial()
     )
     return jnp.swapaxes(states, 2, 3)
 
   def final(self) -> Array:
-    """h_BNE, float32."""
-    return self.final_BNE
+    """h_BNE, float32; only the layer itself has it at hand."""
+    return self.scan(self.b_BTN)[1] if self.final_BNE is None else self.final_BNE
+
+  def shared(self) -> Self:
+    """See `StateSequence`."""
+    return dataclasses.replace(self, final_BNE=None)
 
 
 def scan_diagonal(
@@ -105,12 +92,23 @@ def scan_diagonal(
     b_BTN: Array,
     c_BTN: Array,
     segments: Segments,
-    initial_BNE: Array,
+    initial_BNE: Array | None,
     *,
     implementation: str,
     chunk: int,
 ) -> tuple[Array, DiagonalStates]:
-  """Runs the selective recurrence (arguments as `selective_scan`'s).
+  """Runs the selective recurrence.
+
+  Args:
+    dt_BTE: see `selective_scan`.
+    a_NE: likewise.
+    x_BTE: likewise.
+    b_BTN: likewise.
+    c_BTN: likewise.
+    segments: the documents.
+    initial_BNE: float32 state before the first token; None is zero.
+    implementation: "associative" or "recurrent".
+    chunk: tokens a chunk; 0 takes the form's own.
 
   Returns:
     The own read y_BTE, float32, and the states for deeper layers.
@@ -118,37 +116,56 @@ def scan_diagonal(
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
   if valid_BT is not None:
     dt_BTE = jnp.where(valid_BT[..., None], dt_BTE, 0)
-  y_BTE, final_BNE = selective_scan(
-      dt_BTE, a_NE, x_BTE, b_BTN, c_BTN, resets_BT, initial_BNE,
-      implementation=implementation, chunk=chunk,
-  )
   states = DiagonalStates(
-      dt_BTE, a_NE, x_BTE, b_BTN, resets_BT, initial_BNE, final_BNE, implementation, chunk
+      dt_BTE, a_NE, x_BTE, b_BTN, resets_BT, initial_BNE, None, implementation, chunk
   )
-  return y_BTE, states
+  y_BTE, final_BNE = states.scan(c_BTN)
+  return y_BTE, dataclasses.replace(states, final_BNE=final_BNE)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MatrixStates:
-  """Matrix states h_BTHPN, as the inputs that make them and the states between chunks."""
+  """Matrix states h_BTHPN, as the inputs that make them.
+
+  The layer itself also has `before_BGHPN`, the states between chunks, and `final_BHPN`.
+  Deeper layers make the former again: carried along, they would be most of what dense
+  connections cost in memory.
+  """
 
   k_BTJN: Array
   v_BTHP: Array
   log_decay_BTH: Array
   resets_BT: Array | None
-  initial_BHPN: Array
+  initial_BHPN: Array | None
   before_BGHPN: Array | None
-  final_BHPN: Array
+  final_BHPN: Array | None
+  implementation: str = dataclasses.field(metadata={"static": True})
   chunk: int = dataclasses.field(metadata={"static": True})
+
+  def _initial(self) -> Array:
+    if self.initial_BHPN is not None:
+      return self.initial_BHPN
+    batch, _, heads, channels = self.v_BTHP.shape
+    return jnp.zeros((batch, heads, channels, self.k_BTJN.shape[-1]), jnp.float32)
+
+  def between_chunks(self) -> tuple[Array, Array]:
+    """before_BGHPN and final_BHPN."""
+    return chunk_states(
+        self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self._initial(),
+        implementation=self.implementation, chunk=self.chunk,
+    )
 
   def read(self, query: Array) -> Array:
     """q_BTJN -> y_BTHP."""
-    if self.before_BGHPN is None:
+    if self.implementation == "recurrent":
       return self.read_mapped(query, lambda h, _: h, None)
+    before_BGHPN = self.before_BGHPN
+    if before_BGHPN is None:
+      before_BGHPN, _ = self.between_chunks()
     return chunk_read(
-        query, self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT,
-        self.before_BGHPN, chunk=self.chunk,
+        query, self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, before_BGHPN,
+        chunk=self.chunk,
     )
 
   def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
@@ -161,7 +178,7 @@ class MatrixStates:
       return MatrixState(h_BHPN).read_mapped(token[0], function, token[1])
 
     y_BTHP, _ = token_scan(
-        step, read, self.initial_BHPN, (self.k_BTJN, self.v_BTHP, self.log_decay_BTH),
+        step, read, self._initial(), (self.k_BTJN, self.v_BTHP, self.log_decay_BTH),
         (query, inputs), self.resets_BT,
     )
     return y_BTHP
@@ -169,13 +186,21 @@ class MatrixStates:
   def materialize(self) -> Array:
     """h_BTHPN, float32."""
     states, _ = reference.matrix_states(
-        self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self.initial_BHPN
+        self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self._initial()
     )
     return states
 
   def final(self) -> Array:
-    """h_BHPN, float32."""
-    return self.final_BHPN
+    """h_BHPN, float32; only the layer itself has it at hand."""
+    if self.final_BHPN is not None:
+      return self.final_BHPN
+    if self.implementation == "recurrent":
+      return self.materialize()[:, -1]
+    return self.between_chunks()[1]
+
+  def shared(self) -> Self:
+    """See `StateSequence`."""
+    return dataclasses.replace(self, before_BGHPN=None, final_BHPN=None)
 
 
 def scan_matrix(
@@ -183,29 +208,33 @@ def scan_matrix(
     v_BTHP: Array,
     log_decay_BTH: Array,
     segments: Segments,
-    initial_BHPN: Array,
+    initial_BHPN: Array | None,
     *,
     implementation: str,
     chunk: int,
 ) -> MatrixStates:
-  """Runs a matrix-state recurrence (arguments as `chunk_states`'s, or "recurrent")."""
+  """Runs a matrix-state recurrence.
+
+  Args:
+    k_BTJN: see `chunk_states`.
+    v_BTHP: likewise.
+    log_decay_BTH: likewise.
+    segments: the documents.
+    initial_BHPN: float32 state before the first token; None is zero.
+    implementation: "chunked", "associative" (see `chunk_states`) or "recurrent".
+    chunk: tokens a chunk; 0 takes the form's own.
+  """
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
   if valid_BT is not None:
     log_decay_BTH = jnp.where(valid_BT[..., None], log_decay_BTH, 0)
     k_BTJN = jnp.where(valid_BT[..., None, None], k_BTJN, 0)
-  before_BGHPN = None
-  if implementation == "recurrent":
-    _, final_BHPN = reference.matrix_states(
-        k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN
-    )
-  else:
-    before_BGHPN, final_BHPN = chunk_states(
-        k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN,
-        implementation=implementation, chunk=chunk,
-    )
-  return MatrixStates(
-      k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN, before_BGHPN, final_BHPN, chunk
+  states = MatrixStates(
+      k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN, None, None, implementation, chunk
   )
+  if implementation == "recurrent":
+    return states
+  before_BGHPN, final_BHPN = states.between_chunks()
+  return dataclasses.replace(states, before_BGHPN=before_BGHPN, final_BHPN=final_BHPN)
 
 
 @jax.tree_util.register_dataclass
@@ -272,81 +301,6 @@ class LtiStates:
       return self._tokens(lambda h_BNE, _: h_BNE[:, 0], None)[1]
     return self._chunks()[1]
 
-
-@runtime_checkable
-class TokenState(StateSequence, Protocol):
-  """A StateSequence at one token of decoding, where the states themselves are there."""
-
-  def plus(self, h: Array) -> "TokenState":
-    """The states plus others, N last."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DiagonalState:
-  """A diagonal state at one token of decoding."""
-
-  h_BNE: Array
-
-  def read(self, query: Array) -> Array:
-    """c_BN -> y_BE."""
-    return reference.diagonal_read(self.h_BNE, query)
-
-  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
-    """c_BN -> y_BE."""
-    h_BEN = function(self.materialize(), inputs)
-    return jnp.einsum("ben,bn->be", h_BEN, query.astype(jnp.float32))
-
-  def plus(self, h: Array) -> Self:
-    """See `TokenState`."""
-    return dataclasses.replace(self, h_BNE=self.h_BNE + jnp.swapaxes(h, 1, 2))
-
-  def materialize(self) -> Array:
-    """h_BEN, float32."""
-    return jnp.swapaxes(self.h_BNE, 1, 2)
-
-  def final(self) -> Array:
-    """h_BNE, float32."""
-    return self.h_BNE
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LtiState(DiagonalState):
-  """The state of time-invariant systems at one token; its query is of channels."""
-
-  def read(self, query: Array) -> Array:
-    """c_EN -> y_BE."""
-    return reference.lti_read(self.h_BNE, query)
-
-  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
-    """c_EN -> y_BE."""
-    return jnp.einsum("ben,en->be", function(self.materialize(), inputs), query)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MatrixState:
-  """A matrix state at one token of decoding."""
-
-  h_BHPN: Array
-
-  def read(self, query: Array) -> Array:
-    """q_BJN -> y_BHP."""
-    return reference.matrix_read(self.h_BHPN, query)
-
-  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
-    """q_BJN -> y_BHP."""
-    return reference.matrix_read(function(self.h_BHPN, inputs), query)
-
-  def plus(self, h: Array) -> Self:
-    """See `TokenState`."""
-    return dataclasses.replace(self, h_BHPN=self.h_BHPN + h)
-
-  def materialize(self) -> Array:
-    """h_BHPN, float32."""
-    return self.h_BHPN
-
-  def final(self) -> Array:
-    """h_BHPN, float32."""
-    return self.h_BHPN
+  def shared(self) -> Self:
+    """See `StateSequence`."""
+    return self

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from dense_jax.ops import reference
-from dense_jax.ops.states import DiagonalState, MatrixState, scan_diagonal, scan_matrix
+from dense_jax.ops.states import scan_diagonal, scan_matrix
+from dense_jax.ops.token_states import DiagonalState, MatrixState
 from tests.builders import fast_jit, normal, packed
 from tests.helpers import assert_trees_close
 

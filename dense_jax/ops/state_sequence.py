@@ -1,0 +1,44 @@
+"""StateSequence: what deeper layers know of a layer's states."""
+
+from collections.abc import Callable
+from typing import Protocol, Self, runtime_checkable
+
+from dense_jax.types import Array, PyTree
+
+Mapped = Callable[[Array, PyTree], Array]
+"""A function of one token's states, N last, and of that token's part of some inputs."""
+
+
+class StateSequence(Protocol):
+  """The states of one layer, over a sequence or (in decoding) at one token."""
+
+  def read(self, query: Array) -> Array:
+    """Equation (2) with any query; float32."""
+
+  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
+    """As `read`, of `function(states, inputs)` in place of the states.
+
+    Token by token in rematerialised chunks: exact for any function, and far slower.
+
+    Args:
+      query: as of `read`.
+      function: maps [B, ..., N] to the same shape.
+      inputs: a tree of [B, T, ...] (in decoding [B, ...]), or None.
+    """
+
+  def materialize(self) -> Array:
+    """The states themselves, N last; for tests and analysis, never for training."""
+
+  def final(self) -> Array:
+    """The state after the last token, to carry on from."""
+
+  def shared(self) -> Self:
+    """The same states, as little of them as deeper layers need."""
+
+
+@runtime_checkable
+class TokenState(StateSequence, Protocol):
+  """A StateSequence at one token of decoding, where the states themselves are there."""
+
+  def plus(self, h: Array) -> Self:
+    """The states plus others, N last."""
