@@ -185,7 +185,9 @@ class ModelConfig:
   dtype: str = choice("float32", "float32", "bfloat16")
   block_layers: int = integer(0, 0)
   remat: str = choice("none", "none", "minimal", "full")
-  implementation: str = choice("auto", "auto", "associative", "chunked", "recurrent")
+  implementation: str = choice(
+      "auto", "auto", "associative", "chunked", "recurrent", "softmax"
+  )
   chunk: int = integer(0, 0)
   dense: DenseConfig = dataclasses.field(default_factory=DenseConfig)
   mixer: Any = None

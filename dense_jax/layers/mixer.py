@@ -16,18 +16,18 @@ class MixerOutput:
   Attributes:
     y: [B, T, D], or [B, D] in decoding.
     state: the mixer's state after the last token, as `init_state` shapes it.
-    states: the recurrence's states, for deeper layers to read.
+    states: the recurrence's states, for deeper layers to read; None where there are none.
     inputs: the recurrence's own inputs (before fusion), for deeper layers to fuse.
   """
 
   y: Array
   state: PyTree
-  states: StateSequence
+  states: StateSequence | None
   inputs: dict[str, Array]
 
   def shared(self, inject: str) -> Shared:
     """What deeper layers get under that injection."""
-    return self.states if inject == "state" else self.inputs
+    return self.inputs if inject == "inputs" or self.states is None else self.states
 
 
 class Mixer(Protocol):

@@ -17,38 +17,47 @@ from flax import nnx
 
 from dense_jax.config import ModelConfig
 from dense_jax.layers.dense_connection import Shared
+from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.mixer import Mixer, MixerOutput
 from dense_jax.types import Array, PyTree, Segments
 
 MixerFactory = Callable[..., Mixer]
+FeedForwardFactory = Callable[[ModelConfig, nnx.Rngs], FeedForward | None]
 Bank = tuple[Shared, ...]
 LayerCall = Callable[["Layer", Array, PyTree, Bank], tuple[Array, MixerOutput]]
 Remat = Callable[[Callable], Callable]
 
 
 class Layer(nnx.Module):
-  """x + mixer(norm(x))."""
+  """x + mixer(norm(x)), and then, if the family has one, x + feed_forward(ffn_norm(x))."""
 
   def __init__(
-      self, config: ModelConfig, mixer: MixerFactory, *, sources: int, rngs: nnx.Rngs
+      self, config: ModelConfig, mixer: MixerFactory, feed_forward: FeedForwardFactory, *,
+      sources: int, rngs: nnx.Rngs,
   ) -> None:
     self.norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
     self.mixer = mixer(config, sources=sources, rngs=rngs)
+    self.feed_forward = feed_forward(config, rngs)
+    if self.feed_forward is not None:
+      self.ffn_norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
+
+  def _feed_forward(self, x: Array) -> Array:
+    return x if self.feed_forward is None else x + self.feed_forward(self.ffn_norm(x))
 
   def __call__(
       self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
   ) -> tuple[Array, MixerOutput]:
     """Returns the next x_BTD, and all that the mixer gave."""
     output = self.mixer(self.norm(x_BTD), segments, state, shallow)
-    return x_BTD + output.y, output
+    return self._feed_forward(x_BTD + output.y), output
 
   def step(
       self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
   ) -> tuple[Array, MixerOutput]:
     """One token of `__call__`."""
     output = self.mixer.step(self.norm(x_BD), position_B, state, shallow)
-    return x_BD + output.y, output
+    return self._feed_forward(x_BD + output.y), output
 
 
 def block_sizes(config: ModelConfig) -> tuple[int, int, int]:
@@ -64,14 +73,18 @@ def block_sizes(config: ModelConfig) -> tuple[int, int, int]:
 class Stack(nnx.Module):
   """All layers. Its state: {"head": [a layer's state], "blocks": [the same, stacked]}."""
 
-  def __init__(self, config: ModelConfig, mixer: MixerFactory, *, rngs: nnx.Rngs) -> None:
+  def __init__(
+      self, config: ModelConfig, mixer: MixerFactory, feed_forward: FeedForwardFactory, *,
+      rngs: nnx.Rngs,
+  ) -> None:
     self.inject = config.dense.inject
     self.depth = config.dense.depth
     self.remat = config.remat
     head, block, self.num_blocks = block_sizes(config)
 
     def make(index: int, key: Array) -> Layer:
-      return Layer(config, mixer, sources=min(index, self.depth), rngs=nnx.Rngs(key))
+      sources = min(index, self.depth)
+      return Layer(config, mixer, feed_forward, sources=sources, rngs=nnx.Rngs(key))
 
     def make_stacked(index: int) -> Layer:
       keys = jax.random.split(rngs.params(), self.num_blocks)

@@ -45,7 +45,8 @@ class LanguageModel(nnx.Module):
     self.embedding = parameter(
         rngs, (config.vocab_size, config.width), ("vocab", "embed"), normal(0.02)
     )
-    self.stack = Stack(config, family(config.family).mixer, rngs=rngs)
+    parts = family(config.family)
+    self.stack = Stack(config, parts.mixer, parts.feed_forward, rngs=rngs)
     self.norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
     if not config.tie_embeddings:
       self.head = parameter(

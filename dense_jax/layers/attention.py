@@ -1,0 +1,277 @@
+"""Softmax attention with rotary positions: the decoder layer that others are measured by.
+
+    q, k, v = W_q u, W_k u, W_v u        q, k = rot(q), rot(k)
+    y_t = sum_{s in window(t)} softmax_s(q_t . k_s / sqrt(N)) v_s,        out = W_o y
+
+LLaMA's layer (arXiv 2302.13971): rotary positions (arXiv 2104.09864), key and value heads
+that several query heads share (arXiv 2305.13245), and after the mixer a SwiGLU layer. The
+window holds the last `context` tokens of the token's document, itself included.
+
+The cache is a ring: the token at position p of its document is in slot p mod C, C the
+context. Positions alone say which slots hold what, so nothing but keys and values is
+carried; in this file C is the context, not a chunk's length, and J counts the heads of
+keys and values.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dense_jax.config import ModelConfig, integer, invalid, number
+from dense_jax.layers.dense_connection import Shared
+from dense_jax.layers.feed_forward import FeedForward
+from dense_jax.layers.linear import Linear, normal
+from dense_jax.layers.mixer import MixerOutput
+from dense_jax.ops import dispatch
+from dense_jax.types import Array, PyTree, Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """The family's own options.
+
+  Attributes:
+    heads: H, heads of queries.
+    kv_heads: J, heads of keys and values, a divisor of `heads`; 0 takes `heads`.
+    head_dim: N, even; 0 takes D / heads.
+    rope_theta: the rotation's angles fall from 1 to nearly 1 / rope_theta.
+    context: tokens that a token attends to at most, itself included: the cache's length.
+    ffn_width: of the feed-forward layer; 0 takes 8/3 D rounded up to a multiple of 64,
+      which has about as many parameters as two maps to 4 D and back.
+  """
+
+  heads: int = integer(4, 1)
+  kv_heads: int = integer(0, 0)
+  head_dim: int = integer(0, 0)
+  rope_theta: float = number(10000.0, 1, open_low=True)
+  context: int = integer(2048, 1)
+  ffn_width: int = integer(0, 0)
+
+  def __post_init__(self) -> None:
+    if self.kv_heads and self.heads % self.kv_heads:
+      raise invalid(
+          "config.model.mixer.kv_heads", self.kv_heads,
+          f"0, or a divisor of heads = {self.heads}",
+      )
+    if self.head_dim % 2:
+      raise invalid("config.model.mixer.head_dim", self.head_dim, "0, or an even integer")
+
+
+def head_dim(config: ModelConfig) -> int:
+  """N.
+
+  Raises:
+    InputError: it is left to D / heads, which is not an even integer.
+  """
+  options: AttentionConfig = config.mixer
+  if not options.head_dim and config.width % (2 * options.heads):
+    raise invalid(
+        "config.model.mixer.heads", options.heads,
+        f"an integer whose double divides width = {config.width} (or set head_dim)",
+    )
+  return options.head_dim or config.width // options.heads
+
+
+def ffn_width(config: ModelConfig) -> int:
+  """The feed-forward layer's width."""
+  options: AttentionConfig = config.mixer
+  return options.ffn_width or -(-config.width * 8 // (3 * 64)) * 64
+
+
+def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
+  """The layer that follows the mixer."""
+  return FeedForward(
+      config.width, ffn_width(config), kind="swiglu", layers=config.layers, rngs=rngs
+  )
+
+
+def rotate(x: Array, position: Array, theta: float) -> Array:
+  """Rotates feature i of the first half with feature i of the second, by position * angle.
+
+  Args:
+    x: [..., heads, N].
+    position: [...], its leading axis may be 1.
+    theta: angle i is theta^(-2 i / N).
+
+  Returns:
+    x's shape and dtype; angles and products are float32.
+  """
+  half = x.shape[-1] // 2
+  angle = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  phase = position.astype(jnp.float32)[..., None, None] * angle.reshape((1,) * (x.ndim - 1) + (-1,))
+  cos, sin = jnp.cos(phase), jnp.sin(phase)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """The mixer. Its state: {"k", "v"}, [B, C, J, N] in the model's dtype, keys rotated.
+
+  Weights start Gaussian with standard deviation 0.02, that of the output map divided by
+  sqrt(2 L).
+  """
+
+  def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
+    options: AttentionConfig = config.mixer
+    del sources
+    if config.dense.depth:
+      raise invalid(
+          "config.model.dense.depth", config.dense.depth,
+          "0 with this family: attention has no states that deeper layers could read",
+      )
+    dispatch.resolve("attention", config.implementation)
+    self.head_dim = head_dim(config)
+    self.kv_heads = options.kv_heads or options.heads
+    self.theta = options.rope_theta
+    self.context = options.context
+    self.dtype = jnp.dtype(config.dtype)
+    query_width, width = options.heads * self.head_dim, self.kv_heads * self.head_dim
+
+    def project(width: int) -> Linear:
+      return Linear(config.width, width, axes=("embed", "heads"), init=normal(0.02), rngs=rngs)
+
+    self.q_proj, self.k_proj, self.v_proj = project(query_width), project(width), project(width)
+    self.out_proj = Linear(
+        query_width, config.width, axes=("heads", "embed"),
+        init=normal(0.02 / math.sqrt(2 * config.layers)), rngs=rngs,
+    )
+
+  def _project(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
+    """Rotated q, rotated k, and v, [..., heads, N]."""
+    def by_head(x: Array) -> Array:
+      return x.reshape(*x.shape[:-1], -1, self.head_dim)
+
+    q, k = (
+        rotate(by_head(projected), position, self.theta)
+        for projected in (self.q_proj(x), self.k_proj(x))
+    )
+    return q, k, by_head(self.v_proj(x))
+
+  def __call__(
+      self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
+  ) -> MixerOutput:
+    """See `Mixer`; a `state` of None has no tokens before the rows' first."""
+    del shallow
+    q_BTHN, k_BTJN, v_BTJN = self._project(x_BTD, segments.positions_BT)
+    y_BTHN = self._attend(q_BTHN, k_BTJN, v_BTJN, segments, state)
+    y_BTD = self.out_proj(y_BTHN.reshape(*x_BTD.shape[:2], -1))
+    before = self.init_state(x_BTD.shape[0]) if state is None else state
+    after = _ring_after(before, {"k": k_BTJN, "v": v_BTJN}, segments, self.context)
+    return MixerOutput(y_BTD, after, None, {})
+
+  def _attend(
+      self, q_BTHN: Array, k_BTJN: Array, v_BTJN: Array, segments: Segments, state: PyTree
+  ) -> Array:
+    """y_BTHN of the rows' tokens and, given a state, the cache's; the softmax is float32."""
+    time = q_BTHN.shape[1]
+    if state is None and segments.ids_BT is None:
+      return jax.nn.dot_product_attention(
+          q_BTHN, k_BTJN, v_BTJN, is_causal=True,
+          local_window_size=(self.context - 1, 0) if time > self.context else None,
+      )
+    mask_BTS = _row_mask(segments, time, self.context)
+    if state is not None:
+      k_BTJN = jnp.concatenate([state["k"], k_BTJN], axis=1)
+      v_BTJN = jnp.concatenate([state["v"], v_BTJN], axis=1)
+      cache_BTC = _cache_mask(segments, time, self.context)
+      batch = max(cache_BTC.shape[0], mask_BTS.shape[0])
+      mask_BTS = jnp.concatenate(
+          [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in (cache_BTC, mask_BTS)],
+          axis=2,
+      )
+    return jax.nn.dot_product_attention(q_BTHN, k_BTJN, v_BTJN, mask=mask_BTS[:, None])
+
+  def step(
+      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
+  ) -> MixerOutput:
+    """See `Mixer`."""
+    del shallow
+    q_BHN, k_BJN, v_BJN = self._project(x_BD, position_B)
+    rows, slot_B = jnp.arange(x_BD.shape[0]), position_B % self.context
+    k_BCJN = state["k"].at[rows, slot_B].set(k_BJN, unique_indices=True)
+    v_BCJN = state["v"].at[rows, slot_B].set(v_BJN, unique_indices=True)
+    # Slots fill from the first on, and once all are full all are of the window.
+    held_BC = jnp.arange(self.context)[None] <= position_B[:, None]
+    y_B1HN = jax.nn.dot_product_attention(
+        q_BHN[:, None], k_BCJN, v_BCJN, mask=held_BC[:, None, None]
+    )
+    y_BD = self.out_proj(y_B1HN.reshape(x_BD.shape[0], -1))
+    return MixerOutput(y_BD, {"k": k_BCJN, "v": v_BCJN}, None, {})
+
+  def init_state(self, batch: int) -> PyTree:
+    """See `Mixer`."""
+    shape = (batch, self.context, self.kv_heads, self.head_dim)
+    return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+
+
+def _row_mask(segments: Segments, time: int, context: int) -> Array:
+  """bool [B, T, T] (B may be 1): which of the row's own tokens each token attends to."""
+  distance_TT = jnp.arange(time)[:, None] - jnp.arange(time)[None]
+  mask_BTT = ((distance_TT >= 0) & (distance_TT < context))[None]
+  if segments.resets_BT is None:
+    return mask_BTT
+  # Padding counts as the last document's: causality hides it from all that is valid.
+  document_BT = jnp.cumsum(segments.resets_BT, axis=1, dtype=jnp.int32)
+  return mask_BTT & (document_BT[:, :, None] == document_BT[:, None])
+
+
+def _cache_mask(segments: Segments, time: int, context: int) -> Array:
+  """bool [B, T, C] (B may be 1): which slots of the cache each token attends to."""
+  first_B1 = segments.positions_BT[:, :1]
+  held_BC = _held(first_B1 - 1, context)
+  # The window moves on with the tokens; a slot below position 0 was never written.
+  position_BT1 = first_B1[..., None] + jnp.arange(time)[None, :, None]
+  mask_BTC = (held_BC >= 0)[:, None] & (position_BT1 - held_BC[:, None] < context)
+  if segments.resets_BT is None:
+    return mask_BTC
+  # The cache belongs to the document that goes on where the row does not reset.
+  goes_on_BT = jnp.cumsum(segments.resets_BT, axis=1, dtype=jnp.int32) == 0
+  return mask_BTC & goes_on_BT[..., None]
+
+
+def _held(last_B1: Array, context: int) -> Array:
+  """[B, C]: the position that each slot holds after the token at `last_B1`; < 0 is none."""
+  return last_B1 - (last_B1 - jnp.arange(context)[None]) % context
+
+
+def _ring_after(before: PyTree, row: PyTree, segments: Segments, context: int) -> PyTree:
+  """The cache after the rows' last tokens that are not padding.
+
+  Args:
+    before: the cache before the rows, a tree of [B, C, J, N].
+    row: what the rows add, a tree of [B, T, J, N].
+    segments: the rows' documents.
+    context: C.
+
+  Returns:
+    `before`'s tree: zero in slots of which the last document has no token, unchanged where
+    a row is all padding.
+  """
+  time = segments.positions_BT.shape[1]
+  index_B1 = jnp.full((1, 1), time - 1, jnp.int32)
+  if segments.valid_BT is not None:
+    index_B1 = jnp.sum(segments.valid_BT, axis=1, keepdims=True, dtype=jnp.int32) - 1
+  positions_BT = segments.positions_BT
+  last_B1 = jnp.take_along_axis(positions_BT, jnp.maximum(index_B1, 0), axis=1)
+  held_BC = _held(last_B1, context)
+  # Where in the row a slot's token is; before the row, the same slot has it already.
+  source_BC = index_B1 - (last_B1 - held_BC)
+
+  def ring(old: Array, new: Array) -> Array:
+    def each(mask: Array) -> Array:
+      return mask[..., None, None]
+
+    batch = new.shape[0]
+    taken = jnp.take_along_axis(
+        new, each(jnp.broadcast_to(jnp.maximum(source_BC, 0), (batch, context))), axis=1
+    )
+    kept = jnp.where(each(source_BC >= 0), taken, old)
+    ring = jnp.where(each(held_BC >= 0), kept, 0)
+    return jnp.where(each(index_B1 < 0), old, ring)
+
+  return jax.tree.map(ring, before, row)

@@ -1,0 +1,56 @@
+"""Feed-forward layers: what a family without gates of its own puts after its mixer."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import nnx
+
+from dense_jax.layers.linear import Linear, normal
+from dense_jax.types import Array
+
+# Kind -> (its activation, whether the activated map gates a second one).
+KINDS: Mapping[str, tuple[Callable[[Array], Array], bool]] = {
+    "swiglu": (jax.nn.silu, True),
+    "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
+}
+
+
+class FeedForward(nnx.Module):
+  """One token's own map: D -> F -> D.
+
+      swiglu   W_down (silu(W_gate x) * W_up x)     (arXiv 2002.05202)
+      gelu     W_down gelu(W_up x), with the exact gelu
+
+  Weights start Gaussian with standard deviation 0.02, that of the last map divided by
+  sqrt(2 L): as many terms are added to the residual stream.
+
+  Args:
+    config_width: D.
+    width: F.
+    kind: a key of `KINDS`.
+    layers: L, of the whole model.
+  """
+
+  def __init__(
+      self, config_width: int, width: int, *, kind: str, layers: int, rngs: nnx.Rngs
+  ) -> None:
+    self.activation, self.gated = KINDS[kind]
+
+    def widen() -> Linear:
+      return Linear(config_width, width, axes=("embed", "inner"), init=normal(0.02), rngs=rngs)
+
+    if self.gated:
+      self.gate_proj = widen()
+    self.up_proj = widen()
+    self.down_proj = Linear(
+        width, config_width, axes=("inner", "embed"),
+        init=normal(0.02 / math.sqrt(2 * layers)), rngs=rngs,
+    )
+
+  def __call__(self, x: Array) -> Array:
+    """[..., D] -> [..., D], in x's dtype."""
+    up = self.up_proj(x)
+    inner = self.activation(self.gate_proj(x)) * up if self.gated else self.activation(up)
+    return self.down_proj(inner)
