@@ -121,36 +121,69 @@ def build(
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-  """Dense hidden connections (arXiv 2403.00818).
+  """Dense hidden connections (arXiv 2403.00818); `docs/dense.md` says which to use when.
 
   Attributes:
-    depth: m, how many of the layers directly below each layer reads; 0 is the base model.
+    depth: m, how many of the layers directly below each dense layer reads; 0 is the base
+      model.
+    start: the first dense layer; layer 0 has nothing below it.
+    stride: every stride-th layer from `start` on is dense.
     inject: "state" fuses what is read from the shallow layers' states (equations 3 and 4
       of the design); "inputs" fuses the inputs of the state (equation 5, the released
       DenseRetNet).
-    transition: the selective transition's projection of a shallow state, "identity" or a
-      "linear" map over the state axis for each source, started at the identity.
-    fusion: how the reads of the sources join the layer's own.
+    source: what is read of a shallow layer, its "raw" states (or inputs) or its "fused"
+      ones, which hold what it read itself. Fused states need depth 1 and cost one read for
+      each layer below; fused inputs cost nothing.
+    transition: the selective transition's projection of a shallow state: "identity";
+      "linear", a map over the state axis for each source; "mlp", h + U silu(V h), which no
+      lazy read can serve and which is therefore slow.
+    transition_rank: R of "mlp".
+    gate: the selective transition's gate: "none", "channel" (of a read's channels) or
+      "channel_state" (of the state axis too).
+    gate_sharing: one gate "shared" by all sources, or one "per_source".
     gate_reduction: the gate's bottleneck is D / gate_reduction.
     gate_init: "zeros" starts the gate's last matrix at zero.
+    fusion: how the reads of the sources join the layer's own: "add", "concat" (a linear map
+      over the concatenated states), "gated" (a mixture for each channel) or "attention"
+      (over the sources).
     input_norm: with inject "inputs", RMSNorm after the fusion, as released. Without it a
       gate of zero leaves the base model exactly.
   """
 
   depth: int = integer(0, 0)
+  start: int = integer(1, 1)
+  stride: int = integer(1, 1)
   inject: str = choice("state", "state", "inputs")
-  transition: str = choice("identity", "identity", "linear")
-  fusion: str = choice("add", "add")
+  source: str = choice("raw", "raw", "fused")
+  transition: str = choice("identity", "identity", "linear", "mlp")
+  transition_rank: int = integer(8, 1)
+  gate: str = choice("channel", "none", "channel", "channel_state")
+  gate_sharing: str = choice("shared", "shared", "per_source")
   gate_reduction: int = integer(32, 1)
   gate_init: str = choice("zeros", "zeros", "normal")
+  fusion: str = choice("add", "add", "concat", "gated", "attention")
   input_norm: bool = True
 
   def __post_init__(self) -> None:
-    if self.transition == "linear" and self.inject == "inputs":
-      raise invalid(
-          "config.model.dense.transition", self.transition,
-          "identity with dense.inject=inputs (a linear map projects states, not inputs)",
-      )
+    if self.inject == "inputs":
+      self._require("with inject=inputs, which adds vectors and reads no states",
+                    transition=("identity",), gate=("none", "channel"), fusion=("add",))
+    elif self.source == "fused":
+      self._require("with inject=state and source=fused, a chain of linear reads",
+                    depth=(0, 1), transition=("identity", "linear"), fusion=("add",))
+
+  def _require(self, why: str, **valid: tuple[object, ...]) -> None:
+    for name, options in valid.items():
+      value = getattr(self, name)
+      if value not in options:
+        raise invalid(
+            f"config.model.dense.{name}", value, f"{' or '.join(map(str, options))} {why}"
+        )
+
+  def sources(self, layer: int) -> int:
+    """S of a layer: how many layers it reads."""
+    dense = layer >= self.start and (layer - self.start) % self.stride == 0
+    return min(layer, self.depth) if dense else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +200,8 @@ class ModelConfig:
     dtype: of activations and matmuls. Parameters, decays, states, norms' statistics and
       the loss are float32 whatever it is.
     block_layers: layers of a super-block, the body of the scan over layers; 0 takes
-      max(m, 1). With `layers`, every layer is compiled apart.
+      max(m, 1), or the next multiple of dense.stride. With `layers`, every layer is
+      compiled apart.
     remat: what the backward pass recomputes: "none"; "minimal", all but matmuls of a
       super-block; "full", a super-block, and in it each layer and each dense read.
     implementation: the recurrence's form, see `dense_jax.ops.dispatch`.
@@ -186,7 +220,7 @@ class ModelConfig:
   block_layers: int = integer(0, 0)
   remat: str = choice("none", "none", "minimal", "full")
   implementation: str = choice(
-      "auto", "auto", "associative", "chunked", "recurrent", "softmax"
+      "auto", "auto", "associative", "chunked", "conv", "recurrent", "softmax"
   )
   chunk: int = integer(0, 0)
   dense: DenseConfig = dataclasses.field(default_factory=DenseConfig)
@@ -198,10 +232,24 @@ class ModelConfig:
           "config.model.dense.depth", self.dense.depth,
           f"an integer from 0 to layers - 1 = {self.layers - 1}",
       )
-    if self.block_layers and self.block_layers < self.dense.depth:
+    if self.dense.depth and self.dense.start >= self.layers:
+      raise invalid(
+          "config.model.dense.start", self.dense.start,
+          f"an integer from 1 to layers - 1 = {self.layers - 1}",
+      )
+    if self.block_layers in (0, self.layers) or not self.dense.depth:
+      return
+    if self.dense.inject == "state" and self.dense.source == "fused":
       raise invalid(
           "config.model.block_layers", self.block_layers,
-          f"0, or an integer >= dense.depth = {self.dense.depth}",
+          f"0 or layers = {self.layers} with inject=state and source=fused: each layer reads "
+          "another number of states",
+      )
+    if self.block_layers < self.dense.depth or self.block_layers % self.dense.stride:
+      raise invalid(
+          "config.model.block_layers", self.block_layers,
+          f"0, layers, or a multiple of dense.stride = {self.dense.stride} that is >= "
+          f"dense.depth = {self.dense.depth}",
       )
 
 

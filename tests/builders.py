@@ -80,8 +80,10 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
         value = 0.5 * noise - 1
       case "conv_bias":
         value = 0.3 * noise
-      case "transition":
+      case "linear":  # of a dense connection, started at the identity
         value = np.eye(leaf.shape[-1]) + 0.3 * noise
+      case "down" | "up":  # of the low-rank transition
+        value = noise / np.sqrt(leaf.shape[-2])
       case _:
         raise AssertionError(f"say in tests/builders.py what {name} is to be")
     params[name] = jnp.asarray(value, jnp.float32)

@@ -17,10 +17,10 @@ _LAYER = {
     "mixer.head_norm.scale": "self_attn.group_norm.weight",
 }
 _DENSE = {
-    "mixer.dense.gates.k.down.kernel": "self_attn.k_select.fc1.weight",
-    "mixer.dense.gates.k.up.kernel": "self_attn.k_select.fc2.weight",
-    "mixer.dense.gates.v.down.kernel": "self_attn.v_select.fc1.weight",
-    "mixer.dense.gates.v.up.kernel": "self_attn.v_select.fc2.weight",
+    "mixer.dense.gates.k.0.down.kernel": "self_attn.k_select.fc1.weight",
+    "mixer.dense.gates.k.0.up.kernel": "self_attn.k_select.fc2.weight",
+    "mixer.dense.gates.v.0.down.kernel": "self_attn.v_select.fc1.weight",
+    "mixer.dense.gates.v.0.up.kernel": "self_attn.v_select.fc2.weight",
     "mixer.dense.norms.k.scale": "self_attn.k_norm.weight",
     "mixer.dense.norms.v.scale": "self_attn.v_norm.weight",
 }

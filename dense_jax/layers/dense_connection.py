@@ -5,47 +5,55 @@ fused form; it knows nothing of fusion, and this file knows nothing of families.
 code serves a sequence, [B, T, ...], and one token of decoding, [B, ...].
 """
 
-import functools
-import operator
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.config import ModelConfig
-from dense_jax.layers.linear import Linear, RMSNorm, parameter, xavier_uniform, zeros
-from dense_jax.ops.states import StateSequence
+from dense_jax.config import ModelConfig, invalid
+from dense_jax.layers.fusion import FUSIONS
+from dense_jax.layers.linear import RMSNorm
+from dense_jax.layers.transition import Phi, Transition, make_gates, of_source
+from dense_jax.ops.states import Mapped, StateSequence, TokenState
 from dense_jax.types import Array
 
-Shared = StateSequence | Mapping[str, Array]
-"""What a layer leaves for deeper ones: its states, or its recurrence's own inputs."""
+Shared = StateSequence | Mapping[str, Array] | None
+"""What a layer leaves for deeper ones: its states, or its recurrence's inputs."""
 
 
-def _add(own: Array, reads: Sequence[Array]) -> Array:
-  return sum(reads, start=own)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FusedStates:
+  """h + phi(h of the layer below), read lazily: one read for each layer of the chain."""
 
+  own: StateSequence
+  below: StateSequence
+  phi: Phi
 
-# Hidden fusion: (own read, gated reads of the sources, nearest first) -> y.
-FUSIONS: Mapping[str, Callable[[Array, Sequence[Array]], Array]] = {"add": _add}
+  def final(self) -> Array:
+    """The own state after the last token: what is fused is read, never carried."""
+    return self.own.final()
 
+  def materialize(self) -> Array:
+    """See `StateSequence`."""
+    project = jax.vmap(self.phi.project, in_axes=1, out_axes=1)
+    below = project(self.below.materialize(), self.phi.state_gate)
+    return self.own.materialize() + self.phi.gated(below)
 
-class Gate(nnx.Module):
-  """The selective transition's gate, silu(silu(x W1) W2) (released DenseRetNet)."""
+  def read(self, query: Array) -> Array:
+    """See `StateSequence`."""
+    return self.own.read(query) + self.phi.read(self.below, query)
 
-  def __init__(self, config: ModelConfig, width: int, axis: str | None, rngs: nnx.Rngs) -> None:
-    rank = max(1, config.width // config.dense.gate_reduction)
-    # Started at zero the gate is zero, yet it learns: silu has slope 1/2 there.
-    last = zeros if config.dense.gate_init == "zeros" else xavier_uniform(2**-2.5)
-    self.down = Linear(
-        config.width, rank, axes=("embed", None), init=xavier_uniform(2**-2.5), rngs=rngs
-    )
-    self.up = Linear(rank, width, axes=(None, axis), init=last, rngs=rngs)
+  def read_mapped(self, query: Array, function: Mapped, inputs: Array | None) -> Array:
+    """See `StateSequence`; `function` must be linear in the states."""
 
-  def __call__(self, x: Array) -> Array:
-    """[..., D] -> [..., width]."""
-    return jax.nn.silu(self.up(jax.nn.silu(self.down(x))))
+    def both(h: Array, inputs_both: tuple[Array | None, Array | None]) -> Array:
+      return function(self.phi.project(h, inputs_both[1]), inputs_both[0])
+
+    below = self.below.read_mapped(query, both, (inputs, self.phi.state_gate))
+    return self.own.read_mapped(query, function, inputs) + self.phi.gated(below)
 
 
 class DenseConnection(nnx.Module):
@@ -55,9 +63,13 @@ class DenseConnection(nnx.Module):
     config: the model.
     sources: S, the layers that are read; fewer than m next to the input.
     inputs: name -> (width, logical axis) of the recurrence's inputs, for injection
-      "inputs".
-    query: trailing shape of the mixer's query, (N,) or (H, N).
+      "inputs"; empty where a family has none that depend on the token.
+    query: trailing shape of the mixer's query, (N,) or (J, N).
     channels: E, the width of a read.
+    fixed_query: the query is a parameter [E, N], not a function of the token.
+
+  Raises:
+    InputError: injection "inputs", and no inputs.
   """
 
   def __init__(
@@ -68,78 +80,101 @@ class DenseConnection(nnx.Module):
       inputs: Mapping[str, tuple[int, str | None]],
       query: tuple[int, ...],
       channels: int,
+      fixed_query: bool = False,
       rngs: nnx.Rngs,
   ) -> None:
-    self.inject = config.dense.inject if sources else ""
-    self.fuse = FUSIONS[config.dense.fusion]
+    dense = config.dense
+    self.inject = dense.inject if sources else ""
+    self.share_fused = dense.source == "fused"
     self.remat_reads = config.remat == "full"
     if self.inject == "inputs":
-      self.gates = nnx.Dict({
-          name: Gate(config, width, axis, rngs) for name, (width, axis) in inputs.items()
-      })
+      if not inputs:
+        raise invalid(
+            "config.model.dense.inject", dense.inject,
+            f"state with family={config.family}, whose state has no inputs made by the token",
+        )
+      if dense.gate != "none":
+        self.gates = nnx.Dict({
+            name: make_gates(config, sources, width, axis, rngs)
+            for name, (width, axis) in inputs.items()
+        })
       self.norms = nnx.Dict({
           name: RMSNorm(width, axis=axis, epsilon=config.norm_eps, rngs=rngs)
           for name, (width, axis) in inputs.items()
-          if config.dense.input_norm
+          if dense.input_norm
       })
     elif self.inject == "state":
-      self.gate = Gate(config, channels, "inner", rngs)
-      self.linear = config.dense.transition == "linear"
-      if self.linear:
-        self.transition = parameter(
-            rngs, (sources, *query, query[-1]),
-            (None, "heads", None, None) if len(query) == 2 else (None, None, None),
-            lambda _, shape: jnp.broadcast_to(jnp.eye(shape[-1], dtype=jnp.float32), shape),
-        )
+      self.transition = Transition(
+          config, sources=sources, query=query, channels=channels, fixed_query=fixed_query,
+          rngs=rngs,
+      )
+      self.fusion = FUSIONS[dense.fusion](
+          config, sources=sources, query=query, channels=channels, rngs=rngs
+      )
 
   def fuse_inputs(
       self, x: Array, inputs: dict[str, Array], shallow: Sequence[Shared]
-  ) -> dict[str, Array]:
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Equation (5): each input k becomes RMSNorm(k + sum_i gate_k(x) * k_i).
 
     Args:
       x: the layer's input after its norm, [..., D].
       inputs: the layer's own inputs of the recurrence, [..., width] each.
-      shallow: the sources' own inputs, before their fusion; nearest first.
+      shallow: what the sources shared, nearest first.
+
+    Returns:
+      The fused inputs, and those that this layer shares: its own or the fused ones.
     """
     if self.inject != "inputs":
-      return inputs
+      return inputs, inputs
     fused = {}
     for name, own in inputs.items():
-      gate = self.gates[name](x)
-      sources = [cast(Mapping[str, Array], source)[name] for source in shallow]
-      total = own + gate * functools.reduce(operator.add, sources)
+      gates = [gate(x) for gate in self.gates[name]] if hasattr(self, "gates") else []
+      total = own
+      for index, source in enumerate(shallow):
+        read = cast(Mapping[str, Array], source)[name]
+        total = total + (of_source(gates, index) * read if gates else read)
       fused[name] = self.norms[name](total) if name in self.norms else total
-    return fused
+    return fused, fused if self.share_fused else inputs
+
+  def own_query(self, query: Array) -> Array:
+    """The query for the layer's own states: a fusion may map them too."""
+    return self.fusion.query(query, 0) if self.inject == "state" else query
 
   def fuse_reads(
-      self, x: Array, own: Array, query: Array, shallow: Sequence[Shared]
-  ) -> Array:
+      self,
+      x: Array,
+      own: Array,
+      query: Array,
+      states: StateSequence,
+      shallow: Sequence[Shared],
+  ) -> tuple[Array, StateSequence]:
     """Equations (3) and (4): joins the own read with lazy reads of the sources' states.
-
-    phi(h) = gate(x) * (W h) is linear in h, so that reading it is reading the source's
-    own recurrence with the query W^T C, times the gate.
 
     Args:
       x: the layer's input after its norm, [..., D].
-      own: the read of the layer's own states, [..., E] or [..., H, P], float32.
-      query: the query that made it, [..., N] or [..., H, N].
-      shallow: the sources' states, nearest first.
+      own: what `own_query` read of the own states, [..., E] or [..., H, P], float32.
+      query: the mixer's query, [..., N] or [..., J, N], or [E, N] if it is fixed.
+      states: the layer's own states.
+      shallow: what the sources shared, nearest first.
+
+    Returns:
+      The fused read, and the states that this layer shares: its own or the fused ones.
     """
     if self.inject != "state":
-      return own
-    gate = self.gate(x).astype(jnp.float32).reshape(own.shape)
-    reads = []
-    for index, source in enumerate(shallow):
-      source_query = query
-      if self.linear:
-        matrix = self.transition[...][index].astype(query.dtype)
-        rule = "...hn,hnm->...hm" if matrix.ndim == 3 else "...n,nm->...m"
-        source_query = jnp.einsum(rule, query, matrix)
-      read = jax.checkpoint(_read) if self.remat_reads else _read
-      reads.append(gate * read(cast(StateSequence, source), source_query))
-    return self.fuse(own, reads)
-
-
-def _read(source: StateSequence, query: Array) -> Array:
-  return source.read(query)
+      return own, states
+    sources = [cast(StateSequence, source) for source in shallow]
+    phis = self.transition(x, own.shape, len(sources))
+    # Apart from each other, so that no two reads' intermediate values exist together.
+    read = jax.checkpoint(Phi.read) if self.remat_reads else Phi.read
+    reads = [
+        read(phi, source, self.fusion.query(query, index + 1))
+        for index, (phi, source) in enumerate(zip(phis, sources, strict=True))
+    ]
+    fused = self.fusion(x, own, reads)
+    if not self.share_fused:
+      return fused, states
+    if isinstance(states, TokenState):  # One token's states are there: no chain is needed.
+      below = phis[0].project(sources[0].materialize(), phis[0].state_gate)
+      return fused, states.plus(phis[0].gated(below))
+    return fused, FusedStates(states, sources[0], phis[0])

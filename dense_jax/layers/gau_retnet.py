@@ -124,12 +124,13 @@ class GauRetNet(nnx.Module):
     return self.out_proj(y.reshape(gate.shape).astype(gate.dtype) * gate)
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
+      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
+    state = state or self.init_state(x_BTD.shape[0])
     position_BT = segments.positions_BT
     q_BTK, own, gate_BTE = self._project(x_BTD)
-    fused = self.dense.fuse_inputs(x_BTD, own, shallow)
+    fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
     q_BTHN = rotate(self._by_head(q_BTK), position_BT)
     k_BTHN = rotate(self._by_head(fused["k"]), position_BT)
     decay_BTH = jnp.broadcast_to(
@@ -139,25 +140,27 @@ class GauRetNet(nnx.Module):
         k_BTHN, self._by_head(fused["v"]), decay_BTH, segments, state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
-    y_BTHP = self.dense.fuse_reads(x_BTD, states.read(q_BTHN), q_BTHN, shallow)
+    own_BTHP = states.read(self.dense.own_query(q_BTHN))
+    y_BTHP, shared = self.dense.fuse_reads(x_BTD, own_BTHP, q_BTHN, states, shallow)
     y_BTD = self._output(y_BTHP, position_BT, gate_BTE)
-    return MixerOutput(y_BTD, {"h": states.final()}, states, own)
+    return MixerOutput(y_BTD, {"h": states.final()}, shared, inputs)
 
   def step(
       self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
     q_BK, own, gate_BE = self._project(x_BD)
-    fused = self.dense.fuse_inputs(x_BD, own, shallow)
+    fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
     q_BHN = rotate(self._by_head(q_BK), position_B)
     k_BHN = materialize(rotate(self._by_head(fused["k"]), position_B))
     h_BHPN = reference.matrix_step(
         state["h"], log_decay(self.heads)[None], k_BHN, self._by_head(fused["v"])
     )
     states = MatrixState(h_BHPN)
-    y_BHP = self.dense.fuse_reads(x_BD, states.read(q_BHN), q_BHN, shallow)
+    own_BHP = states.read(self.dense.own_query(q_BHN))
+    y_BHP, shared = self.dense.fuse_reads(x_BD, own_BHP, q_BHN, states, shallow)
     y_BD = self._output(y_BHP, position_B, gate_BE)
-    return MixerOutput(y_BD, {"h": h_BHPN}, states, own)
+    return MixerOutput(y_BD, {"h": h_BHPN}, shared, inputs)
 
   def init_state(self, batch: int) -> PyTree:
     """See `Mixer`."""

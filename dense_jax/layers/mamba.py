@@ -121,9 +121,10 @@ class Mamba(nnx.Module):
     return self.out_proj(y.astype(z.dtype) * jax.nn.silu(z))
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
+      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
+    state = state or self.init_state(x_BTD.shape[0])
     x_BTE, z_BTE = jnp.split(self.in_proj(x_BTD), 2, axis=-1)
     x_BTE, conv = short_conv(
         x_BTE, self.conv_kernel[...], self.conv_bias[...], segments, state["conv"]
@@ -131,14 +132,15 @@ class Mamba(nnx.Module):
     x_BTE = jax.nn.silu(x_BTE)
     dt_BTE, b_BTN, c_BTN = self._selected(x_BTE)
     own = {"b": b_BTN, "x": x_BTE}
-    fused = self.dense.fuse_inputs(x_BTD, own, shallow)
+    fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
     y_BTE, states = scan_diagonal(
-        dt_BTE, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], c_BTN, segments, state["h"],
+        dt_BTE, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], self.dense.own_query(c_BTN),
+        segments, state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
-    y_BTE = self.dense.fuse_reads(x_BTD, y_BTE, c_BTN, shallow)
+    y_BTE, shared = self.dense.fuse_reads(x_BTD, y_BTE, c_BTN, states, shallow)
     y_BTD = self._output(y_BTE, x_BTE, z_BTE)
-    return MixerOutput(y_BTD, {"conv": conv, "h": states.final()}, states, own)
+    return MixerOutput(y_BTD, {"conv": conv, "h": states.final()}, shared, inputs)
 
   def step(
       self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
@@ -152,14 +154,15 @@ class Mamba(nnx.Module):
     x_BE = jax.nn.silu(x_BE)
     dt_BE, b_BN, c_BN = self._selected(x_BE)
     own = {"b": b_BN, "x": x_BE}
-    fused = self.dense.fuse_inputs(x_BD, own, shallow)
+    fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
     h_BNE = reference.diagonal_step(
         state["h"], dt_BE, -jnp.exp(self.a_log[...]), fused["x"], fused["b"]
     )
     states = DiagonalState(h_BNE)
-    y_BE = self.dense.fuse_reads(x_BD, states.read(c_BN), c_BN, shallow)
+    own_BE = states.read(self.dense.own_query(c_BN))
+    y_BE, shared = self.dense.fuse_reads(x_BD, own_BE, c_BN, states, shallow)
     y_BD = self._output(y_BE, x_BE, z_BE)
-    return MixerOutput(y_BD, {"conv": conv, "h": h_BNE}, states, own)
+    return MixerOutput(y_BD, {"conv": conv, "h": h_BNE}, shared, inputs)
 
   def init_state(self, batch: int) -> PyTree:
     """See `Mixer`."""

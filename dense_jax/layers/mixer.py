@@ -16,8 +16,8 @@ class MixerOutput:
   Attributes:
     y: [B, T, D], or [B, D] in decoding.
     state: the mixer's state after the last token, as `init_state` shapes it.
-    states: the recurrence's states, for deeper layers to read; None where there are none.
-    inputs: the recurrence's own inputs (before fusion), for deeper layers to fuse.
+    states: the recurrence's states, for deeper layers to read; None where there is none.
+    inputs: the recurrence's inputs, for deeper layers to fuse.
   """
 
   y: Array
@@ -27,16 +27,23 @@ class MixerOutput:
 
   def shared(self, inject: str) -> Shared:
     """What deeper layers get under that injection."""
-    return self.inputs if inject == "inputs" or self.states is None else self.states
+    return self.states if inject == "state" else self.inputs
 
 
 class Mixer(Protocol):
   """A family's mixer: parallel over a sequence, or one token at a time."""
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
+      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
-    """A whole sequence, from `state`; `shallow` holds the layers below, nearest first."""
+    """A whole sequence.
+
+    Args:
+      x_BTD: the layer's input after its norm.
+      segments: the documents.
+      state: the state before the first token; None is a fresh one.
+      shallow: what the layers below share, nearest first.
+    """
 
   def step(
       self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]

@@ -1,10 +1,11 @@
 """The layers of a model: the first ones apart, the rest as a scan over super-blocks.
 
 With dense connections of depth m the first m layers have fewer than m sources, and so
-other parameters; they, and as many more as do not fill a super-block, are compiled apart
-(`head`). All others repeat one super-block of b layers, whose parameters are stacked
-along a leading axis (`blocks`, b modules). The scan carries the last m layers' shared
-states; with b >= m they are saved once a super-block, not once a layer.
+other parameters; they (or all below `dense.start`), and as many more as do not fill a
+super-block, are compiled apart (`head`). All others repeat one super-block of b layers,
+whose parameters are stacked along a leading axis (`blocks`, b modules). The scan carries
+the last m layers' shared states; with b >= m they are saved once a super-block, not once
+a layer.
 """
 
 import functools
@@ -17,54 +18,63 @@ from flax import nnx
 
 from dense_jax.config import ModelConfig
 from dense_jax.layers.dense_connection import Shared
-from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.mixer import Mixer, MixerOutput
 from dense_jax.types import Array, PyTree, Segments
 
 MixerFactory = Callable[..., Mixer]
-FeedForwardFactory = Callable[[ModelConfig, nnx.Rngs], FeedForward | None]
 Bank = tuple[Shared, ...]
 LayerCall = Callable[["Layer", Array, PyTree, Bank], tuple[Array, MixerOutput]]
 Remat = Callable[[Callable], Callable]
+FeedForwardFactory = Callable[[ModelConfig, nnx.Rngs], nnx.Module | None]
 
 
 class Layer(nnx.Module):
-  """x + mixer(norm(x)), and then, if the family has one, x + feed_forward(ffn_norm(x))."""
+  """x + mixer(norm(x)), and then x + feed_forward(ffn_norm(x)) in families that have one."""
 
   def __init__(
-      self, config: ModelConfig, mixer: MixerFactory, feed_forward: FeedForwardFactory, *,
-      sources: int, rngs: nnx.Rngs,
+      self,
+      config: ModelConfig,
+      mixer: MixerFactory,
+      feed_forward: FeedForwardFactory | None,
+      *,
+      sources: int,
+      rngs: nnx.Rngs,
   ) -> None:
     self.norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
     self.mixer = mixer(config, sources=sources, rngs=rngs)
-    self.feed_forward = feed_forward(config, rngs)
-    if self.feed_forward is not None:
+    module = feed_forward(config, rngs) if feed_forward else None
+    if module is not None:
       self.ffn_norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
+      self.feed_forward = module
 
-  def _feed_forward(self, x: Array) -> Array:
-    return x if self.feed_forward is None else x + self.feed_forward(self.ffn_norm(x))
+  def _join(self, x: Array, output: MixerOutput) -> tuple[Array, MixerOutput]:
+    x = x + output.y
+    if hasattr(self, "feed_forward"):
+      x = x + self.feed_forward(self.ffn_norm(x))
+    return x, output
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
+      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> tuple[Array, MixerOutput]:
     """Returns the next x_BTD, and all that the mixer gave."""
-    output = self.mixer(self.norm(x_BTD), segments, state, shallow)
-    return self._feed_forward(x_BTD + output.y), output
+    return self._join(x_BTD, self.mixer(self.norm(x_BTD), segments, state, shallow))
 
   def step(
       self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
   ) -> tuple[Array, MixerOutput]:
     """One token of `__call__`."""
-    output = self.mixer.step(self.norm(x_BD), position_B, state, shallow)
-    return self._feed_forward(x_BD + output.y), output
+    return self._join(x_BD, self.mixer.step(self.norm(x_BD), position_B, state, shallow))
 
 
 def block_sizes(config: ModelConfig) -> tuple[int, int, int]:
   """Layers apart, layers of a super-block, super-blocks."""
-  depth, layers = config.dense.depth, config.layers
-  block = config.block_layers or max(depth, 1)
-  blocks = (layers - depth) // block
+  dense, layers = config.dense, config.layers
+  if dense.depth and dense.inject == "state" and dense.source == "fused":
+    return layers, 0, 0  # Each layer reads a longer chain than the one below.
+  apart, stride = (max(dense.depth, dense.start), dense.stride) if dense.depth else (0, 1)
+  block = config.block_layers or -(-max(dense.depth, 1) // stride) * stride
+  blocks = (layers - apart) // block
   if blocks < 2:  # A scan of one step would only hide the layers.
     return layers, 0, 0
   return layers - blocks * block, block, blocks
@@ -74,7 +84,11 @@ class Stack(nnx.Module):
   """All layers. Its state: {"head": [a layer's state], "blocks": [the same, stacked]}."""
 
   def __init__(
-      self, config: ModelConfig, mixer: MixerFactory, feed_forward: FeedForwardFactory, *,
+      self,
+      config: ModelConfig,
+      mixer: MixerFactory,
+      feed_forward: FeedForwardFactory | None,
+      *,
       rngs: nnx.Rngs,
   ) -> None:
     self.inject = config.dense.inject
@@ -83,7 +97,7 @@ class Stack(nnx.Module):
     head, block, self.num_blocks = block_sizes(config)
 
     def make(index: int, key: Array) -> Layer:
-      sources = min(index, self.depth)
+      sources = config.dense.sources(index)
       return Layer(config, mixer, feed_forward, sources=sources, rngs=nnx.Rngs(key))
 
     def make_stacked(index: int) -> Layer:
@@ -95,9 +109,11 @@ class Stack(nnx.Module):
     self.blocks = nnx.List([make_stacked(head + index) for index in range(block)])
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree
+      self, x_BTD: Array, segments: Segments, state: PyTree | None
   ) -> tuple[Array, PyTree]:
-    """Runs a sequence from `state`; returns x_BTD and the state after it."""
+    """Runs a sequence from `state` (None: a fresh one); returns x_BTD and the state after."""
+    if state is None:
+      state = {"head": [None] * len(self.head), "blocks": [None] * len(self.blocks)}
     return self._run(
         lambda layer, x, layer_state, bank: layer(x, segments, layer_state, bank), x_BTD, state
     )

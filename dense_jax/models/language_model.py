@@ -45,8 +45,8 @@ class LanguageModel(nnx.Module):
     self.embedding = parameter(
         rngs, (config.vocab_size, config.width), ("vocab", "embed"), normal(0.02)
     )
-    parts = family(config.family)
-    self.stack = Stack(config, parts.mixer, parts.feed_forward, rngs=rngs)
+    chosen = family(config.family)
+    self.stack = Stack(config, chosen.mixer, chosen.feed_forward, rngs=rngs)
     self.norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
     if not config.tie_embeddings:
       self.head = parameter(
@@ -69,18 +69,18 @@ class LanguageModel(nnx.Module):
       state: the state before the first token; None is a fresh one.
     """
     batch, time = tokens_BT.shape
-    carried = state or self.init_state(batch)
+    before_B = jnp.zeros(batch, jnp.int32) if state is None else state.position_B
     if segments is None:
-      first_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
+      first_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else before_B[:, None]
       segments = Segments(first_B1 + jnp.arange(time, dtype=jnp.int32)[None])
     x_BTD = self.embedding[...].astype(self.dtype)[tokens_BT]
-    x_BTD, layers = self.stack(x_BTD, segments, carried.layers)
-    position_B = carried.position_B + time
+    x_BTD, layers = self.stack(x_BTD, segments, None if state is None else state.layers)
+    position_B = before_B + time
     if segments.valid_BT is not None:
       # Padding repeats no position: the last token that is not padding has the last one.
       last_B1 = jnp.sum(segments.valid_BT, axis=1, keepdims=True) - 1
       last_position_B = jnp.take_along_axis(segments.positions_BT, last_B1, axis=1)[:, 0]
-      position_B = jnp.where(last_B1[:, 0] < 0, carried.position_B, last_position_B + 1)
+      position_B = jnp.where(last_B1[:, 0] < 0, before_B, last_position_B + 1)
     return self.norm(x_BTD), ModelState(position_B, layers)
 
   def head_DV(self) -> Array:

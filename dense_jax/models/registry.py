@@ -3,36 +3,30 @@
 import dataclasses
 from collections.abc import Callable
 
-from flax import nnx
-
-from dense_jax.config import ModelConfig, unknown_key
+from dense_jax.config import unknown_key
 from dense_jax.layers.attention import Attention, AttentionConfig, feed_forward
-from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.gau_retnet import GauRetNet, GauRetNetConfig
 from dense_jax.layers.mamba import Mamba, MambaConfig
 from dense_jax.layers.mixer import Mixer
+from dense_jax.layers.stack import FeedForwardFactory
 from dense_jax.types import InputError
-
-
-def _none(config: ModelConfig, rngs: nnx.Rngs) -> None:
-  del config, rngs
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """A family.
+  """A family of models.
 
   Attributes:
-    config: its own options (`config.model.mixer`).
-    mixer: makes its mixer.
-    form: its state's form.
-    feed_forward: makes the layer that follows each mixer; None where there is none.
+    config: the class of its own options, `config.model.mixer`.
+    mixer: its mixer.
+    form: its state's form, a key of `dense_jax.ops.dispatch.IMPLEMENTATIONS`.
+    feed_forward: what follows the mixer in each layer, if anything.
   """
 
   config: type
   mixer: Callable[..., Mixer]
   form: str
-  feed_forward: Callable[[ModelConfig, nnx.Rngs], FeedForward | None] = _none
+  feed_forward: FeedForwardFactory | None = None
 
 
 FAMILIES = {

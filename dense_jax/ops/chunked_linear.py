@@ -8,6 +8,9 @@ the state before each chunk: a matmul a chunk, then a scan over G = T / C chunks
 "chunkwise" form of arXiv 2307.08621, section 2.3). All decays are exponentials of
 differences <= 0; there is no normalisation by chunk, so every chunk length gives the
 same result.
+
+Heads may share keys and queries (arXiv 2405.21060, section 7.2): head h takes those of
+group h // (H / J). What depends on them alone is computed once a group.
 """
 
 import chex
@@ -43,6 +46,11 @@ def _weight(mask: Array | None, log_weight: Array) -> Array:
   return jnp.exp(jnp.where(mask, log_weight, -jnp.inf))
 
 
+def _by_group(x: Array, groups: int, axis: int) -> Array:
+  """Splits the axis of heads, [..., H, ...] -> [..., J, H / J, ...]."""
+  return x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
+
+
 def _compose(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
   a_left, h_left = left
   a_right, h_right = right
@@ -50,7 +58,7 @@ def _compose(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Arr
 
 
 def chunk_states(
-    k_BTHN: Array,
+    k_BTJN: Array,
     v_BTHP: Array,
     log_decay_BTH: Array,
     resets_BT: Array | None,
@@ -62,7 +70,7 @@ def chunk_states(
   """The states between chunks.
 
   Args:
-    k_BTHN: keys.
+    k_BTJN: keys.
     v_BTHP: values, of the keys' dtype.
     log_decay_BTH: float32, <= 0; its B may be 1 (a decay that all rows share).
     resets_BT: bool, clears the state before a token; None never does.
@@ -74,13 +82,15 @@ def chunk_states(
   Returns:
     before_BGHPN, the state before each chunk, and final_BHPN; both float32.
   """
-  batch, time, heads, _ = k_BTHN.shape
-  chex.assert_shape(v_BTHP, (batch, time, heads, None))
+  batch, time, groups, state_size = k_BTJN.shape
+  heads, channels = v_BTHP.shape[2:]
+  chex.assert_shape(v_BTHP, (batch, time, heads, channels))
+  chex.assert_is_divisible(heads, groups)
   chex.assert_shape(log_decay_BTH, (None, time, heads))
-  chex.assert_shape(initial_BHPN, (batch, heads, v_BTHP.shape[-1], k_BTHN.shape[-1]))
+  chex.assert_shape(initial_BHPN, (batch, heads, channels, state_size))
   chex.assert_type([log_decay_BTH, initial_BHPN], jnp.float32)
   chunk = chunk_length(chunk, time)
-  k_BGCHN, v_BGCHP = split_time(k_BTHN, chunk), split_time(v_BTHP, chunk)
+  k_BGCJN, v_BGCHP = split_time(k_BTJN, chunk), split_time(v_BTHP, chunk)
   cum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
 
   same_document = carried = None
@@ -90,12 +100,14 @@ def chunk_states(
   to_end_BGCH = _weight(same_document, cum_BGCH[:, :, -1:] - cum_BGCH)
   decay_BGH = _weight(carried, cum_BGCH[:, :, -1])
   decay_BGH = jnp.broadcast_to(decay_BGH, (batch, *decay_BGH.shape[1:]))
+  weighted_BGCHP = (v_BGCHP * to_end_BGCH[..., None]).astype(v_BTHP.dtype)
+  # j: a group of heads, r: a head within it.
   added_BGHPN = jnp.einsum(
-      "bgchp,bgchn->bghpn",
-      v_BGCHP,
-      (k_BGCHN * to_end_BGCH[..., None]).astype(k_BTHN.dtype),
+      "bgcjrp,bgcjn->bgjrpn",
+      _by_group(weighted_BGCHP, groups, 3),
+      k_BGCJN,
       preferred_element_type=jnp.float32,
-  )
+  ).reshape(batch, -1, heads, channels, state_size)
 
   if implementation == "associative":
     decay_BGH, sum_BGHPN = jax.lax.associative_scan(_compose, (decay_BGH, added_BGHPN), axis=1)
@@ -113,8 +125,8 @@ def chunk_states(
 
 
 def chunk_read(
-    q_BTHN: Array,
-    k_BTHN: Array,
+    q_BTJN: Array,
+    k_BTJN: Array,
     v_BTHP: Array,
     log_decay_BTH: Array,
     resets_BT: Array | None,
@@ -123,13 +135,14 @@ def chunk_read(
     chunk: int = 0,
 ) -> Array:
   """y_BTHP = h_t q_t, float32, from the states between chunks (arguments as there)."""
-  batch, time, heads, _ = q_BTHN.shape
-  chex.assert_equal_shape([q_BTHN, k_BTHN])
+  batch, time, groups, _ = q_BTJN.shape
+  chex.assert_equal_shape([q_BTJN, k_BTJN])
+  heads, channels = v_BTHP.shape[2:]
   chunk = chunk_length(chunk, time)
-  q_BGCHN, k_BGCHN, v_BGCHP = (split_time(x, chunk) for x in (q_BTHN, k_BTHN, v_BTHP))
+  q_BGCJN, k_BGCJN, v_BGCHP = (split_time(x, chunk) for x in (q_BTJN, k_BTJN, v_BTHP))
   cum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
 
-  # Scores: query position c, key position s.
+  # Scores: query position c, key position s; j: a group of heads, r: a head within it.
   causal = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
   carried = None
   if count_BGC is not None:
@@ -138,20 +151,21 @@ def chunk_read(
     carried = (count_BGC == 0)[..., None]
   cum_BGHC = jnp.swapaxes(cum_BGCH, 2, 3)
   decay_BGHCC = _weight(causal, cum_BGHC[..., :, None] - cum_BGHC[..., None, :])
-  scores = jnp.einsum(
-      "bgchn,bgshn->bghcs", q_BGCHN, k_BGCHN, preferred_element_type=jnp.float32
+  scores_BGJCC = jnp.einsum(
+      "bgcjn,bgsjn->bgjcs", q_BGCJN, k_BGCJN, preferred_element_type=jnp.float32
   )
+  weights = scores_BGJCC[:, :, :, None] * _by_group(decay_BGHCC, groups, 2)
   y = jnp.einsum(
-      "bghcs,bgshp->bgchp",
-      (scores * decay_BGHCC).astype(v_BTHP.dtype),
-      v_BGCHP,
+      "bgjrcs,bgsjrp->bgcjrp",
+      weights.astype(v_BTHP.dtype),
+      _by_group(v_BGCHP, groups, 3),
       preferred_element_type=jnp.float32,
   )
   from_start_BGCH = _weight(carried, cum_BGCH)
-  y = y + from_start_BGCH[..., None] * jnp.einsum(
-      "bgchn,bghpn->bgchp",
-      q_BGCHN,
-      before_BGHPN.astype(q_BTHN.dtype),
+  y = y + _by_group(from_start_BGCH, groups, 3)[..., None] * jnp.einsum(
+      "bgcjn,bgjrpn->bgcjrp",
+      q_BGCJN,
+      _by_group(before_BGHPN.astype(q_BTJN.dtype), groups, 2),
       preferred_element_type=jnp.float32,
   )
-  return y.reshape(batch, -1, heads, y.shape[-1])[:, :time]
+  return y.reshape(batch, -1, heads, channels)[:, :time]

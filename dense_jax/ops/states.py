@@ -6,7 +6,8 @@ kept and read again. That identity is what makes dense state connections afforda
 """
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,11 @@ import jax.numpy as jnp
 from dense_jax.ops import reference
 from dense_jax.ops.chunked_linear import chunk_read, chunk_states
 from dense_jax.ops.selective_scan import selective_scan
-from dense_jax.types import Array, Segments
+from dense_jax.ops.token_scan import token_scan
+from dense_jax.types import Array, PyTree, Segments
+
+Mapped = Callable[[Array, PyTree], Array]
+"""A function of one token's states, N last, and of that token's part of some inputs."""
 
 
 class StateSequence(Protocol):
@@ -23,8 +28,19 @@ class StateSequence(Protocol):
   def read(self, query: Array) -> Array:
     """Equation (2) with any query; float32."""
 
+  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
+    """As `read`, of `function(states, inputs)` in place of the states.
+
+    Token by token in rematerialised chunks: exact for any function, and far slower.
+
+    Args:
+      query: as of `read`.
+      function: maps [B, ..., N] to the same shape.
+      inputs: a tree of [B, T, ...] (in decoding [B, ...]), or None.
+    """
+
   def materialize(self) -> Array:
-    """The states themselves; for tests and analysis, never for training."""
+    """The states themselves, N last; for tests and analysis, never for training."""
 
   def final(self) -> Array:
     """The state after the last token, to carry on from."""
@@ -53,12 +69,27 @@ class DiagonalStates:
     )
     return y_BTE
 
+  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
+    """c_BTN -> y_BTE."""
+
+    def step(h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
+      return reference.diagonal_step(h_BNE, dt_BE, self.a_NE, x_BE, b_BN)
+
+    def read(h_BNE: Array, token: PyTree) -> Array:
+      return DiagonalState(h_BNE).read_mapped(token[0], function, token[1])
+
+    y_BTE, _ = token_scan(
+        step, read, self.initial_BNE, (self.dt_BTE, self.x_BTE, self.b_BTN), (query, inputs),
+        self.resets_BT, chunk=self.chunk,
+    )
+    return y_BTE
+
   def materialize(self) -> Array:
-    """h_BTNE, float32."""
+    """h_BTEN, float32."""
     states, _ = reference.diagonal_states(
         self.dt_BTE, self.a_NE, self.x_BTE, self.b_BTN, self.resets_BT, self.initial_BNE
     )
-    return states
+    return jnp.swapaxes(states, 2, 3)
 
   def final(self) -> Array:
     """h_BNE, float32."""
@@ -100,7 +131,7 @@ def scan_diagonal(
 class MatrixStates:
   """Matrix states h_BTHPN, as the inputs that make them and the states between chunks."""
 
-  k_BTHN: Array
+  k_BTJN: Array
   v_BTHP: Array
   log_decay_BTH: Array
   resets_BT: Array | None
@@ -110,18 +141,33 @@ class MatrixStates:
   chunk: int = dataclasses.field(metadata={"static": True})
 
   def read(self, query: Array) -> Array:
-    """q_BTHN -> y_BTHP."""
+    """q_BTJN -> y_BTHP."""
     if self.before_BGHPN is None:
-      return jnp.einsum("bthpn,bthn->bthp", self.materialize(), query.astype(jnp.float32))
+      return self.read_mapped(query, lambda h, _: h, None)
     return chunk_read(
-        query, self.k_BTHN, self.v_BTHP, self.log_decay_BTH, self.resets_BT,
+        query, self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT,
         self.before_BGHPN, chunk=self.chunk,
     )
+
+  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
+    """q_BTJN -> y_BTHP."""
+
+    def step(h_BHPN: Array, k_BJN: Array, v_BHP: Array, log_decay_BH: Array) -> Array:
+      return reference.matrix_step(h_BHPN, log_decay_BH, k_BJN, v_BHP)
+
+    def read(h_BHPN: Array, token: PyTree) -> Array:
+      return MatrixState(h_BHPN).read_mapped(token[0], function, token[1])
+
+    y_BTHP, _ = token_scan(
+        step, read, self.initial_BHPN, (self.k_BTJN, self.v_BTHP, self.log_decay_BTH),
+        (query, inputs), self.resets_BT,
+    )
+    return y_BTHP
 
   def materialize(self) -> Array:
     """h_BTHPN, float32."""
     states, _ = reference.matrix_states(
-        self.k_BTHN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self.initial_BHPN
+        self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self.initial_BHPN
     )
     return states
 
@@ -131,7 +177,7 @@ class MatrixStates:
 
 
 def scan_matrix(
-    k_BTHN: Array,
+    k_BTJN: Array,
     v_BTHP: Array,
     log_decay_BTH: Array,
     segments: Segments,
@@ -144,20 +190,28 @@ def scan_matrix(
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
   if valid_BT is not None:
     log_decay_BTH = jnp.where(valid_BT[..., None], log_decay_BTH, 0)
-    k_BTHN = jnp.where(valid_BT[..., None, None], k_BTHN, 0)
+    k_BTJN = jnp.where(valid_BT[..., None, None], k_BTJN, 0)
   before_BGHPN = None
   if implementation == "recurrent":
     _, final_BHPN = reference.matrix_states(
-        k_BTHN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN
+        k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN
     )
   else:
     before_BGHPN, final_BHPN = chunk_states(
-        k_BTHN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN,
+        k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN,
         implementation=implementation, chunk=chunk,
     )
   return MatrixStates(
-      k_BTHN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN, before_BGHPN, final_BHPN, chunk
+      k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN, before_BGHPN, final_BHPN, chunk
   )
+
+
+@runtime_checkable
+class TokenState(StateSequence, Protocol):
+  """A StateSequence at one token of decoding, where the states themselves are there."""
+
+  def plus(self, h: Array) -> "TokenState":
+    """The states plus others, N last."""
 
 
 @jax.tree_util.register_dataclass
@@ -171,9 +225,18 @@ class DiagonalState:
     """c_BN -> y_BE."""
     return reference.diagonal_read(self.h_BNE, query)
 
+  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
+    """c_BN -> y_BE."""
+    h_BEN = function(self.materialize(), inputs)
+    return jnp.einsum("ben,bn->be", h_BEN, query.astype(jnp.float32))
+
+  def plus(self, h: Array) -> Self:
+    """See `TokenState`."""
+    return dataclasses.replace(self, h_BNE=self.h_BNE + jnp.swapaxes(h, 1, 2))
+
   def materialize(self) -> Array:
-    """h_BNE, float32."""
-    return self.h_BNE
+    """h_BEN, float32."""
+    return jnp.swapaxes(self.h_BNE, 1, 2)
 
   def final(self) -> Array:
     """h_BNE, float32."""
@@ -188,8 +251,16 @@ class MatrixState:
   h_BHPN: Array
 
   def read(self, query: Array) -> Array:
-    """q_BHN -> y_BHP."""
+    """q_BJN -> y_BHP."""
     return reference.matrix_read(self.h_BHPN, query)
+
+  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
+    """q_BJN -> y_BHP."""
+    return reference.matrix_read(function(self.h_BHPN, inputs), query)
+
+  def plus(self, h: Array) -> Self:
+    """See `TokenState`."""
+    return dataclasses.replace(self, h_BHPN=self.h_BHPN + h)
 
   def materialize(self) -> Array:
     """h_BHPN, float32."""

@@ -13,7 +13,8 @@ WEIGHT_DECAY = {
     r".*\.(kernel|conv_kernel)": True,
     r".*(^|\.)scale": False,  # norms
     r".*\.(a_log|d|dt_bias|conv_bias)": False,  # recurrences and biases
-    r".*\.transition": False,  # it starts at the identity, not around zero
+    r".*\.linear": False,  # a dense connection's map that starts at the identity
+    r".*\.transition\.(down|up)": True,
 }
 
 

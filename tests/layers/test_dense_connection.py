@@ -28,7 +28,7 @@ SEGMENTS = packed([[3, 4], [5]], time=T, first=[2, 0])
 
 def _connection(inject, sources, query=(N,), **options):
   """A connection of depth 2 whose parameters are all random; they are returned too."""
-  config = model_config("mamba", 2, inject, layers=4, **options)
+  config = model_config("mamba", **{"depth": 2, "inject": inject, "layers": 4} | options)
   module = DenseConnection(
       config, sources=sources, inputs={"b": (N, None), "x": (E, "inner")}, query=query,
       channels=E, rngs=nnx.Rngs(0),
@@ -58,49 +58,143 @@ def _matrix_states(seed):
   )
 
 
-def _by_hand(connection, form, x_BTD, states, query, gate):
-  """Equations (3) and (4) with the states themselves: y = C (h + sum_i gate * (W_i h_i))."""
-  project, read = {
-      "diagonal": ("nm,btme->btne", "btne,btn->bte"),
-      "matrix": ("hnm,bthpm->bthpn", "bthpn,bthn->bthp"),
-  }[form]
-  fused = states[0].materialize()
-  for index, source in enumerate(states[1:]):
-    h = source.materialize()
-    if connection.linear:
-      h = jnp.einsum(project, connection.transition[...][index], h)
-    fused += gate * h
-  return jnp.einsum(read, fused, query)
+def _phi_by_hand(connection, x, h, index):
+  """g_E * g_N * project(h) of states [..., channels, N], the matrix's [..., H, P, N]."""
+  transition = connection.transition
+  lead, matrix_form = x.shape[:-1], h.ndim == x.ndim + 2
+
+  def gate(gates, *shape):
+    return _gate(gates[min(index, len(gates) - 1)], x).reshape(*lead, *shape)
+
+  if hasattr(transition, "linear"):
+    w = transition.linear[...][index]
+    h = jnp.einsum("hnm,...hpm->...hpn" if matrix_form else "nm,...em->...en", w, h)
+  if hasattr(transition, "down"):
+    h = h + jax.nn.silu(h @ transition.down[...][index]) @ transition.up[...][index]
+  if hasattr(transition, "state_gates"):
+    h = h * (1 + gate(transition.state_gates, *(1,) * (h.ndim - x.ndim), N))
+  if hasattr(transition, "channel_gates"):
+    h = h * gate(transition.channel_gates, *h.shape[len(lead) : -1], 1)
+  return h
 
 
-@pytest.mark.parametrize(("sources", "transition", "remat"), [
-    (1, "identity", "none"), (2, "identity", "none"), (1, "linear", "none"), (2, "linear", "full"),
-])
+def _by_hand(connection, fusion, x, states, query):
+  """Equations (3) and (4) with the states themselves: y = C fuse(h, phi(h_1), ...)."""
+  own, *sources = [state.materialize() for state in states]
+  phis = [_phi_by_hand(connection, x, h, index) for index, h in enumerate(sources)]
+  per_head = own.ndim == x.ndim + 2
+  contract = "...hpn,...hn->...hp" if per_head else "...en,...n->...e"
+  read = lambda h: jnp.einsum(contract, h, query)  # noqa: E731
+  if fusion == "add":
+    return read(own + sum(phis))
+  if fusion == "concat":
+    linear = connection.fusion.linear[...]
+    rule = "hnm,...hpm->...hpn" if per_head else "nm,...em->...en"
+    return read(sum(jnp.einsum(rule, w, h) for w, h in zip(linear, [own, *phis], strict=True)))
+  if fusion == "gated":
+    z = jnp.tanh(_gate(connection.fusion.gate, x)).reshape(*own.shape[:-1], 1)
+    return read((1 - z) * own + z * sum(phis))
+  asked = x @ connection.fusion.to_query.kernel[...]
+  keys = [
+      read(h).reshape(*x.shape[:-1], E) @ connection.fusion.to_key.kernel[...]
+      for h in (own, *phis)
+  ]
+  scores = jnp.stack([jnp.sum(asked * key, axis=-1) for key in keys]) / asked.shape[-1] ** 0.5
+  weights = jax.nn.softmax(scores, axis=0).reshape(-1, *x.shape[:-1], *(1,) * (1 + per_head), 1)
+  if not per_head:
+    weights = weights.reshape(-1, *x.shape[:-1], 1, 1)
+  return read(own + sum(w * h for w, h in zip(weights[1:], phis, strict=True)))
+
+
+OPTIONS = [
+    {},
+    {"transition": "linear", "gate_sharing": "per_source"},
+    {"transition": "linear", "gate": "channel_state", "remat": "full"},
+    {"transition": "mlp", "transition_rank": 2},
+    {"transition": "mlp", "gate": "channel_state", "gate_sharing": "per_source"},
+    {"gate": "none"},
+    {"gate": "none", "transition": "linear", "fusion": "concat"},
+    {"gate": "channel_state", "gate_sharing": "per_source", "fusion": "concat"},
+    {"fusion": "gated"},
+    {"fusion": "gated", "transition": "mlp", "gate": "none"},
+    {"fusion": "attention"},
+    {"fusion": "attention", "transition": "linear", "gate": "channel_state"},
+]
+
+
+def _option_name(options):
+  return "-".join(str(value) for value in options.values()) or "default"
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=_option_name)
 @pytest.mark.parametrize("form", ["diagonal", "matrix"])
-def test_state_injection_is_equations_3_and_4(form, sources, transition, remat):
+def test_state_injection_is_equations_3_and_4(form, options, sources):
   query_shape = {"diagonal": (N,), "matrix": (H, N)}[form]
-  connection = _connection("state", sources, query_shape, transition=transition, remat=remat)
+  connection = _connection("state", sources, query_shape, **options)
   x_BTD, query = normal(90, B, T, D), normal(91, B, T, *query_shape)
+  fusion = options.get("fusion", "add")
 
   @fast_jit
   def both(connection):
     make = {"diagonal": _diagonal_states, "matrix": _matrix_states}[form]
     states = [make(10 * index) for index in range(1 + sources)]
-    gate = _gate(connection.gate, x_BTD)
-    gate = gate[:, :, None] if form == "diagonal" else gate.reshape(B, T, H, P)[..., None]
-    expected = _by_hand(connection, form, x_BTD, states, query, gate)
-    own = states[0].read(query)
-    sequence = connection.fuse_reads(x_BTD, own, query, states[1:])
+    expected = _by_hand(connection, fusion, x_BTD, states, query)
+    own = states[0].read(connection.own_query(query))
+    sequence, shared = connection.fuse_reads(x_BTD, own, query, states[0], states[1:])
+    assert shared is states[0]
     # One token of decoding is the same.
-    token = {"diagonal": DiagonalState, "matrix": MatrixState}[form]
-    last = [token(state.materialize()[:, 2]) for state in states[1:]]
-    one = connection.fuse_reads(x_BTD[:, 2], own[:, 2], query[:, 2], last)
+    token = {
+        "diagonal": lambda h: DiagonalState(jnp.swapaxes(h, 1, 2)), "matrix": MatrixState,
+    }[form]
+    last = [token(state.materialize()[:, 2]) for state in states]
+    own = last[0].read(connection.own_query(query[:, 2]))
+    one, _ = connection.fuse_reads(x_BTD[:, 2], own, query[:, 2], last[0], last[1:])
     return sequence, one, expected
 
   sequence, one, expected = both(connection)
   valid = np.asarray(SEGMENTS.valid_BT)
   assert_trees_close(sequence[valid], expected[valid])
   assert_trees_close(one, expected[:, 2])
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"transition": "linear"}, {"gate": "channel_state"},
+    {"transition": "linear", "gate": "none"},
+], ids=_option_name)
+@pytest.mark.parametrize("form", ["diagonal", "matrix"])
+def test_fused_states_are_a_chain_of_lazy_reads(form, options):
+  """h'_1 = h_1 + phi_1(h_0), h'_2 = h_2 + phi_2(h'_1), and what layer 3 reads of h'_2."""
+  query_shape = {"diagonal": (N,), "matrix": (H, N)}[form]
+  connections = [_connection("state", 1, query_shape, source="fused", depth=1, **options)] * 3
+  x_BTD, query = normal(90, B, T, D), normal(91, B, T, *query_shape)
+
+  @fast_jit
+  def both(connections):
+    make = {"diagonal": _diagonal_states, "matrix": _matrix_states}[form]
+    states = [make(10 * index) for index in range(4)]
+    shared, h = states[0], states[0].materialize()
+    for connection, own in zip(connections, states[1:], strict=True):
+      y, shared = connection.fuse_reads(x_BTD, own.read(query), query, own, [shared])
+      h = own.materialize() + _phi_by_hand(connection, x_BTD, h, 0)
+    # Decoding adds the states of one token instead.
+    token = {
+        "diagonal": lambda h: DiagonalState(jnp.swapaxes(h, 1, 2)), "matrix": MatrixState,
+    }[form]
+    one, first_x, first_q = token(states[0].materialize()[:, 2]), x_BTD[:, 2], query[:, 2]
+    for connection, own in zip(connections, states[1:], strict=True):
+      own = token(own.materialize()[:, 2])
+      _, one = connection.fuse_reads(first_x, own.read(first_q), first_q, own, [one])
+    expected = jnp.einsum("bthpn,bthn->bthp" if form == "matrix" else "bten,btn->bte", h, query)
+    mapped = shared.read_mapped(query, lambda h, _: 2 * h, None)
+    return (y, shared.read(query), mapped / 2), shared.materialize(), one.materialize(), expected, h
+
+  reads, materialized, one, expected, h = both(connections)
+  valid = np.asarray(SEGMENTS.valid_BT)
+  for read in reads:
+    assert_trees_close(read[valid], expected[valid])
+  assert_trees_close(materialized, h)
+  assert_trees_close(one, h[:, 2])
 
 
 @pytest.mark.parametrize("input_norm", [True, False])
@@ -115,16 +209,18 @@ def test_input_injection_is_equation_5(sources, input_norm):
   own, shallow = inputs(1), [inputs(10 * (index + 1)) for index in range(sources)]
   expected = {}
   for name in ("b", "x"):
-    gate = _gate(connection.gates[name], x_BTD)
+    gate = _gate(connection.gates[name][0], x_BTD)
     total = own[name] + sum(gate * source[name] for source in shallow)
     if input_norm:
       mean_square = jnp.mean(total**2, axis=-1, keepdims=True)
       scale = connection.norms[name].scale[...][None, None]
       total = total / jnp.sqrt(mean_square + 1e-5) * scale
     expected[name] = total
-  assert_trees_close(connection.fuse_inputs(x_BTD, own, shallow), expected)
+  actual, shared = connection.fuse_inputs(x_BTD, own, shallow)
+  assert_trees_close(actual, expected)
+  assert shared is own
   # The other injection's place in a mixer does nothing.
-  assert connection.fuse_reads(x_BTD, own["x"], own["b"], shallow) is own["x"]
+  assert connection.fuse_reads(x_BTD, own["x"], own["b"], None, shallow)[0] is own["x"]
 
 
 @pytest.mark.parametrize("inject", ["state", "inputs"])
@@ -132,8 +228,8 @@ def test_no_sources_is_the_identity_without_parameters(inject):
   connection = _connection(inject, 0)
   assert not jax.tree.leaves(nnx.state(connection))
   own = {"b": normal(0, B, T, N)}
-  assert connection.fuse_inputs(normal(1, B, T, D), own, ()) is own
-  assert connection.fuse_reads(normal(1, B, T, D), own["b"], own["b"], ()) is own["b"]
+  assert connection.fuse_inputs(normal(1, B, T, D), own, ())[0] is own
+  assert connection.fuse_reads(normal(1, B, T, D), own["b"], own["b"], None, ())[0] is own["b"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,9 +241,10 @@ def test_each_layer_has_one_gate_for_all_its_sources(family, inject):
   dense = sorted(name for name in params if ".dense." in name)
   inputs = {"mamba": "bx", "gau_retnet": "kv"}[family]
   if inject == "state":
-    one = ["gate.down.kernel", "gate.up.kernel", "transition"]
+    one = [f"transition.channel_gates.0.{part}.kernel" for part in ("down", "up")]
+    one += ["transition.linear"]
   else:
-    one = [f"gates.{name}.{part}.kernel" for name in inputs for part in ("down", "up")]
+    one = [f"gates.{name}.0.{part}.kernel" for name in inputs for part in ("down", "up")]
     one += [f"norms.{name}.scale" for name in inputs]
   # Layer 0 reads nothing and so has none of them.
   layers = (1, 2, 3)
@@ -155,7 +252,7 @@ def test_each_layer_has_one_gate_for_all_its_sources(family, inject):
       f"stack.head.{layer}.mixer.dense.{name}" for layer in layers for name in one
   )
   if inject == "state":
-    sources = [params[f"stack.head.{layer}.mixer.dense.transition"].shape[0] for layer in layers]
+    sources = [params[f"stack.head.{layer}.mixer.dense.transition.linear"].shape[0] for layer in layers]
     assert sources == [1, 2, 2]
   # The gate's bottleneck does not depend on the number of sources.
   down = [params[name].shape for name in dense if name.endswith("down.kernel")]
@@ -221,9 +318,9 @@ def test_gates_start_as_configured_and_zero_is_exactly_nothing(inject, init):
   )
   x_BTD, c_BTN, own = normal(0, B, T, D), normal(1, B, T, N), normal(2, B, T, E)
   if inject == "state":
-    fused = connection.fuse_reads(x_BTD, own, c_BTN, [_diagonal_states(0)])
+    fused, _ = connection.fuse_reads(x_BTD, own, c_BTN, _diagonal_states(5), [_diagonal_states(0)])
   else:
-    fused = connection.fuse_inputs(x_BTD, {"x": own}, [{"x": normal(3, B, T, E)}])["x"]
+    fused = connection.fuse_inputs(x_BTD, {"x": own}, [{"x": normal(3, B, T, E)}])[0]["x"]
   assert np.array_equal(fused, own) == (init == "zeros")
 
 
@@ -258,7 +355,7 @@ def test_the_layers_that_are_read_are_the_m_nearest(family, inject):
 
 
 def test_transitions_belong_to_the_sources_nearest_first():
-  name = "stack.head.3.mixer.dense.transition"
+  name = "stack.head.3.mixer.dense.transition.linear"
   felt = _felt(
       "mamba", "state", lambda params: params | {name: params[name].at[1].set(0.0)},
       transition="linear",

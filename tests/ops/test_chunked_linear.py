@@ -20,11 +20,11 @@ CASES += [(time, False) for time in (C, 29)]
 IMPLEMENTATIONS = ["chunked", "associative", "recurrent"]
 
 
-def _inputs(time, initial=True, rows=B):
+def _inputs(time, initial=True, rows=B, groups=H):
   return {
-      "k": normal(0, B, time, H, N),
+      "k": normal(0, B, time, groups, N),
       "v": normal(1, B, time, H, P),
-      "q": normal(2, B, time, H, N),
+      "q": normal(2, B, time, groups, N),
       "log_decay": -jnp.exp(normal(3, rows, time, H) - 1),
       "initial": normal(4, B, H, P, N) * initial,
   }
@@ -54,7 +54,7 @@ def _fast(inputs, segments, implementation, chunk=C):
 
 def _specification(inputs, segments):
   """Reads of the reference's states; the last state is that of the last valid token."""
-  log_decay = jnp.broadcast_to(inputs["log_decay"], inputs["k"].shape[:3])
+  log_decay = jnp.broadcast_to(inputs["log_decay"], inputs["v"].shape[:3])
   states, _ = reference.matrix_states(
       inputs["k"], inputs["v"], log_decay, segments.resets_BT, inputs["initial"]
   )
@@ -100,6 +100,15 @@ def test_a_decay_that_all_rows_share(documents):
   assert expected[1]["log_decay"].shape == (1, 11, H)
   for actual in fast:
     assert_trees_close(actual, expected)
+
+
+def test_heads_may_share_keys_and_queries():
+  inputs, segments = _inputs(11, groups=1), _segments(11)
+  expected, fast = _compare(inputs, segments)
+  for actual in fast:
+    assert_trees_close(actual, expected)
+  repeated = inputs | {name: jnp.repeat(inputs[name], H, axis=2) for name in "kq"}
+  assert_trees_close(_compare(repeated, segments)[0][0], expected[0])
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "associative"])

@@ -47,7 +47,7 @@ def _sequence(form, implementation, **options):
 
 def _read(form, states_BT, query_BT):
   """Equation (2) at every token of materialized states."""
-  rule = {"diagonal": "btne,btn->bte", "matrix": "bthpn,bthn->bthp"}[form]
+  rule = {"diagonal": "bten,btn->bte", "matrix": "bthpn,bthn->bthp"}[form]
   return jnp.einsum(rule, states_BT, query_BT)
 
 
@@ -64,12 +64,28 @@ def test_a_read_is_the_read_of_the_materialized_states(form, implementation):
 
 
 @pytest.mark.parametrize(("form", "implementation"), FORMS)
+def test_a_mapped_read_is_the_read_of_the_mapped_states(form, implementation):
+  states, query, own_read, _ = _sequence(form, implementation)
+  gate_BTN = normal(9, B, T, N)
+
+  def function(h, gate_BN):
+    return jnp.tanh(h) * gate_BN.reshape(gate_BN.shape[0], *(1,) * (h.ndim - 2), N)
+
+  actual = fast_jit(lambda states: states.read_mapped(query, function, gate_BTN))(states)
+  expected = _read(form, jax.vmap(function, 1, 1)(states.materialize(), gate_BTN), query)
+  valid = SEGMENTS.valid_BT[(...,) + (None,) * (own_read.ndim - 2)]
+  assert_trees_close(actual * valid, expected * valid)
+
+
+@pytest.mark.parametrize(("form", "implementation"), FORMS)
 def test_final_is_the_state_after_the_last_valid_token(form, implementation):
   states = _sequence(form, implementation)[0]
   materialized = states.materialize()
   assert states.final().dtype == jnp.float32
   expected = jnp.stack([materialized[0, 12], materialized[1, 9]])
-  assert_trees_close(states.final(), expected)
+  final = states.final()
+  by_channel = jnp.swapaxes(final, 1, 2) if form == "diagonal" else final
+  assert_trees_close(by_channel, expected)
   assert_trees_close(materialized[1, -1], expected[1])  # Padding leaves it as it is.
 
 
@@ -138,5 +154,8 @@ def test_one_token_states_read_and_carry_on():
     assert_trees_close(state.read(query), jnp.einsum(rule, h, query))
     assert_trees_close(state.read(query), read(h, query))
     assert state.final() is h
-    assert state.materialize() is h
+    by_channel = state.materialize()  # N last
+    assert_trees_close(by_channel, jnp.swapaxes(h, 1, 2) if h is h_BNE else h)
+    assert_trees_close(state.read_mapped(query, lambda h, _: 2 * h, None) / 2, read(h, query))
+    assert_trees_close(state.plus(by_channel).final(), 2 * h)
     assert_trees_close(jax.jit(lambda state: state)(state), state)

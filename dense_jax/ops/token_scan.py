@@ -1,0 +1,82 @@
+"""Any recurrence, token by token, in rematerialised chunks.
+
+The backward pass keeps the states between chunks and computes those inside a chunk again:
+the states of all tokens never exist together, whatever is read from them.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.chunks import pad_time
+from dense_jax.types import Array, PyTree
+
+# Tokens a chunk; also the steps that are unrolled, so that XLA fuses neighbouring ones and
+# keeps the state out of memory between them. One selective layer, forward and backward, on
+# two CPU cores (16 x 256 tokens, E 512, N 16): 0.09 s at 16, 0.13 s at 64.
+DEFAULT_CHUNK = 16
+
+
+def split_chunks(inputs_BT: PyTree, chunk: int) -> PyTree:
+  """Each [B, T, ...] -> [G, C, B, ...], padded with zeros (false) at the end of T."""
+
+  def split(x: Array) -> Array:
+    batch = x.shape[0]
+    return jnp.moveaxis(pad_time(x, chunk), 1, 0).reshape(-1, chunk, batch, *x.shape[2:])
+
+  return jax.tree.map(split, inputs_BT)
+
+
+def join_chunks(y_GCB: Array, time: int) -> Array:
+  """[G, C, B, ...] -> [B, T, ...], without the padding."""
+  return jnp.moveaxis(y_GCB.reshape(-1, *y_GCB.shape[2:]), 0, 1)[:, :time]
+
+
+def token_scan(
+    step: Callable[..., Array],
+    read: Callable[[Array, PyTree], Array],
+    initial: Array,
+    inputs_BT: tuple[Array, ...],
+    queries_BT: PyTree,
+    resets_BT: Array | None,
+    valid_BT: Array | None = None,
+    *,
+    chunk: int = 0,
+) -> tuple[Array, Array]:
+  """h_t = step(h_{t-1}, *inputs_t), y_t = read(h_t, queries_t).
+
+  Args:
+    step: one step, on arrays without the time axis. Inputs of zero must leave the state as
+      it is, unless `valid_BT` is given.
+    read: what is kept of a state.
+    initial: float32 state before the first token, [B, ...].
+    inputs_BT: the step's inputs, [B, T, ...] each; a B of 1 is shared by all rows.
+    queries_BT: any tree of [B, T, ...].
+    resets_BT: bool, clears the state before a token; None never does.
+    valid_BT: bool, false leaves the state as it is; None is all true.
+    chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
+
+  Returns:
+    y, [B, T, ...], and the state after the last token.
+  """
+  time = inputs_BT[0].shape[1]
+  chunk = min(chunk or DEFAULT_CHUNK, time)
+
+  def body(h: Array, token: PyTree) -> tuple[Array, Array]:
+    inputs, query, reset_B, valid_B = token
+
+    def where(mask_B: Array, yes: Array | float, no: Array) -> Array:
+      return jnp.where(mask_B.reshape(-1, *(1,) * (h.ndim - 1)), yes, no)
+
+    start = h if reset_B is None else where(reset_B, 0.0, h)
+    after = step(start, *inputs)
+    h = after if valid_B is None else where(valid_B, after, h)
+    return h, read(h, query)
+
+  def in_chunk(h: Array, tokens: PyTree) -> tuple[Array, Array]:
+    return jax.lax.scan(body, h, tokens, unroll=min(chunk, DEFAULT_CHUNK))
+
+  tokens = split_chunks((inputs_BT, queries_BT, resets_BT, valid_BT), chunk)
+  final, y = jax.lax.scan(jax.checkpoint(in_chunk, prevent_cse=False), initial, tokens)
+  return join_chunks(y, time), final
