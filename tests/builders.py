@@ -14,7 +14,7 @@ from dense_jax.models.registry import family as find_family
 from dense_jax.types import Array, Batch, Params, PyTree, Segments
 
 VOCAB = 11
-FAMILIES = ("mamba", "gau_retnet")
+FAMILIES = ("mamba", "mamba2", "gau_retnet")
 # Every kind of model that the equivalences are about: (family, m, injection).
 KINDS = [
     (family, depth, inject)
@@ -49,6 +49,8 @@ def model_config(
   }
   if family == "mamba":
     values |= {"state_size": 3, "conv_width": 4, "dt_rank": 2}
+  elif family == "mamba2":
+    values |= {"state_size": 3, "head_dim": 8, "groups": 2}
   values |= options
 
   def take(cls: type) -> dict[str, object]:
@@ -75,7 +77,8 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
       case "scale" | "d":
         value = 1 + 0.3 * noise
       case "a_log":
-        value = np.log(np.arange(1, leaf.shape[-2] + 1))[:, None] + 0.3 * noise
+        value = np.log(np.arange(1, leaf.shape[0] + 1)).reshape(-1, *(1,) * (leaf.ndim - 1))
+        value = value + 0.3 * noise
       case "dt_bias":
         value = 0.5 * noise - 1
       case "conv_bias":

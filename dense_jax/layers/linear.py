@@ -67,15 +67,20 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square norm (arXiv 1910.07467) over the last axis; statistics in float32."""
+  """Root-mean-square norm (arXiv 1910.07467) over the last axis; statistics in float32.
 
-  def __init__(self, width: int, *, axis: str | None, epsilon: float, rngs: nnx.Rngs) -> None:
+  With `groups`, over each of that many equal parts of the axis.
+  """
+
+  def __init__(
+      self, width: int, *, axis: str | None, epsilon: float, groups: int = 1, rngs: nnx.Rngs
+  ) -> None:
     self.scale = parameter(rngs, (width,), (axis,), lambda _, shape: jnp.ones(shape))
-    self.epsilon = epsilon
+    self.epsilon, self.groups = epsilon, groups
 
   def __call__(self, x: Array) -> Array:
     """[..., width] -> the same shape, in x's dtype."""
-    x32 = x.astype(jnp.float32)
+    x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
     scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    return (x32 * inverse * scale).astype(x.dtype)
+    return ((x32 * inverse).reshape(x.shape) * scale).astype(x.dtype)

@@ -17,72 +17,42 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.config import ModelConfig, integer, invalid, number
+from dense_jax.config import ModelConfig, integer
 from dense_jax.layers.dense_connection import DenseConnection, Shared
-from dense_jax.layers.linear import Linear, fan_in_uniform, parameter, uniform
+from dense_jax.layers.linear import Linear, fan_in_uniform, parameter
 from dense_jax.layers.mixer import MixerOutput
+from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
 from dense_jax.ops import dispatch, reference
-from dense_jax.ops.short_conv import short_conv, short_conv_step
 from dense_jax.ops.states import DiagonalState, scan_diagonal
 from dense_jax.types import Array, PyTree, Segments
 
 
 @dataclasses.dataclass(frozen=True)
-class MambaConfig:
-  """Mamba's own options.
+class MambaConfig(SelectiveConfig):
+  """Mamba's own options, beside those of `SelectiveConfig`.
 
   Attributes:
-    expand: E = expand * D.
-    state_size: N.
-    conv_width: W, taps of the short convolution.
     dt_rank: rank of the map to dt; 0 takes ceil(D / 16).
-    dt_min, dt_max, dt_floor: the range of dt at initialisation.
   """
 
-  expand: int = integer(2, 1)
-  state_size: int = integer(16, 1)
-  conv_width: int = integer(4, 2)
   dt_rank: int = integer(0, 0)
-  dt_min: float = number(1e-3, 0, open_low=True)
-  dt_max: float = number(1e-1, 0, open_low=True)
-  dt_floor: float = number(1e-4, 0, open_low=True)
-
-  def __post_init__(self) -> None:
-    if self.dt_min > self.dt_max:
-      raise invalid(
-          "config.model.mixer.dt_min", self.dt_min, f"a number <= dt_max = {self.dt_max:g}"
-      )
 
 
-def _dt_bias(config: MambaConfig, key: Array, shape: tuple[int, ...]) -> Array:
-  """softplus^-1 of step sizes that are log-uniform in [dt_min, dt_max]."""
-  low, high = math.log(config.dt_min), math.log(config.dt_max)
-  dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
-  dt = jnp.maximum(dt, config.dt_floor)
-  return dt + jnp.log(-jnp.expm1(-dt))
-
-
-class Mamba(nnx.Module):
+class Mamba(ConvolvedMixer):
   """The mixer. Its state: {"conv": the convolution's tail, "h": h_BNE in float32}."""
 
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
     options: MambaConfig = config.mixer
     self.width = options.expand * config.width
     self.state_size = options.state_size
-    self.conv_width = options.conv_width
     self.dt_rank = options.dt_rank or math.ceil(config.width / 16)
-    self.dtype = jnp.dtype(config.dtype)
     self.implementation = dispatch.resolve("diagonal", config.implementation)
     self.chunk = config.chunk
 
     self.in_proj = Linear(
         config.width, 2 * self.width, axes=("embed", "inner"), init=fan_in_uniform(), rngs=rngs
     )
-    bound = 1 / math.sqrt(self.conv_width)
-    self.conv_kernel = parameter(
-        rngs, (self.conv_width, self.width), (None, "inner"), uniform(bound)
-    )
-    self.conv_bias = parameter(rngs, (self.width,), ("inner",), uniform(bound))
+    self.make_conv(options, self.width, config.dtype, rngs)
     self.x_proj = Linear(
         self.width, self.dt_rank + 2 * self.state_size,
         axes=("inner", None), init=fan_in_uniform(), rngs=rngs,
@@ -90,9 +60,7 @@ class Mamba(nnx.Module):
     self.dt_proj = Linear(
         self.dt_rank, self.width, axes=(None, "inner"), init=fan_in_uniform(), rngs=rngs
     )
-    self.dt_bias = parameter(
-        rngs, (self.width,), ("inner",), lambda key, shape: _dt_bias(options, key, shape)
-    )
+    self.dt_bias = parameter(rngs, (self.width,), ("inner",), options.init_dt_bias)
     self.a_log = parameter(
         rngs, (self.state_size, self.width), (None, "inner"),
         lambda _, shape: jnp.broadcast_to(jnp.log(jnp.arange(1.0, shape[0] + 1))[:, None], shape),
@@ -126,10 +94,7 @@ class Mamba(nnx.Module):
     """See `Mixer`."""
     state = state or self.init_state(x_BTD.shape[0])
     x_BTE, z_BTE = jnp.split(self.in_proj(x_BTD), 2, axis=-1)
-    x_BTE, conv = short_conv(
-        x_BTE, self.conv_kernel[...], self.conv_bias[...], segments, state["conv"]
-    )
-    x_BTE = jax.nn.silu(x_BTE)
+    x_BTE, conv = self.convolve(x_BTE, segments, state["conv"])
     dt_BTE, b_BTN, c_BTN = self._selected(x_BTE)
     own = {"b": b_BTN, "x": x_BTE}
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
@@ -148,10 +113,7 @@ class Mamba(nnx.Module):
     """See `Mixer`."""
     del position_B
     x_BE, z_BE = jnp.split(self.in_proj(x_BD), 2, axis=-1)
-    x_BE, conv = short_conv_step(
-        x_BE, self.conv_kernel[...], self.conv_bias[...], state["conv"]
-    )
-    x_BE = jax.nn.silu(x_BE)
+    x_BE, conv = self.convolve_step(x_BE, state["conv"])
     dt_BE, b_BN, c_BN = self._selected(x_BE)
     own = {"b": b_BN, "x": x_BE}
     fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
@@ -167,6 +129,6 @@ class Mamba(nnx.Module):
   def init_state(self, batch: int) -> PyTree:
     """See `Mixer`."""
     return {
-        "conv": jnp.zeros((batch, self.conv_width - 1, self.width), self.dtype),
+        "conv": self.init_tail(batch),
         "h": jnp.zeros((batch, self.state_size, self.width), jnp.float32),
     }

@@ -7,6 +7,7 @@ from dense_jax.config import unknown_key
 from dense_jax.layers.attention import Attention, AttentionConfig, feed_forward
 from dense_jax.layers.gau_retnet import GauRetNet, GauRetNetConfig
 from dense_jax.layers.mamba import Mamba, MambaConfig
+from dense_jax.layers.mamba2 import Mamba2, Mamba2Config
 from dense_jax.layers.mixer import Mixer
 from dense_jax.layers.stack import FeedForwardFactory
 from dense_jax.types import InputError
@@ -31,6 +32,7 @@ class Family:
 
 FAMILIES = {
     "mamba": Family(MambaConfig, Mamba, "diagonal"),
+    "mamba2": Family(Mamba2Config, Mamba2, "matrix"),
     "gau_retnet": Family(GauRetNetConfig, GauRetNet, "matrix"),
     "transformer": Family(AttentionConfig, Attention, "attention", feed_forward),
 }

@@ -1,0 +1,178 @@
+"""Mamba-2 (arXiv 2405.21060): state space duality, one scalar decay a head.
+
+    z, xBC, dt = split(W_in u)      x, B, C = split(silu(conv(xBC)))
+    dt = clip(softplus(dt + b_dt))
+    h_t = exp(dt A) h_{t-1} + dt x B^T,     y = h C + D x,     out = W_out norm(y silu(z))
+
+Heads of a group share B and C, and the gated norm is taken over a group's channels.
+Initialisation as published (the released code): A uniform in [-16, -1], softplus(b_dt)
+log-uniform in [dt_min, dt_max], D = 1, and the output projection divided by sqrt(L).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dense_jax.config import ModelConfig, integer, invalid, number
+from dense_jax.layers.dense_connection import DenseConnection, Shared
+from dense_jax.layers.linear import Linear, RMSNorm, fan_in_uniform, parameter
+from dense_jax.layers.mixer import MixerOutput
+from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
+from dense_jax.ops import dispatch, reference
+from dense_jax.ops.matmul import materialize
+from dense_jax.ops.states import MatrixState, scan_matrix
+from dense_jax.types import Array, PyTree, Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config(SelectiveConfig):
+  """Mamba-2's own options, beside those of `SelectiveConfig`.
+
+  Attributes:
+    head_dim: P.
+    groups: J, groups of heads that share B and C.
+    dt_limit_min, dt_limit_max: dt is clipped to this range; dt_limit_max 0 is no limit.
+  """
+
+  state_size: int = integer(128, 1)
+  head_dim: int = integer(64, 1)
+  groups: int = integer(1, 1)
+  dt_limit_min: float = number(0.0, 0)
+  dt_limit_max: float = number(0.0, 0)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.dt_limit_max and self.dt_limit_max < self.dt_limit_min:
+      raise invalid(
+          "config.model.mixer.dt_limit_max", self.dt_limit_max,
+          f"0 (no limit) or a number >= dt_limit_min = {self.dt_limit_min:g}",
+      )
+
+
+def _init_a_log(key: Array, shape: tuple[int, ...]) -> Array:
+  return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
+
+
+class Mamba2(ConvolvedMixer):
+  """The mixer. Its state: {"conv": the convolution's tail, "h": h_BHPN in float32}."""
+
+  def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
+    options: Mamba2Config = config.mixer
+    self.width = options.expand * config.width
+    self.heads, self.groups = self.width // options.head_dim, options.groups
+    self.head_dim, self.state_size = options.head_dim, options.state_size
+    if self.width % options.head_dim:
+      raise invalid(
+          "config.model.mixer.head_dim", options.head_dim,
+          f"a divisor of expand * width = {self.width}",
+      )
+    if self.heads % self.groups:
+      raise invalid(
+          "config.model.mixer.groups", self.groups, f"a divisor of {self.heads}, the heads"
+      )
+    self.dt_limit = (options.dt_limit_min, options.dt_limit_max or math.inf)
+    self.implementation = dispatch.resolve("matrix", config.implementation)
+    self.chunk = config.chunk
+
+    bc_width = 2 * self.groups * self.state_size
+    self.in_proj = Linear(
+        config.width, 2 * self.width + bc_width + self.heads,
+        axes=("embed", "inner"), init=fan_in_uniform(), rngs=rngs,
+    )
+    self.make_conv(options, self.width + bc_width, config.dtype, rngs)
+    self.dt_bias = parameter(rngs, (self.heads,), ("heads",), options.init_dt_bias)
+    self.a_log = parameter(rngs, (self.heads,), ("heads",), _init_a_log)
+    self.d = parameter(rngs, (self.heads,), ("heads",), lambda _, shape: jnp.ones(shape))
+    self.norm = RMSNorm(
+        self.width, axis="inner", epsilon=config.norm_eps, groups=self.groups, rngs=rngs
+    )
+    self.out_proj = Linear(
+        self.width, config.width, axes=("inner", "embed"),
+        init=fan_in_uniform(1 / math.sqrt(config.layers)), rngs=rngs,
+    )
+    self.dense = DenseConnection(
+        config, sources=sources, rngs=rngs, query=(self.groups, self.state_size),
+        channels=self.width,
+        inputs={"b": (self.groups * self.state_size, None), "x": (self.width, "inner")},
+    )
+
+  def _project(self, x: Array) -> tuple[Array, Array, Array]:
+    """z, the convolution's input and dt [..., H] (float32) of [..., D]."""
+    z, xbc, dt = jnp.split(
+        self.in_proj(x), [self.width, -self.heads], axis=-1
+    )
+    bias = self.dt_bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    dt = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + bias), *self.dt_limit)
+    return z, xbc, dt
+
+  def _selected(self, xbc: Array) -> tuple[dict[str, Array], Array]:
+    """The recurrence's own inputs x and B, and C by group."""
+    bc = self.groups * self.state_size
+    x, b, c = jnp.split(xbc, [self.width, self.width + bc], axis=-1)
+    return {"b": b, "x": x}, self._by_group(c)
+
+  def _by_group(self, x: Array) -> Array:
+    return x.reshape(*x.shape[:-1], self.groups, self.state_size)
+
+  def _by_head(self, x: Array) -> Array:
+    return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
+
+  def _recurrence(self, dt: Array, fused: dict[str, Array]) -> tuple[Array, Array, Array]:
+    """log decay (float32), B by group and dt x by head."""
+    a = -jnp.exp(self.a_log[...]).reshape((1,) * (dt.ndim - 1) + (-1,))
+    x = self._by_head(fused["x"])
+    return dt * a, self._by_group(fused["b"]), (dt[..., None] * x).astype(x.dtype)
+
+  def _output(self, y: Array, x: Array, z: Array) -> Array:
+    """Skip connection, gated norm and output projection of reads [..., H, P]."""
+    d = self.d[...].reshape((1,) * (x.ndim - 1) + (-1, 1))
+    y = y + d * self._by_head(x).astype(jnp.float32)
+    y = y.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
+    return self.out_proj(self.norm(y).astype(z.dtype))
+
+  def __call__(
+      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
+  ) -> MixerOutput:
+    """See `Mixer`."""
+    state = state or self.init_state(x_BTD.shape[0])
+    z_BTE, xbc, dt_BTH = self._project(x_BTD)
+    xbc, conv = self.convolve(xbc, segments, state["conv"])
+    own, c_BTJN = self._selected(xbc)
+    fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
+    log_decay_BTH, b_BTJN, v_BTHP = self._recurrence(dt_BTH, fused)
+    states = scan_matrix(
+        b_BTJN, v_BTHP, log_decay_BTH, segments, state["h"],
+        implementation=self.implementation, chunk=self.chunk,
+    )
+    own_BTHP = states.read(self.dense.own_query(c_BTJN))
+    y_BTHP, shared = self.dense.fuse_reads(x_BTD, own_BTHP, c_BTJN, states, shallow)
+    y_BTD = self._output(y_BTHP, own["x"], z_BTE)
+    return MixerOutput(y_BTD, {"conv": conv, "h": states.final()}, shared, inputs)
+
+  def step(
+      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
+  ) -> MixerOutput:
+    """See `Mixer`."""
+    del position_B
+    z_BE, xbc, dt_BH = self._project(x_BD)
+    xbc, conv = self.convolve_step(xbc, state["conv"])
+    own, c_BJN = self._selected(xbc)
+    fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
+    log_decay_BH, b_BJN, v_BHP = self._recurrence(dt_BH, fused)
+    h_BHPN = reference.matrix_step(
+        state["h"], log_decay_BH, materialize(b_BJN), materialize(v_BHP)
+    )
+    states = MatrixState(h_BHPN)
+    own_BHP = states.read(self.dense.own_query(c_BJN))
+    y_BHP, shared = self.dense.fuse_reads(x_BD, own_BHP, c_BJN, states, shallow)
+    y_BD = self._output(y_BHP, own["x"], z_BE)
+    return MixerOutput(y_BD, {"conv": conv, "h": h_BHPN}, shared, inputs)
+
+  def init_state(self, batch: int) -> PyTree:
+    """See `Mixer`."""
+    shape = (batch, self.heads, self.head_dim, self.state_size)
+    return {"conv": self.init_tail(batch), "h": jnp.zeros(shape, jnp.float32)}

@@ -1,0 +1,73 @@
+"""What Mamba and Mamba-2 share: the short convolution, step sizes and their options."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dense_jax.config import integer, invalid, number
+from dense_jax.layers.linear import parameter, uniform
+from dense_jax.ops.short_conv import short_conv, short_conv_step
+from dense_jax.types import Array, Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectiveConfig:
+  """Options that selective families share.
+
+  Attributes:
+    expand: E = expand * D.
+    state_size: N.
+    conv_width: W, taps of the short convolution.
+    dt_min, dt_max, dt_floor: the range of dt at initialisation.
+  """
+
+  expand: int = integer(2, 1)
+  state_size: int = integer(16, 1)
+  conv_width: int = integer(4, 2)
+  dt_min: float = number(1e-3, 0, open_low=True)
+  dt_max: float = number(1e-1, 0, open_low=True)
+  dt_floor: float = number(1e-4, 0, open_low=True)
+
+  def __post_init__(self) -> None:
+    if self.dt_min > self.dt_max:
+      raise invalid(
+          "config.model.mixer.dt_min", self.dt_min, f"a number <= dt_max = {self.dt_max:g}"
+      )
+
+  def init_dt_bias(self, key: Array, shape: tuple[int, ...]) -> Array:
+    """softplus^-1 of step sizes that are log-uniform in [dt_min, dt_max]."""
+    low, high = math.log(self.dt_min), math.log(self.dt_max)
+    dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
+    dt = jnp.maximum(dt, self.dt_floor)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+class ConvolvedMixer(nnx.Module):
+  """A mixer whose recurrence's inputs pass a short convolution and SiLU first."""
+
+  def make_conv(self, options: SelectiveConfig, width: int, dtype: str, rngs: nnx.Rngs) -> None:
+    """Makes the parameters for `width` channels."""
+    bound = 1 / math.sqrt(options.conv_width)
+    self.conv_kernel = parameter(
+        rngs, (options.conv_width, width), (None, "inner"), uniform(bound)
+    )
+    self.conv_bias = parameter(rngs, (width,), ("inner",), uniform(bound))
+    self.tail_shape, self.dtype = (options.conv_width - 1, width), jnp.dtype(dtype)
+
+  def convolve(self, x_BTE: Array, segments: Segments, tail_BWE: Array) -> tuple[Array, Array]:
+    """silu(conv(x)) and the tail to carry on from."""
+    kernel, bias = self.conv_kernel[...], self.conv_bias[...]
+    x_BTE, tail_BWE = short_conv(x_BTE, kernel, bias, segments, tail_BWE)
+    return jax.nn.silu(x_BTE), tail_BWE
+
+  def convolve_step(self, x_BE: Array, tail_BWE: Array) -> tuple[Array, Array]:
+    """One token of `convolve`."""
+    x_BE, tail_BWE = short_conv_step(x_BE, self.conv_kernel[...], self.conv_bias[...], tail_BWE)
+    return jax.nn.silu(x_BE), tail_BWE
+
+  def init_tail(self, batch: int) -> Array:
+    """The tail before the first token."""
+    return jnp.zeros((batch, *self.tail_shape), self.dtype)
