@@ -21,7 +21,8 @@ from dense_jax.types import InputError
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 # Their parameter -> ours, for the gradients that the files hold.
 GRADIENTS = {
-    "model.layers.1.self_attn.k_select.fc1.weight": "stack.head.1.mixer.dense.gates.k.0.down.kernel",
+    "model.layers.1.self_attn.k_select.fc1.weight":
+        "stack.head.1.mixer.dense.gates.k.0.down.kernel",
     "model.layers.1.self_attn.v_select.fc2.weight": "stack.head.1.mixer.dense.gates.v.0.up.kernel",
     "model.layers.0.self_attn.k_proj.weight": "stack.head.0.mixer.k_proj.kernel",
     "model.embed_tokens.weight": "embedding",
