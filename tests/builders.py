@@ -14,14 +14,15 @@ from dense_jax.models.registry import family as find_family
 from dense_jax.types import Array, Batch, Params, PyTree, Segments
 
 VOCAB = 11
-FAMILIES = ("mamba", "mamba2", "gau_retnet")
+FAMILIES = ("mamba", "gau_retnet", "mamba2", "s4d", "s4", "transformer")
+# Families whose states deeper layers may read, and those whose inputs they may fuse.
+STATE_FAMILIES = tuple(family for family in FAMILIES if family != "transformer")
+INPUT_FAMILIES = ("mamba", "gau_retnet", "mamba2")
 # Every kind of model that the equivalences are about: (family, m, injection).
 KINDS = [
-    (family, depth, inject)
-    for family in FAMILIES
-    for depth, inject in (
-        (0, "state"), (1, "state"), (2, "state"), (1, "inputs"), (2, "inputs"),
-    )
+    *((family, 0, "state") for family in FAMILIES),
+    *((family, depth, "state") for family in STATE_FAMILIES for depth in (1, 2)),
+    *((family, depth, "inputs") for family in INPUT_FAMILIES for depth in (1, 2)),
 ]
 
 # The tests' time is compilation: without LLVM's optimisation it takes half as long.
@@ -51,6 +52,12 @@ def model_config(
     values |= {"state_size": 3, "conv_width": 4, "dt_rank": 2}
   elif family == "mamba2":
     values |= {"state_size": 3, "head_dim": 8, "groups": 2}
+  elif family == "s4":
+    values |= {"state_size": 4, "ffn_width": 24}
+  elif family == "s4d":
+    values |= {"state_size": 4, "ffn_width": 24, "init": "inv"}
+  elif family == "transformer":
+    values |= {"heads": 4, "kv_heads": 2, "context": 7, "ffn_width": 24}
   values |= options
 
   def take(cls: type) -> dict[str, object]:
@@ -83,6 +90,10 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
         value = 0.5 * noise - 1
       case "conv_bias":
         value = 0.3 * noise
+      case "log_a" | "log_dt":
+        value = 0.5 * noise - 1
+      case "a_imag" | "p" | "b" | "c":
+        value = noise
       case "linear":  # of a dense connection, started at the identity
         value = np.eye(leaf.shape[-1]) + 0.3 * noise
       case "down" | "up":  # of the low-rank transition

@@ -84,9 +84,7 @@ def ffn_width(config: ModelConfig) -> int:
 
 def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
   """The layer that follows the mixer."""
-  return FeedForward(
-      config.width, ffn_width(config), kind="swiglu", layers=config.layers, rngs=rngs
-  )
+  return FeedForward(config, ffn_width(config), kind="swiglu", rngs=rngs)
 
 
 def rotate(x: Array, position: Array, theta: float) -> Array:
@@ -153,7 +151,7 @@ class Attention(nnx.Module):
     return q, k, by_head(self.v_proj(x))
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree, shallow: Sequence[Shared]
+      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`; a `state` of None has no tokens before the rows' first."""
     del shallow

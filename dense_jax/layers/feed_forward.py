@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import jax
 from flax import nnx
 
+from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Linear, normal
 from dense_jax.types import Array
 
@@ -27,26 +28,23 @@ class FeedForward(nnx.Module):
   sqrt(2 L): as many terms are added to the residual stream.
 
   Args:
-    config_width: D.
+    config: the model.
     width: F.
     kind: a key of `KINDS`.
-    layers: L, of the whole model.
   """
 
-  def __init__(
-      self, config_width: int, width: int, *, kind: str, layers: int, rngs: nnx.Rngs
-  ) -> None:
+  def __init__(self, config: ModelConfig, width: int, *, kind: str, rngs: nnx.Rngs) -> None:
     self.activation, self.gated = KINDS[kind]
 
     def widen() -> Linear:
-      return Linear(config_width, width, axes=("embed", "inner"), init=normal(0.02), rngs=rngs)
+      return Linear(config.width, width, axes=("embed", "inner"), init=normal(0.02), rngs=rngs)
 
     if self.gated:
       self.gate_proj = widen()
     self.up_proj = widen()
     self.down_proj = Linear(
-        width, config_width, axes=("inner", "embed"),
-        init=normal(0.02 / math.sqrt(2 * layers)), rngs=rngs,
+        width, config.width, axes=("inner", "embed"),
+        init=normal(0.02 / math.sqrt(2 * config.layers)), rngs=rngs,
     )
 
   def __call__(self, x: Array) -> Array:

@@ -102,8 +102,9 @@ class Mamba2(ConvolvedMixer):
 
   def _project(self, x: Array) -> tuple[Array, Array, Array]:
     """z, the convolution's input and dt [..., H] (float32) of [..., D]."""
+    projected = self.in_proj(x)
     z, xbc, dt = jnp.split(
-        self.in_proj(x), [self.width, -self.heads], axis=-1
+        projected, [self.width, projected.shape[-1] - self.heads], axis=-1
     )
     bias = self.dt_bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
     dt = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + bias), *self.dt_limit)

@@ -16,6 +16,7 @@ _LOG = logging.getLogger(__name__)
 IMPLEMENTATIONS = {
     "diagonal": ("associative", "recurrent"),
     "matrix": ("chunked", "associative", "recurrent"),
+    "lti": ("conv", "chunked", "recurrent"),
     "attention": ("softmax",),
 }
 

@@ -104,7 +104,11 @@ def _exp_quotient(w: Pair) -> Pair:
 
 
 class System(Protocol):
-  """What the sequence forms ask of a discretised system."""
+  """What the sequence forms ask of a system."""
+
+  @property
+  def b_NE(self) -> Array:
+    """The continuous input map."""
 
   def dense(self) -> tuple[Array, Array]:
     """The discrete system as real matrices a_ENN and b_EN; for tests and analysis."""

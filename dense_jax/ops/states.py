@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from dense_jax.ops import reference
 from dense_jax.ops.chunked_linear import chunk_read, chunk_states
+from dense_jax.ops.lti import System
+from dense_jax.ops.lti_scan import fft_convolution, lti_read, lti_states
 from dense_jax.ops.selective_scan import selective_scan
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array, PyTree, Segments
@@ -206,6 +208,71 @@ def scan_matrix(
   )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LtiStates:
+  """States h_BTNE of time-invariant systems, as the systems and their inputs.
+
+  `initial_BNE` is None for rows that begin without a state: without resets too, their reads
+  are convolutions, if the implementation is "conv". Else they take chunks.
+  """
+
+  system: System
+  x_BTE: Array
+  resets_BT: Array | None
+  valid_BT: Array | None
+  initial_BNE: Array | None
+  implementation: str = dataclasses.field(metadata={"static": True})
+  chunk: int = dataclasses.field(metadata={"static": True})
+
+  def _initial(self) -> Array:
+    if self.initial_BNE is not None:
+      return self.initial_BNE
+    batch, _, width = self.x_BTE.shape
+    return jnp.zeros((batch, self.system.b_NE.shape[0], width), jnp.float32)
+
+  def _chunks(self) -> tuple[Array, Array]:
+    return lti_states(
+        self.system, self.x_BTE, self.resets_BT, self.valid_BT, self._initial(), chunk=self.chunk
+    )
+
+  def _tokens(self, read: Callable[[Array, PyTree], Array], queries: PyTree) -> tuple[Array, Array]:
+    return token_scan(
+        self.system.stepper(), read, self._initial(), (self.x_BTE,), queries, self.resets_BT,
+        jnp.ones(self.x_BTE.shape[:2], bool) if self.valid_BT is None else self.valid_BT,
+    )
+
+  def read(self, query: Array) -> Array:
+    """c_EN -> y_BTE."""
+    if self.implementation == "recurrent":
+      return self._tokens(lambda h_BNE, _: reference.lti_read(h_BNE, query), None)[0]
+    if self.implementation == "conv" and self.initial_BNE is None and self.resets_BT is None:
+      return fft_convolution(self.x_BTE, self.system.kernel(query, self.x_BTE.shape[1]))
+    before_BGNE, _ = self._chunks()
+    return lti_read(
+        self.system, query, self.x_BTE, self.resets_BT, before_BGNE, chunk=self.chunk
+    )
+
+  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
+    """c_EN -> y_BTE."""
+    return self._tokens(
+        lambda h_BNE, token: LtiState(h_BNE).read_mapped(query, function, token), inputs
+    )[0]
+
+  def materialize(self) -> Array:
+    """h_BTEN, float32."""
+    states, _ = reference.lti_states(
+        *self.system.dense(), self.x_BTE, self.resets_BT, self._initial()
+    )
+    return jnp.swapaxes(states, 2, 3)
+
+  def final(self) -> Array:
+    """h_BNE, float32."""
+    if self.implementation == "recurrent":
+      return self._tokens(lambda h_BNE, _: h_BNE[:, 0], None)[1]
+    return self._chunks()[1]
+
+
 @runtime_checkable
 class TokenState(StateSequence, Protocol):
   """A StateSequence at one token of decoding, where the states themselves are there."""
@@ -241,6 +308,20 @@ class DiagonalState:
   def final(self) -> Array:
     """h_BNE, float32."""
     return self.h_BNE
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LtiState(DiagonalState):
+  """The state of time-invariant systems at one token; its query is of channels."""
+
+  def read(self, query: Array) -> Array:
+    """c_EN -> y_BE."""
+    return reference.lti_read(self.h_BNE, query)
+
+  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
+    """c_EN -> y_BE."""
+    return jnp.einsum("ben,en->be", function(self.materialize(), inputs), query)
 
 
 @jax.tree_util.register_dataclass

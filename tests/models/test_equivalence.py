@@ -41,7 +41,12 @@ B, T = 3, 11
 ROWS = [[4, 7], [2, 3, 6], [5, 3]]
 FIRST = [3, 0, 0]  # The first row goes on with a document.
 FORMS = {
-    "mamba": ("recurrent", "associative"), "gau_retnet": ("chunked", "associative", "recurrent"),
+    "mamba": ("recurrent", "associative"),
+    "mamba2": ("chunked", "associative", "recurrent"),
+    "gau_retnet": ("chunked", "associative", "recurrent"),
+    "s4d": ("conv", "recurrent"),
+    "s4": ("conv", "recurrent"),
+    "transformer": ("softmax",),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
 

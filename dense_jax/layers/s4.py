@@ -1,0 +1,193 @@
+"""S4 (arXiv 2111.00396) and S4D (arXiv 2206.11893): time-invariant state space layers.
+
+    y = C h + D u,    out = a * sigmoid(b)  with  a, b = split(W_out gelu(y))
+
+Each of E = D channels has a system of its own: S4's is diagonal plus a matrix of rank one,
+S4D's is diagonal. A and dt are kept as logarithms, so that the continuous system stays
+stable. dt starts log-uniform in [dt_min, dt_max], C Gaussian; A, P and B come from HiPPO
+(`dense_jax.ops.hippo`). A feed-forward layer follows, as in the published language model.
+
+The state's input is B u with a constant B: there is nothing that the token chooses, and so
+nothing for dense injection "inputs". The query C is constant too, which makes every read,
+of the own states or of a shallow layer's, one convolution.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dense_jax.config import ModelConfig, choice, integer, invalid, number
+from dense_jax.layers.dense_connection import DenseConnection, Shared
+from dense_jax.layers.feed_forward import FeedForward
+from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
+from dense_jax.layers.mixer import MixerOutput
+from dense_jax.ops import dispatch, hippo
+from dense_jax.ops.lti import DiagonalSystem, DplrSystem, System
+from dense_jax.ops.states import LtiState, LtiStates
+from dense_jax.types import Array, PyTree, Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class S4Config:
+  """S4's own options.
+
+  Attributes:
+    state_size: N, real numbers of a channel's state: N / 2 conjugate pairs.
+    dt_min, dt_max: the range of dt at initialisation.
+    ffn_width: of the feed-forward layer; 0 takes 4 D.
+  """
+
+  state_size: int = integer(64, 2)
+  dt_min: float = number(1e-3, 0, open_low=True)
+  dt_max: float = number(1e-1, 0, open_low=True)
+  ffn_width: int = integer(0, 0)
+
+  def __post_init__(self) -> None:
+    if self.state_size % 2:
+      raise invalid("config.model.mixer.state_size", self.state_size, "an even integer >= 2")
+    if self.dt_min > self.dt_max:
+      raise invalid(
+          "config.model.mixer.dt_min", self.dt_min, f"a number <= dt_max = {self.dt_max:g}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class S4DConfig(S4Config):
+  """S4D's own options, beside those of `S4Config`.
+
+  Attributes:
+    init: of A: "lin", "inv" or "legs".
+    discretization: "zoh" or "bilinear".
+  """
+
+  init: str = choice("lin", "lin", "inv", "legs")
+  discretization: str = choice("zoh", "zoh", "bilinear")
+
+
+def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
+  """The layer that follows the mixer."""
+  return FeedForward(config, config.mixer.ffn_width or 4 * config.width, kind="gelu", rngs=rngs)
+
+
+class S4D(nnx.Module):
+  """The mixer. Its state: {"h": h_BNE in float32, real parts first}."""
+
+  log_a: nnx.Param
+  a_imag: nnx.Param
+  b: nnx.Param
+
+  def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
+    options: S4Config = config.mixer
+    self.width, self.state_size = config.width, options.state_size
+    self.implementation = dispatch.resolve("lti", config.implementation)
+    self.chunk = config.chunk
+
+    def constant(values: np.ndarray) -> nnx.Param:
+      """Of a state's numbers, the same in each channel."""
+      return parameter(
+          rngs, (len(values), self.width), (None, "inner"),
+          lambda _, shape: jnp.broadcast_to(jnp.asarray(values, jnp.float32)[:, None], shape),
+      )
+
+    def log_dt(key: Array, shape: tuple[int, ...]) -> Array:
+      low, high = math.log(options.dt_min), math.log(options.dt_max)
+      return jax.random.uniform(key, shape, jnp.float32, low, high)
+
+    for name, values in self.initial_system(options).items():
+      setattr(self, name, constant(values))
+    self.log_dt = parameter(rngs, (self.width,), ("inner",), log_dt)
+    # 2 Re(C h) of a complex C with unit variance.
+    self.c = parameter(
+        rngs, (self.width, self.state_size), ("inner", None), normal(math.sqrt(2))
+    )
+    self.d = parameter(
+        rngs, (self.width,), ("inner",), lambda key, shape: jax.random.normal(key, shape)
+    )
+    self.out_proj = Linear(
+        self.width, 2 * config.width, axes=("inner", "embed"), init=fan_in_uniform(), rngs=rngs
+    )
+    self.dense = DenseConnection(
+        config, sources=sources, rngs=rngs, query=(self.state_size,), channels=self.width,
+        inputs={}, fixed_query=True,
+    )
+
+  def initial_system(self, options: S4Config) -> dict[str, np.ndarray]:
+    """Names and values of the system's parameters, without the channels' axis."""
+    assert isinstance(options, S4DConfig)
+    size = options.state_size
+    make = {"lin": hippo.s4d_lin, "inv": hippo.s4d_inv, "legs": hippo.s4d_legs}
+    eigenvalues = make[options.init](size)
+    self.discretization = options.discretization
+    return {
+        "log_a": np.log(-eigenvalues.real), "a_imag": eigenvalues.imag,
+        "b": np.repeat([1.0, 0.0], size // 2),
+    }
+
+  def system(self) -> System:
+    """The systems of all channels."""
+    return DiagonalSystem(
+        -jnp.exp(self.log_a[...]), self.a_imag[...], jnp.exp(self.log_dt[...]), self.b[...],
+        self.discretization,
+    )
+
+  def _output(self, y: Array, x: Array) -> Array:
+    """Skip connection, activation and gated output projection of reads [..., E]."""
+    d = self.d[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    y = jax.nn.gelu(y + d * x.astype(jnp.float32), approximate=False).astype(x.dtype)
+    a, b = jnp.split(self.out_proj(y), 2, axis=-1)
+    return a * jax.nn.sigmoid(b)
+
+  def __call__(
+      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
+  ) -> MixerOutput:
+    """See `Mixer`."""
+    c_EN = self.c[...]
+    states = LtiStates(
+        self.system(), x_BTD, segments.resets_BT, segments.valid_BT,
+        None if state is None else state["h"], self.implementation, self.chunk,
+    )
+    own_BTE = states.read(self.dense.own_query(c_EN))
+    y_BTE, shared = self.dense.fuse_reads(x_BTD, own_BTE, c_EN, states, shallow)
+    return MixerOutput(self._output(y_BTE, x_BTD), {"h": states.final()}, shared, {})
+
+  def step(
+      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
+  ) -> MixerOutput:
+    """See `Mixer`."""
+    del position_B
+    c_EN = self.c[...]
+    h_BNE = self.system().stepper()(state["h"], x_BD)
+    states = LtiState(h_BNE)
+    own_BE = states.read(self.dense.own_query(c_EN))
+    y_BE, shared = self.dense.fuse_reads(x_BD, own_BE, c_EN, states, shallow)
+    return MixerOutput(self._output(y_BE, x_BD), {"h": h_BNE}, shared, {})
+
+  def init_state(self, batch: int) -> PyTree:
+    """See `Mixer`."""
+    return {"h": jnp.zeros((batch, self.state_size, self.width), jnp.float32)}
+
+
+class S4(S4D):
+  """The mixer with the full HiPPO-LegS matrix, discretised bilinearly."""
+
+  p: nnx.Param
+
+  def initial_system(self, options: S4Config) -> dict[str, np.ndarray]:
+    """See `S4D`."""
+    eigenvalues, p, b, _ = hippo.nplr_legs(options.state_size)
+    return {
+        "log_a": np.log(-eigenvalues.real), "a_imag": eigenvalues.imag,
+        "p": np.concatenate([p.real, p.imag]), "b": np.concatenate([b.real, b.imag]),
+    }
+
+  def system(self) -> System:
+    """See `S4D`."""
+    return DplrSystem(
+        -jnp.exp(self.log_a[...]), self.a_imag[...], self.p[...], jnp.exp(self.log_dt[...]),
+        self.b[...],
+    )
