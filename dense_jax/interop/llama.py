@@ -86,7 +86,8 @@ def _rope_theta(keys: Keys) -> float:
   Raises:
     InputError: the frequencies are scaled, or not all of a head is rotated.
   """
-  for key in ("rope_parameters", "rope_scaling"):
+  theta = keys.positive("rope_theta")
+  for key in ("rope_scaling", "rope_parameters"):
     rope = keys.get(key)
     if rope is None:
       continue
@@ -94,8 +95,8 @@ def _rope_theta(keys: Keys) -> float:
     if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
       raise keys.invalid(key, "rope_type default, or none (positions that are not scaled)")
     if "rope_theta" in rope:
-      return Keys(rope, {}).positive("rope_theta")
-  return keys.positive("rope_theta")
+      theta = Keys(rope, {}).positive("rope_theta")
+  return theta
 
 
 def config_json(config: ModelConfig) -> dict[str, Any] | None:
