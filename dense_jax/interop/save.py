@@ -12,11 +12,11 @@ from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params, unrolled
 
 
-def check_destination(path: str) -> None:
-  """Raises InputError where `save_hf` would not write."""
+def check_destination(path: str, name: str = "path") -> None:
+  """Raises InputError, calling the path `name`, where `save_hf` would not write."""
   folder = pathlib.Path(path)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise invalid("the destination", path, "a folder that is empty or does not exist yet")
+    raise invalid(name, path, "a folder that is empty or does not exist yet")
 
 
 def save_hf(

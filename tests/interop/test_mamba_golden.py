@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from dense_jax.interop import load_hf
+from dense_jax.interop import load_hf, save_hf
 from dense_jax.models.params import get_params
 from dense_jax.ops.cross_entropy import token_cross_entropy
 from tests.builders import with_options
@@ -77,3 +77,15 @@ def test_the_embeddings_other_name(golden, tmp_path):
   expected = get_params(load_hf(str(golden["folder"])))
   for name, value in get_params(load_hf(str(tmp_path))).items():
     np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_what_is_saved_are_their_tensors(golden, tmp_path):
+  save_hf(load_hf(str(golden["folder"])), str(tmp_path))
+  saved = load_file(tmp_path / "model.safetensors")
+  assert saved.keys() == golden["tensors"].keys() - {"lm_head.weight"}  # Tied: it is not saved.
+  for name, value in saved.items():
+    np.testing.assert_array_equal(value, golden["tensors"][name], err_msg=name)
+  config = json.loads((tmp_path / "config.json").read_text())
+  known = golden["config"].items() - {("chunk_size", 16), ("pad_token_id", 0)}
+  for key, value in known - {("bos_token_id", 1), ("eos_token_id", 2)}:
+    assert config[key] == value, key
