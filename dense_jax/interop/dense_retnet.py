@@ -109,8 +109,8 @@ def config_json(config: ModelConfig) -> dict[str, Any] | None:
   options: GauRetNetConfig = config.mixer
   return {
       "architectures": ["LlamaForCausalLM"],
-      # The authors' file, beside the checkpoint; without it no transformers class may load
-      # what is a LLaMA by name only.
+      # Given the authors' file beside the checkpoint and trust_remote_code, transformers
+      # takes its class; its own LLaMA is another function.
       "auto_map": {"AutoModelForCausalLM": "modeling_dense_gau_retnet.LlamaForCausalLM"},
       "model_type": "llama",
       "vocab_size": config.vocab_size,

@@ -83,7 +83,7 @@ def test_what_comes_back_is_the_same_function(tmp_path, layout, family, options)
   assert difference < 1e-4  # They may compute in chunks of other lengths.
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer", "gau_retnet"])
 def test_every_option_of_a_family_comes_back(tmp_path, family):
   """An option that is added to a family must be added to its layout, or be refused by it."""
   values = {
@@ -91,13 +91,16 @@ def test_every_option_of_a_family_comes_back(tmp_path, family):
       "mamba2": {"head_dim": 4, "groups": 2, "dt_limit_min": 0.01, "dt_limit_max": 0.4},
       "transformer": {"heads": 2, "kv_heads": 1, "head_dim": 6, "rope_theta": 77.0,
                       "context": 9, "ffn_width": 20},
+      "gau_retnet": {"heads": 4, "key_dim": 24, "expand": 3},
   }[family]
-  if family != "transformer":
+  if family.startswith("mamba"):
     values |= {"expand": 3, "state_size": 5, "conv_width": 3, "dt_min": 0.002, "dt_max": 0.2,
                "dt_floor": 0.0003}
   mixer = FAMILIES[family].config(**values)
   fields = {field.name: field.default for field in dataclasses.fields(mixer)}
   assert all(getattr(mixer, name) != default for name, default in fields.items())
+  if family == "gau_retnet":
+    values |= RELEASED
   config = model_config(family, **values, norm_eps=0.01, tie_embeddings=True)
   assert choose(config)[0] != "dense_jax"
   save_hf(random_model(config), str(tmp_path / "saved"))
