@@ -10,6 +10,7 @@ Arrays carry their axes as a suffix: ``x_BTD`` is batch, time, model width.
     P  channels of one head      S  sources: shallower layers that a layer reads
     V  vocabulary                W  taps of a short convolution
     R  rank of a low-rank map    Q  rows of a chunk (C again, as a query axis)
+    M  conjugate pairs of a complex state, N / 2
 
 A scalar axis of size one that broadcasts keeps its letter.
 """
