@@ -63,6 +63,27 @@ def matrix_read(h_BHPN: Array, q_BHN: Array) -> Array:
   return jnp.einsum("bhpn,bhn->bhp", h_BHPN, q_BHN.astype(jnp.float32))
 
 
+def lti_step(h_BNE: Array, a_ENN: Array, b_EN: Array, x_BE: Array) -> Array:
+  """One step of a time-invariant recurrence, each channel with its own dense system.
+
+  Args:
+    h_BNE: float32 state.
+    a_ENN: float32 discrete transition.
+    b_EN: float32 discrete input map.
+    x_BE: the channels' inputs.
+
+  Returns:
+    The next state, float32: A h + b x.
+  """
+  u_BNE = b_EN.T[None] * x_BE.astype(jnp.float32)[:, None, :]
+  return jnp.einsum("enk,bke->bne", a_ENN, h_BNE, precision=jax.lax.Precision.HIGHEST) + u_BNE
+
+
+def lti_read(h_BNE: Array, c_EN: Array) -> Array:
+  """y_BE = sum over N of c h, float32."""
+  return jnp.sum(h_BNE * c_EN.T.astype(jnp.float32)[None], axis=1)
+
+
 def _scan(
     step: Callable[..., Array], initial: Array, inputs: PyTree, resets_BT: Array | None
 ) -> tuple[Array, Array]:
@@ -109,3 +130,18 @@ def matrix_states(
     return matrix_step(h, log_decay_BH, k_BHN, v_BHP)
 
   return _scan(step, initial_BHPN, (k_BTHN, v_BTHP, log_decay_BTH), resets_BT)
+
+
+def lti_states(
+    a_ENN: Array,
+    b_EN: Array,
+    x_BTE: Array,
+    resets_BT: Array | None,
+    initial_BNE: Array,
+) -> tuple[Array, Array]:
+  """All states h_BTNE of a time-invariant recurrence, and the last, float32."""
+
+  def step(h: Array, x_BE: Array) -> Array:
+    return lti_step(h, a_ENN, b_EN, x_BE)
+
+  return _scan(step, initial_BNE, (x_BTE,), resets_BT)
