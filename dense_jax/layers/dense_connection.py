@@ -133,11 +133,11 @@ class DenseConnection(nnx.Module):
       return inputs, inputs
     fused = {}
     for name, own in inputs.items():
-      gates = [gate(x) for gate in self.gates[name]] if hasattr(self, "gates") else []
       total = own
       for index, source in enumerate(shallow):
         read = cast(Mapping[str, Array], source)[name]
-        total = total + (of_source(gates, index) * read if gates else read)
+        gated = hasattr(self, "gates")
+        total = total + (of_source(self.gates[name], index)(x) * read if gated else read)
       fused[name] = self.norms[name](total) if name in self.norms else total
     return fused, fused if self.share_fused else inputs
 
@@ -163,22 +163,25 @@ class DenseConnection(nnx.Module):
       shallow: what the sources shared, nearest first.
 
     Returns:
-      The fused read, and the states that this layer shares: its own or the fused ones.
+      The fused read, float32 (what the sources add is rounded to x's dtype), and the
+      states that this layer shares: its own or the fused ones.
     """
     if self.inject != "state":
       return own, states.shared()
     sources = [cast(StateSequence, source) for source in shallow]
-    phis = self.transition(x, own.shape, len(sources))
-    # Apart from each other, so that no two reads' intermediate values exist together.
-    read = jax.checkpoint(Phi.read) if self.remat_reads else Phi.read
-    reads = [
-        read(phi, source, self.fusion.query(query, index + 1))
-        for index, (phi, source) in enumerate(zip(phis, sources, strict=True))
-    ]
+
+    def read(x: Array, query: Array, source: StateSequence, index: int) -> Array:
+      phi = self.transition.phi(x, own.shape, index)
+      return phi.read(source, self.fusion.query(query, index + 1)).astype(x.dtype)
+
+    if self.remat_reads:  # So that no two reads' intermediate values exist together.
+      read = jax.checkpoint(read, static_argnums=3)
+    reads = [read(x, query, source, index) for index, source in enumerate(sources)]
     fused = self.fusion(x, own, reads)
     if not self.share_fused:
       return fused, states.shared()
+    phi = self.transition.phi(x, own.shape, 0)
     if isinstance(states, TokenState):  # One token's states are there: no chain is needed.
-      below = phis[0].project(sources[0].materialize(), phis[0].state_gate)
-      return fused, states.plus(phis[0].gated(below))
-    return fused, FusedStates(states.shared(), sources[0], phis[0])
+      below = phi.project(sources[0].materialize(), phi.state_gate)
+      return fused, states.plus(phi.gated(below))
+    return fused, FusedStates(states.shared(), sources[0], phi)

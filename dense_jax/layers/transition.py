@@ -49,7 +49,7 @@ def make_gates(
   return nnx.List([Gate(config, width, axis, rngs) for _ in range(count)])
 
 
-def of_source(gates: Sequence, source: int) -> Array:
+def of_source(gates: Sequence[Gate], source: int) -> Gate:
   """The gate of a source, where one may stand for all."""
   return gates[source if len(gates) > 1 else 0]
 
@@ -160,22 +160,16 @@ class Transition(nnx.Module):
           rngs, (sources, rank, state_size), (None, None, None), lambda _, shape: jnp.zeros(shape)
       )
 
-  def __call__(self, x: Array, read_shape: tuple[int, ...], sources: int) -> list[Phi]:
-    """phi of the first `sources` sources, nearest first, at the layer's input [..., D]."""
-    channel = [
-        gate(x).astype(jnp.float32).reshape(read_shape)
-        for gate in getattr(self, "channel_gates", ())
-    ]
-    # Around one: were both gates zero at the start, neither would learn.
-    state = [1 + gate(x) for gate in getattr(self, "state_gates", ())]
-    linear, mlp = self.projection == "linear", self.projection == "mlp"
-    return [
-        Phi(
-            of_source(channel, index) if channel else None,
-            of_source(state, index) if state else None,
-            self.linear[...][index] if linear else None,
-            (self.down[...][index], self.up[...][index]) if mlp else None,
-            self.fixed_query,
-        )
-        for index in range(sources)
-    ]
+  def phi(self, x: Array, read_shape: tuple[int, ...], source: int) -> Phi:
+    """phi of a source (0 is the nearest) at the layer's input [..., D]."""
+    channel = state = matrix = low_rank = None
+    if hasattr(self, "channel_gates"):
+      channel = of_source(self.channel_gates, source)(x).astype(jnp.float32).reshape(read_shape)
+    if hasattr(self, "state_gates"):
+      # Around one: were both gates zero at the start, neither would learn.
+      state = 1 + of_source(self.state_gates, source)(x)
+    if self.projection == "linear":
+      matrix = self.linear[...][source]
+    elif self.projection == "mlp":
+      low_rank = self.down[...][source], self.up[...][source]
+    return Phi(channel, state, matrix, low_rank, self.fixed_query)
