@@ -40,6 +40,8 @@ def get_config(arg: str = "") -> ConfigDict:
       vocab_size=50280, width=width, layers=layers, dtype="bfloat16", remat="full", block_layers=4
   )
   config.model.mixer.update(MIXERS.get(family, {}))
+  if layers == 48:
+    config.model.block_layers = 6
   if family == "gau_retnet":
     config.model.update(vocab_size=32000, tie_embeddings=False)
   config.data.seq_len = 2048

@@ -23,6 +23,7 @@ from dense_jax.layers.linear import Linear, fan_in_uniform, parameter
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
 from dense_jax.ops import dispatch, reference
+from dense_jax.ops.selective_scan import StepSizes
 from dense_jax.ops.states import scan_diagonal
 from dense_jax.ops.token_states import DiagonalState
 from dense_jax.types import Array, PyTree, Segments
@@ -76,13 +77,12 @@ class Mamba(ConvolvedMixer):
         inputs={"b": (self.state_size, None), "x": (self.width, "inner")},
     )
 
-  def _selected(self, x: Array) -> tuple[Array, Array, Array]:
-    """dt (float32), B and C of the convolved input, [..., E]."""
+  def _selected(self, x: Array) -> tuple[StepSizes, Array, Array]:
+    """dt, B and C of the convolved input, [..., E]."""
     low, b, c = jnp.split(
         self.x_proj(x), [self.dt_rank, self.dt_rank + self.state_size], axis=-1
     )
-    bias = self.dt_bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    return jax.nn.softplus(self.dt_proj(low).astype(jnp.float32) + bias), b, c
+    return StepSizes(low, self.dt_proj.kernel[...], self.dt_bias[...]), b, c
 
   def _output(self, y: Array, x: Array, z: Array) -> Array:
     d = self.d[...].reshape((1,) * (x.ndim - 1) + (-1,))
@@ -95,11 +95,11 @@ class Mamba(ConvolvedMixer):
     """See `Mixer`."""
     x_BTE, z_BTE = jnp.split(self.in_proj(x_BTD), 2, axis=-1)
     x_BTE, conv = self.convolve(x_BTE, segments, state and state["conv"])
-    dt_BTE, b_BTN, c_BTN = self._selected(x_BTE)
+    dt, b_BTN, c_BTN = self._selected(x_BTE)
     own = {"b": b_BTN, "x": x_BTE}
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
     y_BTE, states = scan_diagonal(
-        dt_BTE, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], self.dense.own_query(c_BTN),
+        dt, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], self.dense.own_query(c_BTN),
         segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
@@ -114,11 +114,11 @@ class Mamba(ConvolvedMixer):
     del position_B
     x_BE, z_BE = jnp.split(self.in_proj(x_BD), 2, axis=-1)
     x_BE, conv = self.convolve_step(x_BE, state["conv"])
-    dt_BE, b_BN, c_BN = self._selected(x_BE)
+    dt, b_BN, c_BN = self._selected(x_BE)
     own = {"b": b_BN, "x": x_BE}
     fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
     h_BNE = reference.diagonal_step(
-        state["h"], dt_BE, -jnp.exp(self.a_log[...]), fused["x"], fused["b"]
+        state["h"], dt.dt(), -jnp.exp(self.a_log[...]), fused["x"], fused["b"]
     )
     states = DiagonalState(h_BNE)
     own_BE = states.read(self.dense.own_query(c_BN))

@@ -8,6 +8,7 @@ states come from `jax.lax.associative_scan` ("associative") or from a `lax.scan`
 ("recurrent"), which does less arithmetic and wins where lanes are few, as on a CPU.
 """
 
+import dataclasses
 import functools
 
 import chex
@@ -15,12 +16,37 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops import reference
+from dense_jax.ops.matmul import matmul
 from dense_jax.ops.token_scan import join_chunks, split_chunks, token_scan
 from dense_jax.types import Array
 
 # Tokens a chunk. By the TPU v5e compiler one layer, forward and backward (2 x 2048 tokens,
 # E 2048, N 16), needs 0.04 GB at 16, 0.08 at 64.
 DEFAULT_CHUNK = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepSizes:
+  """dt = softplus(low W + bias), as what it is made from: R numbers a token, not E.
+
+  Attributes:
+    low_BTR: the low-rank step sizes; in decoding low_BR.
+    kernel_RE: float32 map W.
+    bias_E: float32.
+    valid_BT: bool, false where dt is zero (padding); None is all true.
+  """
+
+  low_BTR: Array
+  kernel_RE: Array
+  bias_E: Array
+  valid_BT: Array | None = None
+
+  def dt(self) -> Array:
+    """dt_BTE, float32."""
+    bias_E = self.bias_E.reshape((1,) * (self.low_BTR.ndim - 1) + (-1,))
+    dt = jax.nn.softplus(matmul(self.low_BTR, self.kernel_RE).astype(jnp.float32) + bias_E)
+    return dt if self.valid_BT is None else jnp.where(self.valid_BT[..., None], dt, 0)
 
 
 def _combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from dense_jax.ops import reference
 from dense_jax.ops.chunked_linear import chunk_read, chunk_states
 from dense_jax.ops.lti import System
 from dense_jax.ops.lti_scan import fft_convolution, lti_read, lti_states
-from dense_jax.ops.selective_scan import selective_scan
+from dense_jax.ops.selective_scan import StepSizes, selective_scan
 from dense_jax.ops.state_sequence import Mapped
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.ops.token_states import DiagonalState, LtiState, MatrixState
@@ -26,9 +26,12 @@ from dense_jax.types import Array, PyTree, Segments
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiagonalStates:
-  """Diagonal states h_BTNE, as the inputs that make them."""
+  """Diagonal states h_BTNE, as the inputs that make them.
 
-  dt_BTE: Array
+  Step sizes that have a low rank are kept as that, and made again for each read.
+  """
+
+  dt: Array | StepSizes
   a_NE: Array
   x_BTE: Array
   b_BTN: Array
@@ -38,6 +41,9 @@ class DiagonalStates:
   implementation: str = dataclasses.field(metadata={"static": True})
   chunk: int = dataclasses.field(metadata={"static": True})
 
+  def _dt(self) -> Array:
+    return self.dt.dt() if isinstance(self.dt, StepSizes) else self.dt
+
   def _initial(self) -> Array:
     if self.initial_BNE is not None:
       return self.initial_BNE
@@ -46,7 +52,7 @@ class DiagonalStates:
   def scan(self, query: Array) -> tuple[Array, Array]:
     """c_BTN -> y_BTE and final_BNE."""
     return selective_scan(
-        self.dt_BTE, self.a_NE, self.x_BTE, self.b_BTN, query, self.resets_BT,
+        self._dt(), self.a_NE, self.x_BTE, self.b_BTN, query, self.resets_BT,
         self._initial(), implementation=self.implementation, chunk=self.chunk,
     )
 
@@ -64,7 +70,7 @@ class DiagonalStates:
       return DiagonalState(h_BNE).read_mapped(token[0], function, token[1])
 
     y_BTE, _ = token_scan(
-        step, read, self._initial(), (self.dt_BTE, self.x_BTE, self.b_BTN), (query, inputs),
+        step, read, self._initial(), (self._dt(), self.x_BTE, self.b_BTN), (query, inputs),
         self.resets_BT, chunk=self.chunk,
     )
     return y_BTE
@@ -72,7 +78,7 @@ class DiagonalStates:
   def materialize(self) -> Array:
     """h_BTEN, float32."""
     states, _ = reference.diagonal_states(
-        self.dt_BTE, self.a_NE, self.x_BTE, self.b_BTN, self.resets_BT, self._initial()
+        self._dt(), self.a_NE, self.x_BTE, self.b_BTN, self.resets_BT, self._initial()
     )
     return jnp.swapaxes(states, 2, 3)
 
@@ -86,7 +92,7 @@ class DiagonalStates:
 
 
 def scan_diagonal(
-    dt_BTE: Array,
+    dt: Array | StepSizes,
     a_NE: Array,
     x_BTE: Array,
     b_BTN: Array,
@@ -100,7 +106,7 @@ def scan_diagonal(
   """Runs the selective recurrence.
 
   Args:
-    dt_BTE: see `selective_scan`.
+    dt: dt_BTE, see `selective_scan`, or what it is made from.
     a_NE: likewise.
     x_BTE: likewise.
     b_BTN: likewise.
@@ -115,9 +121,12 @@ def scan_diagonal(
   """
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
   if valid_BT is not None:
-    dt_BTE = jnp.where(valid_BT[..., None], dt_BTE, 0)
+    if isinstance(dt, StepSizes):
+      dt = dataclasses.replace(dt, valid_BT=valid_BT)
+    else:
+      dt = jnp.where(valid_BT[..., None], dt, 0)
   states = DiagonalStates(
-      dt_BTE, a_NE, x_BTE, b_BTN, resets_BT, initial_BNE, None, implementation, chunk
+      dt, a_NE, x_BTE, b_BTN, resets_BT, initial_BNE, None, implementation, chunk
   )
   y_BTE, final_BNE = states.scan(c_BTN)
   return y_BTE, dataclasses.replace(states, final_BNE=final_BNE)

@@ -22,18 +22,19 @@ from dense_jax.models.params import abstract_model, with_params
 from dense_jax.models.registry import FAMILIES as REGISTRY
 from dense_jax.ops.dispatch import IMPLEMENTATIONS
 from tests.builders import (
-  FAMILIES,
-  INPUT_FAMILIES,
-  VOCAB,
-  fast_jit,
-  model_config,
-  normal,
-  packed,
-  random_like,
-  random_params,
-  random_state,
-  random_tokens,
-  tree_dot,
+    FAMILIES,
+    INPUT_FAMILIES,
+    STATE_FAMILIES,
+    VOCAB,
+    fast_jit,
+    model_config,
+    normal,
+    packed,
+    random_like,
+    random_params,
+    random_state,
+    random_tokens,
+    tree_dot,
 )
 from tests.helpers import assert_trees_close
 
