@@ -14,10 +14,10 @@ from dense_jax.models.registry import family as find_family
 from dense_jax.types import Array, Batch, Params, PyTree, Segments
 
 VOCAB = 11
-FAMILIES = ("mamba", "gau_retnet", "mamba2", "s4d", "s4", "transformer")
+FAMILIES = ("mamba", "gau_retnet", "mamba2", "s4d", "s4", "retnet", "transformer")
 # Families whose states deeper layers may read, and those whose inputs they may fuse.
 STATE_FAMILIES = tuple(family for family in FAMILIES if family != "transformer")
-INPUT_FAMILIES = ("mamba", "gau_retnet", "mamba2")
+INPUT_FAMILIES = ("mamba", "gau_retnet", "mamba2", "retnet")
 # Every kind of model that the equivalences are about: (family, m, injection).
 KINDS = [
     *((family, 0, "state") for family in FAMILIES),
@@ -56,6 +56,8 @@ def model_config(
     values |= {"state_size": 4, "ffn_width": 24}
   elif family == "s4d":
     values |= {"state_size": 4, "ffn_width": 24, "init": "inv"}
+  elif family == "retnet":
+    values |= {"heads": 2, "key_dim": 12, "ffn_width": 24}
   elif family == "transformer":
     values |= {"heads": 4, "kv_heads": 2, "context": 7, "ffn_width": 24}
   values |= options

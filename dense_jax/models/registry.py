@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Callable
 
 from dense_jax.config import unknown_key
-from dense_jax.layers import attention, s4
+from dense_jax.layers import attention, retnet, s4
 from dense_jax.layers.attention import Attention, AttentionConfig
 from dense_jax.layers.gau_retnet import GauRetNet, GauRetNetConfig
 from dense_jax.layers.mamba import Mamba, MambaConfig
 from dense_jax.layers.mamba2 import Mamba2, Mamba2Config
 from dense_jax.layers.mixer import Mixer
+from dense_jax.layers.retnet import RetNet, RetNetConfig
 from dense_jax.layers.s4 import S4, S4D, S4Config, S4DConfig
 from dense_jax.layers.stack import FeedForwardFactory
 from dense_jax.types import InputError
@@ -36,6 +37,7 @@ FAMILIES = {
     "mamba": Family(MambaConfig, Mamba, "diagonal"),
     "mamba2": Family(Mamba2Config, Mamba2, "matrix"),
     "gau_retnet": Family(GauRetNetConfig, GauRetNet, "matrix"),
+    "retnet": Family(RetNetConfig, RetNet, "matrix", retnet.feed_forward),
     "s4d": Family(S4DConfig, S4D, "lti", s4.feed_forward),
     "s4": Family(S4Config, S4, "lti", s4.feed_forward),
     "transformer": Family(AttentionConfig, Attention, "attention", attention.feed_forward),

@@ -44,6 +44,7 @@ FORMS = {
     "mamba": ("recurrent", "associative"),
     "mamba2": ("chunked", "associative", "recurrent"),
     "gau_retnet": ("chunked", "associative", "recurrent"),
+    "retnet": ("chunked", "associative", "recurrent"),
     "s4d": ("conv", "recurrent"),
     "s4": ("conv", "recurrent"),
     "transformer": ("softmax",),
@@ -278,31 +279,51 @@ def test_causality_and_documents_by_gradient(kind):
       assert np.all(np.delete(gradient, list(expected)) == 0), (t, gradient)
 
 
-def _base_count(family, *, vocab, width, layers, options, tied):
-  """The parameters of the base model, by hand."""
+OPTIONS = {
+    "mamba": {"state_size": 3, "conv_width": 4, "dt_rank": 2},
+    "mamba2": {"state_size": 3, "conv_width": 4, "head_dim": 8, "groups": 2},
+    "gau_retnet": {"key_dim": 12, "heads": 2},
+    "retnet": {"key_dim": 12, "heads": 2, "ffn_width": 24},
+    "s4": {"state_size": 6, "ffn_width": 24},
+    "s4d": {"state_size": 6, "ffn_width": 24},
+    "transformer": {"heads": 4, "kv_heads": 2, "head_dim": 6, "ffn_width": 24},
+}
+
+
+def _mixer_count(family, width, state_size=0, conv_width=0, dt_rank=0, head_dim=0, groups=0,
+                 key_dim=0, heads=0, kv_heads=0, ffn_width=0):
+  """A layer's parameters but for its first norm, by hand."""
   inner = 2 * width
-  if family == "mamba":
-    state, taps, rank = options["state_size"], options["conv_width"], options["dt_rank"]
-    mixer = width * 2 * inner + taps * inner + inner  # in_proj, convolution
-    mixer += inner * (rank + 2 * state) + rank * inner + inner  # dt, B, C
-    mixer += inner * state + inner + inner * width  # A, D, out_proj
-  else:
-    keys, heads = options["key_dim"], options["heads"]
-    mixer = 2 * width * keys + width * 2 * inner + inner // heads + inner * width
-  return vocab * width * (1 if tied else 2) + width + layers * (width + mixer)
+  feed_forward = width + 2 * width * ffn_width  # With its norm.
+  match family:
+    case "mamba":
+      count = width * 2 * inner + conv_width * inner + inner  # in_proj, convolution
+      count += inner * (dt_rank + 2 * state_size) + dt_rank * inner + inner  # dt, B, C
+      return count + inner * state_size + inner + inner * width  # A, D, out_proj
+    case "mamba2":
+      convolved, heads = inner + 2 * groups * state_size, inner // head_dim
+      count = width * (inner + convolved + heads) + (conv_width + 1) * convolved
+      return count + 3 * heads + inner + inner * width  # dt, A, D; norm; out_proj
+    case "gau_retnet":
+      return 2 * width * key_dim + width * 2 * inner + inner // heads + inner * width
+    case "retnet":
+      return 2 * width * key_dim + 3 * width * inner + feed_forward
+    case "s4" | "s4d":
+      # A, B, C and S4's P are N numbers a channel; dt and D are one.
+      numbers = state_size * (4 if family == "s4" else 3) + 2
+      return width * numbers + width * 2 * width + feed_forward
+    case "transformer":
+      return 2 * width * head_dim * (heads + kv_heads) + feed_forward + width * ffn_width
+  raise AssertionError(f"count {family} by hand")
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_base_parameter_counts(family, tied):
-  options = {
-      "mamba": {"state_size": 3, "conv_width": 4, "dt_rank": 2},
-      "gau_retnet": {"key_dim": 12, "heads": 2},
-  }[family]
-  config = model_config(family, layers=4, tie_embeddings=tied, **options)
-  expected = _base_count(
-      family, vocab=VOCAB, width=16, layers=4, options=options, tied=tied
-  )
+  config = model_config(family, layers=4, tie_embeddings=tied, **OPTIONS[family])
+  width = config.width
+  expected = VOCAB * width * (1 if tied else 2) + width
+  expected += 4 * (width + _mixer_count(family, width, **OPTIONS[family]))
   assert count_params(get_params(abstract_model(config))) == expected
   assert count_params(random_params(config)) == expected
 
@@ -316,6 +337,11 @@ def test_published_parameter_counts():
       tie_embeddings=True,
   )
   assert count(mamba_130m) == 129_135_360  # state-spaces/mamba-130m
+  mamba2_130m = model_config(
+      "mamba2", vocab_size=50288, width=768, layers=24, state_size=128, conv_width=4, head_dim=64,
+      groups=1, tie_embeddings=True,
+  )
+  assert count(mamba2_130m) == 128_989_632  # state-spaces/mamba2-130m
   # The design's section 10: about 368M and 1.33B with their dense connections.
   sizes = ((1536, 768, 2, 16, 368e6), (2560, 1280, 4, 25, 1.33e9))
   for width, key_dim, heads, layers, expected in sizes:

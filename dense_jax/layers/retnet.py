@@ -1,0 +1,66 @@
+"""RetNet (arXiv 2307.08621): multi-scale retention, then a feed-forward layer.
+
+    q, v, g = W_q u, W_v u, silu(W_g u)      k = W_k u / sqrt(N)
+    out = W_o (GroupNorm_head(retention(q, k, v)) * g)
+
+As published (equations 6 to 9): decays that double their reach from head to head, rotated
+queries and keys, a group norm over each head without learned scales, values of width 2 D,
+and a feed-forward layer of the same width with GELU.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dense_jax.config import ModelConfig, integer
+from dense_jax.layers.feed_forward import FeedForward
+from dense_jax.layers.retention import Retention
+from dense_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RetNetConfig:
+  """The family's own options.
+
+  Attributes:
+    heads: H.
+    key_dim: K, the query/key width of all heads together; 0 takes D.
+    expand: E = expand * D, the width of values.
+    ffn_width: of the feed-forward layer; 0 takes 2 D.
+  """
+
+  heads: int = integer(4, 1)
+  key_dim: int = integer(0, 0)
+  expand: int = integer(2, 1)
+  ffn_width: int = integer(0, 0)
+
+
+def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
+  """The layer that follows the mixer."""
+  return FeedForward(config, config.mixer.ffn_width or 2 * config.width, kind="gelu", rngs=rngs)
+
+
+class RetNet(Retention):
+  """The mixer."""
+
+  def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
+    options: RetNetConfig = config.mixer
+    super().__init__(
+        config, heads=options.heads, key_dim=options.key_dim or config.width,
+        width=options.expand * config.width, sources=sources, rngs=rngs,
+    )
+    self.v_proj = self.project(config, self.width, "inner", rngs)
+    self.gate_proj = self.project(config, self.width, "inner", rngs)
+    self.epsilon = config.norm_eps
+
+  def inputs(self, x: Array) -> tuple[Array, dict[str, Array], Array]:
+    """See `Retention`."""
+    k = self.k_proj(x) * (self.key_dim // self.heads) ** -0.5
+    return self.q_proj(x), {"k": k, "v": self.v_proj(x)}, jax.nn.silu(self.gate_proj(x))
+
+  def normalize(self, y: Array) -> Array:
+    """See `Retention`."""
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)

@@ -1,0 +1,142 @@
+"""Every family in every mode with every dense option is one function.
+
+The reference is the recurrence itself, a float32 `lax.scan` over tokens, which reads the
+shallow layers' states token by token too. Against it: every other form of the family, and
+where rows hold one document each, decoding step by step. Compared are logits, the final
+state and the gradients by all parameters and by the initial state.
+
+`make test` runs a part, in which every option, every length and every family is met;
+`make test-slow` runs all.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dense_jax.models.language_model import ModelState
+from dense_jax.models.params import abstract_model, with_params
+from dense_jax.models.registry import FAMILIES as REGISTRY
+from dense_jax.ops.dispatch import IMPLEMENTATIONS
+from tests.builders import (
+  FAMILIES,
+  INPUT_FAMILIES,
+  VOCAB,
+  fast_jit,
+  model_config,
+  normal,
+  packed,
+  random_like,
+  random_params,
+  random_state,
+  random_tokens,
+  tree_dot,
+)
+from tests.helpers import assert_trees_close
+
+B, C = 2, 4  # C: the chunk.
+LENGTHS = (1, 2, C - 1, C, C + 1, 63, 257)
+STATE = {"depth": 2, "inject": "state"}
+INPUTS = {"depth": 2, "inject": "inputs"}
+OPTIONS = {
+    "base": {"depth": 0},
+    "m1": STATE | {"depth": 1},
+    "m2": STATE,
+    "start-stride": STATE | {"layers": 4, "start": 2, "stride": 2},
+    "linear": STATE | {"transition": "linear", "gate_sharing": "per_source"},
+    "mlp": STATE | {"transition": "mlp", "transition_rank": 2},
+    "ungated": STATE | {"gate": "none"},
+    "state-gate": STATE | {"gate": "channel_state"},
+    "concat": STATE | {"fusion": "concat"},
+    "gated": STATE | {"fusion": "gated"},
+    "attention": STATE | {"fusion": "attention"},
+    "fused": STATE | {"depth": 1, "layers": 4, "source": "fused", "gate": "channel_state"},
+    "inputs": INPUTS | {"gate_sharing": "per_source"},
+    "inputs-fused": INPUTS | {"source": "fused", "input_norm": False},
+}
+# (documents and padding, a carried state): without both, an LTI family convolves.
+SCENES = {"documents": (True, True), "one-document": (False, False), "carried": (False, True)}
+
+
+def _cases():
+  """(family, option, length, scene, whether `make test` runs it)."""
+  for family in FAMILIES:
+    options = {
+        "transformer": ["base"],
+        **dict.fromkeys(INPUT_FAMILIES, list(OPTIONS)),
+    }.get(family, [name for name in OPTIONS if not name.startswith("inputs")])
+    for number, option in enumerate(options):
+      for length in LENGTHS:
+        for scene in SCENES:
+          quick = (
+              (length == C + 1 and scene != "carried" and option in ("base", "m2"))
+              # Each option and each length meet some family.
+              or (length in LENGTHS[:6] and scene == "documents"
+              and (number + LENGTHS.index(length)) % len(FAMILIES) == FAMILIES.index(family))
+          )
+          marks = () if quick else (pytest.mark.slow,)
+          yield pytest.param(
+              family, option, length, scene, marks=marks, id=f"{family}-{option}-{length}-{scene}"
+          )
+
+
+def _segments(length):
+  """Documents that begin within chunks and at their borders; the second row is padded."""
+  first = min(length, 6)
+  rows = [[first, length - first], [length - length // 3]]
+  return packed([[n for n in row if n] for row in rows], time=length, first=[3, 0])
+
+
+def _logits_by_steps(model, tokens, state):
+  state, logits = jax.lax.scan(model.step, state, tokens.T)
+  return jnp.swapaxes(logits, 0, 1), state
+
+
+def _logits(model, tokens, segments, state):
+  hidden, after = model.hidden(tokens, segments, state)
+  return model.logits(hidden), after
+
+
+@pytest.mark.parametrize(("family", "option", "length", "scene"), _cases())
+def test_every_form_is_the_recurrence(family, option, length, scene):
+  has_documents, has_state = SCENES[scene]
+  config = model_config(family, **{"layers": 3, "width": 8, "chunk": C} | OPTIONS[option])
+  forms = IMPLEMENTATIONS[REGISTRY[family].form]
+  models = [abstract_model(dataclasses.replace(config, implementation=form)) for form in forms]
+  # The recurrence is the last of each family's forms.
+  assert forms[-1] in ("recurrent", "softmax")
+  params, tokens = random_params(config), random_tokens(1, B, length)
+  segments = _segments(length) if has_documents else None
+  valid = 1.0 if segments is None else segments.valid_BT[..., None]
+  state = random_state(models[0], [3, 0] if has_documents else [3, 5])
+  weights = normal(2, B, length, VOCAB) * valid / length**0.5
+  cotangent = jax.tree.map(lambda leaf: 0.1 * leaf, random_like(state.layers, 3))
+
+  def everything(model, run):
+    def objective(params, layers):
+      before = ModelState(state.position_B, layers) if has_state else None
+      logits, after = run(with_params(model, params), before)
+      value = jnp.sum(weights * logits) + tree_dot(cotangent, after.layers)
+      return value, (logits * valid, after)
+
+    gradients, outputs = jax.grad(objective, argnums=(0, 1), has_aux=True)(params, state.layers)
+    return outputs, gradients
+
+  @fast_jit
+  def compare():
+    run = functools.partial(_logits, tokens=tokens, segments=segments)
+    results = [everything(model, lambda bound, s: run(bound, state=s)) for model in models]
+    if not has_documents:
+      results.insert(0, everything(models[-1], lambda bound, before: _logits_by_steps(
+          bound, tokens, before or bound.init_state(B)
+      )))
+    return results
+
+  *others, expected = compare()
+  scale = max(1.0, *(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1])))
+  for actual in others:
+    assert_trees_close(actual[0], expected[0])
+    assert_trees_close(actual[1], expected[1], scale=scale)
