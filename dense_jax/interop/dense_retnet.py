@@ -1,37 +1,39 @@
-"""The layout of the authors' DenseRetNet checkpoints (arXiv 2403.00818, released code)."""
+"""The layout of the authors' DenseRetNet checkpoints (arXiv 2403.00818, released code).
 
-from collections.abc import Mapping
+It is a `llama` layout by name; keys of its own tell it from that.
+"""
+
+import dataclasses
 from typing import Any
 
-from dense_jax.config import ModelConfig, build
-from dense_jax.interop.layout import Layout
+from dense_jax.config import DenseConfig, ModelConfig, build
+from dense_jax.interop.keys import Keys
+from dense_jax.interop.layout import PLAIN, TRANSPOSED, Config, Layout, Place, per_layer
 from dense_jax.layers.gau_retnet import GauRetNetConfig
 from dense_jax.types import InputError
 
-_LAYER = {
-    "norm.scale": "input_layernorm.weight",
-    "mixer.q_proj.kernel": "self_attn.q_proj.weight",
-    "mixer.k_proj.kernel": "self_attn.k_proj.weight",
-    "mixer.hidden_proj.kernel": "self_attn.to_hidden.0.weight",
-    "mixer.out_proj.kernel": "self_attn.to_out.0.weight",
-    "mixer.head_norm.scale": "self_attn.group_norm.weight",
+NAME = "DenseRetNet (query_key_dim, v_factor and dense_block_layers)"
+
+_LAYER: dict[str, Place] = {
+    "norm.scale": ("input_layernorm.weight", PLAIN),
+    "mixer.q_proj.kernel": ("self_attn.q_proj.weight", TRANSPOSED),
+    "mixer.k_proj.kernel": ("self_attn.k_proj.weight", TRANSPOSED),
+    "mixer.hidden_proj.kernel": ("self_attn.to_hidden.0.weight", TRANSPOSED),
+    "mixer.out_proj.kernel": ("self_attn.to_out.0.weight", TRANSPOSED),
+    "mixer.head_norm.scale": ("self_attn.group_norm.weight", PLAIN),
 }
-_DENSE = {
-    "mixer.dense.gates.k.0.down.kernel": "self_attn.k_select.fc1.weight",
-    "mixer.dense.gates.k.0.up.kernel": "self_attn.k_select.fc2.weight",
-    "mixer.dense.gates.v.0.down.kernel": "self_attn.v_select.fc1.weight",
-    "mixer.dense.gates.v.0.up.kernel": "self_attn.v_select.fc2.weight",
-    "mixer.dense.norms.k.scale": "self_attn.k_norm.weight",
-    "mixer.dense.norms.v.scale": "self_attn.v_norm.weight",
+_DENSE: dict[str, Place] = {
+    "mixer.dense.gates.k.0.down.kernel": ("self_attn.k_select.fc1.weight", TRANSPOSED),
+    "mixer.dense.gates.k.0.up.kernel": ("self_attn.k_select.fc2.weight", TRANSPOSED),
+    "mixer.dense.gates.v.0.down.kernel": ("self_attn.v_select.fc1.weight", TRANSPOSED),
+    "mixer.dense.gates.v.0.up.kernel": ("self_attn.v_select.fc2.weight", TRANSPOSED),
+    "mixer.dense.norms.k.scale": ("self_attn.k_norm.weight", PLAIN),
+    "mixer.dense.norms.v.scale": ("self_attn.v_norm.weight", PLAIN),
 }
 
 
-def layout(config: Mapping[str, Any]) -> Layout | None:
-  """The layout of a DenseRetNet `config.json`; None if it is of another kind.
-
-  Raises:
-    InputError: a key is missing or has a value that cannot be.
-  """
+def layout(config: Config) -> Layout | None:
+  """See `Kind`."""
   if "query_key_dim" not in config or "v_factor" not in config:
     return None
   needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -39,48 +41,90 @@ def layout(config: Mapping[str, Any]) -> Layout | None:
   missing = [key for key in needed if key not in config]
   if missing:
     raise InputError(f"config.json lacks {', '.join(missing)}")
-  if config["dense_block_layers"] < 1:
-    raise InputError(
-        f"config.json: dense_block_layers = {config['dense_block_layers']} is not valid: "
-        "expected an integer >= 1 (the released code normalises keys and values even "
-        "without dense layers, which no base model here does)"
+  keys = Keys(config, {"tie_word_embeddings": False})
+  if keys.integer("dense_block_layers", 0) < 1:
+    raise keys.invalid(
+        "dense_block_layers",
+        "an integer >= 1 (the released code normalises keys and values even without dense "
+        "layers, which no base model here does)",
     )
-  layers = config["num_hidden_layers"]
-  tied = bool(config.get("tie_word_embeddings", False))
+  layers, tied = keys.integer("num_hidden_layers"), keys.flag("tie_word_embeddings")
   # A layer below the first cannot be read: a greater depth is the same function.
-  depth = min(config["dense_block_layers"], layers - 1)
-  mixer = {
-      "heads": config["num_attention_heads"],
-      "key_dim": config["query_key_dim"],
-      "expand": config["v_factor"],
-  }
+  depth = min(keys.integer("dense_block_layers"), layers - 1)
   model = build(
       ModelConfig,
       {
           "family": "gau_retnet",
-          "vocab_size": config["vocab_size"],
-          "width": config["hidden_size"],
+          "vocab_size": keys.integer("vocab_size"),
+          "width": keys.integer("hidden_size"),
           "layers": layers,
           "tie_embeddings": tied,
-          "norm_eps": config["rms_norm_eps"],
+          "norm_eps": keys.positive("rms_norm_eps"),
           "block_layers": layers,
           "dense": {"depth": depth, "inject": "inputs", "input_norm": True},
-          "mixer": mixer,
+          "mixer": {
+              "heads": keys.integer("num_attention_heads"),
+              "key_dim": keys.integer("query_key_dim"),
+              "expand": keys.integer("v_factor"),
+          },
       },
       "config.model",
       {"config.model.mixer": GauRetNetConfig},
   )
-  names = {"embedding": "model.embed_tokens.weight", "norm.scale": "model.norm.weight"}
+  places: dict[str, Place] = {
+      "embedding": ("model.embed_tokens.weight", PLAIN),
+      "norm.scale": ("model.norm.weight", PLAIN),
+      **per_layer(_LAYER, "model.layers.", range(layers)),
+      **per_layer(_DENSE, "model.layers.", range(1, layers)),
+  }
   unused = {"model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"}
+  # The first layer reads none, and yet the released code makes its gates and norms.
+  unused |= {f"model.layers.0.{theirs}" for theirs, _ in _DENSE.values()}
   if tied:
     unused.add("lm_head.weight")
   else:
-    names["head"] = "lm_head.weight"
-  for layer in range(layers):
-    for ours, theirs in (_LAYER | _DENSE).items():
-      tensor = f"model.layers.{layer}.{theirs}"
-      if layer == 0 and ours in _DENSE:
-        unused.add(tensor)  # Made by the released code, and never used.
-      else:
-        names[f"stack.head.{layer}.{ours}"] = tensor
-  return Layout(model, names, frozenset(unused))
+    places["head"] = ("lm_head.weight", TRANSPOSED)
+  return Layout(model, places, frozenset(unused))
+
+
+def _is_released(config: ModelConfig) -> bool:
+  """Whether the released code has the model's dense connections; their start is free."""
+  released = DenseConfig(depth=config.dense.depth, inject="inputs")
+  alike = dataclasses.replace(
+      config.dense, gate_init=released.gate_init, gate_reduction=released.gate_reduction,
+      transition_rank=released.transition_rank,
+  )
+  ranks = {
+      max(1, config.width // dense.gate_reduction) for dense in (config.dense, released)
+  }
+  return config.family == "gau_retnet" and config.dense.depth > 0 and alike == released and (
+      len(ranks) == 1
+  )
+
+
+def config_json(config: ModelConfig) -> dict[str, Any] | None:
+  """See `Kind`."""
+  if not _is_released(config):
+    return None
+  options: GauRetNetConfig = config.mixer
+  return {
+      "architectures": ["LlamaForCausalLM"],
+      # Given the authors' file beside the checkpoint and trust_remote_code, transformers
+      # takes its class; its own LLaMA is another function.
+      "auto_map": {"AutoModelForCausalLM": "modeling_dense_gau_retnet.LlamaForCausalLM"},
+      "model_type": "llama",
+      "vocab_size": config.vocab_size,
+      "hidden_size": config.width,
+      "num_hidden_layers": config.layers,
+      "num_attention_heads": options.heads,
+      "query_key_dim": options.key_dim or config.width // 2,
+      "v_factor": options.expand,
+      "dense_block_layers": config.dense.depth,
+      "rms_norm_eps": config.norm_eps,
+      "tie_word_embeddings": config.tie_embeddings,
+      "hidden_act": "silu",
+      "dropout": 0.0,
+      "deepnorm": False,
+      "retnorm": False,
+      "use_cache": False,
+  }

@@ -3,36 +3,32 @@
 import json
 import pathlib
 import pickle
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from dense_jax.interop import dense_retnet
-from dense_jax.interop.layout import Layout, Tensor
+from dense_jax.interop.kinds import recognise
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params, with_params
-from dense_jax.types import InputError, Params
-
-# Each says whether a config.json is of its layout, and describes it.
-LAYOUTS: tuple[Callable[[Mapping[str, Any]], Layout | None], ...] = (dense_retnet.layout,)
+from dense_jax.types import InputError
 
 
 def load_hf(path: str) -> LanguageModel:
-  """Loads a model from a folder in a known Hugging Face layout.
+  """Loads a model from a folder in a known Hugging Face layout, or what `save_hf` wrote.
+
+  Known are transformers' mamba, mamba2 and llama, the authors' DenseRetNet, and this
+  project's own (`dense_jax.interop.dense`).
 
   Args:
     path: a folder with `config.json` and `model.safetensors`, or several shards with an
       index, or `pytorch_model.bin` (read with weights-only loading, if torch is there).
 
   Returns:
-    A float32 model: `model(tokens_BT) -> logits_BTV`, `model.init_state(batch_size)`,
+    A model that computes in float32 (in its own `dtype`, if it is of the own layout), every
+    layer compiled apart: `model(tokens_BT) -> logits_BTV`, `model.init_state(batch_size)`,
     `model.step(state, tokens_B) -> (state, logits_BV)`.
 
   Raises:
-    InputError: no such files, a layout that is not known, or tensors that are missing,
-      extra or of another shape; it lists them all.
+    InputError: no such files, a layout that is not known, an option that no model here
+      has, or tensors that are missing, extra or of another shape; it lists them all.
   """
   folder = pathlib.Path(path)
   config_file = folder / "config.json"
@@ -42,20 +38,14 @@ def load_hf(path: str) -> LanguageModel:
     config = json.loads(config_file.read_text())
   except json.JSONDecodeError as error:
     raise InputError(f"{config_file} is not JSON: {error}") from error
-  for make in LAYOUTS:
-    layout = make(config)
-    if layout is not None:
-      break
-  else:
-    raise InputError(
-        f"{config_file}: model_type {config.get('model_type')!r} is not of a known layout: "
-        "expected DenseRetNet (query_key_dim, v_factor and dense_block_layers)"
-    )
+  if not isinstance(config, dict):
+    raise InputError(f"{config_file} is not valid: expected an object of keys")
+  layout = recognise(config)
   model = abstract_model(layout.config)
-  return with_params(model, _convert(layout, _read_tensors(folder), get_params(model)))
+  return with_params(model, layout.to_ours(_read_tensors(folder), get_params(model)))
 
 
-def _read_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
+def _read_tensors(folder: pathlib.Path) -> dict[str, Any]:
   """All tensors of the folder, by name."""
   for name, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _torch)):
     index = folder / f"{name}.index.json"
@@ -73,7 +63,7 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
   )
 
 
-def _safetensors(file: pathlib.Path) -> dict[str, Tensor]:
+def _safetensors(file: pathlib.Path) -> dict[str, Any]:
   from safetensors import SafetensorError, safe_open
 
   try:
@@ -83,7 +73,7 @@ def _safetensors(file: pathlib.Path) -> dict[str, Tensor]:
     raise InputError(f"{file} is not a whole safetensors file: {error}") from error
 
 
-def _torch(file: pathlib.Path) -> dict[str, Tensor]:
+def _torch(file: pathlib.Path) -> dict[str, Any]:
   try:
     import torch
   except ImportError as error:
@@ -96,31 +86,3 @@ def _torch(file: pathlib.Path) -> dict[str, Tensor]:
   except (pickle.UnpicklingError, RuntimeError) as error:
     raise InputError(f"{file} is not a file of PyTorch weights alone: {error}") from error
   return {name: tensor.float().numpy() for name, tensor in tensors.items()}
-
-
-def _convert(layout: Layout, tensors: Mapping[str, Tensor], expected: Params) -> Params:
-  """The tensors as our parameters.
-
-  Raises:
-    InputError: naming every tensor that is missing, extra, or of another shape.
-  """
-  problems = [
-      f"missing: {name}" for name in layout.names.values() if name not in tensors
-  ]
-  known = set(layout.names.values()) | layout.unused
-  problems += [f"extra: {name}" for name in sorted(tensors) if name not in known]
-  params = {}
-  for ours, theirs in layout.names.items():
-    if theirs not in tensors:
-      continue
-    value = jnp.asarray(np.asarray(tensors[theirs]), jnp.float32)
-    if value.ndim == 2 and ours != "embedding":
-      value = value.T  # PyTorch keeps linear maps as [out, in].
-    if value.shape != expected[ours].shape:
-      shape = expected[ours].shape
-      shape = shape[::-1] if ours != "embedding" else shape
-      problems.append(f"shape: {theirs} is {tensors[theirs].shape}, expected {shape}")
-    params[ours] = value
-  if problems:
-    raise InputError("the checkpoint does not fit its config.json:\n  " + "\n  ".join(problems))
-  return params

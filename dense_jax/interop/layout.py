@@ -1,12 +1,49 @@
-"""What another project's checkpoint looks like, seen from ours."""
+"""What another project's checkpoint looks like, seen from ours: one description, read both ways."""
 
 import dataclasses
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
 
 from dense_jax.config import ModelConfig
+from dense_jax.types import InputError, Params
 
-Tensor: TypeAlias = Any
-"""A host array: numpy's or JAX's."""
+Config = Mapping[str, Any]
+"""A `config.json`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """How a tensor of theirs becomes ours and back, without changing a number."""
+
+  to_ours: Callable[[np.ndarray], np.ndarray]
+  to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+PLAIN = Form(lambda x: x, lambda x: x)
+# Matrices: PyTorch keeps linear maps as [out, in], and Mamba its decays as [E, N].
+TRANSPOSED = Form(np.transpose, np.transpose)
+# Depthwise convolutions: [E, 1, W] there, [W, E] here.
+DEPTHWISE = Form(lambda x: x[:, 0].T, lambda x: x.T[:, None])
+
+Place = tuple[str, Form]
+"""Where a parameter is in their checkpoint: the tensor's name and form."""
+
+
+def per_layer(table: Mapping[str, Place], prefix: str, layers: Iterable[int]) -> dict[str, Place]:
+  """`table`, which tells of one layer, for the parameters of `layers`.
+
+  Args:
+    table: our parameter below `stack.head.<layer>` -> its place below theirs.
+    prefix: what stands before the layer's number in their names.
+    layers: the layers' numbers.
+  """
+  return {
+      f"stack.head.{layer}.{ours}": (f"{prefix}{layer}.{theirs}", form)
+      for layer in layers for ours, (theirs, form) in table.items()
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,11 +51,73 @@ class Layout:
   """One checkpoint's layout.
 
   Attributes:
-    config: the model it describes.
-    names: our parameter -> their tensor.
+    config: the model that it describes, every layer compiled apart.
+    places: our parameter -> where it is.
     unused: their tensors that the model does not use, which may be there or not.
+    aliases: other names that some checkpoints have -> the tensor's name in `places`.
   """
 
   config: ModelConfig
-  names: dict[str, str]
-  unused: frozenset[str]
+  places: Mapping[str, Place]
+  unused: frozenset[str] = frozenset()
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def to_ours(self, tensors: Mapping[str, Any], expected: Params) -> Params:
+    """Their tensors as float32 parameters.
+
+    Args:
+      tensors: their name -> array.
+      expected: parameters of the right shapes.
+
+    Raises:
+      InputError: naming every tensor that is missing, extra, or of another shape.
+    """
+    tensors = {self.aliases.get(name, name): value for name, value in tensors.items()}
+    names = {theirs for theirs, _ in self.places.values()}
+    problems = [f"missing: {name}" for name in sorted(names - tensors.keys())]
+    problems += [f"extra: {name}" for name in sorted(tensors.keys() - names - self.unused)]
+    params = {}
+    for ours, (theirs, form) in self.places.items():
+      if theirs not in tensors:
+        continue
+      value = np.asarray(tensors[theirs])
+      shape = form.to_theirs(np.broadcast_to(0, expected[ours].shape)).shape
+      if value.shape != shape:
+        problems.append(f"shape: {theirs} is {value.shape}, expected {shape}")
+      else:
+        params[ours] = jnp.asarray(form.to_ours(value), jnp.float32)
+    if problems:
+      raise InputError("the checkpoint does not fit its config.json:\n  " + "\n  ".join(problems))
+    return params
+
+  def to_theirs(self, params: Params) -> dict[str, np.ndarray]:
+    """Parameters as their tensors, float32 and contiguous.
+
+    Raises:
+      ValueError: `params` are not those that the layout knows.
+    """
+    if params.keys() != self.places.keys():
+      different = ", ".join(sorted(params.keys() ^ self.places.keys()))
+      raise ValueError(f"parameters that only the model or its layout has: {different}")
+    return {
+        theirs: np.ascontiguousarray(form.to_theirs(np.asarray(params[ours], np.float32)))
+        for ours, (theirs, form) in self.places.items()
+    }
+
+
+class Kind(Protocol):
+  """A kind of layout: a module of this package."""
+
+  @property
+  def NAME(self) -> str:
+    """How messages call it."""
+
+  def layout(self, config: Config) -> Layout | None:
+    """The layout of a `config.json`; None if it is of another kind.
+
+    Raises:
+      InputError: a key has a value that this project's models cannot have.
+    """
+
+  def config_json(self, config: ModelConfig) -> dict[str, Any] | None:
+    """The `config.json` of a model; None if this kind cannot say what the model computes."""

@@ -90,8 +90,8 @@ def truncated_kernel(
   size = -(-frequencies // blocks)
   # Beyond the last frequency there is only padding, and any angle will do.
   half_F = np.minimum(np.arange(blocks * size) / length, 0.5) * np.pi
-  angles = np.stack([np.sin(half_F), np.cos(half_F)]).reshape(2, blocks, size)
-  angles = jnp.asarray(np.moveaxis(angles, 1, 0), jnp.float32)
+  waves = np.stack([np.sin(half_F), np.cos(half_F)]).reshape(2, blocks, size)
+  angles = jnp.asarray(np.moveaxis(waves, 1, 0), jnp.float32)
 
   half_1E = 0.5 * dt_E[None]
   w_re_ME, w_im_ME = half_1E * a_re_ME, half_1E * a_im_ME

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Real: TypeAlias = NDArray[np.float64]
-Complex: TypeAlias = NDArray[np.complex128]
+Complex: TypeAlias = NDArray[np.complexfloating]
 
 
 def _check(n: int) -> None:
@@ -45,7 +45,7 @@ def nplr_legs(n: int) -> tuple[Complex, Complex, Complex, Complex]:
   # so that the basis comes out unitary to rounding.
   skew_NN = a_NN + np.outer(p_N, p_N) + 0.5 * np.eye(n)
   imaginary_N, v_NN = np.linalg.eigh(-1j * skew_NN)
-  v_NM = v_NN[:, n // 2 :]
+  v_NM: Complex = v_NN[:, n // 2 :]
   return -0.5 + 1j * imaginary_N[n // 2 :], v_NM.conj().T @ p_N, v_NM.conj().T @ b_N, v_NM
 
 

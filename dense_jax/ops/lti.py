@@ -26,6 +26,8 @@ Stepper: TypeAlias = Callable[[Array, Array], Array]
 
 # Bilinear: an eigenvalue of this squared radius counts as zero, whose angle has no gradient.
 _TINY = 1e-30
+# A quarter turn in two parts, the first of so few bits that products with it are exact.
+_QUARTER = (np.float32(1.5703125), np.float32(np.pi / 2 - 1.5703125))
 
 
 def _pair(x_NE: Array) -> Pair:
@@ -61,26 +63,46 @@ def _block_matrix(x_ME: Pair) -> Array:
   return jnp.block([[re, -im], [im, re]])
 
 
-def _log_polar(w: Pair, discretization: str) -> Pair:
+def _log_polar(w: Pair, discretization: str) -> tuple[Array, Array, Array]:
   """Log radius (<= 0) and angle of the discrete eigenvalue.
+
+  An angle near a half turn would be known to a tenth as many digits as a small one, and its
+  multiples to fewer yet. Hence two numbers: quarter turns, and radians of an eighth at most.
 
   Args:
     w: dt a.
     discretization: "zoh", exp(w), or "bilinear", (1 + w / 2) / (1 - w / 2).
+
+  Returns:
+    Log radius, quarter turns (whole) and radians beyond them.
   """
   if discretization == "zoh":
-    return w
+    quarters = jnp.round(w[1] * np.float32(2 / np.pi))
+    return w[0], quarters, (w[1] - quarters * _QUARTER[0]) - quarters * _QUARTER[1]
   re, im = 0.5 * w[0], 0.5 * w[1]
-  bottom = (1 - re) ** 2 + im**2
+  top, bottom = (1 + re) ** 2 + im**2, (1 - re) ** 2 + im**2
   # A slow mode's radius is 1 less a trifle, which log1p keeps; a fast one's may be near 0.
   change = 4 * re / bottom
   slow = change > -0.5
-  top = (1 + re) ** 2 + im**2
   zero = top < _TINY
   fast_log = jnp.log(jnp.where(zero, _TINY, top)) - jnp.log(bottom)
   log_radius = 0.5 * jnp.where(slow, jnp.log1p(jnp.where(slow, change, 0)), fast_log)
-  angle = jnp.arctan2(im, jnp.where(zero, 1, 1 + re)) + jnp.arctan2(im, 1 - re)
-  return log_radius, angle
+  # The eigenvalue times a positive number; the larger part says which axis it is near.
+  x, y = (1 - im) * (1 + im) - re * re, 2 * im
+  upright = jnp.abs(y) > jnp.abs(x)
+  axis = jnp.where(upright, y, x)
+  rest = jnp.arctan(jnp.where(upright, -x, y) / jnp.where(zero, 1, axis))
+  return log_radius, jnp.where(upright, jnp.sign(y), 1 - jnp.sign(x)), rest
+
+
+def _multiples(j: Array, quarters: Array, rest: Array) -> Array:
+  """j times an angle of `_log_polar`, less its whole turns."""
+  # So few bits of the rest that j times them is exact, up to j = 4096.
+  rest = rest * np.float32(2 / np.pi)
+  high = jax.lax.stop_gradient(jnp.round(rest * 4096) / 4096)
+  whole = j * (0.25 * (quarters - 4 * jnp.round(0.25 * quarters)) + 0.25 * high)
+  fraction = jax.lax.stop_gradient(whole - jnp.round(whole))
+  return np.float32(2 * np.pi) * fraction + np.float32(np.pi / 2) * (j * (rest - high))
 
 
 def _exp_quotient(w: Pair) -> Pair:
@@ -156,10 +178,10 @@ class DiagonalSystem:
 
   def _eigenvalue_powers(self, exponents: np.ndarray) -> Pair:
     """The discrete eigenvalues to those powers, [C, M, E]."""
-    log_radius, angle = _log_polar(self._w(), self.discretization)
+    log_radius, quarters, rest = _log_polar(self._w(), self.discretization)
     j = jnp.asarray(exponents, jnp.float32)[:, None, None]
-    radius = jnp.exp(j * log_radius[None])
-    return radius * jnp.cos(j * angle[None]), radius * jnp.sin(j * angle[None])
+    radius, phase = jnp.exp(j * log_radius[None]), _multiples(j, quarters[None], rest[None])
+    return radius * jnp.cos(phase), radius * jnp.sin(phase)
 
   def _b(self) -> Array:
     """The discrete input map b_NE."""
@@ -204,11 +226,10 @@ class DiagonalSystem:
     return lambda h_BNE: _join(_times(power, _pair(h_BNE)))
 
   def kernel(self, c_EN: Array, length: int) -> Array:
-    """k_TE; j is split into two digits, so that [T, N, E] never exists."""
+    """k_TE, from about sqrt(length) powers on either side."""
     low = _low_digit(length)
     queries_GNE = self._queries(c_EN, low * np.arange(-(-length // low)))
-    k_GCE = _einsum("gne,cne->gce", queries_GNE, self.input_powers(low))
-    return k_GCE.reshape(-1, k_GCE.shape[-1])[:length]
+    return _two_digit_kernel(queries_GNE, self.input_powers(low), length)
 
 
 @jax.tree_util.register_dataclass
@@ -307,29 +328,43 @@ class DplrSystem:
     a_ENN = _block_matrix(power) - _einsum("cne,cke->enk", g_CNE, q_CNE)
     return lambda h_BNE: _einsum("enk,bke->bne", a_ENN, h_BNE)
 
-  def _transposed_power(self, c_NE: Array, length: int) -> Array:
-    """(A^T)^length c, in about 2 sqrt(length) steps."""
-    low = _low_digit(length)
-    (re, im), g_CNE, q_CNE = self._low_rank_power(low)
+  def _leap(self, length: int) -> Advance:
+    """x_NE -> (A^T)^length x_NE."""
+    (re, im), g_CNE, q_CNE = self._low_rank_power(length)
 
-    def leap(x_NE: Array, _: None) -> tuple[Array, None]:
+    def leap(x_NE: Array) -> Array:
       read_CE = _einsum("cne,ne->ce", g_CNE, x_NE)
-      x_NE = _join(_times((re, -im), _pair(x_NE))) - _einsum("cne,ce->ne", q_CNE, read_CE)
-      return x_NE, None
+      kept_NE = _join(_times((re, -im), _pair(x_NE)))
+      return kept_NE - _einsum("cne,ce->ne", q_CNE, read_CE)
 
-    step = self._transposed_step()
-    x_NE, _ = jax.lax.scan(leap, c_NE, None, length=length // low)
-    x_NE, _ = jax.lax.scan(lambda x, _: (step(x), None), x_NE, None, length=length % low)
-    return x_NE
+    return leap
 
   def kernel(self, c_EN: Array, length: int) -> Array:
     """k_TE, from Cauchy sums at `length` roots of unity."""
-    c_NE = c_EN.T
-    # The sums see the kernel wrapped around `length`; this query undoes that.
-    c_NE = c_NE - self._transposed_power(c_NE, length)
+    # The sums see the kernel wrapped around `length`; c - (A^T)^length c undoes that. About
+    # sqrt(length) leaps and as many steps cost O(N length); squarings of A, O(N^3) each.
+    low, last_NE = _low_digit(length), c_EN.T
+    last_NE = _repeat(self._leap(low), last_NE, length // low)
+    last_NE = _repeat(self._transposed_step(), last_NE, length % low)
     return truncated_kernel(
-        self.a_re_ME, self.a_im_ME, self.p_NE, self.b_NE, self.dt_E, c_NE, length
+        self.a_re_ME, self.a_im_ME, self.p_NE, self.b_NE, self.dt_E, c_EN.T - last_NE, length
     )
+
+  def kernel_by_powers(self, c_EN: Array, length: int) -> Array:
+    """k_TE, as the diagonal system's: less arithmetic than `kernel`, and no transform.
+
+    Forward and backward, 256 tokens of E 256, N 64 take 18 ms on two CPU cores, and 28 ms by
+    Cauchy sums.
+    """
+    low = _low_digit(length)
+    queries_GNE = _iterate(self._leap(low), c_EN.T, -(-length // low))
+    return _two_digit_kernel(queries_GNE, self.input_powers(low), length)
+
+
+def _two_digit_kernel(queries_GNE: Array, inputs_CNE: Array, length: int) -> Array:
+  """k_TE from (A^T)^(C g) c and A^i b: with j = C g + i, [T, N, E] never exists."""
+  k_GCE = _einsum("gne,cne->gce", queries_GNE, inputs_CNE)
+  return k_GCE.reshape(-1, k_GCE.shape[-1])[:length]
 
 
 def _low_digit(length: int) -> int:
@@ -344,3 +379,8 @@ def _iterate(step: Advance, first_NE: Array, length: int) -> Array:
     return step(x_NE), x_NE
 
   return jax.lax.scan(body, first_NE, None, length=length)[1]
+
+
+def _repeat(step: Advance, x_NE: Array, times: int) -> Array:
+  """step(step(...x)), that many times."""
+  return jax.lax.scan(lambda x, _: (step(x), None), x_NE, None, length=times)[0]

@@ -87,7 +87,8 @@ def selective_scan(
 
     inputs = (dt_BTE, x_BTE, b_BTN)
     return token_scan(
-        step, reference.diagonal_read, initial_BNE, inputs, c_BTN, resets_BT, chunk=chunk
+        step, reference.diagonal_read, initial_BNE, inputs, c_BTN, resets_BT, chunk=chunk,
+        unroll=DEFAULT_CHUNK,
     )
 
   chunk = min(chunk or DEFAULT_CHUNK, time)

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from dense_jax.ops.chunks import pad_time
 from dense_jax.types import Array, PyTree
 
-# Tokens a chunk; also the steps that are unrolled, so that XLA fuses neighbouring ones and
-# keeps the state out of memory between them. One selective layer, forward and backward, on
-# two CPU cores (16 x 256 tokens, E 512, N 16): 0.09 s at 16, 0.13 s at 64.
+# Tokens a chunk. One selective layer, forward and backward, on two CPU cores (16 x 256
+# tokens, E 512, N 16): 0.09 s at 16, 0.13 s at 64.
 DEFAULT_CHUNK = 16
 
 
@@ -43,6 +42,7 @@ def token_scan(
     valid_BT: Array | None = None,
     *,
     chunk: int = 0,
+    unroll: int = 1,
 ) -> tuple[Array, Array]:
   """h_t = step(h_{t-1}, *inputs_t), y_t = read(h_t, queries_t).
 
@@ -56,6 +56,8 @@ def token_scan(
     resets_BT: bool, clears the state before a token; None never does.
     valid_BT: bool, false leaves the state as it is; None is all true.
     chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
+    unroll: steps compiled as one: XLA fuses those of a small state, and keeps it out of
+      memory between them, for a longer compilation.
 
   Returns:
     y, [B, T, ...], and the state after the last token.
@@ -75,7 +77,7 @@ def token_scan(
     return h, read(h, query)
 
   def in_chunk(h: Array, tokens: PyTree) -> tuple[Array, Array]:
-    return jax.lax.scan(body, h, tokens, unroll=min(chunk, DEFAULT_CHUNK))
+    return jax.lax.scan(body, h, tokens, unroll=min(chunk, unroll))
 
   tokens = split_chunks((inputs_BT, queries_BT, resets_BT, valid_BT), chunk)
   final, y = jax.lax.scan(jax.checkpoint(in_chunk, prevent_cse=False), initial, tokens)

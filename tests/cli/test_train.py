@@ -191,7 +191,7 @@ def test_bad_input_is_status_2_and_writes_nothing(text, tmp_path, argument, mess
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "generate"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "generate", "convert"])
 def test_help_explains_and_is_status_0(module):
   status, out, _ = run(f"dense_jax.cli.{module}", "--help")
   assert status == 0

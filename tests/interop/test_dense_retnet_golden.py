@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from dense_jax.interop import load_hf
+from dense_jax.interop import load_hf, save_hf
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.ops.cross_entropy import token_cross_entropy
 from dense_jax.types import InputError
@@ -21,7 +21,8 @@ from dense_jax.types import InputError
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 # Their parameter -> ours, for the gradients that the files hold.
 GRADIENTS = {
-    "model.layers.1.self_attn.k_select.fc1.weight": "stack.head.1.mixer.dense.gates.k.0.down.kernel",
+    "model.layers.1.self_attn.k_select.fc1.weight":
+        "stack.head.1.mixer.dense.gates.k.0.down.kernel",
     "model.layers.1.self_attn.v_select.fc2.weight": "stack.head.1.mixer.dense.gates.v.0.up.kernel",
     "model.layers.0.self_attn.k_proj.weight": "stack.head.0.mixer.k_proj.kernel",
     "model.embed_tokens.weight": "embedding",
@@ -104,6 +105,21 @@ def test_shards_with_an_index(golden, tmp_path):
   whole, sharded = load_hf(str(golden["folder"])), load_hf(str(tmp_path))
   for name, value in get_params(whole).items():
     np.testing.assert_array_equal(value, get_params(sharded)[name], err_msg=name)
+
+
+def test_what_is_saved_are_their_tensors(golden, tmp_path):
+  save_hf(load_hf(str(golden["folder"])), str(tmp_path))
+  saved = load_file(tmp_path / "model.safetensors")
+  left_out = golden["tensors"].keys() - saved.keys()
+  assert all(".layers.0.self_attn." in name for name in left_out)  # Which it never uses.
+  assert len(left_out) == 6
+  for name, value in saved.items():
+    np.testing.assert_array_equal(value, golden["tensors"][name], err_msg=name)
+  config, theirs = json.loads((tmp_path / "config.json").read_text()), json.loads(
+      str(golden["config"]))
+  tokens = {"pad_token_id", "bos_token_id", "eos_token_id"}
+  for key in theirs.keys() - tokens - {"max_position_embeddings"}:
+    assert config[key] == theirs[key], key
 
 
 def test_bad_tensors_are_all_listed(golden, tmp_path):

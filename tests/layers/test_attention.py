@@ -267,7 +267,7 @@ def test_the_layer_around_it():
 
 
 def test_gelu_is_the_exact_one():
-  layer = _randomized(FeedForward(D, 24, kind="gelu", layers=1, rngs=nnx.Rngs(0)))
+  layer = _randomized(FeedForward(_config(), 24, kind="gelu", rngs=nnx.Rngs(0)))
   x = normal(0, B, D)
   up = x @ layer.up_proj.kernel[...]
   expected = (up * (1 + jax.scipy.special.erf(up / np.sqrt(2))) / 2) @ layer.down_proj.kernel[...]

@@ -1,0 +1,36 @@
+"""The layouts that can be read and written."""
+
+from typing import Any
+
+from dense_jax.config import ModelConfig
+from dense_jax.interop import dense, dense_retnet, llama, mamba, mamba2
+from dense_jax.interop.layout import Config, Kind, Layout
+from dense_jax.types import InputError
+
+# DenseRetNet says that it is a llama, and so comes first; what comes last has every model.
+KINDS: tuple[Kind, ...] = (dense_retnet, mamba, mamba2, llama, dense)
+
+
+def recognise(config: Config) -> Layout:
+  """The layout of a `config.json`.
+
+  Raises:
+    InputError: it is of no known kind, or has values that cannot be.
+  """
+  for kind in KINDS:
+    layout = kind.layout(config)
+    if layout is not None:
+      return layout
+  raise InputError(
+      f"config.json: model_type {config.get('model_type')!r} is not of a known "
+      f"layout: expected {', '.join(kind.NAME for kind in KINDS)}"
+  )
+
+
+def choose(config: ModelConfig) -> tuple[str, dict[str, Any], Layout]:
+  """The first kind that can say what the model computes: name, `config.json` and layout."""
+  for kind in KINDS:
+    values = kind.config_json(config)
+    if values is not None:
+      return kind.NAME, values, recognise(values)
+  raise AssertionError("the last kind has every model")

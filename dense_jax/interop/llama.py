@@ -1,0 +1,128 @@
+"""The layout of Hugging Face `LlamaForCausalLM` checkpoints.
+
+There every token attends to all before it, here to the last `context`, which is
+`max_position_embeddings`: up to that many tokens both compute the same.
+"""
+
+from typing import Any
+
+from dense_jax.config import ModelConfig, build
+from dense_jax.interop.keys import Keys
+from dense_jax.interop.layout import PLAIN, TRANSPOSED, Config, Layout, Place, per_layer
+from dense_jax.layers.attention import AttentionConfig, ffn_width, head_dim
+
+NAME = "llama"
+
+_LAYER: dict[str, Place] = {
+    "norm.scale": ("input_layernorm.weight", PLAIN),
+    "mixer.q_proj.kernel": ("self_attn.q_proj.weight", TRANSPOSED),
+    "mixer.k_proj.kernel": ("self_attn.k_proj.weight", TRANSPOSED),
+    "mixer.v_proj.kernel": ("self_attn.v_proj.weight", TRANSPOSED),
+    "mixer.out_proj.kernel": ("self_attn.o_proj.weight", TRANSPOSED),
+    "ffn_norm.scale": ("post_attention_layernorm.weight", PLAIN),
+    "feed_forward.gate_proj.kernel": ("mlp.gate_proj.weight", TRANSPOSED),
+    "feed_forward.up_proj.kernel": ("mlp.up_proj.weight", TRANSPOSED),
+    "feed_forward.down_proj.kernel": ("mlp.down_proj.weight", TRANSPOSED),
+}
+# What a key that is missing means (transformers' LlamaConfig).
+_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0,
+}
+
+
+def layout(config: Config) -> Layout | None:
+  """See `Kind`."""
+  if config.get("model_type") != NAME:
+    return None
+  keys = Keys(config, _DEFAULTS)
+  keys.only("attention_bias", False)
+  keys.only("mlp_bias", False)
+  keys.only("hidden_act", "silu", "swish")
+  layers, tied = keys.integer("num_hidden_layers"), keys.flag("tie_word_embeddings")
+  heads, optional = keys.integer("num_attention_heads"), ("num_key_value_heads", "head_dim")
+  kv_heads, head = (0 if keys.get(key) is None else keys.integer(key) for key in optional)
+  model = build(
+      ModelConfig,
+      {
+          "family": "transformer",
+          "vocab_size": keys.integer("vocab_size"),
+          "width": keys.integer("hidden_size"),
+          "layers": layers,
+          "tie_embeddings": tied,
+          "norm_eps": keys.positive("rms_norm_eps"),
+          "block_layers": layers,
+          "mixer": {
+              "heads": heads,
+              "kv_heads": kv_heads,
+              "head_dim": head,
+              "rope_theta": _rope_theta(keys),
+              "context": keys.integer("max_position_embeddings"),
+              "ffn_width": keys.integer("intermediate_size"),
+          },
+      },
+      "config.model",
+      {"config.model.mixer": AttentionConfig},
+  )
+  places: dict[str, Place] = {
+      "embedding": ("model.embed_tokens.weight", PLAIN),
+      "norm.scale": ("model.norm.weight", PLAIN),
+      **per_layer(_LAYER, "model.layers.", range(layers)),
+  }
+  # Old checkpoints hold the rotation's frequencies, which rope_theta tells.
+  unused = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(layers)}
+  if tied:
+    unused.add("lm_head.weight")
+  else:
+    places["head"] = ("lm_head.weight", TRANSPOSED)
+  return Layout(model, places, frozenset(unused))
+
+
+def _rope_theta(keys: Keys) -> float:
+  """The rotation's base, from `rope_parameters` (newer transformers) or the keys before it.
+
+  Raises:
+    InputError: the frequencies are scaled, or not all of a head is rotated.
+  """
+  theta = keys.positive("rope_theta")
+  for key in ("rope_scaling", "rope_parameters"):
+    rope = keys.get(key)
+    if rope is None:
+      continue
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+      raise keys.invalid(key, "rope_type default, or none (positions that are not scaled)")
+    if "rope_theta" in rope:
+      theta = Keys(rope, {}).positive("rope_theta")
+  return theta
+
+
+def config_json(config: ModelConfig) -> dict[str, Any] | None:
+  """See `Kind`; transformers wants a width that the number of heads divides."""
+  if config.family != "transformer" or config.dense.depth:
+    return None
+  options: AttentionConfig = config.mixer
+  if config.width % options.heads:
+    return None
+  return {
+      "architectures": ["LlamaForCausalLM"],
+      "model_type": NAME,
+      "vocab_size": config.vocab_size,
+      "hidden_size": config.width,
+      "intermediate_size": ffn_width(config),
+      "num_hidden_layers": config.layers,
+      "num_attention_heads": options.heads,
+      "num_key_value_heads": options.kv_heads or options.heads,
+      "head_dim": head_dim(config),
+      "hidden_act": "silu",
+      "max_position_embeddings": options.context,
+      "rms_norm_eps": config.norm_eps,
+      "tie_word_embeddings": config.tie_embeddings,
+      "attention_bias": False,
+      "mlp_bias": False,
+      # Both forms: older transformers know the first only.
+      "rope_theta": options.rope_theta,
+      "rope_parameters": {"rope_type": "default", "rope_theta": options.rope_theta},
+  }

@@ -1,0 +1,390 @@
+"""Time-invariant systems: discretisation, kernels and sequence forms.
+
+The systems are held against scipy's discretisation and float64 powers, the sequence forms
+against the float32 specification of `dense_jax.ops.reference`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+
+from dense_jax.ops import hippo, reference
+from dense_jax.ops.lti import DiagonalSystem, DplrSystem
+from dense_jax.ops.lti_scan import fft_convolution, fft_length, lti_read, lti_states
+from dense_jax.types import Segments
+from tests.builders import fast_jit, normal, packed
+from tests.helpers import assert_trees_close
+
+B, E, N = 3, 3, 8
+KINDS = ["zoh", "bilinear", "dplr"]
+# (length, chunks, with documents): without them the code is the same but for the masks.
+CASES = [(time, (3,), True) for time in (1, 2, 3, 4)]
+CASES += [(time, (32,), True) for time in (31, 32, 33)]
+CASES += [(63, (1,), True), (257, (3, 32), True)]
+CASES += [(1, (), False), (4, (3,), False), (33, (32,), False), (64, (32,), False)]
+CASES += [(257, (3,), False)]
+# To the sequence forms the two discretisations differ by numbers alone.
+CASES = [(kind, *case) for kind in ("zoh", "dplr") for case in CASES]
+CASES += [("bilinear", 63, (3,), True), ("bilinear", 63, (32,), False)]
+
+
+def _system(kind, noise=0.3, dt=None, width=E, size=N):
+  """LegS; with noise, every parameter of every channel away from it."""
+  eigenvalue, p, b, _ = hippo.nplr_legs(size)
+  rng = np.random.default_rng(0)
+
+  def spread(x):
+    away = np.exp(noise * rng.standard_normal((len(x), width)))
+    return jnp.asarray(x[:, None] * away, jnp.float32)
+
+  values = {
+      "a_re_ME": spread(eigenvalue.real), "a_im_ME": spread(eigenvalue.imag),
+      "dt_E": jnp.asarray(np.geomspace(0.005, 0.05, width) if dt is None else dt, jnp.float32),
+      "b_NE": spread(np.concatenate([b.real, b.imag])),
+  }
+  if kind == "dplr":
+    return DplrSystem(p_NE=spread(np.concatenate([p.real, p.imag])), **values)
+  return DiagonalSystem(discretization=kind, **values)
+
+
+def _float64(system):
+  """The discrete a_ENN and b_EN by scipy, from the continuous real matrices."""
+  fields = {
+      field.name: np.asarray(getattr(system, field.name), np.float64)
+      for field in dataclasses.fields(system) if field.name != "discretization"
+  }
+  return _discretize(fields, getattr(system, "discretization", "bilinear"))
+
+
+def _discretize(fields, method):
+  discrete = []
+  for e, dt in enumerate(fields["dt_E"]):
+    re, im = (np.diag(fields[name][:, e]) for name in ("a_re_ME", "a_im_ME"))
+    a = np.block([[re, -im], [im, re]])
+    if "p_NE" in fields:
+      a = a - 2 * np.outer(fields["p_NE"][:, e], fields["p_NE"][:, e])
+    b = fields["b_NE"][:, e : e + 1]
+    continuous = (a, b, np.zeros_like(b.T), np.zeros((1, 1)))
+    a, b, *_ = scipy.signal.cont2discrete(continuous, dt, method)
+    discrete.append((a, b[:, 0]))
+  return tuple(np.stack(parts) for parts in zip(*discrete, strict=True))
+
+
+def _powers(a, x, count):
+  """x, a x, a a x, ...: [count, E, N], float64."""
+  powers = []
+  for _ in range(count):
+    powers.append(x)
+    x = np.einsum("enk,ek->en", a, x)
+  return np.stack(powers)
+
+
+@pytest.mark.parametrize("dt", [None, 1e-4, 10.0], ids=["dt", "small-dt", "large-dt"])
+@pytest.mark.parametrize("noise", [0.0, 0.3], ids=["legs", "perturbed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_discrete_system_is_scipys(kind, noise, dt):
+  system = _system(kind, noise, None if dt is None else np.full(E, dt))
+  a, b = fast_jit(lambda system: system.dense())(system)
+  expected_a, expected_b = _float64(system)
+  assert_trees_close(a, expected_a)
+  # The input map is proportional to dt where that is small.
+  size = float(np.std(expected_b))
+  assert_trees_close(b, expected_b, scale=min(size, 1.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_powers_are_those_of_the_dense_matrix(kind):
+  system, c, length = _system(kind), normal(0, E, N), 33
+  h, x = normal(1, B, N, E), normal(2, B, E)
+
+  @fast_jit
+  def run(system, c):
+    return (
+        system.input_powers(length), system.query_powers(c, length),
+        system.advance(length)(h), system.stepper()(h, x),
+    )
+
+  a, b = _float64(system)
+  transposed = np.swapaxes(a, 1, 2)
+  power = np.stack([np.linalg.matrix_power(matrix, length) for matrix in a])
+  u = b.T[None] * np.asarray(x)[:, None]
+  expected = (
+      _powers(a, b, length).swapaxes(1, 2),
+      _powers(transposed, np.asarray(c, np.float64), length + 1)[1:].swapaxes(1, 2),
+      np.einsum("enk,bke->bne", power, h),
+      np.einsum("enk,bke->bne", a, h) + u,
+  )
+  assert_trees_close(run(system, c), expected)
+  assert_trees_close(fast_jit(reference.lti_step)(h, *system.dense(), x), expected[3])
+
+
+def _kernels(system, c, length):
+  """Every way to the kernel."""
+  kernels = [system.kernel(c, length)]
+  if isinstance(system, DplrSystem):
+    kernels.append(system.kernel_by_powers(c, length))
+  return kernels
+
+
+@pytest.mark.parametrize(
+    ("size", "length"), [(2, 32), (64, 257), *((N, time) for time in (1, 2, 31, 32, 33, 257))]
+)
+@pytest.mark.parametrize("noise", [0.0, 0.3], ids=["legs", "perturbed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_is_that_of_float64_powers(kind, noise, size, length):
+  system, c = _system(kind, noise, size=size), normal(0, E, size)
+  a, b = _float64(system)
+  expected = np.einsum("ten,en->te", _powers(a, b, length), np.asarray(c, np.float64))
+  for kernel in fast_jit(functools.partial(_kernels, length=length))(system, c):
+    assert_trees_close(kernel, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_gradient_is_float64s_difference(kind):
+  """Along a direction of each parameter; the branches of discretisation have no other test."""
+  length, weight = 40, np.asarray(normal(1, 40, E), np.float64)
+  # Both sides of the series and of log1p; eigenvalues in every quadrant.
+  system = _system(kind, dt=np.array([1e-3, 0.1, 1.0]))
+  c = normal(0, E, N)
+  fields = {
+      field.name: getattr(system, field.name)
+      for field in dataclasses.fields(system) if field.name != "discretization"
+  }
+  method = getattr(system, "discretization", "bilinear")
+
+  def loss(fields, which):
+    kernels = _kernels(dataclasses.replace(system, **fields), c, length)
+    return jnp.sum(kernels[which] * jnp.asarray(weight, jnp.float32))
+
+  def loss64(fields):
+    states = _powers(*_discretize(fields, method), length)
+    return np.sum(np.einsum("ten,en->te", states, np.asarray(c, np.float64)) * weight)
+
+  for which in range(2 if kind == "dplr" else 1):
+    gradients = fast_jit(jax.grad(functools.partial(loss, which=which)))(fields)
+    for name, gradient in gradients.items():
+      base = {name: np.asarray(value, np.float64) for name, value in fields.items()}
+      direction = np.asarray(normal(2, *gradient.shape), np.float64) * base[name]
+      step = 1e-6
+      ends = [loss64(base | {name: base[name] + sign * step * direction}) for sign in (1, -1)]
+      expected = (ends[0] - ends[1]) / (2 * step)
+      assert_trees_close(np.sum(np.asarray(gradient, np.float64) * direction), expected)
+
+
+def _inputs(kind, time, initial=True):
+  # The slowest channels remember about a hundred tokens. Where it is many hundreds, rounding
+  # adds up in the specification's own scan: only float64, above, can judge those.
+  system = _system(kind)
+  system = dataclasses.replace(system, a_re_ME=4 * system.a_re_ME)
+  return {
+      "system": system, "c": normal(4, E, N), "x": normal(5, B, time, E),
+      "initial": normal(6, B, N, E) * initial,
+  }
+
+
+def _segments(time):
+  """Documents that begin inside and at the borders of chunks; padding; an empty row."""
+  wanted = [[3, *[7] * 4, 32, 1, 1, 200], [time // 2, time], []]
+  rows = []
+  for lengths in wanted:
+    row = []
+    for length in lengths:
+      row.append(min(length, time - sum(row)))
+    rows.append([length for length in row if length])
+  if time > 2:
+    rows[1][-1] -= 1  # Padding.
+  return packed(rows, time=time, first=[4, 0, 0])
+
+
+def _chunked(inputs, segments, chunk):
+  before, final = lti_states(
+      inputs["system"], inputs["x"], segments.resets_BT, segments.valid_BT, inputs["initial"],
+      chunk=chunk,
+  )
+  y = lti_read(
+      inputs["system"], inputs["c"], inputs["x"], segments.resets_BT, before, chunk=chunk
+  )
+  return y, final
+
+
+def _specification(inputs, segments):
+  """Reads of the reference's states; the last state is that of the last valid token."""
+  a, b = inputs["system"].dense()
+  states, _ = reference.lti_states(a, b, inputs["x"], segments.resets_BT, inputs["initial"])
+  y = jax.vmap(reference.lti_read, in_axes=(1, None), out_axes=1)(states, inputs["c"])
+  states = jnp.concatenate([inputs["initial"][:, None], states], axis=1)
+  if segments.valid_BT is None:
+    return y, states[:, -1]
+  return y, states[jnp.arange(B), jnp.sum(segments.valid_BT, axis=1)]
+
+
+def _convolution(inputs, which):
+  kernel = _kernels(inputs["system"], inputs["c"], inputs["x"].shape[1])[which]
+  return fft_convolution(inputs["x"], kernel)
+
+
+@functools.partial(fast_jit, static_argnames="run")
+def _everything(inputs, segments, weights, run):
+  """Outputs, final state and gradients by every input."""
+  valid = 1.0 if segments.valid_BT is None else segments.valid_BT[..., None]
+
+  def objective(inputs):
+    y, final = run(inputs, segments)
+    return jnp.sum(y * valid * weights[0]) + jnp.sum(final * weights[1]), (y * valid, final)
+
+  gradients, outputs = jax.grad(objective, has_aux=True)(inputs)
+  return outputs, gradients
+
+
+def _assert_same(actual, expected):
+  """Each output and gradient by its own size, where that is above 1."""
+  for (path, leaf), expected_leaf in zip(
+      jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+  ):
+    size = float(np.sqrt(np.mean(np.square(expected_leaf))))
+    assert_trees_close({str(path): leaf}, {str(path): expected_leaf}, scale=max(size, 1.0))
+
+
+# Named once each, so that what is compiled for one test serves the next.
+_CHUNKED = {chunk: functools.partial(_chunked, chunk=chunk) for chunk in (1, 3, 32)}
+_CONVOLUTIONS = {
+    which: lambda inputs, _, which=which: (_convolution(inputs, which), jnp.zeros((B, N, E)))
+    for which in range(2)
+}
+
+
+@pytest.mark.parametrize(("kind", "time", "chunks", "documents"), CASES)
+def test_every_form_is_the_reference(kind, time, chunks, documents):
+  segments = _segments(time) if documents else Segments(jnp.arange(time)[None])
+  inputs, weights = _inputs(kind, time), [normal(7, B, time, E), normal(8, B, N, E)]
+  expected = _everything(inputs, segments, weights, run=_specification)
+  for chunk in chunks:
+    _assert_same(_everything(inputs, segments, weights, run=_CHUNKED[chunk]), expected)
+  if documents:
+    return
+  # A convolution knows of no states.
+  inputs["initial"], weights[1] = 0 * inputs["initial"], 0 * weights[1]
+  (expected_y, _), expected = _everything(inputs, segments, weights, run=_specification)
+  expected.pop("initial")
+  for which in range(2 if kind == "dplr" else 1):
+    (y, _), gradients = _everything(inputs, segments, weights, run=_CONVOLUTIONS[which])
+    gradients.pop("initial")
+    _assert_same((y, gradients), (expected_y, expected))
+
+
+@pytest.mark.parametrize("time", [1, 2, 31, 32, 33, 63, 257])
+def test_the_convolution_is_the_direct_sum(time):
+  x, k, gradient = normal(0, B, time, E), normal(1, time, E), normal(2, B, time, E)
+  y, by = fast_jit(
+      lambda x, k: (fft_convolution(x, k), jax.vjp(fft_convolution, x, k)[1](gradient))
+  )(x, k)
+  x, k, gradient = (np.asarray(array, np.float64) for array in (x, k, gradient))
+  expected, by_x, by_k = np.zeros_like(x), np.zeros_like(x), np.zeros_like(k)
+  for lag in range(time):
+    expected[:, lag:] += k[lag] * x[:, : time - lag]
+    by_x[:, : time - lag] += k[lag] * gradient[:, lag:]
+    by_k[lag] = np.sum(gradient[:, lag:] * x[:, : time - lag], axis=(0, 1))
+  scale = np.sqrt(time)
+  assert_trees_close(y, expected, scale=scale)
+  assert_trees_close(by, (by_x, by_k), scale=scale * np.sqrt(B))
+
+
+def test_the_convolutions_length():
+  assert [fft_length(n) for n in (1, 2, 7, 11, 509, 511, 513)] == [1, 2, 8, 12, 512, 512, 540]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_with_a_carried_state_equal_the_whole(kind):
+  time, chunk = 29, 4
+  inputs, segments = _inputs(kind, time), _segments(time)
+  valid = segments.valid_BT[..., None]
+
+  @fast_jit
+  def run(inputs):
+    results = []
+    for split in (0, 1, 3, 4, 16, 27):  # The first is the whole.
+      outputs, state = [], inputs["initial"]
+      for begin, end in ((0, split), (split, time)):
+        if begin < end:
+          part = jax.tree.map(lambda leaf, a=begin, b=end: leaf[:, a:b], segments)
+          some = inputs | {"x": inputs["x"][:, begin:end], "initial": state}
+          y, state = _chunked(some, part, chunk)
+          outputs.append(y)
+      results.append((jnp.concatenate(outputs, axis=1) * valid, state))
+    return results
+
+  whole, *parts = run(inputs)
+  for part in parts:
+    assert_trees_close(part, whole)
+
+
+@pytest.mark.parametrize("form", ["convolution", "chunked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_steps_stay_finite(kind, form):
+  time = 4096
+  system = _system(kind, dt=np.array([1e-4, 10.0]), width=2, size=16)
+  # An eigenvalue that the bilinear map takes to zero, and one that never turns.
+  system = dataclasses.replace(
+      system,
+      a_re_ME=system.a_re_ME.at[0].set(jnp.asarray([-0.5, -0.2])).at[1].set(-1e3),
+      a_im_ME=system.a_im_ME.at[0].set(0.0),
+  )
+  inputs = {
+      "system": system, "c": normal(0, 2, 16), "x": normal(1, 1, time, 2),
+      "initial": jnp.zeros((1, 16, 2)),
+  }
+
+  @fast_jit
+  def run(inputs):
+    def objective(inputs):
+      if form == "chunked":
+        outputs = _chunked(inputs, Segments(jnp.arange(time)[None]), 0)
+      else:
+        outputs = [
+            fft_convolution(inputs["x"], kernel)
+            for kernel in _kernels(inputs["system"], inputs["c"], time)
+        ]
+      return sum(jnp.sum(output) for output in outputs), outputs
+
+    return jax.grad(objective, has_aux=True)(inputs)
+
+  for path, leaf in jax.tree_util.tree_leaves_with_path(run(inputs)):
+    assert np.isfinite(leaf).all(), path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_inputs_keep_float32_states(kind):
+  inputs, segments = _inputs(kind, 29), _segments(29)
+  low = inputs | {"x": inputs["x"].astype(jnp.bfloat16)}
+  rounded = inputs | {"x": low["x"].astype(jnp.float32)}
+  run = fast_jit(lambda inputs: (*_chunked(inputs, segments, 3), _convolution(inputs, 0)))
+  actual = run(low)
+  assert [leaf.dtype for leaf in actual] == [jnp.float32] * 3
+  assert_trees_close(actual, run(rounded))
+
+
+@pytest.mark.parametrize("form", ["convolution", "chunked", "documents"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_never_holds_all_states(kind, form):
+  batch, time, width, size = 8, 1024, 16, 64
+  inputs = {
+      "system": _system(kind, width=width, size=size), "c": normal(0, width, size),
+      "x": normal(1, batch, time, width), "initial": jnp.zeros((batch, size, width)),
+  }
+  segments = Segments(jnp.arange(time)[None])
+  if form == "documents":
+    segments = packed([[100] * 10 + [24]] * batch)
+
+  def loss(inputs):
+    if form == "convolution":
+      return jnp.sum(jnp.square(_convolution(inputs, 0)))
+    return jnp.sum(jnp.square(_chunked(inputs, segments, 0)[0]))
+
+  memory = fast_jit(jax.grad(loss)).lower(inputs).compile().memory_analysis()
+  # The reference, differentiated, takes four times all states.
+  assert memory.temp_size_in_bytes < batch * time * size * width * 4 / 3
