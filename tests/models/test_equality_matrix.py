@@ -64,10 +64,11 @@ SCENES = {"documents": (True, True), "one-document": (False, False), "carried": 
 def _cases():
   """(family, option, length, scene, whether `make test` runs it)."""
   for family in FAMILIES:
-    options = {
-        "transformer": ["base"],
-        **dict.fromkeys(INPUT_FAMILIES, list(OPTIONS)),
-    }.get(family, [name for name in OPTIONS if not name.startswith("inputs")])
+    options = [
+        name for name, option in OPTIONS.items()
+        if not option["depth"] or (family in STATE_FAMILIES
+        and (option["inject"] == "state" or family in INPUT_FAMILIES))
+    ]
     for number, option in enumerate(options):
       for length in LENGTHS:
         for scene in SCENES:
