@@ -12,7 +12,8 @@ from dense_jax.types import InputError
 
 _LOG = logging.getLogger(__name__)
 
-# State form -> its implementations, each with what it is. The first is the default.
+# State form -> its implementations. The first is the default. Convolutions serve rows that
+# are one document from its beginning; others take chunks.
 IMPLEMENTATIONS = {
     "diagonal": ("associative", "recurrent"),
     "matrix": ("chunked", "associative", "recurrent"),
@@ -61,5 +62,9 @@ def _choose(form: str, platform: str) -> str:
   # times as fast as the associative scan, which does more arithmetic to gain lanes.
   on_cpu = form == "diagonal" and platform == "cpu"
   chosen = "recurrent" if on_cpu else IMPLEMENTATIONS[form][0]
-  _LOG.info("implementation of %s states on %s: %s", form, platform, chosen)
+  note = " (chunked where rows hold several documents or go on from a state)"
+  _LOG.info(
+      "implementation of %s states on %s: %s%s", form, platform, chosen,
+      note if chosen == "conv" else "",
+  )
   return chosen

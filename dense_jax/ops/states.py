@@ -180,17 +180,19 @@ class MatrixStates:
   def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
     """q_BTJN -> y_BTHP."""
 
-    def step(h_BHPN: Array, k_BJN: Array, v_BHP: Array, log_decay_BH: Array) -> Array:
-      return reference.matrix_step(h_BHPN, log_decay_BH, k_BJN, v_BHP)
-
     def read(h_BHPN: Array, token: PyTree) -> Array:
       return MatrixState(h_BHPN).read_mapped(token[0], function, token[1])
 
-    y_BTHP, _ = token_scan(
-        step, read, self._initial(), (self.k_BTJN, self.v_BTHP, self.log_decay_BTH),
-        (query, inputs), self.resets_BT,
+    return self._tokens(read, (query, inputs))[0]
+
+  def _tokens(self, read: Callable[[Array, PyTree], Array], queries: PyTree) -> tuple[Array, Array]:
+    def step(h_BHPN: Array, k_BJN: Array, v_BHP: Array, log_decay_BH: Array) -> Array:
+      return reference.matrix_step(h_BHPN, log_decay_BH, k_BJN, v_BHP)
+
+    return token_scan(
+        step, read, self._initial(), (self.k_BTJN, self.v_BTHP, self.log_decay_BTH), queries,
+        self.resets_BT,
     )
-    return y_BTHP
 
   def materialize(self) -> Array:
     """h_BTHPN, float32."""
@@ -204,7 +206,7 @@ class MatrixStates:
     if self.final_BHPN is not None:
       return self.final_BHPN
     if self.implementation == "recurrent":
-      return self.materialize()[:, -1]
+      return self._tokens(lambda h_BHPN, _: h_BHPN[:, 0, 0, 0], None)[1]
     return self.between_chunks()[1]
 
   def shared(self) -> Self:

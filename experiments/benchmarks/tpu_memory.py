@@ -1,7 +1,7 @@
-"""Memory that dense state connections cost, by the TPU v5e compiler; needs no TPU.
+r"""Memory that dense state connections cost, by the TPU v5e compiler; needs no TPU.
 
-    TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost \\
-    JAX_PLATFORMS=cpu PYTHONPATH=.:.venv/tpu_compiler \\
+    TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost \
+    JAX_PLATFORMS=cpu PYTHONPATH=.:.venv/tpu_compiler \
     python experiments/benchmarks/tpu_memory.py [--family mamba2 ...] [--json FILE]
 
 Compiles the train step of `experiments/family_350m.py` for one chip, 4 sequences of 2048
@@ -17,6 +17,7 @@ import json
 import pathlib
 import platform
 import sys
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -42,7 +43,8 @@ def measure(family: str, depth: int) -> dict[str, float]:
   with dispatch.compiling_for("tpu"):
     trainer = Trainer(config, mesh)
     batch = trainer.batch_shapes(SEQUENCES, config.data.seq_len)
-    compiled = trainer.train_step.lower(trainer.state_shapes, batch).compile()
+    step: Any = trainer.train_step
+    compiled = step.lower(trainer.state_shapes, batch).compile()
   memory = compiled.memory_analysis()
   sizes = {
       "peak": memory.peak_memory_in_bytes,
@@ -53,6 +55,7 @@ def measure(family: str, depth: int) -> dict[str, float]:
 
 
 def main() -> None:
+  """See the file."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
   parser.add_argument("--json", type=pathlib.Path, help="file for the results")

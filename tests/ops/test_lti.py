@@ -123,14 +123,6 @@ def test_powers_are_those_of_the_dense_matrix(kind):
   assert_trees_close(fast_jit(reference.lti_step)(h, *system.dense(), x), expected[3])
 
 
-def _kernels(system, c, length):
-  """Every way to the kernel."""
-  kernels = [system.kernel(c, length)]
-  if isinstance(system, DplrSystem):
-    kernels.append(system.kernel_by_powers(c, length))
-  return kernels
-
-
 @pytest.mark.parametrize(
     ("size", "length"), [(2, 32), (64, 257), *((N, time) for time in (1, 2, 31, 32, 33, 257))]
 )
@@ -140,8 +132,8 @@ def test_the_kernel_is_that_of_float64_powers(kind, noise, size, length):
   system, c = _system(kind, noise, size=size), normal(0, E, size)
   a, b = _float64(system)
   expected = np.einsum("ten,en->te", _powers(a, b, length), np.asarray(c, np.float64))
-  for kernel in fast_jit(functools.partial(_kernels, length=length))(system, c):
-    assert_trees_close(kernel, expected)
+  kernel = fast_jit(lambda system, c: system.kernel(c, length))(system, c)
+  assert_trees_close(kernel, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,23 +149,22 @@ def test_the_kernels_gradient_is_float64s_difference(kind):
   }
   method = getattr(system, "discretization", "bilinear")
 
-  def loss(fields, which):
-    kernels = _kernels(dataclasses.replace(system, **fields), c, length)
-    return jnp.sum(kernels[which] * jnp.asarray(weight, jnp.float32))
+  def loss(fields):
+    kernel = dataclasses.replace(system, **fields).kernel(c, length)
+    return jnp.sum(kernel * jnp.asarray(weight, jnp.float32))
 
   def loss64(fields):
     states = _powers(*_discretize(fields, method), length)
     return np.sum(np.einsum("ten,en->te", states, np.asarray(c, np.float64)) * weight)
 
-  for which in range(2 if kind == "dplr" else 1):
-    gradients = fast_jit(jax.grad(functools.partial(loss, which=which)))(fields)
-    for name, gradient in gradients.items():
-      base = {name: np.asarray(value, np.float64) for name, value in fields.items()}
-      direction = np.asarray(normal(2, *gradient.shape), np.float64) * base[name]
-      step = 1e-6
-      ends = [loss64(base | {name: base[name] + sign * step * direction}) for sign in (1, -1)]
-      expected = (ends[0] - ends[1]) / (2 * step)
-      assert_trees_close(np.sum(np.asarray(gradient, np.float64) * direction), expected)
+  gradients = fast_jit(jax.grad(loss))(fields)
+  for name, gradient in gradients.items():
+    base = {name: np.asarray(value, np.float64) for name, value in fields.items()}
+    direction = np.asarray(normal(2, *gradient.shape), np.float64) * base[name]
+    step = 1e-6
+    ends = [loss64(base | {name: base[name] + sign * step * direction}) for sign in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    assert_trees_close(np.sum(np.asarray(gradient, np.float64) * direction), expected)
 
 
 def _inputs(kind, time, initial=True):
@@ -223,9 +214,9 @@ def _specification(inputs, segments):
   return y, states[jnp.arange(B), jnp.sum(segments.valid_BT, axis=1)]
 
 
-def _convolution(inputs, which):
-  kernel = _kernels(inputs["system"], inputs["c"], inputs["x"].shape[1])[which]
-  return fft_convolution(inputs["x"], kernel)
+def _convolution(inputs, _):
+  kernel = inputs["system"].kernel(inputs["c"], inputs["x"].shape[1])
+  return fft_convolution(inputs["x"], kernel), jnp.zeros((B, N, E))
 
 
 @functools.partial(fast_jit, static_argnames="run")
@@ -252,10 +243,6 @@ def _assert_same(actual, expected):
 
 # Named once each, so that what is compiled for one test serves the next.
 _CHUNKED = {chunk: functools.partial(_chunked, chunk=chunk) for chunk in (1, 3, 32)}
-_CONVOLUTIONS = {
-    which: lambda inputs, _, which=which: (_convolution(inputs, which), jnp.zeros((B, N, E)))
-    for which in range(2)
-}
 
 
 @pytest.mark.parametrize(("kind", "time", "chunks", "documents"), CASES)
@@ -271,10 +258,9 @@ def test_every_form_is_the_reference(kind, time, chunks, documents):
   inputs["initial"], weights[1] = 0 * inputs["initial"], 0 * weights[1]
   (expected_y, _), expected = _everything(inputs, segments, weights, run=_specification)
   expected.pop("initial")
-  for which in range(2 if kind == "dplr" else 1):
-    (y, _), gradients = _everything(inputs, segments, weights, run=_CONVOLUTIONS[which])
-    gradients.pop("initial")
-    _assert_same((y, gradients), (expected_y, expected))
+  (y, _), gradients = _everything(inputs, segments, weights, run=_convolution)
+  gradients.pop("initial")
+  _assert_same((y, gradients), (expected_y, expected))
 
 
 @pytest.mark.parametrize("time", [1, 2, 31, 32, 33, 63, 257])
@@ -345,10 +331,7 @@ def test_extreme_steps_stay_finite(kind, form):
       if form == "chunked":
         outputs = _chunked(inputs, Segments(jnp.arange(time)[None]), 0)
       else:
-        outputs = [
-            fft_convolution(inputs["x"], kernel)
-            for kernel in _kernels(inputs["system"], inputs["c"], time)
-        ]
+        outputs = _convolution(inputs, None)[:1]
       return sum(jnp.sum(output) for output in outputs), outputs
 
     return jax.grad(objective, has_aux=True)(inputs)
@@ -362,7 +345,7 @@ def test_bfloat16_inputs_keep_float32_states(kind):
   inputs, segments = _inputs(kind, 29), _segments(29)
   low = inputs | {"x": inputs["x"].astype(jnp.bfloat16)}
   rounded = inputs | {"x": low["x"].astype(jnp.float32)}
-  run = fast_jit(lambda inputs: (*_chunked(inputs, segments, 3), _convolution(inputs, 0)))
+  run = fast_jit(lambda inputs: (*_chunked(inputs, segments, 3), _convolution(inputs, None)[0]))
   actual = run(low)
   assert [leaf.dtype for leaf in actual] == [jnp.float32] * 3
   assert_trees_close(actual, run(rounded))
@@ -382,7 +365,7 @@ def test_training_never_holds_all_states(kind, form):
 
   def loss(inputs):
     if form == "convolution":
-      return jnp.sum(jnp.square(_convolution(inputs, 0)))
+      return jnp.sum(jnp.square(_convolution(inputs, None)[0]))
     return jnp.sum(jnp.square(_chunked(inputs, segments, 0)[0]))
 
   memory = fast_jit(jax.grad(loss)).lower(inputs).compile().memory_analysis()
