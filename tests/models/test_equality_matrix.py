@@ -65,7 +65,8 @@ SCENES = {"documents": (True, True), "one-document": (False, False), "carried": 
 
 
 def _cases():
-  """(family, option, length, scene, whether `make test` runs it)."""
+  """(family, option, length, scene); what `make test` leaves out is marked slow."""
+  cases = []
   for family in FAMILIES:
     options = [
         name for name, option in OPTIONS.items()
@@ -77,12 +78,16 @@ def _cases():
       lengths = {"documents": LENGTHS[turn : turn + 1], "one-document": (C + 1,), "carried": ()}
       if option in ("base", "m2"):
         lengths = {"documents": LENGTHS, "one-document": (1, C + 1, 63), "carried": (1, C + 1, 63)}
+      elif family == "s4":  # Its reads are s4d's, at twice the time.
+        lengths = lengths | {"one-document" if number % 2 else "documents": ()}
       for scene, length in [(name, length) for name in SCENES for length in lengths[name]]:
         quick = option in ("base", "m2") and length == C + 1 and scene != "carried"
-        quick |= scene == "documents" and length < 63 and turn == LENGTHS.index(length)
+        if not family.startswith("s4"):  # Whose programs take 15 s to compile.
+          quick |= scene == "documents" and length < 63 and turn == LENGTHS.index(length)
         marks = () if quick else (pytest.mark.slow,)
         name = f"{family}-{option}-{length}-{scene}"
-        yield pytest.param(family, option, length, scene, marks=marks, id=name)
+        cases.append(pytest.param(family, option, length, scene, marks=marks, id=name))
+  return cases
 
 
 def _forms(family, scene):
@@ -114,7 +119,10 @@ def _logits(model, tokens, segments, state):
 @pytest.mark.parametrize(("family", "option", "length", "scene"), _cases())
 def test_every_form_is_the_recurrence(family, option, length, scene):
   has_documents, has_state = SCENES[scene]
-  config = model_config(family, **{"layers": 3, "width": 8, "chunk": C} | OPTIONS[option])
+  # A document's first read, one product q k, may be near zero: with a small epsilon the norm
+  # of retention's heads would multiply its rounding.
+  shape = {"layers": 3, "width": 8, "chunk": C, "norm_eps": 1e-3}
+  config = model_config(family, **shape | OPTIONS[option])
   models = [
       abstract_model(dataclasses.replace(config, implementation=form))
       for form in _forms(family, scene)

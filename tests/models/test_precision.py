@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import pytest
 
 from dense_jax.models.params import get_params, with_params
+from dense_jax.models.registry import FAMILIES as REGISTRY
+from dense_jax.ops.dispatch import IMPLEMENTATIONS
+from dense_jax.ops.selective_scan import StepSizes
 from dense_jax.types import Segments
 from tests.builders import (
-    FAMILIES,
     KINDS,
+    STATE_FAMILIES,
     fast_jit,
     kind_name,
     model_config,
@@ -23,7 +26,8 @@ from tests.helpers import assert_trees_close
 
 B, T = 2, 11
 # Of a layer's shared states and the model's state; everything else may be bfloat16.
-FLOAT32 = {"dt_BTE", "a_NE", "log_decay_BTH", "initial_BNE", "initial_BHPN", "before_BGHPN",
+FLOAT32 = {"kernel_RE", "bias_E", "a_NE", "log_decay_BTH", "a_re_ME", "a_im_ME", "dt_E", "b_NE",
+           "initial_BNE", "initial_BHPN", "before_BGHPN",
            "final_BNE", "final_BHPN", "h_BNE", "h_BHPN", "h"}
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
 
@@ -57,7 +61,8 @@ def test_parameters_losses_and_logits_are_float32(kind):
     assert leaf.dtype == jnp.float32
   assert hidden.dtype == jnp.bfloat16  # Or else all of this says nothing.
   for carried in (jax.eval_shape(lambda: model.init_state(B)), state, stepped):
-    assert _dtypes(carried.layers)["h"] == {jnp.dtype("float32")}
+    if kind[0] in STATE_FAMILIES:  # A cache of keys and values is no state that adds up.
+      assert _dtypes(carried.layers)["h"] == {jnp.dtype("float32")}
 
 
 def _outputs(model, call):
@@ -72,9 +77,10 @@ def _outputs(model, call):
   return outputs
 
 
-@each_kind
-@pytest.mark.parametrize("implementation", ["associative", "recurrent"])
-def test_what_layers_compute_states_with_is_float32(kind, implementation):
+@pytest.mark.parametrize("kind", [k for k in KINDS if k[0] in STATE_FAMILIES], ids=kind_name)
+@pytest.mark.parametrize("which", [0, -1], ids=["default", "recurrent"])
+def test_what_layers_compute_states_with_is_float32(kind, which):
+  implementation = IMPLEMENTATIONS[REGISTRY[kind[0]].form][which]
   model = _model(kind, implementation=implementation, layers=3, block_layers=3)
   x_BTD, segments = jnp.zeros((B, T, 16), jnp.bfloat16), Segments(jnp.arange(T)[None])
   sequence = jax.eval_shape(lambda: _outputs(
@@ -84,7 +90,7 @@ def test_what_layers_compute_states_with_is_float32(kind, implementation):
       model, lambda mixer, bank: mixer.step(
           x_BTD[:, 0], jnp.zeros(B, jnp.int32), mixer.init_state(B), bank)
   ))
-  decay = {"mamba": "dt_BTE", "gau_retnet": "log_decay_BTH"}[kind[0]]
+  decay = {"mamba": "bias_E", "s4": "a_re_ME", "s4d": "a_re_ME"}.get(kind[0], "log_decay_BTH")
   for outputs, expected in ((sequence, {"h", decay}), (token, {"h"})):
     assert len(outputs) == 3
     for output in outputs:
@@ -93,6 +99,11 @@ def test_what_layers_compute_states_with_is_float32(kind, implementation):
       assert expected <= found.keys()
       for name in FLOAT32 & found.keys():
         assert found[name] == {jnp.dtype("float32")}, name
+
+
+def test_step_sizes_of_bfloat16_are_float32():
+  steps = StepSizes(jnp.ones((B, T, 2), jnp.bfloat16), jnp.ones((2, 3)), jnp.ones(3))
+  assert steps.dt().dtype == jnp.float32
 
 
 def _distance(actual, expected):
@@ -112,7 +123,7 @@ def test_logits_are_near_the_float32_models(kind):
   assert_trees_close(_distance(actual, expected), 0.0, "bfloat16")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STATE_FAMILIES)
 def test_decoding_is_near_the_sequence(family):
   model = _model((family, 1, "state"))
   tokens, state = random_tokens(0, B, T), random_state(model, [3, 9])
@@ -127,7 +138,7 @@ def test_decoding_is_near_the_sequence(family):
   assert _dtypes(after.layers)["h"] == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STATE_FAMILIES)
 def test_gradients_and_their_parameters_are_float32(family):
   model = _model((family, 2, "state"))
   batch = random_batch(packed([[5, 6], [8]]))
