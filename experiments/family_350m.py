@@ -32,8 +32,9 @@ MIXERS = {
 
 def get_config(arg: str = "") -> ConfigDict:
   """`:FAMILY` picks the family (mamba2); `:FAMILY-debug` shrinks it to a smoke test on bytes."""
-  known = [name + ending for name in SIZES for ending in ("", "-debug")]
-  family, _, debug = (check_argument(arg, *known) or "mamba2").partition("-")
+  known = ["debug", *(name + ending for name in SIZES for ending in ("", "-debug"))]
+  debug = check_argument(arg, *known).endswith("debug")
+  family = arg.removesuffix("debug").removesuffix("-") or "mamba2"
   config = default_config(family)
   width, layers = SIZES[family]
   config.model.update(

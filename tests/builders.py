@@ -29,8 +29,7 @@ KINDS = [
         )
     ),
     ("mamba2", 0, "state"), ("mamba2", 2, "state"), ("mamba2", 2, "inputs"),
-    ("retnet", 2, "state"), ("s4d", 0, "state"), ("s4d", 2, "state"), ("s4", 2, "state"),
-    ("transformer", 0, "state"),
+    ("retnet", 2, "state"), ("s4d", 2, "state"), ("transformer", 0, "state"),
 ]
 
 # The tests' time is compilation: without LLVM's optimisation it takes half as long.

@@ -10,6 +10,7 @@ from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, count_params, get_params
 from dense_jax.training.optimizer import decay_mask
 from dense_jax.types import InputError
+from tests.builders import FAMILIES
 from tests.helpers import ROOT
 
 FILES = sorted((ROOT / "experiments").glob("*.py"))
@@ -17,6 +18,7 @@ PARAMETERS = {
     "dense_retnet_350m": 367_630_080,
     "dense_retnet_1p3b": 1_333_090_560,
     "dense_mamba_370m": 376_136_704,
+    "family_350m": 368_338_432,
     # The embedding's rows are the tokenizer's pieces.
     "smoke": 2_258_880,
 }
@@ -43,6 +45,15 @@ def test_debug_is_small_enough_to_make(file: pathlib.Path):
   assert count_params(get_params(model)) < 500_000
   with pytest.raises(InputError, match="expected debug"):
     experiment.load(f"{file}:dbug")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_families_have_about_350m_parameters(family):
+  config = experiment.load(f"{ROOT / 'experiments' / 'family_350m.py'}:{family}")
+  assert abs(size(config.model) / 358e6 - 1) < 0.04
+  assert config.model.family == family
+  debug = experiment.load(f"{ROOT / 'experiments' / 'family_350m.py'}:{family}-debug")
+  assert debug.model.width < 100
 
 
 def test_base_of_dense_mamba_is_the_published_mamba_370m():

@@ -29,7 +29,8 @@ def _short_blocks():
 
 @functools.cache
 def _model(family):
-  depth, inject = {"mamba": (1, "state"), "gau_retnet": (2, "inputs")}[family]
+  kinds = {"gau_retnet": (2, "inputs"), "transformer": (0, "state")}
+  depth, inject = kinds.get(family, (1, "state"))
   return random_model(model_config(family, depth, inject, layers=4))
 
 

@@ -277,7 +277,7 @@ def test_depth_0_is_the_base_model_exactly(family):
   def by_hand(model):
     x_BTD = model.embedding[...][tokens]
     for layer in model.stack.head:
-      x_BTD = layer(x_BTD, SEGMENTS, layer.mixer.init_state(B), ())[0]
+      x_BTD = layer(x_BTD, SEGMENTS, None, ())[0]
     return model.logits(model.norm(x_BTD))
 
   run = fast_jit(lambda model: model(tokens, SEGMENTS))

@@ -82,7 +82,9 @@ def _cases():
         lengths = lengths | {"one-document" if number % 2 else "documents": ()}
       for scene, length in [(name, length) for name in SCENES for length in lengths[name]]:
         quick = option in ("base", "m2") and length == C + 1 and scene != "carried"
-        if not family.startswith("s4"):  # Whose programs take 15 s to compile.
+        if family.startswith("s4"):  # Its programs take long to compile.
+          quick &= option == "m2"
+        else:
           quick |= scene == "documents" and length < 63 and turn == LENGTHS.index(length)
         marks = () if quick else (pytest.mark.slow,)
         name = f"{family}-{option}-{length}-{scene}"

@@ -28,7 +28,7 @@ def _sizes(text):
   return [math.prod(int(size) for size in shape.split(",")) for shape in shapes]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", ["lazy", pytest.param("mapped", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "documents"), [
     *((family, True) for family in STATE_FAMILIES), ("s4d", False), ("s4", False),
 ])
