@@ -36,7 +36,8 @@ def _block(
   square = re * re
   below, above = im - sin, im + sin
   det_re, det_im = square + below * above, -2 * sin * re
-  scale = 1 / ((square + below * below) * (square + above * above))
+  # Two reciprocals: the gradient of one would square a product that is near overflow.
+  scale = 1 / (square + below * below) * (1 / (square + above * above))
   inverse_EM2F = jnp.stack([det_re * scale, det_im * scale], axis=2)
   batch, pairs = w_re_EM.shape
   sums = jnp.einsum(
