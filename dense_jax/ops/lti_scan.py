@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dense_jax.ops.chunks import split_time
 from dense_jax.ops.lti import System
+from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array
 
 # Tokens a chunk. Measured with one layer, forward and backward, on two CPU cores that had
@@ -88,25 +89,6 @@ def _contract(formula: str, *arrays: Array) -> Array:
   return jnp.einsum(formula, *arrays, precision=jax.lax.Precision.HIGHEST)
 
 
-def _finish(
-    system: System,
-    h_BNE: Array,
-    x_BCE: Array,
-    resets_BC: Array | None,
-    active_BC: Array,
-) -> Array:
-  """The state after each row's active tokens of one chunk."""
-  step = system.stepper()
-
-  def body(h_BNE: Array, inputs: tuple[Array, Array | None, Array]) -> tuple[Array, None]:
-    x_BE, reset_B, active_B = inputs
-    before = h_BNE if reset_B is None else jnp.where(reset_B[:, None, None], 0.0, h_BNE)
-    return jnp.where(active_B[:, None, None], step(before, x_BE), h_BNE), None
-
-  inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (x_BCE, resets_BC, active_BC))
-  return jax.lax.scan(body, h_BNE, inputs)[0]
-
-
 def lti_states(
     system: System,
     x_BTE: Array,
@@ -170,7 +152,11 @@ def lti_states(
   take = (jnp.arange(batch), where_B)
   active_BC = jnp.arange(chunk)[None] < (lengths_B - where_B * chunk)[:, None]
   resets_BC = None if resets_BGC is None else resets_BGC[take]
-  return before_BGNE, _finish(system, before_BGNE[take], x_BGCE[take], resets_BC, active_BC)
+  _, final_BNE = token_scan(
+      system.stepper(), lambda h_BNE, _: h_BNE[:, 0], before_BGNE[take], (x_BGCE[take],), None,
+      resets_BC, active_BC,
+  )
+  return before_BGNE, final_BNE
 
 
 def _toeplitz(k_CE: Array) -> Array:
