@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dense_jax.config import DenseConfig, ModelConfig, field_types
 from dense_jax.models.language_model import LanguageModel, ModelState
@@ -18,6 +19,10 @@ FAMILIES = ("mamba", "gau_retnet", "mamba2", "s4d", "s4", "retnet", "transformer
 # Families whose states deeper layers may read, and those whose inputs they may fuse.
 STATE_FAMILIES = tuple(family for family in FAMILIES if family != "transformer")
 INPUT_FAMILIES = ("mamba", "gau_retnet", "mamba2", "retnet")
+# S4's programs take twice as long to compile as S4D's, and differ in the system alone.
+each_family = pytest.mark.parametrize("family", [
+    pytest.param(family, marks=pytest.mark.slow if family == "s4" else ()) for family in FAMILIES
+])
 # Kinds of models that the equivalences are about: (family, m, injection). All options of all
 # families are in tests/models/test_equality_matrix.py.
 KINDS = [

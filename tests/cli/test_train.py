@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,17 @@ SMALL = ["--config.data.tokenizer=bytes", "--config.data.seq_len=32", "--config.
          "--config.model.width=16", "--config.model.layers=2", "--config.train.log_every=1"]
 
 
+# What one process compiled, the next ones read.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
 def start(module, *arguments):
   """A command line as its own process, on one CPU device."""
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment = os.environ | ENVIRONMENT
   return subprocess.Popen(
       [sys.executable, "-m", module, *map(str, arguments)],
       cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -140,30 +149,22 @@ def test_killed_while_saving_goes_on_bitwise(text, tmp_path, losses_without_kill
   assert training_losses(parts) == losses_without_kill
 
 
-def test_other_model_or_data_is_refused(text, tmp_path):
-  workdir = tmp_path / "run"
-  assert run(TRAIN, *arguments(text, workdir))[0] == 0
+def test_another_model_other_data_or_changed_text_is_refused(text, tmp_path):
+  workdir, copy = tmp_path / "run", tmp_path / "text"
+  shutil.copytree(text, copy)
+  assert run(TRAIN, *arguments(copy, workdir))[0] == 0
   before = {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
-  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.model.width=24"))
+  status, _, err = run(TRAIN, *arguments(copy, workdir, "--config.model.width=24"))
   assert status == 2
   assert "config.model.width: the run has 16, now 24" in err
-  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.data.seq_len=16"))
+  status, _, err = run(TRAIN, *arguments(copy, workdir, "--config.data.seq_len=16"))
   assert status == 2
   assert "config.data.seq_len: the run has 32, now 16" in err
-  assert before == {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
-
-
-def test_changed_text_is_refused(text, tmp_path):
-  workdir = tmp_path / "run"
-  copy = tmp_path / "text"
-  copy.mkdir()
-  for file in text.glob("*.txt"):
-    (copy / file.name).write_text(file.read_text())
-  assert run(TRAIN, *arguments(copy, workdir))[0] == 0
   (copy / "1.txt").write_text("something else\n" * 99)
   status, _, err = run(TRAIN, *arguments(copy, workdir, "--config.train.steps=6"))
   assert status == 2
   assert "config.data" in err
+  assert before == {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize(

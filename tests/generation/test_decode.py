@@ -12,7 +12,15 @@ from dense_jax.generation.decode import Generator, pad_prompts
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import unrolled
 from dense_jax.types import InputError
-from tests.builders import FAMILIES, KINDS, VOCAB, fast_jit, kind_name, model_config, random_model
+from tests.builders import (
+    KINDS,
+    VOCAB,
+    each_family,
+    fast_jit,
+    kind_name,
+    model_config,
+    random_model,
+)
 
 BLOCK = 8
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9]]  # The last is longer than a block.
@@ -58,7 +66,7 @@ def _naive(model, prompt, new):
   return tokens[len(prompt):]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_greedy_generation_is_the_argmax_of_full_forward_passes(family):
   """Ragged prompts in one batch."""
   expected = [_naive(_model(family), prompt, NEW) for prompt in PROMPTS]
@@ -66,14 +74,14 @@ def test_greedy_generation_is_the_argmax_of_full_forward_passes(family):
   assert len({token for row in expected for token in row}) > 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_prompts_in_one_batch_equal_one_by_one(family):
   together = _greedy(family)(PROMPTS, max_new_tokens=NEW)
   alone = [_greedy(family)([prompt], max_new_tokens=NEW)[0] for prompt in PROMPTS]
   assert together == alone
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_seeds_reproduce(family):
   generate = _sampling(family)
   first = generate(PROMPTS, max_new_tokens=NEW, seed=1)

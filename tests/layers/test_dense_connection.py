@@ -11,9 +11,9 @@ from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.ops.states import scan_diagonal, scan_matrix
 from dense_jax.ops.token_states import DiagonalState, MatrixState
 from tests.builders import (
-    FAMILIES,
     INPUT_FAMILIES,
     STATE_FAMILIES,
+    each_family,
     fast_jit,
     model_config,
     normal,
@@ -268,7 +268,7 @@ def test_each_layer_has_one_gate_for_all_its_sources(family, inject):
   assert set(down) == {(16, 4)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_depth_0_is_the_base_model_exactly(family):
   tokens = random_tokens(0, B, T)
   base = random_model(model_config(family, 0, layers=3, block_layers=3))

@@ -60,6 +60,8 @@ OPTIONS = {
     "inputs": INPUTS | {"gate_sharing": "per_source"},
     "inputs-fused": INPUTS | {"source": "fused", "input_norm": False},
 }
+# Those whose programs compile in a few seconds.
+QUICK_FAMILIES = ("mamba", "gau_retnet", "mamba2")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {"documents": (True, True), "one-document": (False, False), "carried": (False, True)}
 
@@ -81,11 +83,11 @@ def _cases():
       elif family == "s4":  # Its reads are s4d's, at twice the time.
         lengths = lengths | {"one-document" if number % 2 else "documents": ()}
       for scene, length in [(name, length) for name in SCENES for length in lengths[name]]:
-        quick = option in ("base", "m2") and length == C + 1 and scene != "carried"
-        if family.startswith("s4"):  # Its programs take long to compile.
-          quick &= option == "m2"
-        else:
-          quick |= scene == "documents" and length < 63 and turn == LENGTHS.index(length)
+        if option in ("base", "m2"):
+          richest = "m2" if family in STATE_FAMILIES else "base"
+          quick = option == richest and length == C + 1 and scene == "documents"
+        else:  # Each option in one family.
+          quick = scene == "documents" and family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
         marks = () if quick else (pytest.mark.slow,)
         name = f"{family}-{option}-{length}-{scene}"
         cases.append(pytest.param(family, option, length, scene, marks=marks, id=name))

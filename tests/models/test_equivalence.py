@@ -1,7 +1,8 @@
-"""One function in every mode: forms, packing, carried states, decoding, causality.
+"""One function in every mode: packing, carried states, decoding, causality.
 
 One compiled program for each kind of model answers most questions here: documents, parts
-and prompts are data (segments, states, weights), not shapes.
+and prompts are data (segments, states, weights), not shapes. That all forms of a family agree, too, is
+in test_equality_matrix.py.
 """
 
 import functools
@@ -40,15 +41,6 @@ from tests.helpers import assert_trees_close
 B, T = 3, 11
 ROWS = [[4, 7], [2, 3, 6], [5, 3]]
 FIRST = [3, 0, 0]  # The first row goes on with a document.
-FORMS = {
-    "mamba": ("recurrent", "associative"),
-    "mamba2": ("chunked", "associative", "recurrent"),
-    "gau_retnet": ("chunked", "associative", "recurrent"),
-    "retnet": ("chunked", "associative", "recurrent"),
-    "s4d": ("conv", "recurrent"),
-    "s4": ("conv", "recurrent"),
-    "transformer": ("softmax",),
-}
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
 
 
@@ -60,18 +52,13 @@ def _model(kind):
 
 
 @functools.cache
-def _program(kind, implementation):
+def _program(kind):
   """(tokens, segments, state, weights, cotangent) -> outputs, gradients.
 
   Of the sum of weights * logits and cotangent * final state: (logits, final state), and
   the gradients by the parameters and by the state's arrays.
   """
-  family, depth, inject = kind
-  config = _model(kind).config
-  config = model_config(
-      family, depth, inject, transition=config.dense.transition, implementation=implementation
-  )
-  abstract, params = abstract_model(config), get_params(_model(kind))
+  abstract, params = abstract_model(_model(kind).config), get_params(_model(kind))
 
   @fast_jit
   def run(params, tokens, segments, state, weights, cotangent):
@@ -88,7 +75,7 @@ def _program(kind, implementation):
 
 
 def _run(kind, *args):
-  return _program(kind, FORMS[kind[0]][0])(*args)
+  return _program(kind)(*args)
 
 
 @functools.cache
@@ -104,18 +91,6 @@ def _whole(kind):
 
 def _add(left, right):
   return jax.tree.map(jnp.add, left, right)
-
-
-@each_kind
-def test_every_form_gives_the_same(kind):
-  args, (outputs, gradients) = _whole(kind)
-  valid = args[1].valid_BT[..., None]
-  # For time's sake m = 1 is compared in one other form only.
-  forms = FORMS[kind[0]][1:] if kind[1] != 1 else FORMS[kind[0]][-1:]
-  for implementation in forms:
-    other, other_gradients = _program(kind, implementation)(*args)
-    assert_trees_close((other[0] * valid, other[1]), (outputs[0] * valid, outputs[1]))
-    assert_trees_close(other_gradients, gradients)
 
 
 @each_kind

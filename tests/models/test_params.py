@@ -16,9 +16,9 @@ from dense_jax.models.params import (
     with_params,
 )
 from tests.builders import (
-    FAMILIES,
     KINDS,
     STATE_FAMILIES,
+    each_family,
     fast_jit,
     kind_name,
     model_config,
@@ -90,7 +90,7 @@ def test_unrolled_holds_the_same_numbers_layer_by_layer(kind):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_fresh_parameters(family):
   """Reproducible, different for each layer and key, float32, gates at zero."""
   depth = 1 if family in STATE_FAMILIES else 0

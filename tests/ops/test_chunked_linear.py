@@ -9,11 +9,12 @@ import pytest
 
 from dense_jax.ops import reference
 from dense_jax.ops.states import scan_matrix
-from dense_jax.types import Segments
-from tests.builders import fast_jit, normal, packed
+from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
+from tests.ops.sequences import after_last_valid, documents, everything, one_document
 
 B, H, P, N, C = 3, 2, 3, 4, 3
+ROW = [3, *[7] * 9]
 # (length, with documents): without them the code is the same but for the masks.
 CASES = [(time, True) for time in sorted({1, 2, C - 1, C, C + 1, 29})]
 CASES += [(time, False) for time in (C, 29)]
@@ -28,20 +29,6 @@ def _inputs(time, initial=True, rows=B, groups=H):
       "log_decay": -jnp.exp(normal(3, rows, time, H) - 1),
       "initial": normal(4, B, H, P, N) * initial,
   }
-
-
-def _segments(time):
-  """Documents that begin inside and at the borders of chunks; padding; an empty row."""
-  wanted = [[3, *[7] * 9], [time // 2, time], []]
-  rows = []
-  for lengths in wanted:
-    row = []
-    for length in lengths:
-      row.append(min(length, time - sum(row)))
-    rows.append([length for length in row if length])
-  if time > 2:
-    rows[1][-1] -= 1  # Padding.
-  return packed(rows, time=time, first=[4, 0, 0])
 
 
 def _fast(inputs, segments, implementation, chunk=C):
@@ -59,52 +46,38 @@ def _specification(inputs, segments):
       inputs["k"], inputs["v"], log_decay, segments.resets_BT, inputs["initial"]
   )
   y = jax.vmap(reference.matrix_read, in_axes=1, out_axes=1)(states, inputs["q"])
-  states = jnp.concatenate([inputs["initial"][:, None], states], axis=1)
-  if segments.valid_BT is None:
-    return y, states[:, -1]
-  return y, states[jnp.arange(B), jnp.sum(segments.valid_BT, axis=1)]
+  return y, after_last_valid(states, inputs["initial"], segments)
 
 
 @fast_jit
 def _compare(inputs, segments):
-  """Outputs, final state and gradients by every input, of each form."""
-  time = inputs["k"].shape[1]
-  valid = 1.0 if segments.valid_BT is None else segments.valid_BT[..., None, None]
-  weight_y, weight_h = normal(6, B, time, H, P) * valid, normal(7, B, H, P, N)
-
-  def everything(run):
-    def objective(inputs):
-      y, final = run(inputs, segments)
-      return jnp.sum(y * weight_y) + jnp.sum(final * weight_h), (y * valid, final)
-
-    gradients, outputs = jax.grad(objective, has_aux=True)(inputs)
-    return outputs, gradients
-
-  fast = [functools.partial(_fast, implementation=name) for name in IMPLEMENTATIONS]
-  return everything(_specification), [everything(run) for run in fast]
+  """Outputs, final state and gradients by every input: the specification, then each form."""
+  weights = normal(6, *inputs["v"].shape), normal(7, B, H, P, N)
+  runs = [_specification, *(functools.partial(_fast, implementation=n) for n in IMPLEMENTATIONS)]
+  return [everything(run, inputs, segments, weights) for run in runs]
 
 
-@pytest.mark.parametrize(("time", "documents"), CASES)
-def test_outputs_final_state_and_gradients_are_the_references(time, documents):
-  segments = _segments(time) if documents else Segments(jnp.arange(time)[None])
+@pytest.mark.parametrize(("time", "packed"), CASES)
+def test_outputs_final_state_and_gradients_are_the_references(time, packed):
+  segments = documents(time, ROW) if packed else one_document(time)
   for initial in (False, True):
-    expected, fast = _compare(_inputs(time, initial), segments)
+    expected, *fast = _compare(_inputs(time, initial), segments)
     for actual in fast:
       assert_trees_close(actual, expected)
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one-document", "documents"])
-def test_a_decay_that_all_rows_share(documents):
-  segments = _segments(11) if documents else Segments(jnp.arange(11)[None])
-  expected, fast = _compare(_inputs(11, rows=1), segments)
+@pytest.mark.parametrize("packed", [False, True], ids=["one-document", "documents"])
+def test_a_decay_that_all_rows_share(packed):
+  segments = documents(11, ROW) if packed else one_document(11)
+  expected, *fast = _compare(_inputs(11, rows=1), segments)
   assert expected[1]["log_decay"].shape == (1, 11, H)
   for actual in fast:
     assert_trees_close(actual, expected)
 
 
 def test_heads_may_share_keys_and_queries():
-  inputs, segments = _inputs(11, groups=1), _segments(11)
-  expected, fast = _compare(inputs, segments)
+  inputs, segments = _inputs(11, groups=1), documents(11, ROW)
+  expected, *fast = _compare(inputs, segments)
   for actual in fast:
     assert_trees_close(actual, expected)
   repeated = inputs | {name: jnp.repeat(inputs[name], H, axis=2) for name in "kq"}
@@ -113,7 +86,7 @@ def test_heads_may_share_keys_and_queries():
 
 @pytest.mark.parametrize("implementation", ["chunked", "associative"])
 def test_chunk_length_changes_nothing(implementation):
-  inputs, segments = _inputs(29), _segments(29)
+  inputs, segments = _inputs(29), documents(29, ROW)
   run = functools.partial(fast_jit, static_argnames=("implementation", "chunk"))(_fast)
   valid = segments.valid_BT[..., None, None]
   expected_y, expected_final = run(inputs, segments, implementation="recurrent", chunk=0)
@@ -130,7 +103,7 @@ def test_extreme_decays_stay_finite(implementation):
   @fast_jit
   def run(inputs):
     def objective(inputs):
-      y, final = _fast(inputs, Segments(jnp.arange(11)[None]), implementation)
+      y, final = _fast(inputs, one_document(11), implementation)
       return jnp.sum(y) + jnp.sum(final), (y, final)
 
     return jax.grad(objective, has_aux=True)(inputs)
@@ -145,7 +118,7 @@ def test_bfloat16_inputs_keep_float32_states(implementation):
   inputs = _inputs(29)
   low = {name: inputs[name].astype(jnp.bfloat16) for name in "kvq"}
   run = fast_jit(
-      lambda inputs: _fast(inputs, Segments(jnp.arange(29)[None]), implementation)
+      lambda inputs: _fast(inputs, one_document(29), implementation)
   )
   actual, expected = run(inputs | low), run(inputs)
   assert [leaf.dtype for leaf in actual] == [jnp.float32, jnp.float32]

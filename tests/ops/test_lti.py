@@ -16,11 +16,12 @@ import scipy.signal
 from dense_jax.ops import hippo, reference
 from dense_jax.ops.lti import DiagonalSystem, DplrSystem
 from dense_jax.ops.lti_scan import fft_convolution, fft_length, lti_read, lti_states
-from dense_jax.types import Segments
 from tests.builders import fast_jit, normal, packed
 from tests.helpers import assert_trees_close
+from tests.ops.sequences import after_last_valid, documents, everything, one_document
 
 B, E, N = 3, 3, 8
+ROW = [3, *[7] * 4, 32, 1, 1, 200]
 KINDS = ["zoh", "bilinear", "dplr"]
 # (length, chunks, with documents): without them the code is the same but for the masks.
 CASES = [(time, (3,), True) for time in (1, 2, 3, 4)]
@@ -178,20 +179,6 @@ def _inputs(kind, time, initial=True):
   }
 
 
-def _segments(time):
-  """Documents that begin inside and at the borders of chunks; padding; an empty row."""
-  wanted = [[3, *[7] * 4, 32, 1, 1, 200], [time // 2, time], []]
-  rows = []
-  for lengths in wanted:
-    row = []
-    for length in lengths:
-      row.append(min(length, time - sum(row)))
-    rows.append([length for length in row if length])
-  if time > 2:
-    rows[1][-1] -= 1  # Padding.
-  return packed(rows, time=time, first=[4, 0, 0])
-
-
 def _chunked(inputs, segments, chunk):
   before, final = lti_states(
       inputs["system"], inputs["x"], segments.resets_BT, segments.valid_BT, inputs["initial"],
@@ -208,10 +195,7 @@ def _specification(inputs, segments):
   a, b = inputs["system"].dense()
   states, _ = reference.lti_states(a, b, inputs["x"], segments.resets_BT, inputs["initial"])
   y = jax.vmap(reference.lti_read, in_axes=(1, None), out_axes=1)(states, inputs["c"])
-  states = jnp.concatenate([inputs["initial"][:, None], states], axis=1)
-  if segments.valid_BT is None:
-    return y, states[:, -1]
-  return y, states[jnp.arange(B), jnp.sum(segments.valid_BT, axis=1)]
+  return y, after_last_valid(states, inputs["initial"], segments)
 
 
 def _convolution(inputs, _):
@@ -219,17 +203,7 @@ def _convolution(inputs, _):
   return fft_convolution(inputs["x"], kernel), jnp.zeros((B, N, E))
 
 
-@functools.partial(fast_jit, static_argnames="run")
-def _everything(inputs, segments, weights, run):
-  """Outputs, final state and gradients by every input."""
-  valid = 1.0 if segments.valid_BT is None else segments.valid_BT[..., None]
-
-  def objective(inputs):
-    y, final = run(inputs, segments)
-    return jnp.sum(y * valid * weights[0]) + jnp.sum(final * weights[1]), (y * valid, final)
-
-  gradients, outputs = jax.grad(objective, has_aux=True)(inputs)
-  return outputs, gradients
+_everything = functools.partial(fast_jit, static_argnames="run")(everything)
 
 
 def _assert_same(actual, expected):
@@ -245,20 +219,20 @@ def _assert_same(actual, expected):
 _CHUNKED = {chunk: functools.partial(_chunked, chunk=chunk) for chunk in (1, 3, 32)}
 
 
-@pytest.mark.parametrize(("kind", "time", "chunks", "documents"), CASES)
-def test_every_form_is_the_reference(kind, time, chunks, documents):
-  segments = _segments(time) if documents else Segments(jnp.arange(time)[None])
-  inputs, weights = _inputs(kind, time), [normal(7, B, time, E), normal(8, B, N, E)]
-  expected = _everything(inputs, segments, weights, run=_specification)
+@pytest.mark.parametrize(("kind", "time", "chunks", "packed"), CASES)
+def test_every_form_is_the_reference(kind, time, chunks, packed):
+  segments = documents(time, ROW) if packed else one_document(time)
+  inputs, weights = _inputs(kind, time), (normal(7, B, time, E), normal(8, B, N, E))
+  expected = _everything(_specification, inputs, segments, weights)
   for chunk in chunks:
-    _assert_same(_everything(inputs, segments, weights, run=_CHUNKED[chunk]), expected)
-  if documents:
+    _assert_same(_everything(_CHUNKED[chunk], inputs, segments, weights), expected)
+  if packed:
     return
   # A convolution knows of no states.
-  inputs["initial"], weights[1] = 0 * inputs["initial"], 0 * weights[1]
-  (expected_y, _), expected = _everything(inputs, segments, weights, run=_specification)
+  inputs["initial"], weights = 0 * inputs["initial"], (weights[0], 0 * weights[1])
+  (expected_y, _), expected = _everything(_specification, inputs, segments, weights)
   expected.pop("initial")
-  (y, _), gradients = _everything(inputs, segments, weights, run=_convolution)
+  (y, _), gradients = _everything(_convolution, inputs, segments, weights)
   gradients.pop("initial")
   _assert_same((y, gradients), (expected_y, expected))
 
@@ -287,7 +261,7 @@ def test_the_convolutions_length():
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_with_a_carried_state_equal_the_whole(kind):
   time, chunk = 29, 4
-  inputs, segments = _inputs(kind, time), _segments(time)
+  inputs, segments = _inputs(kind, time), documents(time, ROW)
   valid = segments.valid_BT[..., None]
 
   @fast_jit
@@ -329,7 +303,7 @@ def test_extreme_steps_stay_finite(kind, form):
   def run(inputs):
     def objective(inputs):
       if form == "chunked":
-        outputs = _chunked(inputs, Segments(jnp.arange(time)[None]), 0)
+        outputs = _chunked(inputs, one_document(time), 0)
       else:
         outputs = _convolution(inputs, None)[:1]
       return sum(jnp.sum(output) for output in outputs), outputs
@@ -342,7 +316,7 @@ def test_extreme_steps_stay_finite(kind, form):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_inputs_keep_float32_states(kind):
-  inputs, segments = _inputs(kind, 29), _segments(29)
+  inputs, segments = _inputs(kind, 29), documents(29, ROW)
   low = inputs | {"x": inputs["x"].astype(jnp.bfloat16)}
   rounded = inputs | {"x": low["x"].astype(jnp.float32)}
   run = fast_jit(lambda inputs: (*_chunked(inputs, segments, 3), _convolution(inputs, None)[0]))
@@ -359,7 +333,7 @@ def test_training_never_holds_all_states(kind, form):
       "system": _system(kind, width=width, size=size), "c": normal(0, width, size),
       "x": normal(1, batch, time, width), "initial": jnp.zeros((batch, size, width)),
   }
-  segments = Segments(jnp.arange(time)[None])
+  segments = one_document(time)
   if form == "documents":
     segments = packed([[100] * 10 + [24]] * batch)
 

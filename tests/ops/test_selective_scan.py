@@ -10,11 +10,12 @@ import pytest
 from dense_jax.ops import reference
 from dense_jax.ops.selective_scan import selective_scan
 from dense_jax.ops.states import scan_diagonal
-from dense_jax.types import Segments
-from tests.builders import fast_jit, normal, packed
+from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
+from tests.ops.sequences import after_last_valid, documents, everything, one_document
 
 B, E, N, C = 3, 4, 3, 3
+ROW = [3, *[7] * 9]
 # (length, with documents): without them the code is the same but for the masks.
 CASES = [(time, True) for time in sorted({1, 2, C - 1, C, C + 1, 29})]
 CASES += [(time, False) for time in (C, 29)]
@@ -32,20 +33,6 @@ def _inputs(time, initial=True):
   }
 
 
-def _segments(time):
-  """Documents that begin inside and at the borders of chunks; padding; an empty row."""
-  wanted = [[3, *[7] * 9], [time // 2, time], []]
-  rows = []
-  for lengths in wanted:
-    row = []
-    for length in lengths:
-      row.append(min(length, time - sum(row)))
-    rows.append([length for length in row if length])
-  if time > 2:
-    rows[1][-1] -= 1  # Padding.
-  return packed(rows, time=time, first=[4, 0, 0])
-
-
 def _fast(inputs, segments, implementation):
   y, states = scan_diagonal(
       inputs["dt"], inputs["a"], inputs["x"], inputs["b"], inputs["c"], segments,
@@ -60,43 +47,29 @@ def _specification(inputs, segments):
       inputs["dt"], inputs["a"], inputs["x"], inputs["b"], segments.resets_BT, inputs["initial"]
   )
   y = jax.vmap(reference.diagonal_read, in_axes=1, out_axes=1)(states, inputs["c"])
-  states = jnp.concatenate([inputs["initial"][:, None], states], axis=1)
-  if segments.valid_BT is None:
-    return y, states[:, -1]
-  return y, states[jnp.arange(B), jnp.sum(segments.valid_BT, axis=1)]
+  return y, after_last_valid(states, inputs["initial"], segments)
 
 
 @fast_jit
 def _compare(inputs, segments):
-  """Outputs, final state and gradients by every input, of each form."""
-  time = inputs["x"].shape[1]
-  valid = 1.0 if segments.valid_BT is None else segments.valid_BT[..., None]
-  weight_y, weight_h = normal(6, B, time, E) * valid, normal(7, B, N, E)
-
-  def everything(run):
-    def objective(inputs):
-      y, final = run(inputs, segments)
-      return jnp.sum(y * weight_y) + jnp.sum(final * weight_h), (y * valid, final)
-
-    gradients, outputs = jax.grad(objective, has_aux=True)(inputs)
-    return outputs, gradients
-
-  fast = [functools.partial(_fast, implementation=name) for name in IMPLEMENTATIONS]
-  return everything(_specification), [everything(run) for run in fast]
+  """Outputs, final state and gradients by every input: the specification, then each form."""
+  weights = normal(6, *inputs["x"].shape), normal(7, B, N, E)
+  runs = [_specification, *(functools.partial(_fast, implementation=n) for n in IMPLEMENTATIONS)]
+  return [everything(run, inputs, segments, weights) for run in runs]
 
 
-@pytest.mark.parametrize(("time", "documents"), CASES)
-def test_outputs_final_state_and_gradients_are_the_references(time, documents):
-  segments = _segments(time) if documents else Segments(jnp.arange(time)[None])
+@pytest.mark.parametrize(("time", "packed"), CASES)
+def test_outputs_final_state_and_gradients_are_the_references(time, packed):
+  segments = documents(time, ROW) if packed else one_document(time)
   for initial in (False, True):
-    expected, fast = _compare(_inputs(time, initial), segments)
+    expected, *fast = _compare(_inputs(time, initial), segments)
     for actual in fast:
       assert_trees_close(actual, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_chunk_length_changes_nothing(implementation):
-  inputs, resets = _inputs(29), _segments(29).resets_BT
+  inputs, resets = _inputs(29), documents(29, ROW).resets_BT
 
   @functools.partial(fast_jit, static_argnames="chunk")
   def run(inputs, chunk):
@@ -120,7 +93,7 @@ def test_extreme_steps_stay_finite(implementation):
   @fast_jit
   def run(inputs):
     def objective(inputs):
-      y, final = _fast(inputs, Segments(jnp.arange(11)[None]), implementation)
+      y, final = _fast(inputs, one_document(11), implementation)
       return jnp.sum(y) + jnp.sum(final), (y, final)
 
     return jax.grad(objective, has_aux=True)(inputs)
@@ -134,7 +107,7 @@ def test_bfloat16_inputs_keep_float32_states(implementation):
   inputs = _inputs(29)
   low = {name: inputs[name].astype(jnp.bfloat16) for name in "xbc"}
   run = fast_jit(
-      lambda inputs: _fast(inputs, Segments(jnp.arange(29)[None]), implementation)
+      lambda inputs: _fast(inputs, one_document(29), implementation)
   )
   actual, expected = run(inputs | low), run(inputs)
   assert [leaf.dtype for leaf in actual] == [jnp.float32, jnp.float32]
