@@ -8,8 +8,9 @@ from typing import Any
 
 from dense_jax.config import DenseConfig, ModelConfig, build
 from dense_jax.interop.keys import Keys
-from dense_jax.interop.layout import PLAIN, TRANSPOSED, Config, Layout, Place, per_layer
+from dense_jax.interop.layout import PLAIN, TRANSPOSED, Config, Layout, Place, llama_like, per_layer
 from dense_jax.layers.gau_retnet import GauRetNetConfig
+from dense_jax.layers.transition import bottleneck
 from dense_jax.types import InputError
 
 NAME = "DenseRetNet (query_key_dim, v_factor and dense_block_layers)"
@@ -48,7 +49,7 @@ def layout(config: Config) -> Layout | None:
         "an integer >= 1 (the released code normalises keys and values even without dense "
         "layers, which no base model here does)",
     )
-  layers, tied = keys.integer("num_hidden_layers"), keys.flag("tie_word_embeddings")
+  layers = keys.integer("num_hidden_layers")
   # A layer below the first cannot be read: a greater depth is the same function.
   depth = min(keys.integer("dense_block_layers"), layers - 1)
   model = build(
@@ -58,7 +59,7 @@ def layout(config: Config) -> Layout | None:
           "vocab_size": keys.integer("vocab_size"),
           "width": keys.integer("hidden_size"),
           "layers": layers,
-          "tie_embeddings": tied,
+          "tie_embeddings": keys.flag("tie_word_embeddings"),
           "norm_eps": keys.positive("rms_norm_eps"),
           "block_layers": layers,
           "dense": {"depth": depth, "inject": "inputs", "input_norm": True},
@@ -71,20 +72,12 @@ def layout(config: Config) -> Layout | None:
       "config.model",
       {"config.model.mixer": GauRetNetConfig},
   )
-  places: dict[str, Place] = {
-      "embedding": ("model.embed_tokens.weight", PLAIN),
-      "norm.scale": ("model.norm.weight", PLAIN),
-      **per_layer(_LAYER, "model.layers.", range(layers)),
-      **per_layer(_DENSE, "model.layers.", range(1, layers)),
-  }
+  places = per_layer(_LAYER, "model.layers.", range(layers))
+  places |= per_layer(_DENSE, "model.layers.", range(1, layers))
   unused = {"model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"}
   # The first layer reads none, and yet the released code makes its gates and norms.
   unused |= {f"model.layers.0.{theirs}" for theirs, _ in _DENSE.values()}
-  if tied:
-    unused.add("lm_head.weight")
-  else:
-    places["head"] = ("lm_head.weight", TRANSPOSED)
-  return Layout(model, places, frozenset(unused))
+  return llama_like(model, places, unused)
 
 
 def _is_released(config: ModelConfig) -> bool:
@@ -94,11 +87,9 @@ def _is_released(config: ModelConfig) -> bool:
       config.dense, gate_init=released.gate_init, gate_reduction=released.gate_reduction,
       transition_rank=released.transition_rank,
   )
-  ranks = {
-      max(1, config.width // dense.gate_reduction) for dense in (config.dense, released)
-  }
-  return config.family == "gau_retnet" and config.dense.depth > 0 and alike == released and (
-      len(ranks) == 1
+  return (
+      config.family == "gau_retnet" and config.dense.depth > 0 and alike == released
+      and bottleneck(config) == bottleneck(dataclasses.replace(config, dense=released))
   )
 
 

@@ -105,6 +105,27 @@ class Layout:
     }
 
 
+def llama_like(config: ModelConfig, layers: Mapping[str, Place], unused: Iterable[str]) -> Layout:
+  """A layout whose tensors outside the layers have the names of Hugging Face's LLaMA.
+
+  Args:
+    config: the model; if its head is tied, a checkpoint may hold the head or not.
+    layers: the layers' parameters.
+    unused: see `Layout`.
+  """
+  places: dict[str, Place] = {
+      "embedding": ("model.embed_tokens.weight", PLAIN),
+      "norm.scale": ("model.norm.weight", PLAIN),
+      **layers,
+  }
+  unused = set(unused)
+  if config.tie_embeddings:
+    unused.add("lm_head.weight")
+  else:
+    places["head"] = ("lm_head.weight", TRANSPOSED)
+  return Layout(config, places, frozenset(unused))
+
+
 class Kind(Protocol):
   """A kind of layout: a module of this package."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dense_jax.config import ModelConfig, build
 from dense_jax.interop.keys import Keys
-from dense_jax.interop.layout import PLAIN, TRANSPOSED, Config, Layout, Place, per_layer
+from dense_jax.interop.layout import PLAIN, TRANSPOSED, Config, Layout, Place, llama_like, per_layer
 from dense_jax.layers.attention import AttentionConfig, ffn_width, head_dim
 
 NAME = "llama"
@@ -41,7 +41,7 @@ def layout(config: Config) -> Layout | None:
   keys.only("attention_bias", False)
   keys.only("mlp_bias", False)
   keys.only("hidden_act", "silu", "swish")
-  layers, tied = keys.integer("num_hidden_layers"), keys.flag("tie_word_embeddings")
+  layers = keys.integer("num_hidden_layers")
   heads, optional = keys.integer("num_attention_heads"), ("num_key_value_heads", "head_dim")
   kv_heads, head = (0 if keys.get(key) is None else keys.integer(key) for key in optional)
   model = build(
@@ -51,7 +51,7 @@ def layout(config: Config) -> Layout | None:
           "vocab_size": keys.integer("vocab_size"),
           "width": keys.integer("hidden_size"),
           "layers": layers,
-          "tie_embeddings": tied,
+          "tie_embeddings": keys.flag("tie_word_embeddings"),
           "norm_eps": keys.positive("rms_norm_eps"),
           "block_layers": layers,
           "mixer": {
@@ -66,18 +66,9 @@ def layout(config: Config) -> Layout | None:
       "config.model",
       {"config.model.mixer": AttentionConfig},
   )
-  places: dict[str, Place] = {
-      "embedding": ("model.embed_tokens.weight", PLAIN),
-      "norm.scale": ("model.norm.weight", PLAIN),
-      **per_layer(_LAYER, "model.layers.", range(layers)),
-  }
   # Old checkpoints hold the rotation's frequencies, which rope_theta tells.
   unused = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(layers)}
-  if tied:
-    unused.add("lm_head.weight")
-  else:
-    places["head"] = ("lm_head.weight", TRANSPOSED)
-  return Layout(model, places, frozenset(unused))
+  return llama_like(model, per_layer(_LAYER, "model.layers.", range(layers)), unused)
 
 
 def _rope_theta(keys: Keys) -> float:

@@ -15,7 +15,7 @@ from flax import nnx
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.fusion import FUSIONS
 from dense_jax.layers.linear import RMSNorm
-from dense_jax.layers.transition import Phi, Transition, make_gates, of_source
+from dense_jax.layers.transition import Phi, Reads, Transition, make_gates, of_source
 from dense_jax.ops.state_sequence import Mapped, StateSequence, TokenState
 from dense_jax.types import Array
 
@@ -108,13 +108,9 @@ class DenseConnection(nnx.Module):
           if dense.input_norm
       })
     elif self.inject == "state":
-      self.transition = Transition(
-          config, sources=sources, query=query, channels=channels, fixed_query=fixed_query,
-          rngs=rngs,
-      )
-      self.fusion = FUSIONS[dense.fusion](
-          config, sources=sources, query=query, channels=channels, rngs=rngs
-      )
+      reads = Reads(sources, query, channels, fixed_query)
+      self.transition = Transition(config, reads, rngs)
+      self.fusion = FUSIONS[dense.fusion](config, reads, rngs)
 
   def fuse_inputs(
       self, x: Array, inputs: dict[str, Array], shallow: Sequence[Shared]

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Linear, fan_in_uniform
-from dense_jax.layers.transition import Gate, bottleneck, identity_matrices, project_query
+from dense_jax.layers.transition import Gate, Reads, bottleneck, identity_matrices, project_query
 from dense_jax.types import Array
 
 
@@ -21,21 +21,11 @@ class Add(nnx.Module):
 
   Args:
     config: the model.
-    sources: S.
-    query: trailing shape of the mixer's query, (N,) or (J, N).
-    channels: E, the width of a read.
+    reads: what is read.
   """
 
-  def __init__(
-      self,
-      config: ModelConfig,
-      *,
-      sources: int,
-      query: tuple[int, ...],
-      channels: int,
-      rngs: nnx.Rngs,
-  ) -> None:
-    del config, sources, query, channels, rngs
+  def __init__(self, config: ModelConfig, reads: Reads, rngs: nnx.Rngs) -> None:
+    del config, reads, rngs
 
   def query(self, query: Array, index: int) -> Array:
     """The query that reads the own states (index 0) or those of source number index - 1."""
@@ -55,17 +45,9 @@ class Concat(Add):
   reading h with the query W^T C.
   """
 
-  def __init__(
-      self,
-      config: ModelConfig,
-      *,
-      sources: int,
-      query: tuple[int, ...],
-      channels: int,
-      rngs: nnx.Rngs,
-  ) -> None:
-    del config, channels
-    self.linear = identity_matrices(rngs, 1 + sources, query)
+  def __init__(self, config: ModelConfig, reads: Reads, rngs: nnx.Rngs) -> None:
+    del config
+    self.linear = identity_matrices(rngs, 1 + reads.sources, reads.query)
 
   def query(self, query: Array, index: int) -> Array:
     """See `Add`."""
@@ -75,17 +57,8 @@ class Concat(Add):
 class Gated(Add):
   """h' = (1 - z) h + z sum_i phi(h_i), with z = tanh(gate(x)) for each channel."""
 
-  def __init__(
-      self,
-      config: ModelConfig,
-      *,
-      sources: int,
-      query: tuple[int, ...],
-      channels: int,
-      rngs: nnx.Rngs,
-  ) -> None:
-    del sources, query
-    self.gate = Gate(config, channels, "inner", rngs)
+  def __init__(self, config: ModelConfig, reads: Reads, rngs: nnx.Rngs) -> None:
+    self.gate = Gate(config, reads.channels, "inner", rngs)
 
   def __call__(self, x: Array, own: Array, reads: Sequence[Array]) -> Array:
     """See `Add`."""
@@ -100,21 +73,14 @@ class Attention(Add):
   takes part, so that a layer may attend to no source; its weight is not used otherwise.
   """
 
-  def __init__(
-      self,
-      config: ModelConfig,
-      *,
-      sources: int,
-      query: tuple[int, ...],
-      channels: int,
-      rngs: nnx.Rngs,
-  ) -> None:
-    del sources, query
+  def __init__(self, config: ModelConfig, reads: Reads, rngs: nnx.Rngs) -> None:
     rank = bottleneck(config)
     self.to_query = Linear(
         config.width, rank, axes=("embed", None), init=fan_in_uniform(), rngs=rngs
     )
-    self.to_key = Linear(channels, rank, axes=("inner", None), init=fan_in_uniform(), rngs=rngs)
+    self.to_key = Linear(
+        reads.channels, rank, axes=("inner", None), init=fan_in_uniform(), rngs=rngs
+    )
 
   def __call__(self, x: Array, own: Array, reads: Sequence[Array]) -> Array:
     """See `Add`."""

@@ -118,7 +118,7 @@ class Mamba(ConvolvedMixer):
     own = {"b": b_BN, "x": x_BE}
     fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
     h_BNE = reference.diagonal_step(
-        state["h"], dt.dt(), -jnp.exp(self.a_log[...]), fused["x"], fused["b"]
+        -jnp.exp(self.a_log[...]), state["h"], dt.dt(), fused["x"], fused["b"]
     )
     states = DiagonalState(h_BNE)
     own_BE = states.read(self.dense.own_query(c_BN))

@@ -19,6 +19,23 @@ from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.types import Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Reads:
+  """What a layer reads of shallower layers' states.
+
+  Attributes:
+    sources: S, the layers that are read.
+    query: trailing shape of the mixer's query, (N,) or (J, N).
+    channels: E, the width of a read.
+    fixed_query: the query is a parameter [E, N], not a function of the token.
+  """
+
+  sources: int
+  query: tuple[int, ...]
+  channels: int
+  fixed_query: bool
+
+
 class Gate(nnx.Module):
   """silu(silu(x W1) W2), from the layer's input (released DenseRetNet)."""
 
@@ -127,37 +144,26 @@ class Transition(nnx.Module):
 
   Args:
     config: the model.
-    sources: S.
-    query: trailing shape of the mixer's query, (N,) or (J, N).
-    channels: E, the width of a read.
-    fixed_query: see `Phi`.
+    reads: what is read.
   """
 
-  def __init__(
-      self,
-      config: ModelConfig,
-      *,
-      sources: int,
-      query: tuple[int, ...],
-      channels: int,
-      fixed_query: bool,
-      rngs: nnx.Rngs,
-  ) -> None:
-    dense, state_size = config.dense, query[-1]
-    self.projection, self.fixed_query = dense.transition, fixed_query
+  def __init__(self, config: ModelConfig, reads: Reads, rngs: nnx.Rngs) -> None:
+    dense, state_size = config.dense, reads.query[-1]
+    self.projection, self.fixed_query = dense.transition, reads.fixed_query
     if dense.gate != "none":
-      self.channel_gates = make_gates(config, sources, channels, "inner", rngs)
+      self.channel_gates = make_gates(config, reads.sources, reads.channels, "inner", rngs)
     if dense.gate == "channel_state":
-      self.state_gates = make_gates(config, sources, state_size, None, rngs)
+      self.state_gates = make_gates(config, reads.sources, state_size, None, rngs)
     if self.projection == "linear":
-      self.linear = identity_matrices(rngs, sources, query)
+      self.linear = identity_matrices(rngs, reads.sources, reads.query)
     elif self.projection == "mlp":
       rank = dense.transition_rank
       self.down = parameter(
-          rngs, (sources, state_size, rank), (None, None, None), normal(state_size**-0.5)
+          rngs, (reads.sources, state_size, rank), (None, None, None), normal(state_size**-0.5)
       )
       self.up = parameter(
-          rngs, (sources, rank, state_size), (None, None, None), lambda _, shape: jnp.zeros(shape)
+          rngs, (reads.sources, rank, state_size), (None, None, None),
+          lambda _, shape: jnp.zeros(shape),
       )
 
   def phi(self, x: Array, read_shape: tuple[int, ...], source: int) -> Phi:

@@ -17,16 +17,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops.chunks import split_time
+from dense_jax.ops.chunks import chunk_length, split_time
 from dense_jax.types import Array
 
 # Tokens a chunk. In-chunk work grows with C, states kept with 1 / C.
 DEFAULT_CHUNK = 128
-
-
-def chunk_length(chunk: int, time: int) -> int:
-  """The chunk that is used: never longer than the sequence."""
-  return min(chunk or DEFAULT_CHUNK, time)
 
 
 def _cumulative(
@@ -89,7 +84,7 @@ def chunk_states(
   chex.assert_shape(log_decay_BTH, (None, time, heads))
   chex.assert_shape(initial_BHPN, (batch, heads, channels, state_size))
   chex.assert_type([log_decay_BTH, initial_BHPN], jnp.float32)
-  chunk = chunk_length(chunk, time)
+  chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
   k_BGCJN, v_BGCHP = split_time(k_BTJN, chunk), split_time(v_BTHP, chunk)
   cum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
 
@@ -138,7 +133,7 @@ def chunk_read(
   batch, time, groups, _ = q_BTJN.shape
   chex.assert_equal_shape([q_BTJN, k_BTJN])
   heads, channels = v_BTHP.shape[2:]
-  chunk = chunk_length(chunk, time)
+  chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
   q_BGCJN, k_BGCJN, v_BGCHP = (split_time(x, chunk) for x in (q_BTJN, k_BTJN, v_BTHP))
   cum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
 

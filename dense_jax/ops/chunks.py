@@ -5,6 +5,11 @@ import jax.numpy as jnp
 from dense_jax.types import Array
 
 
+def chunk_length(chunk: int, default: int, time: int) -> int:
+  """The chunk that is used: `default` where `chunk` is 0, never longer than the sequence."""
+  return min(chunk or default, time)
+
+
 def pad_time(x_BT: Array, chunk: int) -> Array:
   """Pads axis 1 at its end with zeros (false) up to a multiple of `chunk`."""
   extra = -x_BT.shape[1] % chunk

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops.chunks import split_time
+from dense_jax.ops.chunks import chunk_length, split_time
 from dense_jax.ops.lti import System
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array
@@ -19,11 +19,6 @@ from dense_jax.types import Array
 # other work too (8 x 256 tokens, E 256, N 64): S4D takes 0.09 s at 16, 0.10 at 32 and 0.15 at
 # 64, S4 0.10, 0.10 and 0.17; documents change little. States kept shrink with 1 / C.
 DEFAULT_CHUNK = 32
-
-
-def chunk_length(chunk: int, time: int) -> int:
-  """The chunk that is used: never longer than the sequence."""
-  return min(chunk or DEFAULT_CHUNK, time)
 
 
 def fft_length(minimum: int) -> int:
@@ -116,7 +111,7 @@ def lti_states(
   batch, time, width = x_BTE.shape
   chex.assert_shape(initial_BNE, (batch, None, width))
   chex.assert_type(initial_BNE, jnp.float32)
-  chunk = chunk_length(chunk, time)
+  chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
   x_BGCE = split_time(x_BTE.astype(jnp.float32), chunk)
   resets_BGC = carried_BG = None
   inputs_BGCE = x_BGCE
@@ -234,7 +229,7 @@ def lti_read(
   Its values at padding mean nothing.
   """
   batch, time, width = x_BTE.shape
-  chunk = chunk_length(chunk, time)
+  chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
   chex.assert_shape(before_BGNE, (batch, -(-time // chunk), c_EN.shape[1], width))
   x_BGCE = split_time(x_BTE.astype(jnp.float32), chunk)
   count_BGC = None

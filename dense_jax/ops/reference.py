@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from dense_jax.types import Array, PyTree
 
 
-def diagonal_step(h_BNE: Array, dt_BE: Array, a_NE: Array, x_BE: Array, b_BN: Array) -> Array:
+def diagonal_step(a_NE: Array, h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
   """One step of the selective diagonal recurrence (arXiv 2312.00752, equation 2a).
 
   Args:
-    h_BNE: float32 state. N comes before E so that the long axis fills vector lanes.
+    a_NE: float32 continuous decay rate <= 0. N comes before E so that the long axis fills
+      vector lanes.
+    h_BNE: float32 state.
     dt_BE: float32 step size >= 0.
-    a_NE: float32 continuous decay rate <= 0.
     x_BE: the channels' inputs.
     b_BN: the input map.
 
@@ -118,7 +119,7 @@ def diagonal_states(
   """All states h_BTNE of the selective diagonal recurrence, and the last, float32."""
 
   def step(h: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
-    return diagonal_step(h, dt_BE, a_NE, x_BE, b_BN)
+    return diagonal_step(a_NE, h, dt_BE, x_BE, b_BN)
 
   return _scan(step, initial_BNE, (dt_BTE, x_BTE, b_BTN), resets_BT)
 

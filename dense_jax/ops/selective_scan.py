@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops import reference
+from dense_jax.ops.chunks import chunk_length
 from dense_jax.ops.matmul import matmul
 from dense_jax.ops.token_scan import join_chunks, split_chunks, token_scan
 from dense_jax.types import Array
@@ -107,17 +108,12 @@ def selective_scan(
   chex.assert_shape(initial_BNE, (batch, state_size, width))
   chex.assert_type([a_NE, initial_BNE], jnp.float32)
   if implementation == "recurrent":
-
-    def step(h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
-      return reference.diagonal_step(h_BNE, dt_BE, a_NE, x_BE, b_BN)
-
-    inputs = (dt_BTE, x_BTE, b_BTN)
     return token_scan(
-        step, reference.diagonal_read, initial_BNE, inputs, c_BTN, resets_BT, chunk=chunk,
-        unroll=DEFAULT_CHUNK,
+        functools.partial(reference.diagonal_step, a_NE), reference.diagonal_read, initial_BNE,
+        (dt_BTE, x_BTE, b_BTN), c_BTN, resets_BT, chunk=chunk, unroll=DEFAULT_CHUNK,
     )
 
-  chunk = min(chunk or DEFAULT_CHUNK, time)
+  chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
   # dt = 0 in the padding: it leaves the state as it is.
   inputs = split_chunks((dt_BTE, x_BTE, b_BTN, c_BTN, resets_BT), chunk)
   body = jax.checkpoint(functools.partial(_associative_chunk, a_NE), prevent_cse=False)

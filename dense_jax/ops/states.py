@@ -6,6 +6,7 @@ kept and read again. That identity is what makes dense state connections afforda
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Self
 
@@ -63,15 +64,12 @@ class DiagonalStates:
   def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
     """c_BTN -> y_BTE."""
 
-    def step(h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
-      return reference.diagonal_step(h_BNE, dt_BE, self.a_NE, x_BE, b_BN)
-
     def read(h_BNE: Array, token: PyTree) -> Array:
       return DiagonalState(h_BNE).read_mapped(token[0], function, token[1])
 
     y_BTE, _ = token_scan(
-        step, read, self._initial(), (self._dt(), self.x_BTE, self.b_BTN), (query, inputs),
-        self.resets_BT, chunk=self.chunk,
+        functools.partial(reference.diagonal_step, self.a_NE), read, self._initial(),
+        (self._dt(), self.x_BTE, self.b_BTN), (query, inputs), self.resets_BT, chunk=self.chunk,
     )
     return y_BTE
 
@@ -106,11 +104,11 @@ def scan_diagonal(
   """Runs the selective recurrence.
 
   Args:
-    dt: dt_BTE, see `selective_scan`, or what it is made from.
-    a_NE: likewise.
-    x_BTE: likewise.
-    b_BTN: likewise.
-    c_BTN: likewise.
+    dt: step sizes dt_BTE >= 0, or what they are made from.
+    a_NE: float32 decay rates <= 0.
+    x_BTE: inputs.
+    b_BTN: input maps.
+    c_BTN: the layer's own queries.
     segments: the documents.
     initial_BNE: float32 state before the first token; None is zero.
     implementation: "associative" or "recurrent".
@@ -227,9 +225,9 @@ def scan_matrix(
   """Runs a matrix-state recurrence.
 
   Args:
-    k_BTJN: see `chunk_states`.
-    v_BTHP: likewise.
-    log_decay_BTH: likewise.
+    k_BTJN: keys; head h takes those of group h // (H / J).
+    v_BTHP: values, of the keys' dtype.
+    log_decay_BTH: float32, <= 0; its B may be 1 (a decay that all rows share).
     segments: the documents.
     initial_BHPN: float32 state before the first token; None is zero.
     implementation: "chunked", "associative" (see `chunk_states`) or "recurrent".

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops.chunks import pad_time
+from dense_jax.ops.chunks import chunk_length, pad_time
 from dense_jax.types import Array, PyTree
 
 # Tokens a chunk. One selective layer, forward and backward, on two CPU cores (16 x 256
@@ -63,7 +63,7 @@ def token_scan(
     y, [B, T, ...], and the state after the last token.
   """
   time = inputs_BT[0].shape[1]
-  chunk = min(chunk or DEFAULT_CHUNK, time)
+  chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
 
   def body(h: Array, token: PyTree) -> tuple[Array, Array]:
     inputs, query, reset_B, valid_B = token

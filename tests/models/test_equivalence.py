@@ -1,8 +1,8 @@
 """One function in every mode: packing, carried states, decoding, causality.
 
 One compiled program for each kind of model answers most questions here: documents, parts
-and prompts are data (segments, states, weights), not shapes. That all forms of a family agree, too, is
-in test_equality_matrix.py.
+and prompts are data (segments, states, weights), not shapes. That all forms of a family agree
+is in test_equality_matrix.py.
 """
 
 import functools
