@@ -37,15 +37,22 @@ KINDS = [
     ("retnet", 2, "state"), ("s4d", 2, "state"), ("transformer", 0, "state"),
 ]
 
-# The tests' time is compilation: without LLVM's optimisation it takes half as long.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
-fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-
 
 def kind_name(kind: tuple[str, int, str]) -> str:
   """A test's id, such as mamba-m2-state."""
   name, depth, inject = kind
   return f"{name}-m{depth}-{inject}" if depth else f"{name}-m0"
+
+
+# What holds for m = 0 and m = 2 has little left to go wrong at m = 1.
+each_kind = pytest.mark.parametrize("kind", [
+    pytest.param(kind, id=kind_name(kind), marks=pytest.mark.slow if kind[1] == 1 else ())
+    for kind in KINDS
+])
+
+# The tests' time is compilation: without LLVM's optimisation it takes half as long.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
 def model_config(

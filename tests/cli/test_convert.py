@@ -29,6 +29,7 @@ def workdir(tmp_path_factory):
   return str(folder / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["latest", "best", "2"])
 def test_a_checkpoint_comes_back_bitwise(workdir, tmp_path, capsys, checkpoint):
   output = tmp_path / "saved"
@@ -48,10 +49,10 @@ def test_a_checkpoint_comes_back_bitwise(workdir, tmp_path, capsys, checkpoint):
   assert config["eos_token_id"] == run.tokenizer.eos_id
 
 
-def test_a_folder_that_holds_something_is_refused(workdir, tmp_path):
+def test_a_folder_that_holds_something_is_refused(tmp_path):
   (tmp_path / "thing").touch()
   with pytest.raises(InputError, match=r"--output = .* is not valid: expected a folder that is"):
-    convert.main(["--workdir", workdir, "--output", str(tmp_path)])
+    convert.main(["--workdir", "a/run", "--output", str(tmp_path)])
 
 
 def test_a_missing_run_is_refused_and_nothing_written(tmp_path):

@@ -76,7 +76,9 @@ def test_step_by_step(golden):
   _assert_close(np.stack(logits, 1), golden["logits"])
 
 
-@pytest.mark.parametrize("form", ["parallel", "chunked", "recurrent"])
+@pytest.mark.parametrize("form", [
+    "chunked", *(pytest.param(form, marks=pytest.mark.slow) for form in ("parallel", "recurrent"))
+])
 def test_loss_and_gradients(golden, form):
   model = _form(load_hf(str(golden["folder"])), form)
   tokens = golden["input_ids"]

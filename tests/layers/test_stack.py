@@ -69,8 +69,8 @@ def _apart(state, head, block, blocks):
 
 
 @pytest.mark.parametrize(("family", "inject", "layers", "depth", "block_layers"), [
-    ("gau_retnet", "state", 5, 0, 2),
-    ("mamba", "state", 4, 1, 0),
+    pytest.param("gau_retnet", "state", 5, 0, 2, marks=pytest.mark.slow),
+    pytest.param("mamba", "state", 4, 1, 0, marks=pytest.mark.slow),
     ("gau_retnet", "state", 7, 2, 0),
     ("gau_retnet", "inputs", 6, 1, 2),
 ])
@@ -128,7 +128,9 @@ def test_a_decoding_step_of_the_scan_equals_the_unrolled_one(family, inject, lay
   assert_trees_close(scanned, one_by_one)
 
 
-@pytest.mark.parametrize(("family", "inject"), [("mamba", "state"), ("gau_retnet", "inputs")])
+@pytest.mark.parametrize(("family", "inject"), [
+    ("mamba", "state"), pytest.param("gau_retnet", "inputs", marks=pytest.mark.slow)
+])
 def test_remat_changes_nothing(family, inject):
   config = model_config(family, 1, inject, layers=4)
   assert block_sizes(config) == (1, 1, 3)

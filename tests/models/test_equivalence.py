@@ -24,6 +24,7 @@ from tests.builders import (
     FAMILIES,
     KINDS,
     VOCAB,
+    each_kind,
     fast_jit,
     kind_name,
     model_config,
@@ -41,7 +42,6 @@ from tests.helpers import assert_trees_close
 B, T = 3, 11
 ROWS = [[4, 7], [2, 3, 6], [5, 3]]
 FIRST = [3, 0, 0]  # The first row goes on with a document.
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
 
 
 @functools.cache

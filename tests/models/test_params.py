@@ -19,6 +19,7 @@ from tests.builders import (
     KINDS,
     STATE_FAMILIES,
     each_family,
+    each_kind,
     fast_jit,
     kind_name,
     model_config,
@@ -27,8 +28,6 @@ from tests.builders import (
     random_tokens,
 )
 from tests.helpers import assert_trees_close
-
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_name)
 
 
 def _config(kind, **options):
