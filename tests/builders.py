@@ -150,10 +150,25 @@ def random_like(tree: PyTree, seed: int) -> PyTree:
   )
 
 
+def where_cache(mask_BC: Array, chosen: PyTree, other: PyTree) -> PyTree:
+  """Slots of an attention's caches, [..., B, C, J, N]; the mask's C may be 1."""
+  def where(left: Array, right: Array) -> Array:
+    return jnp.where(mask_BC.reshape((1,) * (left.ndim - 4) + mask_BC.shape + (1, 1)), left, right)
+
+  return jax.tree.map(where, chosen, other)
+
+
 def random_state(model: LanguageModel, positions: list[int], seed: int = 1) -> ModelState:
-  """A state as it might be before those positions of the rows."""
-  fresh = jax.eval_shape(lambda: model.init_state(len(positions)))
-  return ModelState(jnp.asarray(positions, jnp.int32), random_like(fresh.layers, seed))
+  """A state as it might be before those positions of the rows.
+
+  Slots of an attention's cache that no position has written are zero.
+  """
+  position_B = jnp.asarray(positions, jnp.int32)
+  layers = random_like(jax.eval_shape(lambda: model.init_state(len(positions))).layers, seed)
+  if model.config.family == "transformer":
+    written_BC = jnp.arange(model.config.mixer.context)[None] < position_B[:, None]
+    layers = where_cache(written_BC, layers, jax.tree.map(jnp.zeros_like, layers))
+  return ModelState(position_B, layers)
 
 
 def random_tokens(seed: int, *shape: int) -> Array:

@@ -2,7 +2,7 @@
 
 The reference is the recurrence itself, a float32 `lax.scan` over tokens, which reads the
 shallow layers' states token by token too. Against it: every other form of the family, and
-where rows hold one document each, decoding step by step. Compared are logits, the final
+where rows hold one document each, decoding step by step (attention, always). Compared are logits, the final
 state and the gradients by all parameters and by the initial state.
 
 The base model and plain dense connections of depth 2 meet every length with documents, and
@@ -32,11 +32,11 @@ from tests.builders import (
     model_config,
     normal,
     packed,
-    random_like,
     random_params,
     random_state,
     random_tokens,
     tree_dot,
+    where_cache,
 )
 from tests.helpers import assert_trees_close
 
@@ -110,8 +110,33 @@ def _segments(length):
   return packed([[n for n in row if n] for row in rows], time=length, first=[3, 0])
 
 
-def _logits_by_steps(model, tokens, state):
-  state, logits = jax.lax.scan(model.step, state, tokens.T)
+def _positions_after(state, segments, length):
+  """Of each row's next token."""
+  if segments is None:
+    return [int(position) + length for position in state.position_B]
+  last_B = np.sum(segments.valid_BT, axis=1) - 1
+  return [int(row[last]) + 1 for row, last in zip(segments.positions_BT, last_B, strict=True)]
+
+
+def _logits_by_steps(model, tokens, segments, state):
+  """Token by token. With segments, the layers' states have to be an attention's caches."""
+  fresh = model.init_state(B)
+
+  def choose(mask_B, chosen, other):
+    return ModelState(
+        jnp.where(mask_B, chosen.position_B, other.position_B),
+        where_cache(mask_B[:, None], chosen.layers, other.layers),
+    )
+
+  def step(before, column):
+    token_B, reset_B, valid_B = column
+    if segments is not None:
+      before = choose(reset_B, fresh, before)
+    after, logits = model.step(before, token_B)
+    return (after if segments is None else choose(valid_B, after, before)), logits
+
+  marks = (None, None) if segments is None else (segments.resets_BT.T, segments.valid_BT.T)
+  state, logits = jax.lax.scan(step, state or fresh, (tokens.T, *marks))
   return jnp.swapaxes(logits, 0, 1), state
 
 
@@ -123,9 +148,10 @@ def _logits(model, tokens, segments, state):
 @pytest.mark.parametrize(("family", "option", "length", "scene"), _cases())
 def test_every_form_is_the_recurrence(family, option, length, scene):
   has_documents, has_state = SCENES[scene]
-  # A document's first read, one product q k, may be near zero: with a small epsilon the norm
-  # of retention's heads would multiply its rounding.
-  shape = {"layers": 3, "width": 8, "chunk": C, "norm_eps": 1e-2}
+  # A document's first read, one product q k, may be near zero, and a small epsilon of the norm
+  # of retention's heads multiplies its rounding: at 0.01, weights that differ by 1e-7 moved
+  # gradients of size 40 by 0.01 (retnet-fused-3-documents); at 1, by less than 1e-5.
+  shape = {"layers": 3, "width": 8, "chunk": C, "norm_eps": 1.0}
   config = model_config(family, **shape | OPTIONS[option])
   models = [
       abstract_model(dataclasses.replace(config, implementation=form))
@@ -136,7 +162,8 @@ def test_every_form_is_the_recurrence(family, option, length, scene):
   valid = 1.0 if segments is None else segments.valid_BT[..., None]
   state = random_state(models[0], [3, 0] if has_documents else [3, 5])
   weights = normal(2, B, length, VOCAB) * valid / length**0.5
-  cotangent = jax.tree.map(lambda leaf: 0.1 * leaf, random_like(state.layers, 3))
+  after = random_state(models[0], _positions_after(state, segments, length), seed=3)
+  cotangent = jax.tree.map(lambda leaf: 0.1 * leaf, after.layers)
 
   def everything(model, run):
     def objective(params, layers):
@@ -150,15 +177,18 @@ def test_every_form_is_the_recurrence(family, option, length, scene):
 
   @fast_jit
   def compare():
-    run = functools.partial(_logits, tokens=tokens, segments=segments)
-    results = [everything(model, lambda bound, s: run(bound, state=s)) for model in models]
-    if not has_documents:
-      results.insert(0, everything(models[-1], lambda bound, before: _logits_by_steps(
-          bound, tokens, before or bound.init_state(B)
-      )))
+    def outcome(model, logits):
+      run = functools.partial(logits, tokens=tokens, segments=segments)
+      return everything(model, lambda bound, before: run(bound, state=before))
+
+    results = [outcome(model, _logits) for model in models]
+    # An attention has one form: its documents are compared with steps too.
+    if not has_documents or len(models) == 1:
+      results.insert(0, outcome(models[-1], _logits_by_steps))
     return results
 
   *others, expected = compare()
+  assert others
   scale = max(1.0, *(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1])))
   for actual in others:
     assert_trees_close(actual[0], expected[0])
