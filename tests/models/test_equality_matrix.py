@@ -2,8 +2,9 @@
 
 The reference is the recurrence itself, a float32 `lax.scan` over tokens, which reads the
 shallow layers' states token by token too. Against it: every other form of the family, and
-where rows hold one document each, decoding step by step (attention, always). Compared are logits, the final
-state and the gradients by all parameters and by the initial state.
+where rows hold one document each, decoding step by step; attention, which has one form,
+always by steps. Compared are logits, the final state and the gradients by all parameters
+and by the initial state.
 
 The base model and plain dense connections of depth 2 meet every length with documents, and
 three without; each other option meets one document, and with documents a length that
