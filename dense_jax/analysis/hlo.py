@@ -42,6 +42,7 @@ _FREE = frozenset({
 # Custom calls that only tell the compiler something.
 _FREE_TARGETS = frozenset({
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone",
+    "ConcatBitcast", "GatherScatterIndicesBitpacked",
 })
 _SLICES = ("dynamic-slice", "slice", "gather")
 

@@ -1,8 +1,9 @@
 """What one XLA instruction computes: its floating-point operations.
 
 The counts are those of the mathematics, not of any hardware: 2 M N K of a matmul, one
-operation an element of arithmetic, one an input element of a reduction. Numbers that only
-move, integers and comparisons count nothing.
+operation an element of arithmetic, one an input element of a reduction. A windowed one
+counts the same: compilers write cumulative sums, and sums that are broadcast at once, as
+windows as wide as the array. Numbers that only move, integers and comparisons count nothing.
 """
 
 import dataclasses
@@ -53,12 +54,10 @@ def operations(computation: Computation, instruction: Instruction) -> Operations
   if opcode in ARITHMETIC:
     return Operations(shape.elements if shape.is_float else 0)
   operands = [computation.instructions[name].shape for name in instruction.operands]
-  if opcode == "reduce":  # Operands are n arrays and n initial values.
+  if opcode in ("reduce", "reduce-window"):  # Operands are n arrays and n initial values.
     return Operations(_floats(operands[: len(operands) // 2]))
   if opcode == "scatter":  # n arrays, the indices, n updates.
     return Operations(_floats(operands[len(operands) // 2 + 1 :]))
-  if opcode == "reduce-window":
-    return Operations(_reduce_window(operands[: len(operands) // 2], shape, instruction))
   if opcode == "fft":
     return Operations(_fft(operands[0], shape, instruction))
   if estimate := cost_estimate(instruction):
@@ -162,9 +161,3 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
   features = right.dims[labels[2].index("i")] * right.dims[labels[2].index("o")]
   return _multiply_add(instruction.shape) * batch * features * pairs
 
-
-def _reduce_window(operands: list[Shape], result: Shape, instruction: Instruction) -> float:
-  axes = _window(instruction, len(operands[0].dims))
-  dims = zip(axes, operands[0].dims, result.leaves[0].dims, strict=True)
-  taps = math.prod(_taps(axis, inputs, outputs) for axis, inputs, outputs in dims)
-  return taps * sum(operand.is_float for operand in operands)
