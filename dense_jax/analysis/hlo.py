@@ -28,7 +28,14 @@ from collections.abc import Iterable
 
 from dense_jax.analysis import hlo_loops, hlo_ops
 from dense_jax.analysis.hlo_loops import Frame
-from dense_jax.analysis.hlo_text import Computation, Instruction, Module, Shape, parse_module
+from dense_jax.analysis.hlo_text import (
+    Computation,
+    Instruction,
+    Module,
+    OpenLoopError,
+    Shape,
+    parse_module,
+)
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
@@ -81,15 +88,19 @@ class Cost:
     return tuple(Collective(k, self.counts[k], self.sizes[k]) for k in sorted(self.counts))
 
 
-def program_cost(text: str) -> Cost:
+def program_cost(text: str, *, open_trips: int | None = None) -> Cost:
   """The cost of one run of the program in `compiled.as_text()`, on one chip.
 
+  Args:
+    text: the program.
+    open_trips: how often loops run whose length is data; None makes them an error.
+
   Raises:
-    HloError: the text has a form that is not understood, or a loop whose trips it does not
-      tell.
+    OpenLoopError: the text does not tell how often a loop runs, and `open_trips` is None.
+    HloError: the text has a form that is not understood.
   """
   module = parse_module(text)
-  return _Walk(module).cost(Frame(module.computations[module.entry]))
+  return _Walk(module, open_trips).cost(Frame(module.computations[module.entry]))
 
 
 def _sum(parts: Iterable[tuple[Cost, int]]) -> Cost:
@@ -110,8 +121,8 @@ def _sum(parts: Iterable[tuple[Cost, int]]) -> Cost:
 class _Walk:
   """Adds up a module, from its entry."""
 
-  def __init__(self, module: Module) -> None:
-    self._module = module
+  def __init__(self, module: Module, open_trips: int | None) -> None:
+    self._module, self._open_trips = module, open_trips
     # Without what depends on the caller.
     self._fused = functools.cache(self._fused_cost)
 
@@ -130,7 +141,7 @@ class _Walk:
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
       return Cost()
     if opcode == "while":
-      trips = hlo_loops.trip_count(self._module, frame, instruction)
+      trips = self._trips(frame, instruction)
       # The condition is asked once more than the body runs.
       return _sum([
           (self._called(frame, instruction, "body"), trips),
@@ -147,6 +158,14 @@ class _Walk:
       return _sum([(self._fused(inner.name), 1), (moved, 1)])
     moved = Cost(bytes_accessed=_moved(computation, instruction))
     return _sum([(_own_cost(computation, instruction), 1), (moved, 1)])
+
+  def _trips(self, frame: Frame, loop: Instruction) -> int:
+    try:
+      return hlo_loops.trip_count(self._module, frame, loop)
+    except OpenLoopError:
+      if self._open_trips is None:
+        raise
+      return self._open_trips
 
   def _branches(self, frame: Frame, instruction: Instruction) -> list[Frame]:
     names = instruction.called("branch_computations") or instruction.called(
@@ -188,7 +207,7 @@ class _Walk:
         continue  # It passes through.
       if opcode == "bitcast":
         total += self._read(inner, user)
-      elif opcode in _SLICES and user.operands.count(value.name) == 1 == _times_first(user, value):
+      elif opcode in _SLICES and user.operands.index(value.name) == 0:
         total += user.shape.bytes
       elif opcode == "dynamic-update-slice" and user.operands[0] == value.name:
         continue  # In place.
@@ -236,11 +255,6 @@ def _is_middle_of_async(computation: Computation, instruction: Instruction) -> b
       user.attribute("custom_call_target") == _START
       for user in computation.users[instruction.name]
   )
-
-
-def _times_first(user: Instruction, value: Instruction) -> int:
-  """1 where the value is what the user slices."""
-  return int(user.operands[0] == value.name)
 
 
 def _own_cost(computation: Computation, instruction: Instruction) -> Cost:

@@ -9,7 +9,13 @@ constant. Bounds and beginnings may be passed through outer loops, fusions and c
 import dataclasses
 import re
 
-from dense_jax.analysis.hlo_text import Computation, HloError, Instruction, Module
+from dense_jax.analysis.hlo_text import (
+    Computation,
+    HloError,
+    Instruction,
+    Module,
+    OpenLoopError,
+)
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # What leaves a scalar's value, or a tuple's elements, as they are.
@@ -46,7 +52,7 @@ def trip_count(module: Module, frame: Frame, loop: Instruction) -> int:
   """How often the body of `loop`, an instruction of the frame's computation, runs.
 
   Raises:
-    HloError: the text does not tell.
+    OpenLoopError: the text does not tell.
   """
   known = _KNOWN.search(loop.attributes)
   if known:
@@ -54,9 +60,9 @@ def trip_count(module: Module, frame: Frame, loop: Instruction) -> int:
   try:
     count = _count(_Reader(module), frame, loop)
   except HloError as error:
-    raise HloError(f"the trips of the loop {loop.name} cannot be told: {error}") from error
+    raise OpenLoopError(f"the trips of loop {loop.name} cannot be told: {error}") from error
   if count is None:
-    raise HloError(f"the trips of the loop {loop.name} cannot be told from its condition")
+    raise OpenLoopError(f"the trips of loop {loop.name} cannot be told from its condition")
   return count
 
 

@@ -33,7 +33,11 @@ _METADATA = re.compile(r"metadata=\{[^{}]*\}")
 
 
 class HloError(ValueError):
-  """The text has a form, or a loop, that is not understood."""
+  """The text has a form that is not understood."""
+
+
+class OpenLoopError(HloError):
+  """The text does not tell how often a loop runs, as where that depends on data."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from dense_jax import experiment
-from dense_jax.analysis.hlo_text import HloError
 from dense_jax.cli import aot, common
 from dense_jax.config import ExperimentConfig, MeshConfig, field_types, invalid
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.files import write_atomically
-from dense_jax.types import InputError
 
 _EPILOG = """
 for example
@@ -47,10 +45,7 @@ def main(arguments: Sequence[str]) -> int:
   def say(what: str) -> None:
     print(f"{what} {options.program} for {options.topology} ...", file=sys.stderr, flush=True)
 
-  try:
-    report = aot.compile_program(config, options.topology, options.program, say=say)
-  except HloError as error:
-    raise InputError(f"what the program costs cannot be told: {error}") from error
+  report = aot.compile_program(config, options.topology, options.program, say=say)
   print(_describe(report))
   if options.json:
     text = json.dumps(report.as_dict(), indent=2) + "\n"
@@ -81,47 +76,55 @@ def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _describe(report: aot.Report) -> str:
-  """What is printed: memory, operations, collectives, bounds, and whether it fits."""
-  memory, cost, bound = report.memory, report.cost, report.bound
+  """What is printed: memory, work, collectives, bounds, and whether it fits."""
+  cost, bound = report.cost, report.bound
   mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
-  lines = [
+  memory = [
+      (name, _scaled(size, "B"))
+      for name, size in dataclasses.asdict(report.memory).items() if size is not None
+  ]
+  parts = [
       f"{report.program} on {report.topology}: {report.chips} chips, mesh {mesh}, "
       f"compiled in {report.compile_seconds:.0f} s",
-      "",
+      common.table([("memory a chip", ""), *memory]),
   ]
-  gigabytes = [("memory a chip", "GB")] + [
-      (name, f"{size / 1e9:.2f}")
-      for name, size in dataclasses.asdict(memory).items() if size is not None
-  ]
-  lines.append(common.table(gigabytes))
   if cost is not None and bound is not None:
-    lines += ["", common.table([
+    parts.append(common.table([
         ("work a chip", ""),
-        ("matmul TFLOP", f"{cost.matmul_flops / 1e12:.3f}"),
-        ("all TFLOP", f"{cost.flops / 1e12:.3f}"),
-        ("transcendentals, 1e9", f"{cost.transcendentals / 1e9:.2f}"),
-        ("HBM traffic, GB", f"{cost.bytes_accessed / 1e9:.2f}"),
-    ])]
-    if cost.collectives:
-      rows = [(c.kind, f"{c.count:,}", f"{c.bytes / 1e9:.3f}") for c in cost.collectives]
-      lines += ["", common.table([("collectives a chip", "count", "GB"), *rows])]
-    lines += ["", common.table([
-        ("no faster than (a bound, not a time)", "ms"),
-        ("matmuls at peak bf16 FLOP/s", f"{bound.compute * 1e3:.2f}"),
-        ("HBM traffic at its bandwidth", f"{bound.memory * 1e3:.2f}"),
-        ("collectives at the links' bandwidth", f"{bound.collectives * 1e3:.2f}"),
-        ("all of them", f"{bound.seconds * 1e3:.2f}"),
-    ])]
-  lines += ["", _verdict(report)]
-  return "\n".join(lines)
+        ("matmuls", _scaled(cost.matmul_flops, "FLOP")),
+        ("all arithmetic", _scaled(cost.flops, "FLOP")),
+        ("exp, log and the like", _scaled(cost.transcendentals, "")),
+        ("HBM traffic", _scaled(cost.bytes_accessed, "B")),
+    ]))
+    collectives = [(c.kind, f"{c.count:,}", _scaled(c.bytes, "B")) for c in cost.collectives]
+    if collectives:
+      parts.append(common.table([("collectives a chip", "count", ""), *collectives]))
+    parts.append(common.table([
+        ("no run is faster than (a bound, not a time)", ""),
+        ("matmuls at peak bf16 FLOP/s", _scaled(bound.compute, "s")),
+        ("HBM traffic at peak bandwidth", _scaled(bound.memory, "s")),
+        ("collectives at the links' peak bandwidth", _scaled(bound.collectives, "s")),
+        ("the slowest of them", _scaled(bound.seconds, "s")),
+    ]))
+  if report.note:
+    parts.append(f"note: {report.note}")
+  return "\n\n".join([*parts, _verdict(report)])
 
 
 def _verdict(report: aot.Report) -> str:
-  peak, capacity = report.memory.peak / 1e9, report.memory.capacity / 1e9
+  peak, capacity = (_scaled(size, "B") for size in (report.memory.peak, report.memory.capacity))
   if report.fits:
-    return f"fits: {peak:.2f} of {capacity:.0f} GB a chip"
-  refused = "; the compiler refused it" if report.cost is None else ""
-  return f"does not fit: it needs {peak:.2f} GB a chip, which has {capacity:.0f} GB{refused}"
+    return f"fits: {peak} of a chip's {capacity}"
+  refused = ", and the compiler refused it" if report.cost is None else ""
+  return f"does not fit: it needs {peak} of a chip's {capacity}{refused}"
+
+
+def _scaled(value: float, unit: str) -> str:
+  """Three digits and a decimal prefix, such as 4.83 MB."""
+  for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
+    if value >= 10**power:
+      return f"{value / 10**power:.3g} {prefix}{unit}"
+  return f"{value / 1e-6:.3g} u{unit}" if value else f"0 {unit}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from dense_jax.analysis.hlo import Cost, program_cost
-from dense_jax.analysis.hlo_text import HloError, parse_module, parse_shape
+from dense_jax.analysis.hlo_text import HloError, OpenLoopError, parse_module, parse_shape
 from dense_jax.models.params import abstract_model, get_params, with_params
 from tests.builders import model_config
 
@@ -72,8 +72,10 @@ def test_a_loop_of_unknown_length_is_an_error():
   def loop(x, weight):
     return jax.lax.while_loop(lambda x: jnp.sum(x) > 1, lambda x: x @ weight, x)
 
-  with pytest.raises(HloError, match="the trips of the loop while"):
-    cost(loop, X, *shapes((WIDTH, WIDTH)))
+  text = jax.jit(loop).lower(X, *shapes((WIDTH, WIDTH))).compile().as_text()
+  with pytest.raises(OpenLoopError, match="the trips of loop while"):
+    program_cost(text)
+  assert program_cost(text, open_trips=5).matmul_flops == 5 * MATMUL
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -213,11 +215,19 @@ ENTRY %main (a: f32[], b: f32[]) -> f32[] {{
         # Strides and a dilated kernel: taps at 0, 2, 4 of each second of the 9 numbers.
         ("f32[1,9,1]", "f32[3,1,1]", "f32[1,3,1]",
          "window={size=3 stride=2 rhs_dilate=2}, dim_labels=b0f_0io->b0f", 2 * 9),
-        # 4 * 16 matmuls of 256 x 64 and 64 x 128: the batch as axes with holes, where one tap
-        # in 4 * 16 meets a number. From a train step's text, layouts removed.
-        ("bf16[4,16,256,64]", "bf16[4,16,128,64]", "f32[4,16,256,128]",
+        # The next three are from the text of a Mamba-2 train step for a TPU v5e. A projection
+        # whose kernel's batch is a window that is slid back over padding:
+        ("bf16[1024,4384,1]", "bf16[4,2048,1024]", "bf16[4,2048,4384]",
+         "window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=fb0_0oi->0fb",
+         2 * 4 * 2048 * 1024 * 4384),
+        # 4 * 16 * 32 matmuls, their batch axes with holes between the numbers, and the same
+        # kernel for 32 of them.
+        ("bf16[4,16,128,128]", "bf16[4,16,128,128]", "f32[4,16,128,128]",
          "window={size=4x16 stride=3x15 lhs_dilate=4x16}, dim_labels=01bf_01oi->01bf",
-         2 * 4 * 16 * 256 * 64 * 128),
+         2 * 4 * 16 * 128**3),
+        ("bf16[4,16,128,32,64]", "bf16[4,16,128,128,1]", "f32[4,16,32,64,128]",
+         "window={size=4x16x1 stride=3x15x1 lhs_dilate=4x16x1}, dim_labels=01f2b_01io2->012bf",
+         2 * 4 * 16 * 32 * 64 * 128 * 128),
         # Four groups of the batch, each with two of the eight kernels.
         ("f32[4,10,3]", "f32[10,3,8]", "f32[1,1,8]",
          "window={size=10}, dim_labels=b0f_0io->b0f, batch_group_count=4", 2 * 8 * 10 * 3),
@@ -227,52 +237,63 @@ def test_convolutions_count_taps_that_meet_numbers(left, right, result, attribut
   assert convolution(left, right, result, attributes) == flops
 
 
-def test_an_instruction_as_the_tpu_compiler_writes_it():
-  text = """HloModule jit_step, is_scheduled=true
+# A loop over a stack of weights in the form of a TPU program's text, shapes' layouts abridged.
+TPU_LOOP = """HloModule jit_step, is_scheduled=true
 
-%body (p: (s32[], f32[64,64], bf16[4,64,64])) -> (s32[], f32[64,64], bf16[4,64,64]) {
-  %p = (s32[]{:T(128)}, f32[64,64]{1,0:T(8,128)}, /*index=2*/bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  %x = f32[64,64]{1,0:T(8,128)} get-tuple-element(%p), index=1
-  %w = bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=2
-  %one = s32[]{:T(128)} constant(1)
-  %next = s32[]{:T(128)} add(%i, %one)
-  %y = f32[64,64]{1,0:T(8,128)} fusion(%x, %w, %i), kind=kOutput, calls=%matmul, backend_config={"flag_configs":[]}
-  ROOT %r = (s32[]{:T(128)}, f32[64,64]{1,0:T(8,128)}, bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)}) tuple(%next, %y, %w)
+%body (p: (s32[], X, STACK)) -> (s32[], X, STACK) {
+  %p = (S32, X, /*index=2*/STACK:S(1)) parameter(0)
+  %i = S32 get-tuple-element(%p), index=0
+  %x = X get-tuple-element(%p), index=1
+  %w = STACK:S(1) get-tuple-element(%p), index=2
+  %one = S32 constant(1)
+  %next = S32 add(%i, %one)
+  %y = X fusion(%x, %w, %i), kind=kOutput, calls=%matmul, backend_config={"flag_configs":[]}
+  ROOT %r = (S32, X, STACK:S(1)) tuple(%next, %y, %w)
 }
 
-%matmul (a: f32[64,64], b: bf16[4,64,64], c: s32[]) -> f32[64,64] {
-  %a = f32[64,64]{1,0:T(8,128)} parameter(0)
-  %b = bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)} parameter(1)
-  %c = s32[]{:T(128)} parameter(2)
-  %zero = s32[]{:T(128)} constant(0)
-  %slice = bf16[1,64,64]{2,1,0:T(8,128)(2,1)} dynamic-slice(%b, %c, %zero, %zero), dynamic_slice_sizes={1,64,64}
+%matmul (a: X, b: STACK, c: s32[]) -> X {
+  %a = X parameter(0)
+  %b = STACK:S(1) parameter(1)
+  %c = S32 parameter(2)
+  %zero = S32 constant(0)
+  %slice = bf16[1,64,64]{2,1,0} dynamic-slice(%b, %c, %zero), dynamic_slice_sizes={1,64,64}
   %flat = bf16[64,64]{1,0:T(8,128)(2,1)} bitcast(%slice)
-  ROOT %convolution.1 = f32[64,64]{1,0:T(8,128)} convolution(%a, %flat), dim_labels=bf_io->bf, metadata={op_name="jit(step)/while/body/dot_general" stack_frame_id=473}
+  ROOT %convolution.1 = X convolution(%a, %flat), dim_labels=bf_io->bf, metadata={op_name="a/(b)"}
 }
 
-%condition (p: (s32[], f32[64,64], bf16[4,64,64])) -> pred[] {
-  %p = (s32[]{:T(128)}, f32[64,64]{1,0:T(8,128)}, bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  %four = s32[]{:T(128)} constant(4)
+%condition (p: (s32[], X, STACK)) -> pred[] {
+  %p = (S32, X, STACK:S(1)) parameter(0)
+  %i = S32 get-tuple-element(%p), index=0
+  %four = S32 constant(4)
   ROOT %less = pred[]{:T(512)} compare(%i, %four), direction=LT
 }
 
-ENTRY %main (x: f32[64,64], w: bf16[4,64,64]) -> f32[64,64] {
-  %x = f32[64,64]{1,0:T(8,128)} parameter(0)
-  %w = bf16[4,64,64]{2,1,0:T(8,128)(2,1)} parameter(1)
-  %copy-start = (bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)}, bf16[4,64,64]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%w)
-  %copy-done = bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
-  %zero = s32[]{:T(128)} constant(0)
-  %t = (s32[]{:T(128)}, f32[64,64]{1,0:T(8,128)}, bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)}) tuple(%zero, %x, %copy-done)
-  %while = (s32[]{:T(128)}, f32[64,64]{1,0:T(8,128)}, bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)}) while(%t), condition=%condition, body=%body
-  ROOT %y = f32[64,64]{1,0:T(8,128)} get-tuple-element(%while), index=1
+ENTRY %main (x: X, w: STACK) -> X {
+  %x = X parameter(0)
+  %w = STACK:S(0) parameter(1)
+  %copy-start = (STACK:S(1), STACK:S(0), u32[]{:S(2)}) copy-start(%w)
+  %copy-done = STACK:S(1) copy-done(%copy-start)
+  %zero = S32 constant(0)
+  %t = (S32, X, STACK:S(1)) tuple(%zero, %x, %copy-done)
+  %while = (S32, X, STACK:S(1)) while(%t), condition=%condition, body=%body
+  ROOT %y = X get-tuple-element(%while), index=1
 }
 """
+
+
+def test_a_loop_as_the_tpu_compiler_writes_it():
+  text = TPU_LOOP
+  for short, shape in {
+      "S32": "s32[]{:T(128)}", "X": "f32[64,64]{1,0:T(8,128)}",
+      "STACK:S(1)": "bf16[4,64,64]{2,1,0:T(8,128)(2,1)S(1)}",
+      "STACK:S(0)": "bf16[4,64,64]{2,1,0:T(8,128)(2,1)}", "STACK": "bf16[4,64,64]",
+  }.items():
+    text = text.replace(short, shape)
   found = program_cost(text)
   assert found.matmul_flops == found.flops == 4 * 2 * 64**3
-  # The weights once, into the chip's own memory; of a trip, x and y, and the counter: the
-  # body adds one and reads it for the slice, the condition reads it once more, and a bound.
+  # The weights once, into the chip's own memory. In a trip x and y, and the counter: one is
+  # added to it, and the slice reads it; the condition compares it, once more than there are
+  # trips.
   body, condition = 2 * 4 * 64 * 64 + 3 * 4 + 4, 2 * 4 + 1
   assert found.bytes_accessed == 2 * 4 * 64 * 64 + 4 * body + 5 * condition
 
@@ -312,12 +333,13 @@ ENTRY %main (p: bf16[1,64]) -> bf16[2,64] {{
 
 
 def test_a_kernel_costs_what_its_author_says():
-  text = """HloModule m
-ENTRY %main (x: f32[8,128]) -> f32[8,128] {
-  %x = f32[8,128]{1,0} parameter(0)
-  ROOT %k = f32[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzvUg","cost_estimate":{"flops":"5000","transcendentals":"70","bytes_accessed":"8192"}}}
-}
-"""
+  text = (
+      "HloModule m\nENTRY %main (x: f32[8,128]) -> f32[8,128] {\n"
+      "  %x = f32[8,128]{1,0} parameter(0)\n"
+      '  ROOT %k = f32[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", '
+      'backend_config={"custom_call_config":{"body":"TUzvUg","cost_estimate":{"flops":"5000",'
+      '"transcendentals":"70","bytes_accessed":"8192"}}}\n}\n'
+  )
   found = program_cost(text)
   assert (found.flops, found.matmul_flops, found.transcendentals) == (5000, 0, 70)
   assert found.bytes_accessed == 8192
