@@ -150,9 +150,9 @@ class _Walk:
     if opcode == "conditional":
       branches = [self.cost(branch) for branch in self._branches(frame, instruction)]
       return max(branches, key=lambda cost: (cost.flops, cost.bytes_accessed))
-    if opcode == "call" or (opcode == "async-start" and instruction.called("calls")):
+    if opcode in ("call", "call-start", "async-start"):
       return self._called(frame, instruction)
-    if opcode == "fusion":
+    if opcode in ("fusion", "fusion-start"):
       inner = self._module.computations[instruction.called("calls")[0]]
       moved = Cost(bytes_accessed=self._fusion_bytes(computation, instruction, inner))
       return _sum([(self._fused(inner.name), 1), (moved, 1)])
@@ -192,7 +192,7 @@ class _Walk:
       self, computation: Computation, fusion: Instruction, inner: Computation
   ) -> int:
     """What a fusion moves: the slices of its operands that it uses, and its results."""
-    total = self._written(inner, inner.root, fusion.shape)
+    total = self._written(inner, inner.root, _result(fusion))
     for operand, parameter in zip(fusion.operands, inner.parameters, strict=True):
       source = computation.instructions[operand].shape
       total += _in_main(source, self._read(inner, parameter))

@@ -41,7 +41,7 @@ def test_a_loop_counts_as_often_as_it_runs(unroll):
   found = cost(functools.partial(stacked, unroll=unroll), X, WEIGHTS)
   assert found.matmul_flops == found.flops == TRIPS * MATMUL
   assert found.transcendentals == TRIPS * ROWS * WIDTH
-  (one,) = [cost(lambda x, weight: layer(x, weight)[0], X, *shapes((WIDTH, WIDTH)))]
+  one = cost(lambda x, weight: layer(x, weight)[0], X, *shapes((WIDTH, WIDTH)))
   assert found.flops == TRIPS * one.flops
 
 
