@@ -202,8 +202,9 @@ class ModelConfig:
     block_layers: layers of a super-block, the body of the scan over layers; 0 takes
       max(m, 1), or the next multiple of dense.stride. With `layers`, every layer is
       compiled apart.
-    remat: what the backward pass recomputes: "none"; "minimal", all but matmuls of a
-      super-block; "full", a super-block, and in it each layer and each dense read.
+    remat: what the backward pass computes again: "none"; "minimal", all but matmuls of a
+      super-block; "reads", all but each layer's input and what dense connections read of it,
+      one layer at a time; "full", all but what enters a super-block, and then in it as "reads".
     implementation: the recurrence's form, see `dense_jax.ops.dispatch`.
     chunk: C of the chunked forms; 0 takes the form's own.
     dense: the dense connections.
@@ -218,7 +219,7 @@ class ModelConfig:
   norm_eps: float = number(1e-5, 0, open_low=True)
   dtype: str = choice("float32", "float32", "bfloat16")
   block_layers: int = integer(0, 0)
-  remat: str = choice("none", "none", "minimal", "full")
+  remat: str = choice("none", "none", "minimal", "reads", "full")
   implementation: str = choice(
       "auto", "auto", "associative", "chunked", "conv", "recurrent", "softmax"
   )

@@ -48,7 +48,7 @@ class FusedStates:
 
   def read(self, query: Array) -> Array:
     """See `StateSequence`."""
-    return self.own.read(query) + self.phi.read(self.below, query)
+    return self.own.read(query) + self.phi.gated(self.phi.read(self.below, query))
 
   def read_mapped(self, query: Array, function: Mapped, inputs: Array | None) -> Array:
     """See `StateSequence`; `function` must be linear in the states."""
@@ -90,7 +90,7 @@ class DenseConnection(nnx.Module):
     dense = config.dense
     self.inject = dense.inject if sources else ""
     self.share_fused = dense.source == "fused"
-    self.remat_reads = config.remat == "full"
+    self.remat_reads = config.remat in ("reads", "full")
     if self.inject == "inputs":
       if not inputs:
         raise invalid(
@@ -166,13 +166,19 @@ class DenseConnection(nnx.Module):
       return own, states.shared()
     sources = [cast(StateSequence, source) for source in shallow]
 
-    def read(x: Array, query: Array, source: StateSequence, index: int) -> Array:
-      phi = self.transition.phi(x, own.shape, index)
-      return phi.read(source, self.fusion.query(query, index + 1)).astype(x.dtype)
+    def read(phi: Phi, query: Array, source: StateSequence) -> Array:
+      return phi.read(source, query).astype(x.dtype)
 
-    if self.remat_reads:  # So that no two reads' intermediate values exist together.
-      read = jax.checkpoint(read, static_argnums=3)
-    reads = [read(x, query, source, index) for index, source in enumerate(sources)]
+    if self.remat_reads:
+      read = jax.checkpoint(read)
+    reads: list[Array] = []
+    for index, source in enumerate(sources):
+      phi = self.transition.phi(x, own.shape, index)
+      if self.remat_reads and reads:
+        # One read after the other, also in the backward pass: so that no two reads'
+        # intermediate values exist together.
+        source, reads[-1] = jax.lax.optimization_barrier((source, reads[-1]))
+      reads.append(phi.gated(read(phi, self.fusion.query(query, index + 1), source)))
     fused = self.fusion(x, own, reads)
     if not self.share_fused:
       return fused, states.shared()

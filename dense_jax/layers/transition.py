@@ -92,7 +92,7 @@ class Phi:
   """The transition of one source at the tokens at hand, [B, T, ...] or [B, ...].
 
   Attributes:
-    channel_gate: g_E in the shape of a read, float32; None is one.
+    channel_gate: g_E in the shape of a read; None is one.
     state_gate: g_N, [..., N]; None is one.
     matrix: the linear projection, [N, N] or [J, N, N]; None is the identity.
     low_rank: V [N, R] and U [R, N] of the projection h + U silu(V h); None without.
@@ -106,22 +106,23 @@ class Phi:
   fixed_query: bool = dataclasses.field(metadata={"static": True})
 
   def read(self, source: StateSequence, query: Array) -> Array:
-    """What the query reads of phi(h), float32."""
+    """What the query reads of phi(h) but for the channel gate, float32."""
     gate = self.state_gate
     if self.low_rank is not None or (gate is not None and self.fixed_query):
-      y = source.read_mapped(query, self.project, gate)
-    else:
-      if gate is not None:
-        query = query * gate.reshape(*gate.shape[:-1], *(1,) * (query.ndim - gate.ndim), -1)
-      if self.matrix is not None:
-        query = project_query(query, self.matrix)
-      y = source.read(query)
-    return self.gated(y)
+      return source.read_mapped(query, self.project, gate)
+    if gate is not None:
+      query = query * gate.reshape(*gate.shape[:-1], *(1,) * (query.ndim - gate.ndim), -1)
+    if self.matrix is not None:
+      query = project_query(query, self.matrix)
+    return source.read(query)
 
   def gated(self, y: Array) -> Array:
-    """The channel gate times a read, or (with one axis more) times states."""
-    gate = self.channel_gate
-    return y if gate is None else gate.reshape(*gate.shape, *(1,) * (y.ndim - gate.ndim)) * y
+    """The channel gate times a read, or (with one axis more) times states; float32."""
+    y = y.astype(jnp.float32)
+    if self.channel_gate is None:
+      return y
+    gate = self.channel_gate.astype(jnp.float32)
+    return gate.reshape(*gate.shape, *(1,) * (y.ndim - gate.ndim)) * y
 
   def project(self, h: Array, state_gate: Array | None) -> Array:
     """The projection times g_N, of one token's states [B, ..., N], with g_N [B, N]."""
@@ -170,7 +171,7 @@ class Transition(nnx.Module):
     """phi of a source (0 is the nearest) at the layer's input [..., D]."""
     channel = state = matrix = low_rank = None
     if hasattr(self, "channel_gates"):
-      channel = of_source(self.channel_gates, source)(x).astype(jnp.float32).reshape(read_shape)
+      channel = of_source(self.channel_gates, source)(x).reshape(read_shape)
     if hasattr(self, "state_gates"):
       # Around one: were both gates zero at the start, neither would learn.
       state = 1 + of_source(self.state_gates, source)(x)
