@@ -135,6 +135,11 @@ class _Plan:
   state_size: int
   interpret: bool
 
+  @property
+  def rows(self) -> int:
+    """Of a state, E."""
+    return self.heads * self.channels
+
 
 def _stream(plan: _Plan, source: Matrix) -> Stream:
   """Pads and joins axes, without a transposed copy of anything large."""
@@ -185,123 +190,124 @@ def _blocks(plan: _Plan, states: int, tokens: int) -> Blocks:
 
 
 class _Specs:
-  """The blocks of arrays that a program (row of the batch, block of rows, chunk) sees."""
+  """The blocks that a program sees: row b of the batch, block i of rows, step g of chunks."""
 
-  def __init__(self, plan: _Plan, blocks: Blocks, reverse: bool):
-    rows, size = blocks.rows, plan.state_size
-    per_group, parts = blocks.per_group, blocks.parts
+  def __init__(self, plan: _Plan, blocks: Blocks, *, reverse: bool):
+    chunk, size = plan.chunk, plan.state_size
+    # Unlike // and %, these need nothing that the TPU compiler must know the sign of.
+    div, rem = jax.lax.div, jax.lax.rem
 
     def at(g: int) -> int:
       return plan.chunks - 1 - g if reverse else g
 
     def cum(batch: int) -> pl.BlockSpec:
       return pl.BlockSpec(
-          (None, blocks.heads, None, 1, plan.chunk),
-          lambda b, i, g: (b if batch > 1 else 0, jax.lax.div(i, parts), at(g), 0, 0),
+          (None, blocks.heads, None, 1, chunk),
+          lambda b, i, g: (b if batch > 1 else 0, div(i, blocks.parts), at(g), 0, 0),
       )
 
-    self.cum = cum
-    self.keys = pl.BlockSpec((None, plan.chunk, size), lambda b, i, g: (b, at(g), jax.lax.div(i, per_group)))
-    self.values = pl.BlockSpec((None, plan.chunk, rows), lambda b, i, g: (b, at(g), i))
-    self.state = pl.BlockSpec(memory_space=pl.ANY)
-    self.between = pl.BlockSpec((None, None, rows, size), lambda b, i, g: (b, at(g), i, 0))
-    self.count = pl.BlockSpec((None, None, 1, plan.chunk), lambda b, i, g: (b, at(g), 0, 0))
-    # Gradients that several blocks contribute to.
+    self._cum = cum
+    self._keys = pl.BlockSpec(
+        (None, chunk, size), lambda b, i, g: (b, at(g), div(i, blocks.per_group))
+    )
+    self.values = pl.BlockSpec((None, chunk, blocks.rows), lambda b, i, g: (b, at(g), i))
+    self.between = pl.BlockSpec((None, None, blocks.rows, size), lambda b, i, g: (b, at(g), i, 0))
+    self.count = pl.BlockSpec((None, None, 1, chunk), lambda b, i, g: (b, at(g), 0, 0))
+    self.whole = pl.BlockSpec(memory_space=pl.ANY)
+    # Gradients to which several blocks contribute have an axis of shares.
     self.d_keys = pl.BlockSpec(
-        (None, None, plan.chunk, size),
-        lambda b, i, g: (jax.lax.rem(i, per_group), b, at(g), jax.lax.div(i, per_group)),
+        (None, None, chunk, size),
+        lambda b, i, g: (rem(i, blocks.per_group), b, at(g), div(i, blocks.per_group)),
     )
     self.d_cum = pl.BlockSpec(
-        (None, None, blocks.heads, None, 1, plan.chunk),
-        lambda b, i, g: (jax.lax.rem(i, parts), b, jax.lax.div(i, parts), at(g), 0, 0),
+        (None, None, blocks.heads, None, 1, chunk),
+        lambda b, i, g: (rem(i, blocks.parts), b, div(i, blocks.parts), at(g), 0, 0),
     )
 
   def stream(self, stream: Stream) -> Stream:
     return Stream(
-        q_BTK=self.keys, k_BTK=self.keys, v_BTE=self.values,
-        cum_BHG1C=self.cum(stream.cum_BHG1C.shape[0]),
-        gate_BTE=None if stream.gate_BTE is None else self.values, initial_BEN=self.state,
+        q_BTK=self._keys, k_BTK=self._keys, v_BTE=self.values,
+        cum_BHG1C=self._cum(stream.cum_BHG1C.shape[0]),
+        gate_BTE=None if stream.gate_BTE is None else self.values, initial_BEN=self.whole,
     )
-
-
-def _cost(plan: _Plan, blocks: Blocks, matmuls: tuple[int, int, int], arrays: PyTree):
-  """Of matmuls [C, C] by N for each block, by P for each head, and of states by tokens."""
-  by_keys, by_channels, states = matmuls
-  tokens = plan.batch * plan.chunks * plan.chunk
-  width, rows = plan.state_size, plan.heads * plan.channels
-  return pl.CostEstimate(
-      flops=2 * tokens * (
-          plan.chunk * (by_keys * blocks.count * width + by_channels * rows) + states * rows * width
-      ),
-      transcendentals=tokens * plan.chunk * blocks.count * blocks.heads,
-      bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays)),
-  )
 
 
 def _call(
     kernel: Callable[..., None],
     plan: _Plan,
     blocks: Blocks,
-    inputs: tuple[PyTree, PyTree],
-    outputs: tuple[PyTree, PyTree],
-    states: int,
+    inputs: PyTree,
+    in_specs: PyTree,
+    outputs: PyTree,
+    out_specs: PyTree,
+    *,
+    sources: int,
     matmuls: tuple[int, int, int],
 ) -> PyTree:
   """Runs a kernel over rows of the batch, blocks of rows and, in order, chunks.
 
   Args:
-    kernel: takes the blocks, then references of inputs, outputs and `states` of scratch.
+    kernel: takes the blocks, then references of inputs, outputs, one state [X, N] a source,
+      and a semaphore.
     plan: the sizes.
-    blocks: the blocks of rows.
-    inputs: arrays and their specs.
-    outputs: shapes and their specs.
-    states: scratch buffers [X, N].
-    matmuls: see `_cost`.
+    blocks: how states are cut.
+    inputs: the kernel's arguments.
+    in_specs: their blocks.
+    outputs: the results' shapes.
+    out_specs: their blocks.
+    sources: that the kernel takes.
+    matmuls: how many it does of a source's chunk: [C, C] by N for a block, [C, C] by P for a
+      head, and [C, N] by P for a head.
   """
-  scratch = pltpu.VMEM((blocks.rows, plan.state_size), jnp.float32)
+  by_keys, by_channels, by_states = matmuls
+  tokens = sources * plan.batch * plan.chunks * plan.chunk
+  cost = pl.CostEstimate(
+      flops=2 * tokens * (
+          plan.chunk * (by_keys * blocks.count * plan.state_size + by_channels * plan.rows)
+          + by_states * plan.rows * plan.state_size
+      ),
+      transcendentals=tokens * plan.chunk * blocks.count * blocks.heads,
+      bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs))),
+  )
+  state = pltpu.VMEM((blocks.rows, plan.state_size), jnp.float32)
   return pl.pallas_call(
       functools.partial(kernel, blocks),
       grid=(plan.batch, blocks.count, plan.chunks),
-      in_specs=inputs[1],
-      out_specs=outputs[1],
-      out_shape=outputs[0],
-      scratch_shapes=[[scratch] * states, pltpu.SemaphoreType.DMA(())],
+      in_specs=in_specs,
+      out_specs=out_specs,
+      out_shape=outputs,
+      scratch_shapes=[[state] * sources, pltpu.SemaphoreType.DMA(())],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary")
       ),
-      cost_estimate=_cost(plan, blocks, matmuls, (inputs[0], outputs[0])),
+      cost_estimate=cost,
       interpret=plan.interpret,
-  )(*inputs[0])
+  )(*inputs)
 
 
 def _forward(
-    plan: _Plan, streams: tuple[Stream, ...], count_BG1C: Array | None, save: bool
+    plan: _Plan, streams: tuple[Stream, ...], count_BG1C: Array | None, *, save: bool
 ) -> tuple[Array, Array, list[Array | None]]:
   """y_BTE, final_BEN of the first source and, if `save`, each source's states between chunks."""
   sources = len(streams)
   in_bytes = sum(x.dtype.itemsize for s in streams for x in (s.v_BTE, s.gate_BTE) if x is not None)
-  # What moves is held twice. Five intermediate values of tokens, two of states.
-  blocks = _blocks(
-      plan, states=sources + 2, tokens=in_bytes // 2 + 2 + 5
-  )
+  # What is streamed is held twice: values and gates, y. The rest are intermediate values.
+  blocks = _blocks(plan, states=sources + 2, tokens=in_bytes // 2 + 2 + 5)
   specs = _Specs(plan, blocks, reverse=False)
-  rows = plan.heads * plan.channels
-  tokens = jax.ShapeDtypeStruct((plan.batch, plan.chunks * plan.chunk, rows), jnp.float32)
-  state = jax.ShapeDtypeStruct((plan.batch, rows, plan.state_size), jnp.float32)
-  between = jax.ShapeDtypeStruct((plan.batch, plan.chunks, *state.shape[1:]), jnp.float32)
+  tokens = (plan.batch, plan.chunks * plan.chunk, plan.rows)
+  state = (plan.rows, plan.state_size)
+  y_BTE, final_BEN = (
+      jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (tokens, (plan.batch, *state))
+  )
+  before_BGEN = jax.ShapeDtypeStruct((plan.batch, plan.chunks, *state), jnp.float32)
   return _call(
       forward_kernel, plan, blocks,
-      ((streams, count_BG1C), (tuple(map(specs.stream, streams)), _given(count_BG1C, specs.count))),
-      (
-          (tokens, state, [between if save else None] * sources),
-          (specs.values, specs.state, [specs.state if save else None] * sources),
-      ),
-      sources, (sources, sources, 2 * sources),
+      (streams, count_BG1C),
+      (tuple(map(specs.stream, streams)), None if count_BG1C is None else specs.count),
+      (y_BTE, final_BEN, [before_BGEN if save else None] * sources),
+      (specs.values, specs.whole, [specs.whole if save else None] * sources),
+      sources=sources, matmuls=(1, 1, 2),
   )
-
-
-def _given(x: Array | None, spec: pl.BlockSpec) -> pl.BlockSpec | None:
-  return None if x is None else spec
 
 
 def _backward(
@@ -312,42 +318,39 @@ def _backward(
     d_final_BEN: Array | None,
     before_BGEN: Array,
 ) -> Stream:
-  """One source's gradients."""
-  gate_bytes = 0 if stream.gate_BTE is None else stream.gate_BTE.dtype.itemsize
-  blocks = _blocks(plan, states=5, tokens=stream.v_BTE.dtype.itemsize + gate_bytes + 2 + 9)
+  """One source's gradients. The others' do not matter for them, and would take VMEM."""
+  in_bytes = sum(x.dtype.itemsize for x in (stream.v_BTE, stream.gate_BTE) if x is not None)
+  # What is streamed is held twice: dy, values, gates and their gradients, the states between.
+  blocks = _blocks(plan, states=5, tokens=in_bytes + 2 + 9)
   specs = _Specs(plan, blocks, reverse=True)
-
-  def keys(x_BTK: Array) -> jax.ShapeDtypeStruct:
-    # Sums are float32.
-    dtype = x_BTK.dtype if blocks.per_group == 1 else jnp.float32
-    return jax.ShapeDtypeStruct((blocks.per_group, *x_BTK.shape), dtype)
-
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stream)
-  cum_shape = (blocks.parts, plan.batch, *stream.cum_BHG1C.shape[1:])
-  shapes = dataclasses.replace(
-      shapes, q_BTK=keys(stream.q_BTK), k_BTK=keys(stream.k_BTK),
-      cum_BHG1C=jax.ShapeDtypeStruct(cum_shape, jnp.float32),
+  in_specs = specs.stream(stream)
+  out_specs = dataclasses.replace(
+      in_specs, q_BTK=specs.d_keys, k_BTK=specs.d_keys, cum_BHG1C=specs.d_cum
   )
-  stream_specs = specs.stream(stream)
+
+  def shares(x: Array, number: int) -> jax.ShapeDtypeStruct:
+    """What is summed below: float32, unless there is nothing to sum."""
+    shape = (number, plan.batch, *x.shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype if number == 1 else jnp.float32)
+
+  shapes = dataclasses.replace(
+      jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stream),
+      q_BTK=shares(stream.q_BTK, blocks.per_group),
+      k_BTK=shares(stream.k_BTK, blocks.per_group),
+      cum_BHG1C=shares(stream.cum_BHG1C, blocks.parts),
+  )
   gradient = _call(
       backward_kernel, plan, blocks,
+      (stream, count_BG1C, dy_BTE, d_final_BEN, before_BGEN),
       (
-          (stream, count_BG1C, dy_BTE, d_final_BEN, before_BGEN),
-          (
-              stream_specs, _given(count_BG1C, specs.count), specs.values,
-              _given(d_final_BEN, specs.state), specs.between,
-          ),
+          in_specs, None if count_BG1C is None else specs.count, specs.values,
+          None if d_final_BEN is None else specs.whole, specs.between,
       ),
-      (
-          shapes,
-          dataclasses.replace(
-              stream_specs, q_BTK=specs.d_keys, k_BTK=specs.d_keys, cum_BHG1C=specs.d_cum
-          ),
-      ),
-      1, (3, 3, 5),
+      shapes, out_specs,
+      sources=1, matmuls=(3, 3, 5),
   )
   d_cum_BHG1C = jnp.sum(gradient.cum_BHG1C, axis=0)
-  if stream.cum_BHG1C.shape[0] == 1:
+  if stream.cum_BHG1C.shape[0] < plan.batch:
     d_cum_BHG1C = jnp.sum(d_cum_BHG1C, axis=0, keepdims=True)
   return dataclasses.replace(
       gradient,
