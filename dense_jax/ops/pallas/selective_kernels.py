@@ -244,7 +244,7 @@ def _adjoint(
     gradient.x_BTE[rows, :] = (du_CE * tokens.dt_CE).astype(gradient.x_BTE.dtype)
     gradient.b_BTN[rows, :] += jnp.concatenate(db[::-1], axis=1).T
     gradient.c_BTN[rows, :] += jnp.concatenate(dc[::-1], axis=1).T
-    if source.gate_BTE is not None:
+    if gradient.gate_BTE is not None:
       dgate_CE = dy_CE * _stack(reads[::-1])
       gradient.gate_BTE[rows, :] = dgate_CE.astype(gradient.gate_BTE.dtype)
     return carry_NE, da_NE
