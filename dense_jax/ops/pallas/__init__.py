@@ -1,1 +1,1 @@
-"""TPU kernels (Pallas), each beside nothing but its own tuning knobs."""
+"""TPU kernels, each beside nothing but its own tuning knobs."""
