@@ -6,7 +6,7 @@ are blocks of the arrays that they name: references, which are read and written 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from dense_jax.types import Array
 
 # Tokens whose steps are unrolled: the rows of a bfloat16 tile, so that blocks are aligned.
 GROUP = 16
+
+Ref: TypeAlias = Any
+"""A block in memory, of Pallas' own type."""
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +50,7 @@ class _Tokens(NamedTuple):
 
   dt_CE: Array
   x_CE: Array
+  u_CE: Array
   b_NC: Array
   c_NC: Array
   keep_CE: Array | None
@@ -58,8 +62,8 @@ class _Tokens(NamedTuple):
 
   def step(self, a_NE: Array, h_NE: Array, token: int) -> Array:
     """The state after the token, h_NE."""
-    u_CE = self.dt_CE * self.x_CE
-    return self.decay(a_NE, token) * h_NE + _row(u_CE, token) * _column(self.b_NC, token)
+    u_NE = _row(self.u_CE, token) * _column(self.b_NC, token)
+    return self.decay(a_NE, token) * h_NE + u_NE
 
 
 def _row(x_CE: Array, token: int) -> Array:
@@ -75,15 +79,16 @@ def _rows(group: Array) -> Any:
   return pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
 
 
-def _load(ref: Any, rows: Any) -> Array:
+def _load(ref: Ref, rows: Any) -> Array:
   return ref[rows, :].astype(jnp.float32)
 
 
-def _tokens(source: Diagonal, keep: Any, rows: Any) -> _Tokens:
-  dt_CE = _load(source.dt_BTE, rows)
+def _tokens(source: Diagonal, keep: Ref, rows: Any) -> _Tokens:
+  dt_CE, x_CE = _load(source.dt_BTE, rows), _load(source.x_BTE, rows)
   return _Tokens(
       dt_CE=dt_CE,
-      x_CE=_load(source.x_BTE, rows),
+      x_CE=x_CE,
+      u_CE=dt_CE * x_CE,
       b_NC=_load(source.b_BTN, rows).T,
       c_NC=_load(source.c_BTN, rows).T,
       keep_CE=None if keep is None else jnp.broadcast_to(_load(keep, rows), dt_CE.shape),
@@ -96,11 +101,11 @@ def _stack(rows: Sequence[Array]) -> Array:
 
 def forward_kernel(
     sources: tuple[Diagonal, ...],
-    keep: Any,
-    y: Any,
-    final: Any,
-    before: tuple[Any, ...],
-    states: Any,
+    keep: Ref,
+    y: Ref,
+    final: Ref,
+    before: tuple[Ref, ...],
+    states: Ref,
 ) -> None:
   """One chunk and tile. All but the first two arguments are written.
 
@@ -142,19 +147,19 @@ def forward_kernel(
 
 def backward_kernel(
     sources: tuple[Diagonal, ...],
-    keep: Any,
-    before: tuple[Any, ...],
-    dy: Any,
-    dfinal: Any,
+    keep: Ref,
+    before: tuple[Ref, ...],
+    dy: Ref,
+    dfinal: Ref,
     gradients: tuple[Diagonal, ...],
-    states: Any,
-    carry: Any,
-    da: Any,
+    states: Ref,
+    carry: Ref,
+    da: Ref,
 ) -> None:
   """One chunk and tile, the last chunk first. The last four arguments are written.
 
-  `states` [C + 1, N, E] are a chunk's, the one before it first. `carry` and `da`
-  [S, tiles, N, E] are what the chunks so far give the state before them, and A.
+  `states` [tokens + 1, N, E] are a chunk's, the one before it first. `carry` and `da`
+  [S, tiles, N, E] are the gradients, by the chunks so far, of the state before them and of A.
   """
   chunk, tile = pl.program_id(1), pl.program_id(2)
 
@@ -181,8 +186,8 @@ def backward_kernel(
     gradient.a_NE[...] = da[index, tile]
 
 
-def _make_states(source: Diagonal, keep: Any, states: Any) -> None:
-  """Fills `states` [C + 1, N, E] from the first on."""
+def _make_states(source: Diagonal, keep: Ref, states: Ref) -> None:
+  """Fills `states` [tokens + 1, N, E] from the first on."""
   a_NE = source.a_NE[...]
 
   def group(number: Array, h_NE: Array) -> Array:
@@ -197,10 +202,10 @@ def _make_states(source: Diagonal, keep: Any, states: Any) -> None:
 
 def _adjoint(
     source: Diagonal,
-    keep: Any,
-    dy: Any,
+    keep: Ref,
+    dy: Ref,
     gradient: Diagonal,
-    states: Any,
+    states: Ref,
     carry_NE: Array,
     da_NE: Array,
 ) -> tuple[Array, Array]:
@@ -220,7 +225,6 @@ def _adjoint(
     dread_CE = dy_CE = _load(dy, rows)
     if source.gate_BTE is not None:
       dread_CE = dy_CE * _load(source.gate_BTE, rows)
-    u_CE = tokens.dt_CE * tokens.x_CE
     du, ddecay, reads, db, dc = [], [], [], [], []
     h_NE = states[number * GROUP + GROUP]
     for token in reversed(range(GROUP)):
@@ -230,7 +234,7 @@ def _adjoint(
         reads.append(jnp.sum(h_NE * c_N1, axis=0, keepdims=True))
       dc.append(jnp.sum(h_NE * dread_1E, axis=1, keepdims=True))
       dh_NE = carry_NE + c_N1 * dread_1E
-      db.append(jnp.sum(dh_NE * _row(u_CE, token), axis=1, keepdims=True))
+      db.append(jnp.sum(dh_NE * _row(tokens.u_CE, token), axis=1, keepdims=True))
       du.append(jnp.sum(dh_NE * b_N1, axis=0, keepdims=True))
       carry_NE = dh_NE * tokens.decay(a_NE, token)
       h_NE = states[number * GROUP + token]

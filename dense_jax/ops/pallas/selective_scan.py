@@ -114,7 +114,7 @@ def _default_chunk(sources: Sequence[Diagonal]) -> int:
   waiting = 4 * len(sources) * 2 * state_rows * width
   chunk = MAX_CHUNK
   while chunk > GROUP and waiting + chunk * token > VMEM_BYTES:
-    chunk //= 2  # Never less than a power of two: it divides most lengths, and saves padding.
+    chunk //= 2  # A power of two divides most lengths, which then need no padding.
   return chunk
 
 
@@ -265,7 +265,7 @@ def _forward(
   grid = _Grid.of(sources[0], chunk)
   batch, time, width = sources[0].x_BTE.shape
   size, saved = grid.state_size, len(sources) if save else 0
-  # A step is five operations on a number of the state, a read two.
+  # A step is four operations on a number of the state, a read two.
   numbers = _numbers(sources)
   return grid.call(
       forward_kernel,
@@ -276,7 +276,7 @@ def _forward(
           ((_float32(batch, grid.chunks, size, width),) * saved, (grid.states(),) * saved),
       ],
       [grid.waiting(len(sources))],
-      (7 * numbers, numbers),
+      (6 * numbers, numbers),
       interpret,
   )
 
@@ -332,8 +332,8 @@ def _reads_backward(
           grid.waiting(len(sources)),
           grid.waiting(len(sources)),
       ],
-      # The steps again, their decays again, and 16 operations of the adjoint.
-      (23 * numbers, 2 * numbers),
+      # The steps again, their decays once more, and the adjoint's 16 operations.
+      (21 * numbers, 2 * numbers),
       interpret,
   )
   return tuple(
