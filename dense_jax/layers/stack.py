@@ -199,7 +199,7 @@ class Stack(nnx.Module):
 
     computed_again = self.remat in ("reads", "full")
     inputs = params, state["blocks"]
-    if self.remat == "reads" or computed_again and self.repeats == 1:
+    if self.remat == "reads" or (computed_again and self.repeats == 1):
       (x, _), after = block((x, bank), inputs)
       return x, {"head": head_states, "blocks": after}
     if self.remat != "none":

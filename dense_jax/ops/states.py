@@ -17,8 +17,9 @@ from dense_jax.ops import dispatch, reference
 from dense_jax.ops.chunked_linear import chunk_read, chunk_states
 from dense_jax.ops.lti import System
 from dense_jax.ops.lti_scan import fft_convolution, lti_read, lti_states
-from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
-from dense_jax.ops.pallas.selective_scan import Diagonal, selective_reads
+from dense_jax.ops.pallas.chunked_linear import Matrix
+from dense_jax.ops.pallas.partition import read_diagonal, read_matrix
+from dense_jax.ops.pallas.selective_scan import Diagonal
 from dense_jax.ops.selective_scan import StepSizes, selective_scan
 from dense_jax.ops.state_sequence import GatedRead, Mapped
 from dense_jax.ops.token_scan import token_scan
@@ -69,7 +70,7 @@ class DiagonalStates:
     """c_BTN -> y_BTE."""
     if self.joint:
       asked = [other.states._asked(other.query, other.gate) for other in others]
-      y_BTE, final_BNE = selective_reads(
+      y_BTE, final_BNE = read_diagonal(
           [self._asked(query, None), *asked], self.resets_BT, chunk=self.chunk,
           interpret=self.implementation == dispatch.INTERPRETED,
       )
@@ -201,7 +202,7 @@ class MatrixStates:
       assert not others
       return self.read(query), self
     asked = [other.states._asked(other.query, other.gate) for other in others]
-    y_BTHP, final_BHPN = matrix_reads(
+    y_BTHP, final_BHPN = read_matrix(
         [self._asked(query, None), *asked], self.resets_BT, chunk=self.chunk,
         interpret=self.implementation == dispatch.INTERPRETED,
     )
