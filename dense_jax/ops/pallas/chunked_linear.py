@@ -98,8 +98,10 @@ def matrix_reads(
     if source.gate_BTHP is not None:
       chex.assert_equal_shape([source.gate_BTHP, source.v_BTHP])
 
-  # A block of whole heads fills lanes, and a group's keys are lanes of their own.
-  lanes = _LANES // min(heads // groups & -(heads // groups), _LANES // SUBLANES)
+  # A group's heads must fill tiles of lanes together: the larger the power of two that divides
+  # their number, the less each is padded. A group's keys do so alone, unless there is one group.
+  together = heads // groups & -(heads // groups)
+  lanes = _LANES // min(together, _LANES // SUBLANES)
   chunk = min(_round_up(chunk or DEFAULT_CHUNK, _CHUNK_MULTIPLE), _round_up(time, _CHUNK_MULTIPLE))
   plan = _Plan(
       batch=batch, chunks=-(-time // chunk), chunk=chunk, heads=heads, groups=groups,
