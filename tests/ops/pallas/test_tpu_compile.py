@@ -23,7 +23,7 @@ TEMPORARIES = {
     "selective-3-packed-gradient": 0.10,
     "mamba2-1-forward": 0.04,
     "mamba2-1-gradient": 0.10,
-    "mamba2-3-packed-gradient": 0.20,
+    "mamba2-3-packed-gradient": 0.25,
     "gau_retnet-3-packed-gradient": 0.65,
     "retnet-3-packed-gradient": 0.32,
     "wide-3-packed-gradient": 1.25,
