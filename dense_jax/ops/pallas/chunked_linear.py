@@ -98,8 +98,10 @@ def matrix_reads(
     if source.gate_BTHP is not None:
       chex.assert_equal_shape([source.gate_BTHP, source.v_BTHP])
 
-  # A block of whole heads fills lanes, and a group's keys are lanes of their own.
-  lanes = _LANES // min(heads // groups & -(heads // groups), _LANES // SUBLANES)
+  # A group's heads must fill tiles of lanes together: the larger the power of two that divides
+  # their number, the less each is padded. A group's keys do so alone, unless there is one group.
+  together = heads // groups & -(heads // groups)
+  lanes = _LANES // min(together, _LANES // SUBLANES)
   chunk = min(_round_up(chunk or DEFAULT_CHUNK, _CHUNK_MULTIPLE), _round_up(time, _CHUNK_MULTIPLE))
   plan = _Plan(
       batch=batch, chunks=-(-time // chunk), chunk=chunk, heads=heads, groups=groups,
@@ -163,17 +165,24 @@ def _stream(plan: _Plan, source: Matrix) -> Stream:
   )
 
 
-def _blocks(plan: _Plan, states: int, tokens: int) -> Blocks:
+def _blocks(
+    plan: _Plan, stream: Stream, states: tuple[int, int], tokens: tuple[int, int]
+) -> Blocks:
   """The largest blocks of rows that fit VMEM.
 
   Args:
     plan: the sizes.
-    states: buffers of [X, N] in float32.
-    tokens: buffers of [C, X] in float32.
+    stream: a source, of which the dtypes matter.
+    states: float32 arrays [X, N], those in buffers and intermediate ones.
+    tokens: the same of [C, X].
   """
+  # Matmuls of float32 split their operands into three of bfloat16.
+  spilled = 3 if jnp.result_type(stream.q_BTK, stream.k_BTK, stream.v_BTE) == jnp.float32 else 1
   group = plan.heads // plan.groups * plan.channels
   lanes = _round_up(plan.state_size, _LANES)
-  row_bytes = 4 * (states * lanes + tokens * plan.chunk)
+  row_bytes = 4 * (
+      (states[0] + spilled * states[1]) * lanes + (tokens[0] + spilled * tokens[1]) * plan.chunk
+  )
   # Scores, decays and the like, and blocks of keys and queries with their gradients.
   fixed_bytes = 4 * plan.chunk * (8 * _round_up(plan.chunk, _LANES) + 10 * lanes)
   fitting = [
@@ -291,8 +300,8 @@ def _forward(
   """y_BTE, final_BEN of the first source and, if `save`, each source's states between chunks."""
   sources = len(streams)
   in_bytes = sum(x.dtype.itemsize for s in streams for x in (s.v_BTE, s.gate_BTE) if x is not None)
-  # What is streamed is held twice: values and gates, y. The rest are intermediate values.
-  blocks = _blocks(plan, states=sources + 2, tokens=in_bytes // 2 + 2 + 5)
+  # What is streamed is held twice: values and gates, y.
+  blocks = _blocks(plan, streams[0], states=(sources, 2), tokens=(in_bytes // 2 + 2, 5))
   specs = _Specs(plan, blocks, reverse=False)
   tokens = (plan.batch, plan.chunks * plan.chunk, plan.rows)
   state = (plan.rows, plan.state_size)
@@ -321,7 +330,7 @@ def _backward(
   """One source's gradients. The others' do not matter for them, and would take VMEM."""
   in_bytes = sum(x.dtype.itemsize for x in (stream.v_BTE, stream.gate_BTE) if x is not None)
   # What is streamed is held twice: dy, values, gates and their gradients, the states between.
-  blocks = _blocks(plan, states=5, tokens=in_bytes + 2 + 9)
+  blocks = _blocks(plan, stream, states=(3, 2), tokens=(in_bytes + 2, 9))
   specs = _Specs(plan, blocks, reverse=True)
   in_specs = specs.stream(stream)
   out_specs = dataclasses.replace(

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
 from dense_jax.ops.pallas.selective_scan import Diagonal, selective_reads
 from dense_jax.types import Array, PyTree
 
@@ -63,10 +64,48 @@ def selective(sources: int, *, packed: bool, gradient: bool) -> Program:
   return _with_gradients(selective_reads), (recurrences, resets, cotangents)
 
 
+# Layers' matrix states: heads, groups, channels of a head, state size.
+MATRIX = {
+    "mamba2": (32, 1, 64, 128),
+    "gau_retnet": (2, 2, 1536, 384),
+    "retnet": (4, 4, 512, 256),
+    "wide": (4, 4, 1280, 320),
+}
+
+
+def matrix(family: str, sources: int, *, packed: bool, gradient: bool) -> Program:
+  """One layer of a family and its sources, 2 x 2048 tokens; a retention's decay is constant."""
+  batch, time, low = 2, 2048, jnp.bfloat16
+  heads, groups, channels, size = MATRIX[family]
+  recurrences = tuple(
+      Matrix(
+          q_BTJN=_shape(batch, time, groups, size, dtype=low),
+          k_BTJN=_shape(batch, time, groups, size, dtype=low),
+          v_BTHP=_shape(batch, time, heads, channels, dtype=low),
+          log_decay_BTH=_shape(batch if family == "mamba2" else 1, time, heads),
+          gate_BTHP=_shape(batch, time, heads, channels) if index else None,
+          initial_BHPN=_shape(batch, heads, channels, size),
+      )
+      for index in range(sources)
+  )
+  resets = _shape(batch, time, dtype=jnp.bool_) if packed else None
+  if not gradient:
+    return matrix_reads, (recurrences, resets)
+  cotangents = _shape(batch, time, heads, channels), _shape(batch, heads, channels, size)
+  return _with_gradients(matrix_reads), (recurrences, resets, cotangents)
+
+
 PROGRAMS: dict[str, Program] = {
     f"selective-{sources}{'-packed' * packed}-{'gradient' if gradient else 'forward'}":
         selective(sources, packed=packed, gradient=gradient)
     for sources in (1, 3) for packed in (False, True) for gradient in (False, True)
+} | {
+    "mamba2-1-forward": matrix("mamba2", 1, packed=False, gradient=False),
+    "mamba2-1-gradient": matrix("mamba2", 1, packed=False, gradient=True),
+} | {
+    # A gradient's program has the forward kernel in it, and three sources need the most VMEM.
+    f"{family}-3-packed-gradient": matrix(family, 3, packed=True, gradient=True)
+    for family in MATRIX
 }
 
 
