@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = default_config(family)
   width, layers = SIZES[family]
   config.model.update(
-      vocab_size=50280, width=width, layers=layers, dtype="bfloat16", remat="full", block_layers=4
+      vocab_size=50280, width=width, layers=layers, dtype="bfloat16", remat="full"
   )
   config.model.mixer.update(MIXERS.get(family, {}))
   if layers == 48:

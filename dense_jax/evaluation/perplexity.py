@@ -51,7 +51,7 @@ class Evaluator:
       masked = jnp.where(batch.loss_mask_BT, nll_BT, 0.0)
       return jnp.sum(masked, axis=1), jnp.sum(batch.loss_mask_BT, axis=1, dtype=jnp.int32)
 
-    self._score: Callable[[Params, Batch], tuple[Array, Array]] = jax.jit(score)
+    self.score: Callable[[Params, Batch], tuple[Array, Array]] = jax.jit(score)
 
   def __call__(
       self, params: Params, batches: Iterable[Batch], put: Callable[[Batch], Batch]
@@ -64,7 +64,7 @@ class Evaluator:
     nats, targets = 0.0, 0
     for batch in batches:
       with sharding.mesh_of(params):
-        nll_B, targets_B = jax.device_get(self._score(params, put(batch)))
+        nll_B, targets_B = jax.device_get(self.score(params, put(batch)))
       nats += float(nll_B.astype("float64").sum())
       targets += int(targets_B.sum())
     if not targets:

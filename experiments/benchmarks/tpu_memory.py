@@ -1,7 +1,5 @@
-r"""Memory that dense state connections cost, by the TPU v5e compiler; needs no TPU.
+"""Memory that dense state connections cost, by the TPU v5e compiler; needs no TPU.
 
-    TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost \
-    JAX_PLATFORMS=cpu PYTHONPATH=.:.venv/tpu_compiler \
     python experiments/benchmarks/tpu_memory.py [--family mamba2 ...] [--json FILE]
 
 Compiles the train step of `experiments/family_350m.py` for one chip, 4 sequences of 2048
@@ -12,20 +10,18 @@ the compiler also counts what its allocation leaves unused. Minutes a family.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import pathlib
 import platform
 import sys
-from typing import Any
 
 import jax
-from jax.experimental import topologies
 from tqdm import tqdm
 
-from dense_jax import experiment, sharding
-from dense_jax.ops import dispatch
-from dense_jax.training.step import Trainer
+from dense_jax import experiment
+from dense_jax.cli.aot import compile_program
 
 FILE = pathlib.Path(__file__).parents[1] / "family_350m.py"
 FAMILIES = ("mamba", "mamba2", "s4", "s4d", "retnet", "gau_retnet")
@@ -38,20 +34,10 @@ def measure(family: str, depth: int) -> dict[str, float]:
       ("model.dense.depth", str(depth)), ("train.batch_size", str(SEQUENCES)), ("mesh.data", "1")
   ]
   config = experiment.load(f"{FILE}:{family}", overrides)
-  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-  mesh = sharding.make_mesh(config.mesh, list(topology.devices)[:1])
-  with dispatch.compiling_for("tpu"):
-    trainer = Trainer(config, mesh)
-    batch = trainer.batch_shapes(SEQUENCES, config.data.seq_len)
-    step: Any = trainer.train_step
-    compiled = step.lower(trainer.state_shapes, batch).compile()
-  memory = compiled.memory_analysis()
-  sizes = {
-      "peak": memory.peak_memory_in_bytes,
-      "arguments": memory.argument_size_in_bytes,
-      "temporaries": memory.temp_size_in_bytes,
-  }
-  return {name: size / 1e9 for name, size in sizes.items()}
+  memory = dataclasses.asdict(compile_program(config, "v5e:1x1").memory)
+  if memory["arguments"] is None:
+    sys.exit(f"{family}, m = {depth}: the compiler refuses {memory['peak'] / 1e9:.2f} GB")
+  return {name: memory[name] / 1e9 for name in ("peak", "arguments", "temporaries")}
 
 
 def main() -> None:
