@@ -1,8 +1,8 @@
 r"""Memory that dense state connections cost, by the TPU v5e compiler; needs no TPU.
 
     TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-4 TPU_WORKER_HOSTNAMES=localhost \
-    JAX_PLATFORMS=cpu PYTHONPATH=.:.venv/tpu_compiler \
-    python experiments/benchmarks/tpu_memory.py [--family mamba2 ...] [--json FILE]
+    JAX_PLATFORMS=cpu PYTHONPATH=.venv/tpu_compiler \
+    python -m experiments.benchmarks.tpu_memory [--family mamba2 ...] [--json FILE]
 
 Compiles the train step of `experiments/family_350m.py` for one chip, 4 sequences of 2048
 tokens in bf16 with float32 AdamW, once as the base model and once with dense state
