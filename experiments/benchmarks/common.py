@@ -17,11 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import tqdm
 
 from dense_jax import experiment, sharding
 from dense_jax.config import ExperimentConfig
@@ -32,6 +33,8 @@ from dense_jax.models.params import count_params, with_params
 from dense_jax.models.registry import FAMILIES
 from dense_jax.training.step import Trainer
 from dense_jax.types import Batch, Segments
+
+CaseT = TypeVar("CaseT")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Those with states that deeper layers can read.
@@ -295,3 +298,46 @@ def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
 def quiet() -> bool:
   """Whether progress bars would only fill a log."""
   return not sys.stderr.isatty()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A part of a benchmark's output.
+
+  Attributes:
+    title: what it shows.
+    rows: the header, then a row a case.
+    results: the same figures by case, for the record.
+  """
+
+  title: str
+  rows: Sequence[Sequence[str]]
+  results: dict[str, dict[str, float]]
+
+  def __str__(self) -> str:
+    return f"{self.title}\n\n{markdown(self.rows)}\n"
+
+
+def progress(cases: Sequence[CaseT], name: str) -> Iterator[CaseT]:
+  """The cases, with a bar on a terminal."""
+  yield from tqdm.tqdm(cases, desc=name, disable=quiet(), dynamic_ncols=True, leave=False)
+
+
+def number(value: float | None) -> str:
+  """A rate's cell, empty where there is none."""
+  return "" if value is None else f"{value:.0f}"
+
+
+def ratio(value: float | None) -> str:
+  """A ratio's cell, empty where there is none."""
+  return "" if value is None else f"{value:.2f}"
+
+
+def bar(least: float | None) -> str:
+  """The cell beside a ratio: what it must be at least."""
+  return "" if least is None else f">= {least:g}"
+
+
+def figures(**values: float | None) -> dict[str, float]:
+  """Named figures, without those that were not measured."""
+  return {name: value for name, value in values.items() if value is not None}
