@@ -282,15 +282,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
-  """A benchmark's argument parser, with --quick and --json.
+def parser(description: str | None, quick: str = "") -> argparse.ArgumentParser:
+  """A benchmark's argument parser, with --json.
 
   Args:
     description: a docstring; its first line counts.
-    quick: what --quick leaves out.
+    quick: what --quick leaves out; empty if there is no --quick.
   """
   command = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-  command.add_argument("--quick", action="store_true", help=f"{quick}: a smoke test")
+  if quick:
+    command.add_argument("--quick", action="store_true", help=f"{quick}: a smoke test")
   command.add_argument("--json", default="", metavar="FILE", help="write the figures there")
   return command
 

@@ -64,10 +64,10 @@ def authors_training(quick: bool) -> Table:
     ours = rate()
     # The quadratic form of 8192 tokens does not repay its minutes.
     quadratic = rate(chunk=length) if length <= 4096 else None
-    torch = PYTORCH_TRAIN.get(length)
+    torch = None if quick else PYTORCH_TRAIN.get(length)
     over = quadratic and ours / quadratic
     over_torch = torch and ours / torch
-    bar = TRAIN_BARS.get(length)
+    bar = None if quick else TRAIN_BARS.get(length)
     results[f"train {length}"] = common.figures(
         chunked=ours, quadratic=quadratic, pytorch=torch, over_quadratic=over,
         over_pytorch=over_torch, bar=bar,
@@ -113,13 +113,15 @@ def authors_decoding(quick: bool) -> Table:
   results = {}
   for batch_size in common.progress((1, 6), "authors, decoding"):
     first, last, growth = decoded(batch_size, new_tokens, quick=quick)
-    torch, bar = PYTORCH_DECODE[batch_size], DECODE_BARS[batch_size]
+    # The authors' code did not run at the toy size.
+    torch, bar = (None, None) if quick else (PYTORCH_DECODE[batch_size], DECODE_BARS[batch_size])
+    over_torch = torch and last / torch
     results[f"decode {batch_size}"] = common.figures(
-        first=first, last=last, pytorch=torch, over_pytorch=last / torch, bar=bar,
+        first=first, last=last, pytorch=torch, over_pytorch=over_torch, bar=bar,
         memory_growth=growth,
     )
     rows.append([f"{batch_size}", f"{first:.0f}", f"{last:.0f}", f"{last / first:.2f}",
-                 f"{torch:.0f}", common.ratio(last / torch), common.bar(bar),
+                 common.number(torch), common.ratio(over_torch), common.bar(bar),
                  f"{growth / 2**20:.1f} MiB"])
   return Table("gau_retnet as the authors sample from it", rows, results)
 

@@ -92,21 +92,26 @@ class ScannedS4(ScannedS4D, S4):
 MixerFactory = Callable[..., Mixer]
 
 
-def rival(family: str, config: ModelConfig) -> tuple[MixerFactory, ModelConfig, str]:
+def rival(
+    family: str, config: ModelConfig, length: int
+) -> tuple[MixerFactory, ModelConfig, str]:
   """The rival's mixer, its configuration, and what it is.
 
   Args:
     family: a key of FAMILIES.
     config: of the default form.
+    length: T.
   """
   mixer = FAMILIES[family].mixer
   if family == "s4d":
     return ScannedS4D, config, "associative scan of all tokens"
   if family == "s4":
     return ScannedS4, config, "associative scan of all tokens, dense"
-  whole = {"chunk": 2**30} if FAMILIES[family].form == "diagonal" else {}
-  name = "associative scan of all tokens" if whole else "chunks joined by associative scan"
-  return mixer, dataclasses.replace(config, implementation="associative", **whole), name
+  config = dataclasses.replace(config, implementation="associative")
+  if FAMILIES[family].form == "diagonal":
+    whole = dataclasses.replace(config, chunk=length)
+    return mixer, whole, "associative scan of all tokens"
+  return mixer, config, "chunks joined by associative scan"
 
 
 def passes(
@@ -138,7 +143,7 @@ def modes(quick: bool) -> Iterator[Table]:
     if quick and FAMILIES[family].form == "matrix":
       mixer = {"head_dim": 8} if family == "mamba2" else {"heads": 2}
     config = common.config(family, size, mixer=mixer).model
-    other, other_config, name = rival(family, config)
+    other, other_config, name = rival(family, config, length)
     y_BTD, ours = passes(FAMILIES[family].mixer, config, x_BTD)
     rival_BTD, theirs = passes(other, other_config, x_BTD)
     error = float(jnp.max(jnp.abs(y_BTD - rival_BTD)) / jnp.max(jnp.abs(y_BTD)))
