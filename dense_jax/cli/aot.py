@@ -148,7 +148,8 @@ def compile_program(
   chip = CHIPS[topology.partition(":")[0]]
   begin = time.monotonic()
   say("lowering")
-  with dispatch.compiling_for("tpu"):
+  known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  with dispatch.compiling_for("tpu"), known:
     lowered = _lower(config, mesh, program)
   say("compiling")
   cost, limits, note = None, None, ""

@@ -1,95 +1,97 @@
-"""Training and decoding speed of a small gau_retnet on a CPU.
+"""Speed on a CPU, each figure beside a rival of the same run where there is one.
 
-Command   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python experiments/benchmarks/cpu.py
-Model     D 512, K 256, 2 heads, 8 layers, V 8192, dense inputs m = 1, B 1, float32
-Rival     in the same run: the same model with the whole sequence as one chunk, the
-          quadratic form in which the released code trains; and the figures of the authors'
-          PyTorch code on two cores of such a machine (419 / 255 training tokens/s at T 2048
-          / 4096; 89 and 278 decoded tokens/s at B 1 and 6), which are constants here
+Command   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.benchmarks.cpu \
+              --json experiments/results/cpu_DATE.json
+Hardware  two cores; about 25 minutes. float32
+Parts     authors   gau_retnet as the authors train and sample it, against their PyTorch code
+                    (constants below, measured apart) and against the quadratic form
+          lengths   each family's training at the same tokens a batch and longer and longer rows
+          modes     a mixer's default form against one associative scan (matrix states: against
+                    chunks joined by an associative scan)
+          dense     dense over base: steps of training, and of decoding beside what bytes say
+          decode    each family's decoding beside a transformer's
+          constant  tokens/s at T 32768 over T 2048, rematerialised
+A ratio is of speeds, so that more than 1 is faster, but in `dense`: there it is of times. What
+must be reached stands beside it.
 """
 
-import argparse
-import json
-import pathlib
 import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from dense_jax import experiment, sharding
-from dense_jax.cli.common import table
+from dense_jax import sharding
 from dense_jax.config import ExperimentConfig
 from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import with_params
 from dense_jax.training.step import Trainer
-from dense_jax.types import Batch, Segments
+from experiments.benchmarks import common, cpu_dense, cpu_lengths, cpu_modes
+from experiments.benchmarks.common import Size, Table, TrainStep
 
+# The authors' PyTorch code (gau_retnet, D 512, K 256, 2 heads, 8 layers, V 8192, m = 1), two
+# cores of such a machine: training tokens/s by T, and decoded tokens/s by B.
 PYTORCH_TRAIN = {2048: 419.0, 4096: 255.0}
 PYTORCH_DECODE = {1: 89.0, 6: 278.0}
+TRAIN_BARS = {2048: 1.0, 4096: 1.7}
+DECODE_BARS = {1: 2.5, 6: 4.0}
 
 
-def config(time_steps: int, **model: object) -> ExperimentConfig:
-  """The benchmark's model at one length."""
-  values = experiment.default_config("gau_retnet")
-  values.model.update(
-      vocab_size=8192, width=512, layers=8, tie_embeddings=False, norm_eps=1e-6, **model
+def authors_config(time_steps: int, *, quick: bool, **model: object) -> ExperimentConfig:
+  """The authors' layer at one length."""
+  width, layers = (64, 2) if quick else (512, 8)
+  return common.config(
+      "gau_retnet", Size(width, layers, 8192, 1, time_steps),
+      mixer={"heads": 2, "key_dim": width // 2},
+      dense={"depth": 1, "inject": "inputs", "gate_init": "normal"},
+      tie_embeddings=False, norm_eps=1e-6, **model,
   )
-  values.model.mixer.update(heads=2, key_dim=256)
-  values.model.dense.update(depth=1, inject="inputs", gate_init="normal")
-  values.data.seq_len = time_steps
-  values.train.update(batch_size=1, steps=100)
-  return experiment.resolve(values)
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-  """Median time of a call, after one to warm up."""
-  jax.block_until_ready(call())
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    times.append(time.perf_counter() - start)
-  return statistics.median(times)
-
-
-def training(settings: ExperimentConfig, repeats: int) -> float:
+def authors_training(quick: bool) -> Table:
   """Training tokens/s: forward, backward and AdamW."""
-  trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
-  length = settings.data.seq_len
-  # Any: host arrays stand where the dataclasses are annotated with jax's.
-  tokens: Any = np.random.default_rng(0).integers(0, 8192, (1, length + 1)).astype(np.int32)
-  positions: Any = np.arange(length, dtype=np.int32)[None]
-  ones: Any = np.ones((1, length), bool)
-  batch = trainer.put(
-      Batch(
-          tokens[:, :-1], tokens[:, 1:], ones, Segments(positions, ones.astype(np.int32)),
-      )
-  )
-  state = trainer.init(0)
+  rows = [["T", "tokens/s", "quadratic", "over quadratic", "PyTorch", "over PyTorch", "bar"]]
+  results = {}
+  for length in common.progress((256,) if quick else (2048, 4096, 8192), "authors, training"):
+    def rate(length: int = length, **model: object) -> float:
+      step = TrainStep(authors_config(length, quick=quick, **model))
+      return step.tokens / common.median(step, 1 if quick else 3)
 
-  def step() -> object:
-    nonlocal state
-    state, metrics = trainer.train_step(state, batch)
-    return metrics
+    ours = rate()
+    # The quadratic form of 8192 tokens does not repay its minutes.
+    quadratic = rate(chunk=length) if length <= 4096 else None
+    torch = None if quick else PYTORCH_TRAIN.get(length)
+    over = quadratic and ours / quadratic
+    over_torch = torch and ours / torch
+    bar = None if quick else TRAIN_BARS.get(length)
+    results[f"train {length}"] = common.figures(
+        chunked=ours, quadratic=quadratic, pytorch=torch, over_quadratic=over,
+        over_pytorch=over_torch, bar=bar,
+    )
+    rows.append([f"{length}", f"{ours:.0f}", common.number(quadratic), common.ratio(over),
+                 common.number(torch), common.ratio(over_torch), common.bar(bar)])
+  return Table("gau_retnet as the authors train it", rows, results)
 
-  return length / seconds(step, repeats)
+
+def memory() -> int:
+  """The process's resident bytes now."""
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def decoding(batch_size: int, new_tokens: int) -> tuple[float, float, int]:
+def decoded(batch_size: int, new_tokens: int, *, quick: bool) -> tuple[float, float, int]:
   """Decoded tokens/s of all rows near the first and the last of `new_tokens`.
 
   Also the bytes by which the process's memory grew between the two.
   """
-  settings = config(64)
+  settings = authors_config(64, quick=quick)
   trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
   model = with_params(trainer.model, trainer.init(0).params)
-  generator = Generator(model, Sampling(temperature=0))
-  stream = generator.stream([[1, 2, 3]] * batch_size, seed=0)
+  stream = Generator(model, Sampling(temperature=0)).stream([[1, 2, 3]] * batch_size, seed=0)
   next(stream)  # Compiles.
   rates: list[float] = []
   before = memory()
@@ -103,49 +105,62 @@ def decoding(batch_size: int, new_tokens: int) -> tuple[float, float, int]:
   return statistics.median(rates[:some]), statistics.median(rates[-some:]), memory() - before
 
 
-def memory() -> int:
-  """The process's resident bytes now."""
-  with open("/proc/self/statm") as file:
-    return int(file.read().split()[1]) * resource.getpagesize()
+def authors_decoding(quick: bool) -> Table:
+  """Decoded tokens/s."""
+  new_tokens = 128 if quick else 10_000
+  rows = [["B", "first tokens/s", f"to {new_tokens}", "last / first", "PyTorch", "over PyTorch",
+           "bar", "memory growth"]]
+  results = {}
+  for batch_size in common.progress((1, 6), "authors, decoding"):
+    first, last, growth = decoded(batch_size, new_tokens, quick=quick)
+    # The authors' code did not run at the toy size.
+    torch, bar = (None, None) if quick else (PYTORCH_DECODE[batch_size], DECODE_BARS[batch_size])
+    over_torch = torch and last / torch
+    results[f"decode {batch_size}"] = common.figures(
+        first=first, last=last, pytorch=torch, over_pytorch=over_torch, bar=bar,
+        memory_growth=growth,
+    )
+    rows.append([f"{batch_size}", f"{first:.0f}", f"{last:.0f}", f"{last / first:.2f}",
+                 common.number(torch), common.ratio(over_torch), common.bar(bar),
+                 f"{growth / 2**20:.1f} MiB"])
+  return Table("gau_retnet as the authors sample from it", rows, results)
 
 
-def main() -> None:
-  """Prints the tables."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--quick", action="store_true", help="short lengths: a smoke test")
-  parser.add_argument("--json", default="", metavar="FILE", help="write the figures there")
-  options = parser.parse_args()
-  lengths = (256,) if options.quick else (2048, 4096, 8192)
-  repeats = 1 if options.quick else 3
-  results: dict[str, dict[str, float]] = {}
+def authors(quick: bool) -> Iterator[Table]:
+  """Both tables against the authors' code."""
+  yield authors_training(quick)
+  yield authors_decoding(quick)
 
-  rows = [("training, T", "chunked", "quadratic", "ratio", "PyTorch", "ratio")]
-  for length in lengths:
-    ours = training(config(length), repeats)
-    # The quadratic form of 8192 tokens does not repay its minutes.
-    rival = training(config(length, chunk=length), repeats) if length <= 4096 else float("nan")
-    torch = PYTORCH_TRAIN.get(length, float("nan"))
-    rates = {"chunked": ours, "quadratic": rival, "pytorch": torch}
-    results[f"train {length}"] = {name: rate for name, rate in rates.items() if rate == rate}
-    rows.append((f"{length}", f"{ours:.0f}", f"{rival:.0f}", f"{ours / rival:.2f}",
-                 f"{torch:.0f}", f"{ours / torch:.2f}"))
-  print(table(rows), flush=True)
 
-  new_tokens = 128 if options.quick else 10_000
-  decode_rows = [("decoding, B", "first tokens", f"to {new_tokens}", "last / first", "PyTorch",
-                  "ratio", "memory growth")]
-  for batch_size in (1, 6):
-    first, last, growth = decoding(batch_size, new_tokens)
-    torch = PYTORCH_DECODE[batch_size]
-    results[f"decode {batch_size}"] = {
-        "first": first, "last": last, "pytorch": torch, "memory_growth": growth
-    }
-    decode_rows.append((f"{batch_size}", f"{first:.0f}", f"{last:.0f}", f"{last / first:.2f}",
-                        f"{torch:.0f}", f"{last / torch:.2f}", f"{growth / 2**20:.1f} MiB"))
-  print("\n" + table(decode_rows))
-  if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+PARTS: dict[str, Callable[[bool], Iterator[Table]]] = {
+    "authors": authors,
+    "lengths": cpu_lengths.lengths,
+    "modes": cpu_modes.modes,
+    "dense": cpu_dense.dense,
+    "decode": cpu_dense.decode,
+    "constant": cpu_lengths.constant,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Prints the tables, and writes each as it is done."""
+  parser = common.parser(__doc__, "toy sizes")
+  parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                      help=f"some of {', '.join(PARTS)} (all)")
+  options = parser.parse_args(arguments)
+  print(f"float32, {common.hardware()}\n", flush=True)
+  results: dict[str, Any] = {}
+  for name in options.only:
+    for table in PARTS[name](options.quick):
+      print(table, flush=True)
+      results.setdefault(name, {}).update(table.results)
+      if options.json:
+        common.write_json(options.json, common.record(
+            "cpu", arguments,
+            "tokens/s or seconds; `pytorch`: the authors' code on such a machine, measured apart",
+            results,
+        ))
 
 
 if __name__ == "__main__":
-  main()
+  main(sys.argv[1:])

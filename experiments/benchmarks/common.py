@@ -1,0 +1,344 @@
+"""What the benchmarks share: timed steps, the machine, the record of a run, tables.
+
+Benchmarks run as modules from the repository's root (`python -m experiments.benchmarks.cpu`),
+so that commands and tests import them by the same name.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import tqdm
+
+from dense_jax import experiment, sharding
+from dense_jax.config import ExperimentConfig
+from dense_jax.files import write_atomically
+from dense_jax.generation.decode import Generator
+from dense_jax.generation.sampling import Sampling
+from dense_jax.models.params import count_params, with_params
+from dense_jax.models.registry import FAMILIES
+from dense_jax.training.step import Trainer
+from dense_jax.types import Batch, Segments
+
+CaseT = TypeVar("CaseT")
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Those with states that deeper layers can read.
+SSM_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.form != "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """A model's and its batch's size."""
+
+  width: int
+  layers: int
+  vocabulary: int
+  batch_size: int
+  time_steps: int
+
+  def __str__(self) -> str:
+    return (f"D {self.width}, {self.layers} layers, V {self.vocabulary}, "
+            f"{self.batch_size} x {self.time_steps} tokens")
+
+
+def config(
+    family: str,
+    size: Size,
+    *,
+    dense: Mapping[str, object] | None = None,
+    mixer: Mapping[str, object] | None = None,
+    **model: object,
+) -> ExperimentConfig:
+  """A family's model at that size, all else by default.
+
+  Args:
+    family: a key of FAMILIES.
+    size: the model's and the batch's.
+    dense: keys of config.model.dense.
+    mixer: keys of config.model.mixer.
+    **model: keys of config.model.
+
+  Raises:
+    InputError: the family does not have these dense connections.
+  """
+  values = experiment.default_config(family)
+  values.model.update(vocab_size=size.vocabulary, width=size.width, layers=size.layers, **model)
+  values.model.mixer.update(mixer or {})
+  values.model.dense.update(dense or {})
+  values.data.seq_len = size.time_steps
+  values.train.update(batch_size=size.batch_size, steps=100)
+  return experiment.resolve(values)
+
+
+def batch(settings: ExperimentConfig, documents: int) -> Batch:
+  """Random tokens on the host, in rows of that many documents of equal length."""
+  rows, length = settings.train.batch_size, settings.data.seq_len
+  shape = (rows, length + 1)
+  # Any: host arrays stand where the dataclasses are annotated with jax's.
+  tokens: Any = np.random.default_rng(0).integers(0, settings.model.vocab_size, shape, np.int32)
+  each = -(-length // documents)
+  number, position = np.divmod(np.arange(length, dtype=np.int32), np.int32(each))
+  ids: Any = np.ascontiguousarray(np.broadcast_to(1 + number, (rows, length)))
+  positions: Any = np.ascontiguousarray(np.broadcast_to(position, (rows, length)))
+  mask: Any = np.ones((rows, length), bool)
+  return Batch(tokens[:, :-1], tokens[:, 1:], mask, Segments(positions, ids))
+
+
+class TrainStep:
+  """A compiled train step with its state: forward, backward and AdamW, on one device.
+
+  Attributes:
+    parameters: numbers in the model.
+    tokens: of a step.
+  """
+
+  def __init__(self, settings: ExperimentConfig, *, documents: int = 1) -> None:
+    """Compiles, and runs a first step."""
+    trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
+    self._batch = trainer.put(batch(settings, documents))
+    self._state = trainer.init(0)
+    self._train_step = trainer.train_step
+    self.parameters = count_params(self._state.params)
+    self.tokens = settings.train.batch_size * settings.data.seq_len
+    self()
+
+  def __call__(self) -> float:
+    """Seconds of one step."""
+    start = time.perf_counter()
+    self._state, metrics = self._train_step(self._state, self._batch)
+    jax.block_until_ready((self._state, metrics))
+    return time.perf_counter() - start
+
+
+class Decoding:
+  """Greedy continuation of a batch of prompts, by blocks.
+
+  Attributes:
+    parameters: numbers in the model.
+    batch_size: B.
+  """
+
+  def __init__(self, settings: ExperimentConfig, batch_size: int, *, context: int = 3) -> None:
+    """Compiles, reads prompts of `context` tokens, and decodes two blocks."""
+    trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
+    params = trainer.init(0).params
+    self.parameters = count_params(params)
+    self.batch_size = batch_size
+    generator = Generator(with_params(trainer.model, params), Sampling(temperature=0))
+    prompt = np.random.default_rng(0).integers(0, settings.model.vocab_size, context).tolist()
+    self._stream = generator.stream([prompt] * batch_size, seed=0)
+    self(), self()
+
+  def __call__(self) -> float:
+    """Seconds of one token of each row, from the time of one block."""
+    start = time.perf_counter()
+    tokens = next(self._stream)
+    return (time.perf_counter() - start) / tokens.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """Two calls timed in turn.
+
+  Attributes:
+    first, second: median seconds.
+    ratio: the median over repetitions of second over first.
+    low, high: the smallest and the largest of those.
+  """
+
+  first: float
+  second: float
+  ratio: float
+  low: float
+  high: float
+
+  def range(self) -> str:
+    """The ratios' range, in words."""
+    return f"{self.low:.2f} to {self.high:.2f}"
+
+
+def compare(
+    first: Callable[[], float],
+    second: Callable[[], float],
+    repeats: int,
+    done: Callable[[], object] = lambda: None,
+) -> Compared:
+  """Times both in turn, after one more of each to warm up: what disturbs one hits both.
+
+  Args:
+    first: a call that returns its seconds.
+    second: another.
+    repeats: pairs.
+    done: called after each pair.
+  """
+  first(), second()
+  pairs = []
+  for _ in range(repeats):
+    pairs.append((first(), second()))
+    done()
+  ratios = [after / before for before, after in pairs]
+  return Compared(
+      statistics.median(before for before, _ in pairs),
+      statistics.median(after for _, after in pairs),
+      statistics.median(ratios), min(ratios), max(ratios),
+  )
+
+
+def timed(call: Callable[[], object]) -> Callable[[], float]:
+  """A jax computation as a call that returns its seconds."""
+  def run() -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+  return run
+
+
+def median(call: Callable[[], float], repeats: int) -> float:
+  """Median of a call's seconds, after one to warm up."""
+  call()
+  return statistics.median(call() for _ in range(repeats))
+
+
+def hardware() -> str:
+  """Cores and memory that this process has, and GPUs with their memory and driver."""
+  model = platform.processor() or platform.machine()
+  info = pathlib.Path("/proc/cpuinfo")
+  if info.is_file():
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines()
+             if line.startswith("model name")]
+    model = names[0] if names else model
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+  parts = [f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB"]
+  # Asked here and not of jax, whose answer would take hold of the GPU.
+  if shutil.which("nvidia-smi"):
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False)
+    parts += [f"{line}" for line in found.stdout.splitlines() if line and not found.returncode]
+  return "; ".join(parts)
+
+
+def versions(*names: str) -> dict[str, str]:
+  """Versions of Python and of those libraries that are installed."""
+  found = {"python": platform.python_version()}
+  for name in names:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def record(
+    module: str, arguments: Sequence[str], note: str, results: Any, **more: Any
+) -> dict[str, Any]:
+  """Figures and all that says how they came about.
+
+  Args:
+    module: the benchmark, such as "cpu".
+    arguments: of its command line.
+    note: what the figures are.
+    results: the figures.
+    **more: other fields.
+  """
+  tunables = os.environ.get("GLIBC_TUNABLES")
+  command = [f"GLIBC_TUNABLES={tunables}"] if tunables else []
+  command += ["python", "-m", f"experiments.benchmarks.{module}", *arguments]
+  return {
+      "date": datetime.date.today().isoformat(),
+      "hardware": hardware(),
+      "versions": versions("jax", "jaxlib", "flax", "optax", "numpy"),
+      "command": " ".join(command),
+      **more,
+      "note": note,
+      "results": results,
+  }
+
+
+def write_json(path: str, content: Any) -> None:
+  """Writes `content` whole or not at all."""
+  write_atomically(pathlib.Path(path), (json.dumps(content, indent=2) + "\n").encode())
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+  """A table; the first row is its header, the first column is to the left."""
+  header, *body = rows
+  lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parser(description: str | None, quick: str = "") -> argparse.ArgumentParser:
+  """A benchmark's argument parser, with --json.
+
+  Args:
+    description: a docstring; its first line counts.
+    quick: what --quick leaves out; empty if there is no --quick.
+  """
+  command = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+  if quick:
+    command.add_argument("--quick", action="store_true", help=f"{quick}: a smoke test")
+  command.add_argument("--json", default="", metavar="FILE", help="write the figures there")
+  return command
+
+
+def quiet() -> bool:
+  """Whether progress bars would only fill a log."""
+  return not sys.stderr.isatty()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A part of a benchmark's output.
+
+  Attributes:
+    title: what it shows.
+    rows: the header, then a row a case.
+    results: the same figures by case, for the record.
+  """
+
+  title: str
+  rows: Sequence[Sequence[str]]
+  results: dict[str, dict[str, float]]
+
+  def __str__(self) -> str:
+    return f"{self.title}\n\n{markdown(self.rows)}\n"
+
+
+def progress(cases: Sequence[CaseT], name: str) -> Iterator[CaseT]:
+  """The cases, with a bar on a terminal."""
+  yield from tqdm.tqdm(cases, desc=name, disable=quiet(), dynamic_ncols=True, leave=False)
+
+
+def number(value: float | None) -> str:
+  """A rate's cell, empty where there is none."""
+  return "" if value is None else f"{value:.0f}"
+
+
+def ratio(value: float | None) -> str:
+  """A ratio's cell, empty where there is none."""
+  return "" if value is None else f"{value:.2f}"
+
+
+def bar(least: float | None) -> str:
+  """The cell beside a ratio: what it must be at least."""
+  return "" if least is None else f">= {least:g}"
+
+
+def figures(**values: float | None) -> dict[str, float]:
+  """Named figures, without those that were not measured."""
+  return {name: value for name, value in values.items() if value is not None}

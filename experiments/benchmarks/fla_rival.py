@@ -1,0 +1,130 @@
+r"""Training steps of flash-linear-attention's models (PyTorch and Triton) on one GPU.
+
+Install   pip install flash-linear-attention mamba-ssm causal-conv1d, with a torch for CUDA, in
+          this environment or another one:
+          python -m experiments.benchmarks.gpu --fla-python OTHER/bin/python
+          Without mamba-ssm and causal-conv1d its Mamba falls back to a loop over tokens, and its
+          Mamba-2 to plain PyTorch: the figures then say "naive"
+Status    not run on a GPU yet. Parameters are those of experiments/family_350m.py: equal for
+          mamba and mamba2, 0.2% more for retnet, whose feed-forward layer is gated there
+
+Imports nothing of dense_jax, so that it runs in an environment without jax. The model's
+forward and backward pass under bf16 autocast, and a fused AdamW on float32 parameters; its own
+chunked cross-entropy. Prints its figures as JSON; what is missing, as {"skipped": why}.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+REPEATS = 5
+# Family -> prefix of its classes, and their arguments beside those that all have.
+FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
+    # 1376: three maps of a gated layer for our two, in a multiple of 32.
+    "retnet": ("RetNet", {"num_hidden_layers": 24, "num_heads": 4, "intermediate_size": 1376}),
+    "mamba": ("Mamba", {"num_hidden_layers": 48, "state_size": 16}),
+    "mamba2": ("Mamba2", {"num_hidden_layers": 48, "state_size": 128, "head_dim": 64}),
+}
+WIDTH, VOCABULARY = 1024, 50280
+
+
+def missing() -> str:
+  """What is not here, in words; empty where all is."""
+  for name in ("torch", "fla", "transformers"):
+    if importlib.util.find_spec(name) is None:
+      return f"{name} is not installed"
+  if not importlib.import_module("torch").cuda.is_available():
+    return "torch finds no CUDA device"
+  return ""
+
+
+def make_model(family: str) -> Any:
+  """The family's model of about 350M parameters, on torch's default device."""
+  models = importlib.import_module("fla.models")
+  prefix, options = FAMILIES[family]
+  config = getattr(models, f"{prefix}Config")(
+      vocab_size=VOCABULARY, hidden_size=WIDTH, tie_word_embeddings=True, use_cache=False,
+      fuse_cross_entropy=False, fuse_linear_cross_entropy=True, **options,
+  )
+  return getattr(models, f"{prefix}ForCausalLM")(config)
+
+
+def kernels(family: str) -> str:
+  """Whose kernels the family runs on."""
+  if family == "retnet":
+    return "fla"
+  layer = importlib.import_module(f"fla.layers.{family}")
+  return "mamba_ssm" if layer.is_fast_path_available else "naive"
+
+
+def measure(family: str, batch_size: int, length: int, *, checkpoint: bool) -> dict[str, Any]:
+  """Tokens/s and peak bytes of training.
+
+  Args:
+    family: a key of FAMILIES.
+    batch_size: rows.
+    length: tokens a row.
+    checkpoint: whether layers are rematerialised.
+  """
+  torch = importlib.import_module("torch")
+  torch.manual_seed(0)
+  with torch.device("cuda"):
+    model = make_model(family)
+    tokens = torch.randint(0, VOCABULARY, (batch_size, length))
+  model.train()
+  if checkpoint:
+    model.gradient_checkpointing_enable()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
+
+  def step() -> None:
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+      loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+  for _ in range(2):  # The first tunes the kernels.
+    step()
+  torch.cuda.synchronize()
+  times = []
+  for _ in range(REPEATS):
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    times.append(time.perf_counter() - start)
+  return {
+      "tokens_per_second": batch_size * length / statistics.median(times),
+      "peak_bytes": torch.cuda.max_memory_allocated(),
+      "parameters": sum(parameter.numel() for parameter in model.parameters()),
+  }
+
+
+def main(family: str, batch_size: int, length: int) -> None:
+  """Measures, with rematerialisation only where the memory is not enough without it."""
+  reason = missing()
+  if reason:
+    print(json.dumps({"skipped": reason}))
+    return
+  torch = importlib.import_module("torch")
+  figures: dict[str, Any] | None = None
+  with contextlib.suppress(torch.cuda.OutOfMemoryError):
+    figures = {**measure(family, batch_size, length, checkpoint=False), "remat": "none"}
+  if figures is None:  # Only now is the failed attempt's memory free.
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    figures = {**measure(family, batch_size, length, checkpoint=True), "remat": "full"}
+  versions = {name: str(importlib.import_module(name).__version__) for name in ("torch", "fla")}
+  print(json.dumps({
+      **figures, "kernels": kernels(family), "versions": versions,
+      "device": torch.cuda.get_device_name(),
+  }))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,212 @@
+"""Speed and memory on one NVIDIA H100 or H200, beside flash-linear-attention's models.
+
+Command   python -m experiments.benchmarks.gpu --json experiments/results/gpu_DATE.json
+          --budget-seconds 570 starts no case after that; the same command again goes on with
+          the cases that FILE does not have yet. --only train/mamba decode: some of the cases
+Install   pip install 'jax[cuda12]', and for the rivals see fla_rival.py
+Status    not run on a GPU yet: none was at hand. What runs is `--toy`, all of it at toy size on
+          a CPU, where nothing has a peak or an MFU and the rivals are skipped
+Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_1p3b.py; bf16
+          activations, float32 parameters and AdamW; V and head as there
+Cases     train    tokens/s, MFU (flops.py) and peak memory of a train step, 32768 tokens a
+                   batch, remat minimal where it fits, else full; base and dense
+          rival    the same of flash-linear-attention, at the same batch and length
+          mode     the implementations of a form against each other, T 8192
+          decode   decoded tokens/s of B rows
+          context  the same of one row after 1k and 100k tokens
+Each case is a process of its own: its peak is its own, and its failure, which is one line. The
+most important cases come first, and FILE is written after each.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dense_jax.models.registry import FAMILIES
+from dense_jax.ops import dispatch
+from experiments.benchmarks import common, fla_rival
+from experiments.benchmarks.gpu_case import Case
+from experiments.benchmarks.gpu_tables import tables
+
+TIMED_FAMILIES = ("gau_retnet", "mamba2", "mamba", "retnet")
+LARGE = "gau_retnet-1.3B"
+# Name -> overrides.
+DENSE: dict[str, dict[str, str]] = {
+    "base": {"model.dense.depth": "0"},
+    "state-1": {"model.dense.depth": "1", "model.dense.inject": "state"},
+    "state-2": {"model.dense.depth": "2", "model.dense.inject": "state"},
+    "inputs-1": {"model.dense.depth": "1", "model.dense.inject": "inputs"},
+}
+REMAT = ("minimal", "full")
+CASE_SECONDS = 900
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How large a run is.
+
+  Attributes:
+    lengths: T of training, the most important first.
+    tokens: a batch.
+    mode_length: T of the modes.
+    batches: B of decoding.
+    contexts: tokens before decoding.
+    toy: models shrink to a smoke test.
+  """
+
+  lengths: tuple[int, ...]
+  tokens: int
+  mode_length: int
+  batches: tuple[int, ...]
+  contexts: tuple[int, ...]
+  toy: bool
+
+
+FULL = Plan((2048, 32768, 8192), 32768, 8192, (1, 64, 6), (1_000, 100_000), toy=False)
+TOY = Plan((64,), 64, 64, (1,), (10, 100), toy=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+  """Training of flash-linear-attention's model of a family."""
+
+  family: str
+  batch_size: int
+  length: int
+
+
+def _model(name: str, plan: Plan, dense: str) -> tuple[str, dict[str, str]]:
+  """The experiment and the overrides of a model."""
+  file = "dense_retnet_1p3b" if name == LARGE else "family_350m"
+  argument = "" if name == LARGE else name
+  overrides = dict(DENSE[dense])
+  if plan.toy:
+    argument = f"{argument}-debug".removeprefix("-")
+    overrides |= {"model.vocab_size": "258", "model.layers": "3", "model.block_layers": "0"}
+  return f"experiments/{file}.py:{argument}".removesuffix(":"), overrides
+
+
+def _train(name: str, plan: Plan, dense: str, length: int, **model: str) -> Case:
+  spec, overrides = _model(name, plan, dense)
+  overrides |= {"data.seq_len": str(length), "train.batch_size": str(plan.tokens // length)}
+  overrides |= {f"model.{key}": value for key, value in model.items()}
+  return Case("train", spec, overrides, REMAT)
+
+
+def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
+  """Rank (1 first), name and case."""
+  for name in (*TIMED_FAMILIES, LARGE):
+    for dense in DENSE:
+      if dense == "inputs-1" and not name.startswith("gau_retnet"):
+        continue
+      for place, length in enumerate(plan.lengths):
+        main = dense in ("base", "state-2", "inputs-1")
+        rank = (1 if main else 3) + place + (1 if name == LARGE else 0)
+        yield rank, f"train/{name}/{dense}/T{length}", _train(name, plan, dense, length)
+  for family in TIMED_FAMILIES:
+    if family in fla_rival.FAMILIES:
+      for place, length in enumerate(plan.lengths):
+        rival = Rival(family, plan.tokens // length, length)
+        yield 1 + place, f"rival/{family}/base/T{length}", rival
+    # The specification, a token at a time, is no rival of any.
+    for form in dispatch.IMPLEMENTATIONS[FAMILIES[family].form]:
+      if form != "recurrent":
+        length = plan.mode_length
+        case = _train(family, plan, "base", length, implementation=form)
+        yield 1, f"mode/{family}/{form}/T{length}", case
+    for dense in ("base", "state-2"):
+      spec, overrides = _model(family, plan, dense)
+      for place, batch in enumerate(plan.batches):
+        case = Case("decode", spec, overrides, batch_size=batch)
+        yield 2 + place, f"decode/{family}/{dense}/B{batch}", case
+      for context in plan.contexts:
+        case = Case("decode", spec, overrides, context=context)
+        yield 2, f"context/{family}/{dense}/{context}", case
+
+
+def cases(plan: Plan) -> dict[str, Case | Rival]:
+  """All cases by name, the most important first."""
+  ranked = sorted(_ranked(plan), key=lambda entry: entry[0])
+  return {name: case for _, name, case in ranked}
+
+
+def run(case: Case | Rival, *, toy: bool, fla_python: str) -> dict[str, Any]:
+  """The figures of a case, {"skipped": why} or {"failed": why}."""
+  environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+  if toy:
+    environment["JAX_PLATFORMS"] = "cpu"
+  if isinstance(case, Rival):
+    command = [fla_python, "-m", "experiments.benchmarks.fla_rival", case.family,
+               str(case.batch_size), str(case.length)]
+  else:
+    command = [sys.executable, "-m", "experiments.benchmarks.gpu_case",
+               json.dumps(dataclasses.asdict(case))]
+  try:
+    done = subprocess.run(
+        command, cwd=common.ROOT, env=environment, capture_output=True, text=True,
+        timeout=CASE_SECONDS, check=False,
+    )
+  except subprocess.TimeoutExpired:
+    return {"failed": f"not done after {CASE_SECONDS} s"}
+  lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+  if done.returncode:
+    return {"failed": lines[-1][:300] if lines else f"exit status {done.returncode}"}
+  return json.loads(lines[-1])
+
+
+def earlier(path: str, hardware: str) -> dict[str, Any]:
+  """The results that a file has from before, if they are of this machine.
+
+  Raises:
+    SystemExit: they are of another.
+  """
+  if not path or not pathlib.Path(path).is_file():
+    return {}
+  before = json.loads(pathlib.Path(path).read_text())
+  if before["hardware"] != hardware:
+    raise SystemExit(f"{path} is of other hardware, {before['hardware']}: name another file")
+  return before["results"]
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Runs the cases and prints the tables."""
+  parser = common.parser(__doc__)
+  parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU: a smoke test")
+  parser.add_argument("--only", nargs="+", default=[""], metavar="PREFIX",
+                      help="the cases whose names begin so, such as train/mamba2")
+  parser.add_argument("--budget-seconds", type=float, default=float("inf"), metavar="S",
+                      help="start no case after S seconds")
+  parser.add_argument("--fla-python", default=sys.executable, metavar="PYTHON",
+                      help="the Python that has flash-linear-attention (this one)")
+  options = parser.parse_args(arguments)
+  start = time.monotonic()
+  hardware = common.hardware()
+  print(f"{hardware}\n", flush=True)
+  chosen = {name: case for name, case in cases(TOY if options.toy else FULL).items()
+            if name.startswith(tuple(options.only))}
+  results = earlier(options.json, hardware)
+  waiting = [name for name in chosen if name not in results]
+  for name in common.progress(waiting, "cases"):
+    if time.monotonic() - start > options.budget_seconds:
+      print(f"the budget is spent before {name}", flush=True)
+      break
+    results[name] = run(chosen[name], toy=options.toy, fla_python=options.fla_python)
+    for reason in ("failed", "skipped"):
+      if reason in results[name]:
+        print(f"{name}: {reason}: {results[name][reason]}", flush=True)
+    if options.json:
+      common.write_json(options.json, common.record(
+          "gpu", arguments, "tokens/s, seconds, bytes; mfu: see flops.py", results
+      ))
+  for table in tables(results):
+    print(f"\n{table}", flush=True)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

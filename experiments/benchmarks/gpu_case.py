@@ -1,0 +1,121 @@
+"""One case of `experiments.benchmarks.gpu`, in a process of its own so that its peak is its own.
+
+Its argument is a `Case` as JSON; the last line that it prints is its figures as JSON.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dense_jax import experiment
+from dense_jax.config import ExperimentConfig
+from experiments.benchmarks import common, flops
+
+TRAIN_REPEATS, DECODE_REPEATS = 5, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What is measured.
+
+  Attributes:
+    kind: "train" or "decode".
+    spec: an experiment, FILE.py[:ARG].
+    overrides: dotted keys of its configuration and their values.
+    remat: to try in turn, until one fits the memory.
+    batch_size: B of "decode"; of "train", an override.
+    context: tokens before the decoded ones.
+  """
+
+  kind: str
+  spec: str
+  overrides: dict[str, str]
+  remat: tuple[str, ...] = ("none",)
+  batch_size: int = 1
+  context: int = 3
+
+
+def out_of_memory(error: Exception) -> bool:
+  """Whether a computation failed for want of memory."""
+  return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
+def peak_memory(device: jax.Device) -> float | None:
+  """The most bytes that this process has had on the device; None where it does not tell."""
+  statistics = device.memory_stats()
+  return statistics and statistics.get("peak_bytes_in_use")
+
+
+def train(settings: ExperimentConfig) -> dict[str, Any]:
+  """Tokens/s, MFU and peak memory of training, and the seconds before the second step."""
+  device = jax.devices()[0]
+  start = time.perf_counter()
+  step = common.TrainStep(settings)
+  compile_seconds = time.perf_counter() - start
+  rate = step.tokens / common.median(step, TRAIN_REPEATS)
+  return {
+      "tokens_per_second": rate,
+      "mfu": flops.utilization(settings.model, rate, device.device_kind),
+      "flops_per_token": flops.train_flops(settings.model),
+      "peak_bytes": peak_memory(device),
+      "parameters": step.parameters,
+      "compile_seconds": compile_seconds,
+  }
+
+
+def decode(settings: ExperimentConfig, batch_size: int, context: int) -> dict[str, Any]:
+  """Tokens/s and seconds a step after `context` tokens, and peak memory."""
+  step = common.Decoding(settings, batch_size, context=context)
+  seconds = common.median(step, DECODE_REPEATS)
+  return {
+      "tokens_per_second": batch_size / seconds,
+      "step_seconds": seconds,
+      "peak_bytes": peak_memory(jax.devices()[0]),
+      "parameters": step.parameters,
+  }
+
+
+def run(case: Case) -> dict[str, Any]:
+  """The case's figures, with the first `remat` that fits.
+
+  Raises:
+    InputError: the experiment has no such form.
+  """
+  def settings(remat: str) -> ExperimentConfig:
+    overrides = {**case.overrides, "model.remat": remat}
+    return experiment.load(str(common.ROOT / case.spec), list(overrides.items()))
+
+  if case.kind == "decode":
+    return decode(settings(case.remat[0]), case.batch_size, case.context)
+  return first_that_fits(case.remat, lambda remat: train(settings(remat)))
+
+
+def first_that_fits(
+    remats: tuple[str, ...], measure: Callable[[str], dict[str, Any]]
+) -> dict[str, Any]:
+  """The figures of the first of `remats` for which the memory is enough, and which it is."""
+  for remat in remats:
+    try:
+      return {**measure(remat), "remat": remat}
+    except Exception as error:
+      if remat == remats[-1] or not out_of_memory(error):
+        raise
+      jax.clear_caches()
+  raise ValueError("no remat to try")
+
+
+def main(argument: str) -> None:
+  """Runs a case."""
+  values = json.loads(argument)
+  case = Case(**{**values, "remat": tuple(values["remat"])})
+  figures = run(case)
+  print(json.dumps({**figures, "device": jax.devices()[0].device_kind}))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
