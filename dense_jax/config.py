@@ -202,8 +202,9 @@ class ModelConfig:
     block_layers: layers of a super-block, the body of the scan over layers; 0 takes
       max(m, 1), or the next multiple of dense.stride. With `layers`, every layer is
       compiled apart.
-    remat: what the backward pass recomputes: "none"; "minimal", all but matmuls of a
-      super-block; "full", a super-block, and in it each layer and each dense read.
+    remat: what the backward pass computes again: "none"; "minimal", all but matmuls of a
+      super-block; "reads", all but each layer's input and what dense connections read of it,
+      one layer at a time; "full", all but what enters a super-block, and then in it as "reads".
     implementation: the recurrence's form, see `dense_jax.ops.dispatch`.
     chunk: C of the chunked forms; 0 takes the form's own.
     dense: the dense connections.
@@ -218,9 +219,9 @@ class ModelConfig:
   norm_eps: float = number(1e-5, 0, open_low=True)
   dtype: str = choice("float32", "float32", "bfloat16")
   block_layers: int = integer(0, 0)
-  remat: str = choice("none", "none", "minimal", "full")
+  remat: str = choice("none", "none", "minimal", "reads", "full")
   implementation: str = choice(
-      "auto", "auto", "associative", "chunked", "conv", "recurrent", "softmax"
+      "auto", "auto", "associative", "chunked", "conv", "pallas", "recurrent", "softmax"
   )
   chunk: int = integer(0, 0)
   dense: DenseConfig = dataclasses.field(default_factory=DenseConfig)
@@ -293,6 +294,9 @@ class OptimizerConfig:
     final_fraction: of the peak, at the last step.
     weight_decay: decoupled; which parameters decay: `dense_jax.training.optimizer`.
     clip_norm: the gradient's global norm is clipped to it; 0 does not clip.
+    first_moment_dtype, second_moment_dtype: in which AdamW's moments are kept between
+      updates. A bfloat16 second moment needs beta2 <= 0.99: a moving average that changes by
+      less than its last bit stands still.
   """
 
   learning_rate: float = number(1e-3, 0, open_low=True)
@@ -306,8 +310,15 @@ class OptimizerConfig:
   epsilon: float = number(1e-8, 0, open_low=True)
   weight_decay: float = number(0.1, 0)
   clip_norm: float = number(1.0, 0)
+  first_moment_dtype: str = choice("float32", "float32", "bfloat16")
+  second_moment_dtype: str = choice("float32", "float32", "bfloat16")
 
   def __post_init__(self) -> None:
+    if self.second_moment_dtype == "bfloat16" and self.beta2 > 0.99:
+      raise invalid(
+          "config.optimizer.second_moment_dtype", self.second_moment_dtype,
+          f"float32 with beta2 = {self.beta2:g}, or beta2 <= 0.99",
+      )
     if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
       raise invalid(
           "config.optimizer.decay_fraction", self.decay_fraction,

@@ -4,18 +4,19 @@ Every parameter names its logical axes; one table maps those to mesh axes. The b
 split over `data` and `fsdp` together. Modules contain no sharding code.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dense_jax.config import MeshConfig, defaults, invalid
-from dense_jax.types import InputError
+from dense_jax.types import BATCH_AXES, WIDTH_AXIS, InputError, Params
 
 # Logical axis -> mesh axis. What is not here is not split.
-RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "inner": "tensor"}
-BATCH_AXES = ("data", "fsdp")
+RULES = {"embed": "fsdp", "vocab": WIDTH_AXIS, "heads": WIDTH_AXIS, "inner": WIDTH_AXIS}
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -72,6 +73,17 @@ def param_shardings(
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of arrays whose first axis is the batch."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+@contextlib.contextmanager
+def mesh_of(params: Params) -> Iterator[None]:
+  """Programs that are traced inside know the mesh on which the parameters are; kernels ask."""
+  placed = next(iter(params.values())).sharding
+  if not isinstance(placed, NamedSharding):
+    yield
+    return
+  with jax.sharding.use_abstract_mesh(placed.mesh.abstract_mesh):
+    yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

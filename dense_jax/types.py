@@ -20,6 +20,10 @@ from typing import Any, TypeAlias
 
 import jax
 
+# The mesh axes that split rows, and the one that splits channels and heads.
+BATCH_AXES = ("data", "fsdp")
+WIDTH_AXIS = "tensor"
+
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 Params: TypeAlias = dict[str, jax.Array]

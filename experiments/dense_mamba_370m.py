@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
   """`:debug` shrinks it to a smoke test on bytes of Python's standard library."""
   config = default_config("mamba")
   config.model.update(
-      vocab_size=50280, width=1024, layers=48, dtype="bfloat16", remat="full", block_layers=4
+      vocab_size=50280, width=1024, layers=48, dtype="bfloat16", remat="full", block_layers=9
   )
   config.model.dense.update(depth=2, inject="state")
   config.data.seq_len = 2048

@@ -22,6 +22,6 @@ def get_config(arg: str = "") -> ConfigDict:
   smaller = pathlib.Path(__file__).with_name("dense_retnet_350m.py")
   config = experiment.get_config(smaller, arg)
   if not arg:
-    config.model.update(width=2560, layers=25, block_layers=4)
+    config.model.update(width=2560, layers=25, block_layers=6)
     config.model.mixer.update(heads=4, key_dim=1280)
   return config

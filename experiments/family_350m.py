@@ -38,11 +38,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config = default_config(family)
   width, layers = SIZES[family]
   config.model.update(
-      vocab_size=50280, width=width, layers=layers, dtype="bfloat16", remat="full", block_layers=4
+      vocab_size=50280, width=width, layers=layers, dtype="bfloat16", remat="full",
+      # Of super-blocks: near sqrt(L), and few layers are left over, at any m up to 3.
+      block_layers={48: 9, 28: 5, 24: 7, 16: 7}[layers],
   )
   config.model.mixer.update(MIXERS.get(family, {}))
-  if layers == 48:
-    config.model.block_layers = 6
   if family == "gau_retnet":
     config.model.update(vocab_size=32000, tie_embeddings=False)
   config.data.seq_len = 2048

@@ -1,1 +1,1 @@
-"""What flows between layers."""
+"""What a model does: what compiled programs cost a chip."""

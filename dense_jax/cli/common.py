@@ -20,6 +20,7 @@ from dense_jax.types import InputError, Params
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
+COMPILED = "~/.cache/dense_jax/compiled"
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -52,10 +53,21 @@ def split_overrides(
   return command.parse_args(plain), overrides
 
 
+def keep_compiled_programs() -> None:
+  """Compiled programs are kept between processes, unless jax was told where or not to.
+
+  JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+  """
+  if not jax.config.jax_compilation_cache_dir:
+    folder = pathlib.Path(COMPILED).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def run(main: Callable[[Sequence[str]], int]) -> None:
   """Ends the process with main's status; 2 on bad input, 1 on anything else."""
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
+  keep_compiled_programs()
   try:
     status = main(sys.argv[1:])
   except InputError as error:

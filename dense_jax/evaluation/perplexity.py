@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
+from dense_jax import sharding
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import with_params
 from dense_jax.types import Array, Batch, Params
@@ -50,7 +51,7 @@ class Evaluator:
       masked = jnp.where(batch.loss_mask_BT, nll_BT, 0.0)
       return jnp.sum(masked, axis=1), jnp.sum(batch.loss_mask_BT, axis=1, dtype=jnp.int32)
 
-    self._score: Callable[[Params, Batch], tuple[Array, Array]] = jax.jit(score)
+    self.score: Callable[[Params, Batch], tuple[Array, Array]] = jax.jit(score)
 
   def __call__(
       self, params: Params, batches: Iterable[Batch], put: Callable[[Batch], Batch]
@@ -62,7 +63,8 @@ class Evaluator:
     """
     nats, targets = 0.0, 0
     for batch in batches:
-      nll_B, targets_B = jax.device_get(self._score(params, put(batch)))
+      with sharding.mesh_of(params):
+        nll_B, targets_B = jax.device_get(self.score(params, put(batch)))
       nats += float(nll_B.astype("float64").sum())
       targets += int(targets_B.sum())
     if not targets:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.fusion import FUSIONS
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.transition import Phi, Reads, Transition, make_gates, of_source
-from dense_jax.ops.state_sequence import Mapped, StateSequence, TokenState
+from dense_jax.ops.state_sequence import GatedRead, Mapped, StateSequence, TokenState
 from dense_jax.types import Array
 
 Shared = StateSequence | Mapping[str, Array] | None
@@ -31,6 +32,16 @@ class FusedStates:
   own: StateSequence
   below: StateSequence
   phi: Phi
+
+  @property
+  def joint(self) -> bool:
+    """See `StateSequence`."""
+    return False
+
+  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
+    """See `StateSequence`."""
+    assert not others
+    return self.read(query), self
 
   def final(self) -> Array:
     """The own state after the last token: what is fused is read, never carried."""
@@ -48,7 +59,7 @@ class FusedStates:
 
   def read(self, query: Array) -> Array:
     """See `StateSequence`."""
-    return self.own.read(query) + self.phi.read(self.below, query)
+    return self.own.read(query) + self.phi.gated(self.phi.read(self.below, query))
 
   def read_mapped(self, query: Array, function: Mapped, inputs: Array | None) -> Array:
     """See `StateSequence`; `function` must be linear in the states."""
@@ -90,7 +101,7 @@ class DenseConnection(nnx.Module):
     dense = config.dense
     self.inject = dense.inject if sources else ""
     self.share_fused = dense.source == "fused"
-    self.remat_reads = config.remat == "full"
+    self.remat_reads = config.remat in ("reads", "full")
     if self.inject == "inputs":
       if not inputs:
         raise invalid(
@@ -137,47 +148,60 @@ class DenseConnection(nnx.Module):
       fused[name] = self.norms[name](total) if name in self.norms else total
     return fused, fused if self.share_fused else inputs
 
-  def own_query(self, query: Array) -> Array:
-    """The query for the layer's own states: a fusion may map them too."""
-    return self.fusion.query(query, 0) if self.inject == "state" else query
-
-  def fuse_reads(
-      self,
-      x: Array,
-      own: Array,
-      query: Array,
-      states: StateSequence,
-      shallow: Sequence[Shared],
-  ) -> tuple[Array, StateSequence]:
-    """Equations (3) and (4): joins the own read with lazy reads of the sources' states.
+  def read(
+      self, x: Array, query: Array, states: StateSequence, shallow: Sequence[Shared]
+  ) -> tuple[Array, StateSequence, StateSequence]:
+    """Equations (3) and (4): the own read, joined with lazy reads of the sources' states.
 
     Args:
       x: the layer's input after its norm, [..., D].
-      own: what `own_query` read of the own states, [..., E] or [..., H, P], float32.
       query: the mixer's query, [..., N] or [..., J, N], or [E, N] if it is fixed.
       states: the layer's own states.
       shallow: what the sources shared, nearest first.
 
     Returns:
-      The fused read, float32 (what the sources add is rounded to x's dtype), and the
-      states that this layer shares: its own or the fused ones.
+      The fused read, [..., E] or [..., H, P] in float32; the own states as reading left
+      them; and the states that this layer shares: its own or the fused ones.
     """
     if self.inject != "state":
-      return own, states.shared()
+      y, states = states.read_with(query)
+      return y, states, states.shared()
     sources = [cast(StateSequence, source) for source in shallow]
-
-    def read(x: Array, query: Array, source: StateSequence, index: int) -> Array:
-      phi = self.transition.phi(x, own.shape, index)
-      return phi.read(source, self.fusion.query(query, index + 1)).astype(x.dtype)
-
-    if self.remat_reads:  # So that no two reads' intermediate values exist together.
-      read = jax.checkpoint(read, static_argnums=3)
-    reads = [read(x, query, source, index) for index, source in enumerate(sources)]
-    fused = self.fusion(x, own, reads)
+    phis = [self.transition.phi(x, index) for index in range(len(sources))]
+    queries = [self.fusion.query(query, index) for index in range(1 + len(sources))]
+    joint = states.joint and self.fusion.is_sum and not self.share_fused
+    if joint and all(phi.is_query for phi in phis):
+      y, states = states.read_with(queries[0], [
+          GatedRead(source, phi.query(source_query), phi.channel_gate)
+          for source, phi, source_query in zip(sources, phis, queries[1:], strict=True)
+      ])
+      return y, states, states.shared()
+    own, states = states.read_with(queries[0])
+    fused = self.fusion(x, own, self._reads(phis, queries[1:], sources, x.dtype))
     if not self.share_fused:
-      return fused, states.shared()
-    phi = self.transition.phi(x, own.shape, 0)
+      return fused, states, states.shared()
     if isinstance(states, TokenState):  # One token's states are there: no chain is needed.
-      below = phi.project(sources[0].materialize(), phi.state_gate)
-      return fused, states.plus(phi.gated(below))
-    return fused, FusedStates(states.shared(), sources[0], phi)
+      below = phis[0].project(sources[0].materialize(), phis[0].state_gate)
+      return fused, states, states.plus(phis[0].gated(below))
+    return fused, states, FusedStates(states.shared(), sources[0], phis[0])
+
+  def _reads(
+      self, phis: Sequence[Phi], queries: Sequence[Array], sources: Sequence[StateSequence],
+      dtype: jnp.dtype,
+  ) -> list[Array]:
+    """The sources' gated reads, float32, one after the other; rounded before the gate."""
+
+    def read(phi: Phi, query: Array, source: StateSequence) -> Array:
+      return phi.read(source, query).astype(dtype)
+
+    reads: list[Array] = []
+    for phi, query, source in zip(phis, queries, sources, strict=True):
+      if not self.remat_reads:
+        reads.append(phi.gated(read(phi, query, source)))
+        continue
+      if reads:
+        # One after the other in the backward pass too: so that no two reads' intermediate
+        # values exist together.
+        source, reads[-1] = jax.lax.optimization_barrier((source, reads[-1]))
+      reads.append(phi.gated(jax.checkpoint(read)(phi, query, source)))
+    return reads

@@ -22,7 +22,12 @@ class Add(nnx.Module):
   Args:
     config: the model.
     reads: what is read.
+
+  Attributes:
+    is_sum: reads are only added up, after what `query` does.
   """
+
+  is_sum = True
 
   def __init__(self, config: ModelConfig, reads: Reads, rngs: nnx.Rngs) -> None:
     del config, reads, rngs
@@ -57,6 +62,8 @@ class Concat(Add):
 class Gated(Add):
   """h' = (1 - z) h + z sum_i phi(h_i), with z = tanh(gate(x)) for each channel."""
 
+  is_sum = False
+
   def __init__(self, config: ModelConfig, reads: Reads, rngs: nnx.Rngs) -> None:
     self.gate = Gate(config, reads.channels, "inner", rngs)
 
@@ -72,6 +79,8 @@ class Attention(Add):
   Low-rank keys are made from the reads and a query from the layer's input. The own read
   takes part, so that a layer may attend to no source; its weight is not used otherwise.
   """
+
+  is_sum = False
 
   def __init__(self, config: ModelConfig, reads: Reads, rngs: nnx.Rngs) -> None:
     rank = bottleneck(config)

@@ -98,12 +98,11 @@ class Mamba(ConvolvedMixer):
     dt, b_BTN, c_BTN = self._selected(x_BTE)
     own = {"b": b_BTN, "x": x_BTE}
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
-    y_BTE, states = scan_diagonal(
-        dt, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], self.dense.own_query(c_BTN),
-        segments, state and state["h"],
+    states = scan_diagonal(
+        dt, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
-    y_BTE, shared = self.dense.fuse_reads(x_BTD, y_BTE, c_BTN, states, shallow)
+    y_BTE, states, shared = self.dense.read(x_BTD, c_BTN, states, shallow)
     y_BTD = self._output(y_BTE, x_BTE, z_BTE)
     return MixerOutput(y_BTD, {"conv": conv, "h": states.final()}, shared, inputs)
 
@@ -120,9 +119,7 @@ class Mamba(ConvolvedMixer):
     h_BNE = reference.diagonal_step(
         -jnp.exp(self.a_log[...]), state["h"], dt.dt(), fused["x"], fused["b"]
     )
-    states = DiagonalState(h_BNE)
-    own_BE = states.read(self.dense.own_query(c_BN))
-    y_BE, shared = self.dense.fuse_reads(x_BD, own_BE, c_BN, states, shallow)
+    y_BE, _, shared = self.dense.read(x_BD, c_BN, DiagonalState(h_BNE), shallow)
     y_BD = self._output(y_BE, x_BE, z_BE)
     return MixerOutput(y_BD, {"conv": conv, "h": h_BNE}, shared, inputs)
 

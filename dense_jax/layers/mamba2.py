@@ -149,8 +149,7 @@ class Mamba2(ConvolvedMixer):
         b_BTJN, v_BTHP, log_decay_BTH, segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
-    own_BTHP = states.read(self.dense.own_query(c_BTJN))
-    y_BTHP, shared = self.dense.fuse_reads(x_BTD, own_BTHP, c_BTJN, states, shallow)
+    y_BTHP, states, shared = self.dense.read(x_BTD, c_BTJN, states, shallow)
     y_BTD = self._output(y_BTHP, own["x"], z_BTE)
     return MixerOutput(y_BTD, {"conv": conv, "h": states.final()}, shared, inputs)
 
@@ -167,9 +166,7 @@ class Mamba2(ConvolvedMixer):
     h_BHPN = reference.matrix_step(
         state["h"], log_decay_BH, materialize(b_BJN), materialize(v_BHP)
     )
-    states = MatrixState(h_BHPN)
-    own_BHP = states.read(self.dense.own_query(c_BJN))
-    y_BHP, shared = self.dense.fuse_reads(x_BD, own_BHP, c_BJN, states, shallow)
+    y_BHP, _, shared = self.dense.read(x_BD, c_BJN, MatrixState(h_BHPN), shallow)
     y_BD = self._output(y_BHP, own["x"], z_BE)
     return MixerOutput(y_BD, {"conv": conv, "h": h_BHPN}, shared, inputs)
 

@@ -125,8 +125,7 @@ class Retention(nnx.Module):
         k_BTHN, self._by_head(fused["v"]), decay_BTH, segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )
-    own_BTHP = states.read(self.dense.own_query(q_BTHN))
-    y_BTHP, shared = self.dense.fuse_reads(x_BTD, own_BTHP, q_BTHN, states, shallow)
+    y_BTHP, states, shared = self.dense.read(x_BTD, q_BTHN, states, shallow)
     y_BTD = self._output(y_BTHP, position_BT, gate_BTE)
     return MixerOutput(y_BTD, {"h": states.final()}, shared, inputs)
 
@@ -141,9 +140,7 @@ class Retention(nnx.Module):
     h_BHPN = reference.matrix_step(
         state["h"], log_decay(self.heads)[None], k_BHN, self._by_head(fused["v"])
     )
-    states = MatrixState(h_BHPN)
-    own_BHP = states.read(self.dense.own_query(q_BHN))
-    y_BHP, shared = self.dense.fuse_reads(x_BD, own_BHP, q_BHN, states, shallow)
+    y_BHP, _, shared = self.dense.read(x_BD, q_BHN, MatrixState(h_BHPN), shallow)
     y_BD = self._output(y_BHP, position_B, gate_BE)
     return MixerOutput(y_BD, {"h": h_BHPN}, shared, inputs)
 

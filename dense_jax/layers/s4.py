@@ -152,8 +152,7 @@ class S4D(nnx.Module):
         self.system(), x_BTD, segments.resets_BT, segments.valid_BT,
         None if state is None else state["h"], self.implementation, self.chunk,
     )
-    own_BTE = states.read(self.dense.own_query(c_EN))
-    y_BTE, shared = self.dense.fuse_reads(x_BTD, own_BTE, c_EN, states, shallow)
+    y_BTE, states, shared = self.dense.read(x_BTD, c_EN, states, shallow)
     return MixerOutput(self._output(y_BTE, x_BTD), {"h": states.final()}, shared, {})
 
   def step(
@@ -163,9 +162,7 @@ class S4D(nnx.Module):
     del position_B
     c_EN = self.c[...]
     h_BNE = self.system().stepper()(state["h"], x_BD)
-    states = LtiState(h_BNE)
-    own_BE = states.read(self.dense.own_query(c_EN))
-    y_BE, shared = self.dense.fuse_reads(x_BD, own_BE, c_EN, states, shallow)
+    y_BE, _, shared = self.dense.read(x_BD, c_EN, LtiState(h_BNE), shallow)
     return MixerOutput(self._output(y_BE, x_BD), {"h": h_BNE}, shared, {})
 
   def init_state(self, batch: int) -> PyTree:

@@ -92,7 +92,7 @@ class Phi:
   """The transition of one source at the tokens at hand, [B, T, ...] or [B, ...].
 
   Attributes:
-    channel_gate: g_E in the shape of a read, float32; None is one.
+    channel_gate: g_E, [..., E]; None is one.
     state_gate: g_N, [..., N]; None is one.
     matrix: the linear projection, [N, N] or [J, N, N]; None is the identity.
     low_rank: V [N, R] and U [R, N] of the projection h + U silu(V h); None without.
@@ -105,23 +105,31 @@ class Phi:
   low_rank: tuple[Array, Array] | None
   fixed_query: bool = dataclasses.field(metadata={"static": True})
 
-  def read(self, source: StateSequence, query: Array) -> Array:
-    """What the query reads of phi(h), float32."""
+  @property
+  def is_query(self) -> bool:
+    """Reading phi(h) is reading h with another query, but for the channel gate."""
+    return self.low_rank is None and (self.state_gate is None or not self.fixed_query)
+
+  def query(self, query: Array) -> Array:
+    """The query of h that reads phi(h), where there is one."""
     gate = self.state_gate
-    if self.low_rank is not None or (gate is not None and self.fixed_query):
-      y = source.read_mapped(query, self.project, gate)
-    else:
-      if gate is not None:
-        query = query * gate.reshape(*gate.shape[:-1], *(1,) * (query.ndim - gate.ndim), -1)
-      if self.matrix is not None:
-        query = project_query(query, self.matrix)
-      y = source.read(query)
-    return self.gated(y)
+    if gate is not None:
+      query = query * gate.reshape(*gate.shape[:-1], *(1,) * (query.ndim - gate.ndim), -1)
+    return query if self.matrix is None else project_query(query, self.matrix)
+
+  def read(self, source: StateSequence, query: Array) -> Array:
+    """What the query reads of phi(h) but for the channel gate, float32."""
+    if self.is_query:
+      return source.read(self.query(query))
+    return source.read_mapped(query, self.project, self.state_gate)
 
   def gated(self, y: Array) -> Array:
-    """The channel gate times a read, or (with one axis more) times states."""
-    gate = self.channel_gate
-    return y if gate is None else gate.reshape(*gate.shape, *(1,) * (y.ndim - gate.ndim)) * y
+    """The channel gate times a read, or (with one axis more) times states; float32."""
+    y, gate = y.astype(jnp.float32), self.channel_gate
+    if gate is None:
+      return y
+    shape = y.shape if gate.size == y.size else (*y.shape[:-1], 1)
+    return gate.astype(jnp.float32).reshape(shape) * y
 
   def project(self, h: Array, state_gate: Array | None) -> Array:
     """The projection times g_N, of one token's states [B, ..., N], with g_N [B, N]."""
@@ -166,11 +174,11 @@ class Transition(nnx.Module):
           lambda _, shape: jnp.zeros(shape),
       )
 
-  def phi(self, x: Array, read_shape: tuple[int, ...], source: int) -> Phi:
+  def phi(self, x: Array, source: int) -> Phi:
     """phi of a source (0 is the nearest) at the layer's input [..., D]."""
     channel = state = matrix = low_rank = None
     if hasattr(self, "channel_gates"):
-      channel = of_source(self.channel_gates, source)(x).astype(jnp.float32).reshape(read_shape)
+      channel = of_source(self.channel_gates, source)(x)
     if hasattr(self, "state_gates"):
       # Around one: were both gates zero at the start, neither would learn.
       state = 1 + of_source(self.state_gates, source)(x)

@@ -59,7 +59,8 @@ class LanguageModel(nnx.Module):
     return self.logits(hidden_BTD)
 
   def hidden(
-      self, tokens_BT: Array, segments: Segments | None = None, state: ModelState | None = None
+      self, tokens_BT: Array, segments: Segments | None = None, state: ModelState | None = None,
+      *, keep_state: bool = True,
   ) -> tuple[Array, ModelState]:
     """The last norm's output, and the state to carry on from.
 
@@ -67,6 +68,7 @@ class LanguageModel(nnx.Module):
       tokens_BT: int32 token ids.
       segments: documents and padding; None is one document a row, going on from `state`.
       state: the state before the first token; None is a fresh one.
+      keep_state: false leaves the layers' states out, for training, which has no use for them.
     """
     batch, time = tokens_BT.shape
     before_B = jnp.zeros(batch, jnp.int32) if state is None else state.position_B
@@ -74,7 +76,9 @@ class LanguageModel(nnx.Module):
       first_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else before_B[:, None]
       segments = Segments(first_B1 + jnp.arange(time, dtype=jnp.int32)[None])
     x_BTD = self.embedding[...].astype(self.dtype)[tokens_BT]
-    x_BTD, layers = self.stack(x_BTD, segments, None if state is None else state.layers)
+    x_BTD, layers = self.stack(
+        x_BTD, segments, None if state is None else state.layers, keep_state=keep_state
+    )
     position_B = before_B + time
     if segments.valid_BT is not None:
       # Padding repeats no position: the last token that is not padding has the last one.
@@ -94,7 +98,7 @@ class LanguageModel(nnx.Module):
 
   def token_losses(self, batch: Batch, *, chunk: int) -> tuple[Array, Array]:
     """nll_BT and log_z_BT in nats, float32, `chunk` tokens of logits at a time."""
-    hidden_BTD, _ = self.hidden(batch.tokens_BT, batch.segments)
+    hidden_BTD, _ = self.hidden(batch.tokens_BT, batch.segments, keep_state=False)
     return chunked_cross_entropy(hidden_BTD, self.head_DV(), batch.targets_BT, chunk=chunk)
 
   def prefill(

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Axes
-from dense_jax.layers.stack import block_sizes
+from dense_jax.layers.stack import block_sizes, pattern_length
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.types import Array, Params
 
@@ -65,6 +65,7 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 def unrolled(model: LanguageModel) -> LanguageModel:
   """The same function with every layer compiled apart: how decoding runs."""
   head, block, blocks = block_sizes(model.config)
+  pattern = pattern_length(model.config)
   if not blocks:
     return model
   params = {}
@@ -73,8 +74,8 @@ def unrolled(model: LanguageModel) -> LanguageModel:
       params[name] = value
       continue
     _, _, index, rest = name.split(".", 3)
-    for repeat in range(blocks):
-      layer = head + repeat * block + int(index)
+    for repeat in range(blocks * block // pattern):
+      layer = head + repeat * pattern + int(index)
       params[f"stack.head.{layer}.{rest}"] = value[repeat]
   config = dataclasses.replace(model.config, block_layers=model.config.layers)
   return with_params(abstract_model(config), params)

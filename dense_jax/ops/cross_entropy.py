@@ -18,12 +18,77 @@ def token_cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
   return log_z - picked, log_z
 
 
+def _by_chunk(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
+  """Each [B, T, ...] -> [G, B, C, ...], padded with zeros."""
+  return tuple(jnp.moveaxis(split_time(x, chunk), 1, 0) for x in arrays_BT)
+
+
+def _joined(x_GBC: Array, time: int) -> Array:
+  """[G, B, C, ...] -> [B, T, ...]."""
+  _, batch, _, *rest = x_GBC.shape
+  return jnp.moveaxis(x_GBC, 0, 1).reshape(batch, -1, *rest)[:, :time]
+
+
+def _logits(hidden_BCD: Array, head_DV: Array) -> Array:
+  return jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _cross_entropy(
+    hidden_BTD: Array, head_DV: Array, targets_BT: Array, chunk: int
+) -> tuple[Array, Array]:
+  low_DV = head_DV.astype(hidden_BTD.dtype)
+
+  def body(carry: None, inputs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
+    hidden_BCD, targets_BC = inputs
+    return carry, token_cross_entropy(_logits(hidden_BCD, low_DV), targets_BC)
+
+  _, outputs = jax.lax.scan(body, None, _by_chunk(chunk, hidden_BTD, targets_BT))
+  nll_BT, log_z_BT = (_joined(x, targets_BT.shape[1]) for x in outputs)
+  return nll_BT, log_z_BT
+
+
+def _forward(
+    hidden_BTD: Array, head_DV: Array, targets_BT: Array, chunk: int
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+  nll_BT, log_z_BT = _cross_entropy(hidden_BTD, head_DV, targets_BT, chunk)
+  return (nll_BT, log_z_BT), (hidden_BTD, head_DV, targets_BT, log_z_BT)
+
+
+def _backward(
+    chunk: int, saved: tuple[Array, ...], gradients: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
+  hidden_BTD, head_DV, targets_BT, log_z_BT = saved
+  low_DV = head_DV.astype(hidden_BTD.dtype)
+
+  def body(d_head_DV: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+    hidden_BCD, targets_BC, log_z_BC, d_nll_BC, d_log_z_BC = inputs
+    probability_BCV = jnp.exp(_logits(hidden_BCD, low_DV) - log_z_BC[..., None])
+    is_target_BCV = targets_BC[..., None] == jnp.arange(head_DV.shape[1])[None, None]
+    d_logits_BCV = (d_nll_BC + d_log_z_BC)[..., None] * probability_BCV - jnp.where(
+        is_target_BCV, d_nll_BC[..., None], 0.0
+    )
+    d_logits_BCV = d_logits_BCV.astype(hidden_BCD.dtype)
+    d_head_DV = d_head_DV + jnp.einsum(
+        "bcd,bcv->dv", hidden_BCD, d_logits_BCV, preferred_element_type=jnp.float32
+    )
+    return d_head_DV, jnp.einsum("bcv,dv->bcd", d_logits_BCV, low_DV)
+
+  chunks = _by_chunk(chunk, hidden_BTD, targets_BT, log_z_BT, *gradients)
+  d_head_DV, d_hidden = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), chunks)
+  return _joined(d_hidden, targets_BT.shape[1]), d_head_DV.astype(head_DV.dtype), None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
 def chunked_cross_entropy(
     hidden_BTD: Array, head_DV: Array, targets_BT: Array, *, chunk: int
 ) -> tuple[Array, Array]:
   """`token_cross_entropy(hidden @ head, targets)`, `chunk` tokens of a row at a time.
 
-  The backward pass computes a chunk's logits again, so at most [B, chunk, V] exist.
+  The backward pass makes a chunk's logits again and turns them into gradients at once, so
+  at most [B, chunk, V] exist; the head's gradient is summed over chunks in float32.
 
   Args:
     hidden_BTD: the last norm's output, in the compute dtype.
@@ -34,24 +99,5 @@ def chunked_cross_entropy(
   Returns:
     nll_BT and log_z_BT, float32, in nats.
   """
-  batch, time, _ = hidden_BTD.shape
-  chex.assert_shape(targets_BT, (batch, time))
-  chunk = min(chunk, time)
-  head_DV = head_DV.astype(hidden_BTD.dtype)
-  chunks_first = jax.tree.map(
-      lambda x: jnp.moveaxis(split_time(x, chunk), 1, 0), (hidden_BTD, targets_BT)
-  )
-
-  @functools.partial(jax.checkpoint, prevent_cse=False)
-  def body(carry: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-    hidden_BCD, targets_BC = inputs
-    logits_BCV = jnp.einsum(
-        "bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32
-    )
-    return carry, token_cross_entropy(logits_BCV, targets_BC)
-
-  _, outputs = jax.lax.scan(body, None, chunks_first)
-  nll_BT, log_z_BT = (
-      jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :time] for x in outputs
-  )
-  return nll_BT, log_z_BT
+  chex.assert_shape(targets_BT, hidden_BTD.shape[:2])
+  return _cross_entropy(hidden_BTD, head_DV, targets_BT, min(chunk, targets_BT.shape[1]))

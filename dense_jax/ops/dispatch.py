@@ -13,14 +13,19 @@ from dense_jax.types import InputError
 _LOG = logging.getLogger(__name__)
 
 # State form -> its implementations. The first is the default. Convolutions serve rows that
-# are one document from its beginning; others take chunks.
+# are one document from its beginning; others take chunks. "pallas", kernels for TPUs, is
+# chosen by nobody but the user until it has been measured on a chip.
 IMPLEMENTATIONS = {
-    "diagonal": ("associative", "recurrent"),
-    "matrix": ("chunked", "associative", "recurrent"),
+    "diagonal": ("associative", "pallas", "recurrent"),
+    "matrix": ("chunked", "associative", "pallas", "recurrent"),
     "lti": ("conv", "chunked", "recurrent"),
     "attention": ("softmax",),
 }
 
+
+# What "pallas" resolves to where there is no TPU: the same kernels, interpreted.
+INTERPRETED = "pallas (interpreted)"
+KERNELS = ("pallas", INTERPRETED)
 
 _TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 
@@ -46,14 +51,15 @@ def resolve(form: str, requested: str) -> str:
     InputError: the form has no such implementation.
   """
   options = IMPLEMENTATIONS[form]
+  platform = _TARGET.get() or jax.default_backend()
   if requested == "auto":
-    return _choose(form, _TARGET.get() or jax.default_backend())
+    return _choose(form, platform)
   if requested not in options:
     raise InputError(
         f"config.model.implementation = {requested!r} is not valid for a {form} state: "
         f"expected auto or one of {', '.join(options)}"
     )
-  return requested
+  return INTERPRETED if requested == "pallas" and platform != "tpu" else requested
 
 
 @functools.cache  # So that the choice is logged once.

@@ -1,6 +1,7 @@
 """StateSequence: what deeper layers know of a layer's states."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self, runtime_checkable
 
 from dense_jax.types import Array, PyTree
@@ -9,8 +10,38 @@ Mapped = Callable[[Array, PyTree], Array]
 """A function of one token's states, N last, and of that token's part of some inputs."""
 
 
+@dataclasses.dataclass(frozen=True)
+class GatedRead:
+  """A read of another layer's states, times a gate.
+
+  Attributes:
+    states: the other layer's, of the reader's own kind.
+    query: as of `StateSequence.read`.
+    gate: in the size of a read; None is one.
+  """
+
+  states: "StateSequence"
+  query: Array
+  gate: Array | None
+
+
 class StateSequence(Protocol):
-  """The states of one layer, over a sequence or (in decoding) at one token."""
+  """The states of one layer, over a sequence or (in decoding) at one token.
+
+  Attributes:
+    joint: `read_with` takes others, and one pass over memory serves all of them.
+  """
+
+  @property
+  def joint(self) -> bool:  # noqa: D102
+    ...
+
+  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
+    """The layer's own read plus the gated reads of others, which need `joint`.
+
+    Returns:
+      The sum, float32, and these states with all that reading them has made known.
+    """
 
   def read(self, query: Array) -> Array:
     """Equation (2) with any query; float32."""

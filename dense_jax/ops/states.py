@@ -7,18 +7,21 @@ kept and read again. That identity is what makes dense state connections afforda
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops import reference
+from dense_jax.ops import dispatch, reference
 from dense_jax.ops.chunked_linear import chunk_read, chunk_states
 from dense_jax.ops.lti import System
 from dense_jax.ops.lti_scan import fft_convolution, lti_read, lti_states
+from dense_jax.ops.pallas.chunked_linear import Matrix
+from dense_jax.ops.pallas.partition import read_diagonal, read_matrix
+from dense_jax.ops.pallas.selective_scan import Diagonal
 from dense_jax.ops.selective_scan import StepSizes, selective_scan
-from dense_jax.ops.state_sequence import Mapped
+from dense_jax.ops.state_sequence import GatedRead, Mapped
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.ops.token_states import DiagonalState, LtiState, MatrixState
 from dense_jax.types import Array, PyTree, Segments
@@ -50,16 +53,38 @@ class DiagonalStates:
       return self.initial_BNE
     return jnp.zeros((self.x_BTE.shape[0], *self.a_NE.shape), jnp.float32)
 
-  def scan(self, query: Array) -> tuple[Array, Array]:
-    """c_BTN -> y_BTE and final_BNE."""
-    return selective_scan(
-        self._dt(), self.a_NE, self.x_BTE, self.b_BTN, query, self.resets_BT,
-        self._initial(), implementation=self.implementation, chunk=self.chunk,
+  @property
+  def joint(self) -> bool:
+    """See `StateSequence`."""
+    return self.implementation in dispatch.KERNELS
+
+  def _asked(self, query: Array, gate: Array | None) -> Diagonal:
+    """This recurrence and a question, as the kernel takes them."""
+    if gate is not None:
+      gate = gate.astype(jnp.float32).reshape(self.x_BTE.shape)
+    return Diagonal(
+        self._dt(), self.a_NE, self.x_BTE, self.b_BTN, query, gate, self._initial()
     )
+
+  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
+    """c_BTN -> y_BTE."""
+    if self.joint:
+      asked = [other.states._asked(other.query, other.gate) for other in others]
+      y_BTE, final_BNE = read_diagonal(
+          [self._asked(query, None), *asked], self.resets_BT, chunk=self.chunk,
+          interpret=self.implementation == dispatch.INTERPRETED,
+      )
+    else:
+      assert not others
+      y_BTE, final_BNE = selective_scan(
+          self._dt(), self.a_NE, self.x_BTE, self.b_BTN, query, self.resets_BT,
+          self._initial(), implementation=self.implementation, chunk=self.chunk,
+      )
+    return y_BTE, dataclasses.replace(self, final_BNE=final_BNE)
 
   def read(self, query: Array) -> Array:
     """c_BTN -> y_BTE."""
-    return self.scan(query)[0]
+    return self.read_with(query)[0]
 
   def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
     """c_BTN -> y_BTE."""
@@ -81,8 +106,10 @@ class DiagonalStates:
     return jnp.swapaxes(states, 2, 3)
 
   def final(self) -> Array:
-    """h_BNE, float32; only the layer itself has it at hand."""
-    return self.scan(self.b_BTN)[1] if self.final_BNE is None else self.final_BNE
+    """h_BNE, float32; at hand once the layer itself has read its states."""
+    if self.final_BNE is None:
+      return self.read_with(self.b_BTN)[1].final()
+    return self.final_BNE
 
   def shared(self) -> Self:
     """See `StateSequence`."""
@@ -94,28 +121,23 @@ def scan_diagonal(
     a_NE: Array,
     x_BTE: Array,
     b_BTN: Array,
-    c_BTN: Array,
     segments: Segments,
     initial_BNE: Array | None,
     *,
     implementation: str,
     chunk: int,
-) -> tuple[Array, DiagonalStates]:
-  """Runs the selective recurrence.
+) -> DiagonalStates:
+  """The states of the selective recurrence; reading them runs it.
 
   Args:
     dt: step sizes dt_BTE >= 0, or what they are made from.
     a_NE: float32 decay rates <= 0.
     x_BTE: inputs.
     b_BTN: input maps.
-    c_BTN: the layer's own queries.
     segments: the documents.
     initial_BNE: float32 state before the first token; None is zero.
-    implementation: "associative" or "recurrent".
+    implementation: what the resolver gives.
     chunk: tokens a chunk; 0 takes the form's own.
-
-  Returns:
-    The own read y_BTE, float32, and the states for deeper layers.
   """
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
   if valid_BT is not None:
@@ -123,11 +145,9 @@ def scan_diagonal(
       dt = dataclasses.replace(dt, valid_BT=valid_BT)
     else:
       dt = jnp.where(valid_BT[..., None], dt, 0)
-  states = DiagonalStates(
+  return DiagonalStates(
       dt, a_NE, x_BTE, b_BTN, resets_BT, initial_BNE, None, implementation, chunk
   )
-  y_BTE, final_BNE = states.scan(c_BTN)
-  return y_BTE, dataclasses.replace(states, final_BNE=final_BNE)
 
 
 @jax.tree_util.register_dataclass
@@ -156,6 +176,11 @@ class MatrixStates:
     batch, _, heads, channels = self.v_BTHP.shape
     return jnp.zeros((batch, heads, channels, self.k_BTJN.shape[-1]), jnp.float32)
 
+  @property
+  def joint(self) -> bool:
+    """See `StateSequence`."""
+    return self.implementation in dispatch.KERNELS
+
   def between_chunks(self) -> tuple[Array, Array]:
     """before_BGHPN and final_BHPN."""
     return chunk_states(
@@ -163,8 +188,30 @@ class MatrixStates:
         implementation=self.implementation, chunk=self.chunk,
     )
 
+  def _asked(self, query: Array, gate: Array | None) -> Matrix:
+    """This recurrence and a question, as the kernel takes them."""
+    if gate is not None:
+      gate = gate.astype(jnp.float32).reshape(self.v_BTHP.shape)
+    return Matrix(
+        query, self.k_BTJN, self.v_BTHP, self.log_decay_BTH, gate, self._initial()
+    )
+
+  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
+    """q_BTJN -> y_BTHP."""
+    if not self.joint:
+      assert not others
+      return self.read(query), self
+    asked = [other.states._asked(other.query, other.gate) for other in others]
+    y_BTHP, final_BHPN = read_matrix(
+        [self._asked(query, None), *asked], self.resets_BT, chunk=self.chunk,
+        interpret=self.implementation == dispatch.INTERPRETED,
+    )
+    return y_BTHP, dataclasses.replace(self, final_BHPN=final_BHPN)
+
   def read(self, query: Array) -> Array:
     """q_BTJN -> y_BTHP."""
+    if self.joint:
+      return self.read_with(query)[0]
     if self.implementation == "recurrent":
       return self.read_mapped(query, lambda h, _: h, None)
     before_BGHPN = self.before_BGHPN
@@ -203,6 +250,8 @@ class MatrixStates:
     """h_BHPN, float32; only the layer itself has it at hand."""
     if self.final_BHPN is not None:
       return self.final_BHPN
+    if self.joint:
+      return self.read_with(self.k_BTJN)[1].final()
     if self.implementation == "recurrent":
       return self._tokens(lambda h_BHPN, _: h_BHPN[:, 0, 0, 0], None)[1]
     return self.between_chunks()[1]
@@ -230,7 +279,7 @@ def scan_matrix(
     log_decay_BTH: float32, <= 0; its B may be 1 (a decay that all rows share).
     segments: the documents.
     initial_BHPN: float32 state before the first token; None is zero.
-    implementation: "chunked", "associative" (see `chunk_states`) or "recurrent".
+    implementation: what the resolver gives.
     chunk: tokens a chunk; 0 takes the form's own.
   """
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
@@ -240,7 +289,7 @@ def scan_matrix(
   states = MatrixStates(
       k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN, None, None, implementation, chunk
   )
-  if implementation == "recurrent":
+  if implementation == "recurrent" or states.joint:
     return states
   before_BGHPN, final_BHPN = states.between_chunks()
   return dataclasses.replace(states, before_BGHPN=before_BGHPN, final_BHPN=final_BHPN)
@@ -279,6 +328,16 @@ class LtiStates:
         self.system.stepper(), read, self._initial(), (self.x_BTE,), queries, self.resets_BT,
         jnp.ones(self.x_BTE.shape[:2], bool) if self.valid_BT is None else self.valid_BT,
     )
+
+  @property
+  def joint(self) -> bool:
+    """See `StateSequence`."""
+    return False
+
+  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
+    """c_EN -> y_BTE."""
+    assert not others
+    return self.read(query), self
 
   def read(self, query: Array) -> Array:
     """c_EN -> y_BTE."""

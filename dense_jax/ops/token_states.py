@@ -1,13 +1,14 @@
 """States at one token of decoding, where the states themselves are there."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from dense_jax.ops import reference
-from dense_jax.ops.state_sequence import Mapped
+from dense_jax.ops.state_sequence import GatedRead, Mapped
 from dense_jax.types import Array, PyTree
 
 
@@ -17,6 +18,16 @@ class DiagonalState:
   """A diagonal state at one token of decoding."""
 
   h_BNE: Array
+
+  @property
+  def joint(self) -> bool:
+    """See `StateSequence`."""
+    return False
+
+  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
+    """See `StateSequence`."""
+    assert not others
+    return self.read(query), self
 
   def read(self, query: Array) -> Array:
     """c_BN -> y_BE."""
@@ -64,6 +75,16 @@ class MatrixState:
   """A matrix state at one token of decoding."""
 
   h_BHPN: Array
+
+  @property
+  def joint(self) -> bool:
+    """See `StateSequence`."""
+    return False
+
+  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
+    """See `StateSequence`."""
+    assert not others
+    return self.read(query), self
 
   def read(self, query: Array) -> Array:
     """q_BJN -> y_BHP."""

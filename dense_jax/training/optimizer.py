@@ -2,10 +2,11 @@
 
 import re
 
+import jax
 import optax
 
 from dense_jax.config import OptimizerConfig
-from dense_jax.types import Params
+from dense_jax.types import Params, PyTree
 
 # Pattern of a parameter's whole path -> whether it decays. Each parameter matches one.
 WEIGHT_DECAY = {
@@ -63,18 +64,38 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([ramp, main], [warmup])
 
 
+def _with_dtypes(
+    adam: optax.GradientTransformation, first: str, second: str
+) -> optax.GradientTransformation:
+  """Adam whose moments are kept in these dtypes between updates, and computed in float32."""
+
+  def cast(state: optax.ScaleByAdamState, first: str, second: str) -> optax.ScaleByAdamState:
+    moments = {"mu": first, "nu": second}
+    return state._replace(**{
+        name: jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), getattr(state, name))
+        for name, dtype in moments.items()
+    })
+
+  def init(params: Params) -> PyTree:
+    return cast(adam.init(params), first, second)
+
+  def update(gradients: Params, state: PyTree, params: Params | None = None) -> tuple[PyTree, ...]:
+    updates, state = adam.update(gradients, cast(state, "float32", "float32"), params)
+    return updates, cast(state, first, second)
+
+  return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     config: OptimizerConfig, steps: int, names: list[str]
 ) -> optax.GradientTransformation:
   """Clipping by global norm, then AdamW with decoupled decay where it applies."""
-  adamw = optax.adamw(
-      learning_rate(config, steps),
-      b1=config.beta1,
-      b2=config.beta2,
-      eps=config.epsilon,
-      weight_decay=config.weight_decay,
-      mask=decay_mask(names),
-  )
-  if not config.clip_norm:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+  adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+  parts = [
+      _with_dtypes(adam, config.first_moment_dtype, config.second_moment_dtype),
+      optax.add_decayed_weights(config.weight_decay, decay_mask(names)),
+      optax.scale_by_learning_rate(learning_rate(config, steps)),
+  ]
+  if config.clip_norm:
+    parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+  return optax.chain(*parts)

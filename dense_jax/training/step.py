@@ -107,7 +107,8 @@ class Trainer:
       return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-      gradients, loss, targets = _gradients(self.model, state.params, batch, config)
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Kernels ask for it.
+        gradients, loss, targets = _gradients(self.model, state.params, batch, config)
       updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
       metrics = {
           "loss": loss,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dense_jax.layers.stack import block_sizes
+from dense_jax.layers.stack import block_sizes, pattern_length
 from dense_jax.models.language_model import ModelState
 from dense_jax.models.params import abstract_model, get_params, unrolled, with_params
 from tests.builders import (
@@ -49,38 +49,52 @@ def test_block_sizes(layers, depth, block_layers, expected):
   assert head >= min(depth, layers)  # Layers with fewer sources have other parameters.
 
 
-def _stacked(parts, head, block):
+def _stacked(parts, head, pattern):
   """A list of layers' states as the scanned stack has them."""
   blocks = [
-      jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts[head + index :: block])
-      for index in range(block)
+      jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts[head + index :: pattern])
+      for index in range(pattern)
   ]
   return {"head": parts[:head], "blocks": blocks}
 
 
-def _apart(state, head, block, blocks):
+def _apart(state, layers):
   """The inverse: a scanned stack's state as a list of layers' states."""
-  layers = list(state["head"])
-  for repeat in range(blocks):
-    for index in range(block):
-      layers.append(jax.tree.map(lambda leaf, r=repeat: leaf[r], state["blocks"][index]))
-  assert len(layers) == head + block * blocks
-  return layers
+  parts, pattern = list(state["head"]), len(state["blocks"])
+  for index in range(layers - len(parts)):
+    repeat, of_pattern = divmod(index, pattern)
+    parts.append(jax.tree.map(lambda leaf, r=repeat: leaf[r], state["blocks"][of_pattern]))
+  return parts
 
 
-@pytest.mark.parametrize(("family", "inject", "layers", "depth", "block_layers"), [
-    pytest.param("gau_retnet", "state", 5, 0, 2, marks=pytest.mark.slow),
-    pytest.param("mamba", "state", 4, 1, 0, marks=pytest.mark.slow),
-    ("gau_retnet", "state", 7, 2, 0),
-    ("gau_retnet", "inputs", 6, 1, 2),
+@pytest.mark.parametrize(("family", "inject", "depth", "options"), [
+    pytest.param("gau_retnet", "state", 0, {"layers": 5, "block_layers": 2},
+                 marks=pytest.mark.slow),
+    pytest.param("mamba", "state", 1, {"layers": 4}, marks=pytest.mark.slow),
+    ("gau_retnet", "state", 2, {"layers": 7}),
+    ("gau_retnet", "inputs", 1, {"layers": 6, "block_layers": 2}),
+    # Two levels: three super-blocks, more layers in the bank than one layer renews.
+    ("mamba2", "state", 2, {"layers": 8, "block_layers": 2, "remat": "full"}),
+    pytest.param("gau_retnet", "inputs", 2, {"layers": 7, "remat": "reads"},
+                 marks=pytest.mark.slow),
+    # A pattern of two layers, more than the bank holds; and a bank of more than a pattern.
+    pytest.param("gau_retnet", "state", 1,
+                 {"layers": 9, "stride": 2, "block_layers": 4, "remat": "full"},
+                 marks=pytest.mark.slow),
+    pytest.param("mamba", "state", 3,
+                 {"layers": 11, "stride": 2, "block_layers": 4, "remat": "full"},
+                 marks=pytest.mark.slow),
+    pytest.param("transformer", "state", 0, {"layers": 4, "remat": "reads"},
+                 marks=pytest.mark.slow),
 ])
-def test_scanned_equals_unrolled(family, inject, layers, depth, block_layers):
-  config = model_config(family, depth, inject, layers=layers, block_layers=block_layers)
-  head, block, blocks = block_sizes(config)
+def test_scanned_equals_unrolled(family, inject, depth, options):
+  config = model_config(family, depth, inject, **options)
+  layers = config.layers
+  head, _, blocks = block_sizes(config)
   assert blocks >= 2
   model, abstract = random_model(config), abstract_model(config)
   state = random_state(model, [2, 0])
-  apart = _apart(state.layers, head, block, blocks)
+  apart = _apart(state.layers, layers)
   tokens, weights = random_tokens(0, B, T), normal(1, B, T, VOCAB, scale=0.1)
   weights = weights * SEGMENTS.valid_BT[..., None]
   cotangent = random_like(apart, 3)
@@ -88,11 +102,11 @@ def test_scanned_equals_unrolled(family, inject, layers, depth, block_layers):
   def run(params, layer_states, scanned):
     bound = with_params(abstract, params)
     if scanned:
-      start = _stacked(layer_states, head, block)
+      start = _stacked(layer_states, head, pattern_length(config))
     else:
       bound, start = unrolled(bound), {"head": layer_states, "blocks": []}
     hidden, after = bound.hidden(tokens, SEGMENTS, ModelState(state.position_B, start))
-    after = _apart(after.layers, head, block, blocks) if scanned else after.layers["head"]
+    after = _apart(after.layers, layers) if scanned else after.layers["head"]
     logits = bound.logits(hidden) * SEGMENTS.valid_BT[..., None]
     objective = jnp.sum(logits * weights) + 0.01 * tree_dot(after, cotangent)
     return objective, (logits, after)
@@ -115,14 +129,13 @@ def test_scanned_equals_unrolled(family, inject, layers, depth, block_layers):
 def test_a_decoding_step_of_the_scan_equals_the_unrolled_one(family, inject, layers, depth):
   model = random_model(model_config(family, depth, inject, layers=layers))
   state, tokens = random_state(model, [2, 9]), random_tokens(0, B)
-  sizes = block_sizes(model.config)
 
   @fast_jit
   def both(model, state):
-    flat = ModelState(state.position_B, {"head": _apart(state.layers, *sizes), "blocks": []})
+    flat = ModelState(state.position_B, {"head": _apart(state.layers, layers), "blocks": []})
     after, logits = model.step(state, tokens)
     flat_after, flat_logits = unrolled(model).step(flat, tokens)
-    return (_apart(after.layers, *sizes), logits), (flat_after.layers["head"], flat_logits)
+    return (_apart(after.layers, layers), logits), (flat_after.layers["head"], flat_logits)
 
   scanned, one_by_one = both(model, state)
   assert_trees_close(scanned, one_by_one)
@@ -152,7 +165,7 @@ def test_remat_changes_nothing(family, inject):
 
   args = get_params(model), state.layers
   expected = gradient("none")(*args)
-  for remat in ("minimal", "full"):
+  for remat in ("minimal", "reads", "full"):
     assert_trees_close(gradient(remat)(*args), expected)
 
 

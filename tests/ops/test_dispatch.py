@@ -43,7 +43,10 @@ def test_a_request_is_what_runs_everywhere():
     for requested in options:
       for platform in ("cpu", "gpu", "tpu"):
         with dispatch.compiling_for(platform):
-          assert dispatch.resolve(form, requested) == requested
+          expected = requested
+          if requested == "pallas" and platform != "tpu":
+            expected = dispatch.INTERPRETED
+          assert dispatch.resolve(form, requested) == expected
 
 
 @pytest.mark.parametrize(("form", "requested"), [("diagonal", "chunked"), ("matrix", "conv")])

@@ -35,9 +35,9 @@ def _inputs(time, initial=True):
 
 def _fast(inputs, segments, implementation):
   y, states = scan_diagonal(
-      inputs["dt"], inputs["a"], inputs["x"], inputs["b"], inputs["c"], segments,
-      inputs["initial"], implementation=implementation, chunk=C,
-  )
+      inputs["dt"], inputs["a"], inputs["x"], inputs["b"], segments, inputs["initial"],
+      implementation=implementation, chunk=C,
+  ).read_with(inputs["c"])
   return y, states.final()
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from dense_jax.ops import reference
+from dense_jax.ops.dispatch import INTERPRETED
 from dense_jax.ops.states import scan_diagonal, scan_matrix
 from dense_jax.ops.token_states import DiagonalState, MatrixState
 from tests.builders import fast_jit, normal, packed
@@ -19,26 +20,28 @@ SEGMENTS = packed([[4, 9], [6, 4]], time=T, first=[2, 0])
 FORMS = [
     ("diagonal", "associative"), ("diagonal", "recurrent"),
     ("matrix", "chunked"), ("matrix", "associative"), ("matrix", "recurrent"),
+    ("diagonal", INTERPRETED), ("matrix", INTERPRETED),
 ]
 
 
 def _diagonal(implementation, time=T, segments=SEGMENTS, chunk=C):
   """A sequence of diagonal states, its own query's read, and another query."""
+  own = normal(4, B, time, N)
   y, states = scan_diagonal(
       jax.nn.softplus(normal(0, B, time, E)), -jnp.exp(normal(1, N, E)), normal(2, B, time, E),
-      normal(3, B, time, N), normal(4, B, time, N), segments, normal(5, B, N, E),
+      normal(3, B, time, N), segments, normal(5, B, N, E),
       implementation=implementation, chunk=chunk,
-  )
-  return states, normal(4, B, time, N), y, normal(8, B, time, N)
+  ).read_with(own)
+  return states, own, y, normal(8, B, time, N)
 
 
 def _matrix(implementation, time=T, segments=SEGMENTS, chunk=C):
-  states = scan_matrix(
+  own = normal(4, B, time, H, N)
+  y, states = scan_matrix(
       normal(0, B, time, H, N), normal(1, B, time, H, P), -jnp.exp(normal(2, B, time, H)),
       segments, normal(3, B, H, P, N), implementation=implementation, chunk=chunk,
-  )
-  own = normal(4, B, time, H, N)
-  return states, own, states.read(own), normal(8, B, time, H, N)
+  ).read_with(own)
+  return states, own, y, normal(8, B, time, H, N)
 
 
 def _sequence(form, implementation, **options):

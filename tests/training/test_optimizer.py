@@ -11,6 +11,7 @@ import pytest
 from dense_jax.config import OptimizerConfig
 from dense_jax.models.params import abstract_model, get_params
 from dense_jax.training.optimizer import WEIGHT_DECAY, decay_mask, learning_rate, make_optimizer
+from dense_jax.types import InputError
 from tests.builders import FAMILIES, INPUT_FAMILIES, STATE_FAMILIES, model_config, normal
 from tests.helpers import assert_trees_close
 
@@ -159,3 +160,26 @@ def test_adamw_by_hand():
       change = change + 0.3 * expected[name] * name.endswith("kernel")
       expected[name] = expected[name] - 0.1 * change
   assert_trees_close(params, expected)
+
+
+@pytest.mark.parametrize(("first", "second"), [("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_moments_are_kept_in_their_dtypes_and_computed_in_float32(first, second):
+  config = OptimizerConfig(first_moment_dtype=first, second_moment_dtype=second, clip_norm=0.0)
+  low = make_optimizer(config, 10, ["embedding"])
+  exact = make_optimizer(OptimizerConfig(clip_norm=0.0), 10, ["embedding"])
+  params = {"embedding": normal(0, 16, 8)}
+  low_state, exact_state = low.init(params), exact.init(params)
+  for update in range(3):
+    gradients = {"embedding": normal(1 + update, 16, 8)}
+    changes, low_state = low.update(gradients, low_state, params)
+    expected, exact_state = exact.update(gradients, exact_state, params)
+    assert changes["embedding"].dtype == jnp.float32
+    scale = float(jnp.std(expected["embedding"]))
+    assert_trees_close(changes, expected, "bfloat16", scale=scale)
+  adam = low_state[0]
+  assert (adam.mu["embedding"].dtype, adam.nu["embedding"].dtype) == (first, second)
+
+
+def test_a_bfloat16_second_moment_that_would_stand_still_is_refused():
+  with pytest.raises(InputError, match=r"second_moment_dtype = 'bfloat16' .* beta2 <= 0.99"):
+    OptimizerConfig(second_moment_dtype="bfloat16", beta2=0.999)

@@ -1,0 +1,163 @@
+"""What one XLA instruction computes: its floating-point operations.
+
+The counts are those of the mathematics, not of any hardware: 2 M N K of a matmul, one
+operation an element of arithmetic, one an input element of a reduction. A windowed one
+counts the same: compilers write cumulative sums, and sums that are broadcast at once, as
+windows as wide as the array. Numbers that only move, integers and comparisons count nothing.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+from dense_jax.analysis.hlo_text import Computation, HloError, Instruction, Shape
+
+ARITHMETIC = frozenset({
+    "abs", "add", "ceil", "clamp", "divide", "floor", "maximum", "minimum", "multiply", "negate",
+    "remainder", "round-nearest-afz", "round-nearest-even", "sign", "subtract",
+})
+TRANSCENDENTAL = frozenset({
+    "atan2", "cbrt", "cosine", "erf", "exponential", "exponential-minus-one", "log",
+    "log-plus-one", "logistic", "power", "rsqrt", "sine", "sqrt", "tan", "tanh",
+})
+_COST_ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
+_FIELD = re.compile(r'"(\w+)":"?(\d+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Operations:
+  """Floating-point operations.
+
+  Attributes:
+    flops: all but transcendental functions.
+    matmul_flops: those of them that are in dots and convolutions.
+    transcendentals: values of exp, log, tanh, rsqrt and their like.
+  """
+
+  flops: float = 0
+  matmul_flops: float = 0
+  transcendentals: float = 0
+
+
+def operations(computation: Computation, instruction: Instruction) -> Operations:
+  """Those of one instruction, without what it calls."""
+  opcode, shape = instruction.opcode, instruction.shape
+  if opcode in ("dot", "convolution"):
+    count = _dot if opcode == "dot" else _convolution
+    flops = count(computation, instruction)
+    return Operations(flops, flops)
+  if opcode in TRANSCENDENTAL:
+    return Operations(transcendentals=shape.elements)
+  if opcode in ARITHMETIC:
+    return Operations(shape.elements if shape.is_float else 0)
+  operands = [computation.instructions[name].shape for name in instruction.operands]
+  if opcode in ("reduce", "reduce-window"):  # Operands are n arrays and n initial values.
+    return Operations(_floats(operands[: len(operands) // 2]))
+  if opcode == "scatter":  # n arrays, the indices, n updates.
+    return Operations(_floats(operands[len(operands) // 2 + 1 :]))
+  if opcode == "fft":
+    return Operations(_fft(operands[0], shape, instruction))
+  if estimate := cost_estimate(instruction):
+    return Operations(
+        estimate.get("flops", 0), transcendentals=estimate.get("transcendentals", 0)
+    )
+  return Operations()
+
+
+def cost_estimate(instruction: Instruction) -> dict[str, int]:
+  """What the author of a custom call (a Pallas kernel) says that it costs; {} if nothing."""
+  found = _COST_ESTIMATE.search(instruction.attributes)
+  return {name: int(value) for name, value in _FIELD.findall(found[1])} if found else {}
+
+
+def _floats(shapes: list[Shape]) -> int:
+  return sum(shape.elements for shape in shapes if shape.is_float)
+
+
+def _integers(text: str) -> list[int]:
+  return [int(part) for part in text.split(",") if part]
+
+
+def _multiply_add(shape: Shape) -> int:
+  """Operations of a multiplication and addition: a complex one is four real ones."""
+  return 8 if shape.dtype.startswith("c") else 2
+
+
+def _dot(computation: Computation, instruction: Instruction) -> float:
+  left = computation.operand(instruction, 0).shape
+  axes = _integers(instruction.attribute("lhs_contracting_dims"))
+  contracted = math.prod(left.dims[axis] for axis in axes)
+  return _multiply_add(instruction.shape) * instruction.shape.elements * contracted
+
+
+def _fft(operand: Shape, result: Shape, instruction: Instruction) -> float:
+  """5 n log2 n of a complex transform of length n, half of it where one side is real."""
+  lengths = math.prod(_integers(instruction.attribute("fft_length")))
+  elements = max(operand.elements, result.elements)
+  real = instruction.attribute("fft_type") in ("RFFT", "IRFFT")
+  return 5 * elements * math.log2(lengths) / (2 if real else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+  """One axis of a window: its taps, and how they step over the input."""
+
+  size: int
+  stride: int = 1
+  pad: int = 0
+  lhs_dilate: int = 1
+  rhs_dilate: int = 1
+
+
+def _window(instruction: Instruction, axes: int) -> list[_Axis]:
+  """Parses such as `window={size=3x1 stride=2x1 pad=1_1x0_0 lhs_dilate=1x2}`."""
+  fields = dict(part.split("=") for part in instruction.attribute("window").split())
+  columns = {
+      name: [int(part.split("_")[0]) for part in fields[name].split("x")]
+      for name in ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")
+      if name in fields
+  }
+  if any(len(column) != axes for column in columns.values()):
+    raise HloError(f"{instruction.name} has a window of other axes: {fields}")
+  return [
+      _Axis(**{name: column[axis] for name, column in columns.items()}) for axis in range(axes)
+  ]
+
+
+@functools.cache
+def _taps(axis: _Axis, inputs: int, outputs: int) -> int:
+  """Pairs of an output and a tap that meet an input.
+
+  The others fall into padding or into the holes of a dilated input. The TPU compiler makes
+  a batched matmul a convolution in which nearly all do: counting them would be wrong by
+  the size of the batch.
+  """
+  tap_K1 = np.arange(axis.size, dtype=np.int64)[:, None] * axis.rhs_dilate
+  total = 0
+  for begin in range(0, outputs, 4096):  # In parts, as long convolutions have many pairs.
+    output_1O = np.arange(begin, min(begin + 4096, outputs), dtype=np.int64)[None]
+    at_KO = output_1O * axis.stride - axis.pad + tap_K1
+    inside_KO = (at_KO >= 0) & (at_KO <= (inputs - 1) * axis.lhs_dilate)
+    total += int(np.count_nonzero(inside_KO & (at_KO % axis.lhs_dilate == 0)))
+  return total
+
+
+def _convolution(computation: Computation, instruction: Instruction) -> float:
+  left, right = (computation.operand(instruction, index).shape for index in (0, 1))
+  labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
+  if not labels:
+    raise HloError(f"{instruction.name} has no dim_labels that are understood")
+  spatial = sorted(set(labels[1]) - set("bf"))
+  pairs = 1
+  for label, axis in zip(spatial, _window(instruction, len(spatial)), strict=True):
+    inputs = left.dims[labels[1].index(label)]
+    outputs = instruction.shape.dims[labels[3].index(label)]
+    pairs *= _taps(axis, inputs, outputs)
+  batch = left.dims[labels[1].index("b")] // int(instruction.attribute("batch_group_count") or 1)
+  # The kernel's input features are those of one group.
+  features = right.dims[labels[2].index("i")] * right.dims[labels[2].index("o")]
+  return _multiply_add(instruction.shape) * batch * features * pairs
+

@@ -1,0 +1,249 @@
+"""The text of a compiled XLA program, parsed: computations, instructions, shapes.
+
+`compiled.as_text()` is the program of one chip after partitioning and fusion. Its grammar,
+as far as it is needed here:
+
+    %computation (parameters) -> shape {
+      [ROOT ]%name = shape opcode(%operand, ...), attribute=value, ...
+    }
+
+A shape is `f32[2,64]{1,0:T(8,128)S(1)}`, where S is the memory space (none is the device's
+main memory), or a tuple of shapes. Operands carry no shapes: they are looked up by name.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+BITS = {
+    "pred": 8, "token": 0, "opaque": 0,
+    **{f"{kind}{bits}": bits for kind in "su" for bits in (1, 2, 4, 8, 16, 32, 64)},
+    "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
+}
+FLOATS = ("bf16", "f", "c")
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
+_OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_METADATA = re.compile(r"metadata=\{[^{}]*\}")
+
+
+class HloError(ValueError):
+  """The text has a form that is not understood."""
+
+
+class OpenLoopError(HloError):
+  """The text does not tell how often a loop runs, as where that depends on data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """An array's shape, or a tuple's.
+
+  Attributes:
+    dtype: such as "bf16"; "tuple" for tuples.
+    dims: of an array.
+    space: the memory space; 0 is the device's main memory (HBM), 1 a chip's own (VMEM).
+    parts: of a tuple.
+  """
+
+  dtype: str
+  dims: tuple[int, ...] = ()
+  space: int = 0
+  parts: tuple["Shape", ...] = ()
+
+  @property
+  def leaves(self) -> tuple["Shape", ...]:
+    """All arrays."""
+    if self.dtype != "tuple":
+      return (self,)
+    return tuple(leaf for part in self.parts for leaf in part.leaves)
+
+  @property
+  def elements(self) -> int:
+    """Numbers in all arrays."""
+    return sum(math.prod(leaf.dims) for leaf in self.leaves)
+
+  @property
+  def is_float(self) -> bool:
+    """Whether an array's numbers are floating-point, real or complex."""
+    return self.dtype.startswith(FLOATS)
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of all arrays, wherever they are, without a layout's padding."""
+    return sum(-(-math.prod(leaf.dims) * _bits(leaf.dtype) // 8) for leaf in self.leaves)
+
+  @property
+  def main_bytes(self) -> int:
+    """Bytes of the arrays that are in the device's main memory."""
+    return sum(leaf.bytes for leaf in self.leaves if not leaf.space)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One instruction.
+
+  Attributes:
+    name: unique in its computation.
+    opcode: such as "fusion".
+    shape: the result's.
+    operands: names of instructions of the same computation.
+    argument: the text in the parentheses: a constant's value, a parameter's number.
+    attributes: the text behind them, without metadata.
+  """
+
+  name: str
+  opcode: str
+  shape: Shape
+  operands: tuple[str, ...]
+  argument: str
+  attributes: str
+
+  def attribute(self, name: str) -> str:
+    """The value of `name=value`, braces removed; empty where there is none."""
+    found = re.search(rf"(?:^|[,\s]){name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
+    return found[1].strip("{}") if found else ""
+
+  def called(self, *names: str) -> tuple[str, ...]:
+    """The computations that those attributes name."""
+    return tuple(
+        part.strip().removeprefix("%")
+        for name in names
+        for part in self.attribute(name).split(",")
+        if part.strip()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+  """A computation: its instructions by name, in order, and the name of its result."""
+
+  name: str
+  instructions: dict[str, Instruction]
+  root: str
+
+  @functools.cached_property
+  def parameters(self) -> list[Instruction]:
+    """The parameters, by number."""
+    found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+    return sorted(found, key=lambda instruction: int(instruction.argument))
+
+  @functools.cached_property
+  def users(self) -> dict[str, list[Instruction]]:
+    """The instructions that have an instruction among their operands."""
+    users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+    for instruction in self.instructions.values():
+      for operand in dict.fromkeys(instruction.operands):
+        users[operand].append(instruction)
+    return users
+
+  def operand(self, instruction: Instruction, index: int) -> Instruction:
+    """The instruction that gives an operand."""
+    return self.instructions[instruction.operands[index]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """A program: its computations by name, and the name of the one that is run."""
+
+  computations: dict[str, Computation]
+  entry: str
+
+
+def parse_module(text: str) -> Module:
+  """Parses `compiled.as_text()`.
+
+  Raises:
+    HloError: it has no entry computation, or a line that is not understood.
+  """
+  computations: dict[str, Computation] = {}
+  entry, current = "", None
+  for line in text.splitlines():
+    if current is None:
+      header = _HEADER.match(line)
+      if header:
+        current = Computation(header[2], {}, "")
+        entry = header[2] if header[1] else entry
+    elif line.startswith("}"):
+      computations[current.name] = current
+      current = None
+    elif begin := _INSTRUCTION.match(line):
+      instruction = _parse_instruction(begin[2], line[begin.end() :])
+      current.instructions[instruction.name] = instruction
+      if begin[1]:
+        current = dataclasses.replace(current, root=instruction.name)
+  if not entry:
+    raise HloError("the text has no entry computation")
+  return Module(computations, entry)
+
+
+def parse_shape(text: str) -> Shape:
+  """Parses one shape, such as `f32[2,64]{1,0:T(8,128)S(1)}` or `(s32[], f32[3])`."""
+  if text.startswith("("):
+    parts, position = [], 1
+    while text[position] != ")":
+      end = _shape_end(text, position)
+      parts.append(parse_shape(text[position:end]))
+      position = end
+      while text[position] in ", ":
+        position += 1
+    return Shape("tuple", parts=tuple(parts))
+  array = _ARRAY.match(text)
+  if not array:
+    return Shape(re.split(r"[\[{]", text)[0])  # token[] and the like hold no numbers.
+  space = _SPACE.search(array[3] or "")
+  dims = tuple(int(dim.lstrip("<=")) for dim in array[2].split(",") if dim)
+  return Shape(array[1], dims, int(space[1]) if space else 0)
+
+
+def _parse_instruction(name: str, text: str) -> Instruction:
+  text = re.sub(r"/\*.*?\*/", "", text)  # /*index=5*/
+  end = _shape_end(text, 0)
+  opcode = _OPCODE.match(text, end)
+  if not opcode:
+    raise HloError(f"no opcode in the instruction {name} = {text[:80]}")
+  close = _closing(text, opcode.end() - 1)
+  argument = text[opcode.end() : close]
+  operands = () if opcode[1] in ("constant", "parameter") else tuple(_NAME.findall(argument))
+  attributes = _METADATA.sub("", text[close + 1 :])
+  return Instruction(
+      name, opcode[1], parse_shape(text[:end]), operands, argument, attributes
+  )
+
+
+def _shape_end(text: str, begin: int) -> int:
+  """Where the shape that begins there ends."""
+  if text[begin] == "(":
+    return _closing(text, begin) + 1
+  array = _ARRAY.match(text, begin)
+  if array:
+    return array.end()
+  plain = re.compile(r"\w+\[\]|\w+").match(text, begin)
+  if not plain:
+    raise HloError(f"no shape in {text[begin : begin + 80]}")
+  return plain.end()
+
+
+def _closing(text: str, begin: int) -> int:
+  """The parenthesis that closes the one at `begin`."""
+  depth = 0
+  for bracket in re.compile(r"[()]").finditer(text, begin):
+    depth += 1 if bracket[0] == "(" else -1
+    if not depth:
+      return bracket.start()
+  raise HloError(f"an open parenthesis in {text[begin : begin + 80]}")
+
+
+def _bits(dtype: str) -> int:
+  if dtype in BITS:
+    return BITS[dtype]
+  if dtype.startswith("f8"):
+    return 8
+  if dtype.startswith("f4"):
+    return 4
+  raise HloError(f"an array of unknown dtype {dtype}")

@@ -1,0 +1,307 @@
+"""Programs compiled ahead of time for TPUs that are not there: what they need, whether they fit.
+
+The TPU compiler (libtpu) runs on any Linux x86-64 machine. It tells what a program takes of
+a chip's memory and what it does; it does not tell time.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import pathlib
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from dense_jax import sharding
+from dense_jax.analysis.chips import CHIPS, Bound, bound
+from dense_jax.analysis.hlo import Cost, program_cost
+from dense_jax.analysis.hlo_text import OpenLoopError
+from dense_jax.config import ExperimentConfig, MeshConfig, defaults, invalid
+from dense_jax.evaluation.perplexity import Evaluator
+from dense_jax.models.language_model import LanguageModel, ModelState
+from dense_jax.models.params import abstract_model, get_params, logical_axes, with_params
+from dense_jax.ops import dispatch
+from dense_jax.training.step import Trainer
+from dense_jax.types import Array, InputError, Params, PyTree, Segments
+
+PROGRAMS = ("train", "eval", "prefill", "decode")
+KINDS = tuple(name for name, chip in CHIPS.items() if chip.axes)
+
+# What libtpu otherwise asks a cloud machine's metadata server for.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # Its lock file guards chips; there are none.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+_REFUSALS = (
+    rf"Used {_SIZE} of {_SIZE} hbm",
+    rf"memory required for HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of a chip's HBM.
+
+  Attributes:
+    arguments, temporaries, outputs: of the program; None where the compiler refused it.
+      Outputs that take an argument's place count in both.
+    peak: alive at one time; where the compiler refused, what it says is needed.
+    capacity: the chip's.
+  """
+
+  arguments: int | None
+  temporaries: int | None
+  outputs: int | None
+  peak: int
+  capacity: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What the compiler says of a program, a chip.
+
+  Attributes:
+    cost: operations, bytes and collectives; None where the compiler refused the program.
+    bound: the seconds below which the chip's published peaks do not let it go.
+    note: what the cost leaves out.
+  """
+
+  config: ExperimentConfig
+  topology: str
+  mesh: dict[str, int]
+  program: str
+  chips: int
+  compile_seconds: float
+  memory: Memory
+  cost: Cost | None
+  bound: Bound | None
+  note: str
+
+  @property
+  def fits(self) -> bool:
+    """Whether a chip's memory holds the program."""
+    return self.cost is not None and self.memory.peak <= self.memory.capacity
+
+  def as_dict(self) -> dict[str, Any]:
+    """For a JSON file."""
+    cost = self.cost
+    return {
+        "fits": self.fits,
+        "chips": self.chips,
+        "compile_seconds": round(self.compile_seconds, 1),
+        "hbm": dataclasses.asdict(self.memory),
+        "flops": cost and cost.flops,
+        "matmul_flops": cost and cost.matmul_flops,
+        "transcendentals": cost and cost.transcendentals,
+        "bytes_accessed": cost and cost.bytes_accessed,
+        "collectives": cost and [dataclasses.asdict(each) for each in cost.collectives],
+        "bound": self.bound and dataclasses.asdict(self.bound),
+        "note": self.note,
+        "program": self.program,
+        "topology": self.topology,
+        "mesh": self.mesh,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "libtpu": importlib.metadata.version("libtpu"),
+        },
+        "config": defaults(self.config),
+    }
+
+
+def compile_program(
+    config: ExperimentConfig,
+    topology: str,
+    program: str = "train",
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+  """Compiles a program of a run for a TPU topology.
+
+  Args:
+    config: of the run. A mesh that does not fit the topology is an error; see `fit_mesh`.
+    topology: the chips, such as "v5p:4x4x4".
+    program: "train" (a step), "eval" (the losses of a batch), "prefill" (a prompt of
+      data.seq_len tokens) or "decode" (one token), all of train.batch_size rows.
+    say: is told what is being done.
+
+  Raises:
+    InputError: no such topology, a mesh that does not divide it or the model, or no TPU
+      compiler here.
+  """
+  devices = topology_devices(topology)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  chip = CHIPS[topology.partition(":")[0]]
+  begin = time.monotonic()
+  say("lowering")
+  known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  with dispatch.compiling_for("tpu"), known:
+    lowered = _lower(config, mesh, program)
+  say("compiling")
+  cost, limits, note = None, None, ""
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    memory = Memory(None, None, None, _refused(error), chip.memory)
+    seconds = time.monotonic() - begin
+  else:
+    seconds = time.monotonic() - begin
+    stats = compiled.memory_analysis()
+    memory = Memory(
+        stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes,
+        stats.peak_memory_in_bytes, chip.memory,
+    )
+    say("reading")
+    cost, note = _cost(compiled.as_text())
+    limits = bound(cost, chip)
+  return Report(
+      config, topology, dict(mesh.shape), program, len(devices), seconds, memory, cost, limits,
+      note,
+  )
+
+
+def _cost(text: str) -> tuple[Cost, str]:
+  """The cost, and what it leaves out."""
+  try:
+    return program_cost(text), ""
+  except OpenLoopError as error:
+    # Such as time-invariant layers', with a trip for each document of the fullest chunk.
+    return program_cost(text, open_trips=1), f"loops whose length is data count once: {error}"
+
+
+def topology_devices(topology: str) -> list[jax.Device]:
+  """The chips of a topology, as devices to compile for.
+
+  Raises:
+    InputError: no such topology, or no TPU compiler here.
+  """
+  kind, _, shape = topology.partition(":")
+  axes = CHIPS[kind].axes if kind in KINDS else 0
+  if not axes or not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), shape):
+    raise _invalid_topology(topology)
+  sizes = [int(size) for size in shape.split("x")]
+  options: dict[str, Any] = {}
+  if math.prod(sizes) == 1:
+    options["chips_per_host_bounds"] = (1, 1, 1)
+  if kind == "v4":  # Otherwise its two cores are two devices.
+    options["chip_config_name"] = "megacore"
+  _prepare(kind)
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+  except jax.errors.JaxRuntimeError as error:
+    raise InputError(f"{_invalid_topology(topology)}; the compiler says: {error}") from error
+  return list(found.devices)
+
+
+def fit_mesh(config: MeshConfig, count: int) -> MeshConfig:
+  """The mesh if it has `count` devices, else one with the parameters split over all of them."""
+  sizes = defaults(config).values()
+  fixed = math.prod(size for size in sizes if size != -1)
+  fits = fixed == count or (-1 in sizes and fixed and count % fixed == 0)
+  return config if fits else dataclasses.replace(config, data=1, fsdp=-1, tensor=1)
+
+
+def _invalid_topology(topology: str) -> InputError:
+  forms = {2: "4x4", 3: "2x2x1"}
+  known = ", ".join(f"{kind}:{forms[CHIPS[kind].axes]}" for kind in KINDS)
+  return invalid("--topology", topology, f"KIND:CHIPS along each axis, such as {known}")
+
+
+def _prepare(kind: str) -> None:
+  """Lets jax find the TPU compiler, and keeps it from looking for chips.
+
+  Works after jax is imported, as long as libtpu is not loaded.
+
+  Raises:
+    InputError: there is no TPU compiler.
+  """
+  accelerator = {"v5e": "v5litepod-4", "v6e": "v6e-4"}.get(kind, f"{kind}-8")
+  for name, value in (_ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": accelerator}).items():
+    os.environ.setdefault(name, value)
+  jax.config.update("jax_platforms", "cpu")
+  if importlib.util.find_spec("libtpu") is None:
+    # Beside the environment's own packages: there, every jax would look for chips.
+    folder = pathlib.Path(sys.prefix) / "tpu_compiler"
+    if not folder.is_dir():
+      raise InputError(
+          "there is no TPU compiler (libtpu) here: pip install -e '.[tpu]' on Linux x86-64, or "
+          f"`make test`, which puts it into {folder}"
+      )
+    sys.path.append(str(folder))
+
+
+def _refused(error: jax.errors.JaxRuntimeError) -> int:
+  """The bytes that a program needs, by the compiler's refusal; other errors are raised again."""
+  message = str(error)
+  for pattern in _REFUSALS if "RESOURCE_EXHAUSTED" in message else ():
+    if found := re.search(pattern, message):
+      return round(float(found[1]) * _UNITS[found[2]])
+  raise error
+
+
+def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
+  """The program, traced for the mesh."""
+  batch_size, seq_len = config.train.batch_size, config.data.seq_len
+  if program in ("train", "eval"):
+    trainer = Trainer(config, mesh)
+    batch = trainer.batch_shapes(batch_size, seq_len)
+    if program == "train":
+      return _jitted(trainer.train_step).lower(trainer.state_shapes, batch)
+    evaluator = Evaluator(trainer.model, chunk=config.train.loss_chunk)
+    return _jitted(evaluator.score).lower(trainer.state_shapes.params, batch)
+
+  # As generation runs: with every layer compiled apart.
+  sharding.check_batch(batch_size, 1, mesh)
+  unrolled = dataclasses.replace(config.model, block_layers=config.model.layers)
+  model = abstract_model(unrolled)
+  params = _sharded_params(model, mesh)
+  rows = sharding.batch_sharding(mesh)
+
+  def shape(*dims: int) -> Any:
+    return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=rows)
+
+  def prefill(params: Params, tokens_BT: Array, segments: Segments) -> tuple[ModelState, Array]:
+    return with_params(model, params).prefill(tokens_BT, segments)
+
+  def step(params: Params, state: ModelState, tokens_B: Array) -> tuple[ModelState, Array]:
+    return with_params(model, params).step(state, tokens_B)
+
+  if program == "prefill":
+    tokens = shape(batch_size, seq_len)
+    return jax.jit(prefill).lower(params, tokens, Segments(tokens, tokens))
+  state: PyTree = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
+      jax.eval_shape(lambda p: with_params(model, p).init_state(batch_size), params),
+  )
+  return jax.jit(step, donate_argnums=1).lower(params, state, shape(batch_size))
+
+
+def _jitted(function: Any) -> Any:
+  """A jitted function, which its annotation does not show."""
+  return function
+
+
+def _sharded_params(model: LanguageModel, mesh: Mesh) -> PyTree:
+  """The parameters' shapes, with their shardings."""
+  params = get_params(model)
+  shardings = sharding.param_shardings(
+      logical_axes(model), {name: leaf.shape for name, leaf in params.items()}, mesh
+  )
+  return {
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+      for name, leaf in params.items()
+  }

@@ -1,0 +1,131 @@
+"""Compiles a run's program for a TPU topology, without a TPU: does it fit, what does it do."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from dense_jax import experiment
+from dense_jax.cli import aot, common
+from dense_jax.config import ExperimentConfig, MeshConfig, field_types, invalid
+from dense_jax.data.tokenizer import ByteTokenizer
+from dense_jax.files import write_atomically
+
+_EPILOG = """
+for example
+  --config experiments/dense_retnet_1p3b.py --topology v5p:4x4x4 --mesh data=4,fsdp=16
+Any key of the configuration is set by --config.KEY=VALUE, as in training.
+Ends with status 0 if the program fits a chip's memory, 1 if it does not, 2 on bad input.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Prints, and with --json writes, what the compiler says; 0 if the program fits, else 1."""
+  command = common.parser(
+      "compile", "Compiles a program of a run for a TPU topology; needs no TPU. Minutes."
+  )
+  command.epilog = _EPILOG
+  command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
+  command.add_argument("--topology", required=True, metavar="KIND:SHAPE",
+                       help="the chips, such as v5e:4x4, v6e:8x8, v4:2x2x2, v5p:4x4x4")
+  command.add_argument("--mesh", default="", metavar="AXIS=SIZE,...",
+                       help="the mesh; other axes are 1 (default: the configuration's, or "
+                       "fsdp over all chips where that does not divide them)")
+  command.add_argument("--program", default="train", choices=aot.PROGRAMS,
+                       help="train step (default), eval loss, prefill of a prompt of seq_len, "
+                       "decode of one token; all of train.batch_size rows")
+  command.add_argument("--json", default="", metavar="FILE", help="write the figures there")
+  options, overrides = common.split_overrides(command, arguments)
+  config = _with_vocab(experiment.load(options.config, overrides))
+  count = len(aot.topology_devices(options.topology))
+  mesh = _parse_mesh(options.mesh) if options.mesh else aot.fit_mesh(config.mesh, count)
+  config = dataclasses.replace(config, mesh=mesh)
+
+  def say(what: str) -> None:
+    print(f"{what} {options.program} for {options.topology} ...", file=sys.stderr, flush=True)
+
+  report = aot.compile_program(config, options.topology, options.program, say=say)
+  print(_describe(report))
+  if options.json:
+    text = json.dumps(report.as_dict(), indent=2) + "\n"
+    write_atomically(pathlib.Path(options.json), text.encode())
+  return 0 if report.fits else 1
+
+
+def _parse_mesh(text: str) -> MeshConfig:
+  """`data=4,fsdp=16` as a mesh; axes that are not named are 1."""
+  axes = list(field_types(MeshConfig))
+  sizes = dict.fromkeys(axes, 1)
+  for part in text.split(","):
+    axis, _, size = part.strip().partition("=")
+    if axis not in axes or not size.removeprefix("-").isdigit():
+      raise invalid("--mesh", text, f"AXIS=SIZE,... with axes {', '.join(axes)}")
+    sizes[axis] = int(size)
+  return MeshConfig(**sizes)
+
+
+def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
+  """The configuration with the vocabulary that its tokenizer will have."""
+  kind = config.data.tokenizer
+  sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
+  size = config.model.vocab_size or sizes.get(kind, 0)
+  if not size:
+    raise invalid("config.model.vocab_size", 0, f"the number of pieces of the tokenizer {kind}")
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _describe(report: aot.Report) -> str:
+  """What is printed: memory, work, collectives, bounds, and whether it fits."""
+  cost, bound = report.cost, report.bound
+  mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
+  memory = [
+      (name, _scaled(size, "B"))
+      for name, size in dataclasses.asdict(report.memory).items() if size is not None
+  ]
+  parts = [
+      f"{report.program} on {report.topology}: {report.chips} chips, mesh {mesh}, "
+      f"compiled in {report.compile_seconds:.0f} s",
+      common.table([("memory a chip", ""), *memory]),
+  ]
+  if cost is not None and bound is not None:
+    parts.append(common.table([
+        ("work a chip", ""),
+        ("matmuls", _scaled(cost.matmul_flops, "FLOP")),
+        ("all arithmetic", _scaled(cost.flops, "FLOP")),
+        ("exp, log and the like", _scaled(cost.transcendentals, "")),
+        ("HBM traffic", _scaled(cost.bytes_accessed, "B")),
+    ]))
+    collectives = [(c.kind, f"{c.count:,}", _scaled(c.bytes, "B")) for c in cost.collectives]
+    if collectives:
+      parts.append(common.table([("collectives a chip", "count", ""), *collectives]))
+    parts.append(common.table([
+        ("no run is faster than (a bound, not a time)", ""),
+        ("matmuls at peak bf16 FLOP/s", _scaled(bound.compute, "s")),
+        ("HBM traffic at peak bandwidth", _scaled(bound.memory, "s")),
+        ("collectives at the links' peak bandwidth", _scaled(bound.collectives, "s")),
+        ("the slowest of them", _scaled(bound.seconds, "s")),
+    ]))
+  if report.note:
+    parts.append(f"note: {report.note}")
+  return "\n\n".join([*parts, _verdict(report)])
+
+
+def _verdict(report: aot.Report) -> str:
+  peak, capacity = (_scaled(size, "B") for size in (report.memory.peak, report.memory.capacity))
+  if report.fits:
+    return f"fits: {peak} of a chip's {capacity}"
+  refused = ", and the compiler refused it" if report.cost is None else ""
+  return f"does not fit: it needs {peak} of a chip's {capacity}{refused}"
+
+
+def _scaled(value: float, unit: str) -> str:
+  """Three digits and a decimal prefix, such as 4.83 MB."""
+  for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
+    if value >= 10**power:
+      return f"{value / 10**power:.3g} {prefix}{unit}"
+  return f"{value / 1e-6:.3g} u{unit}" if value else f"0 {unit}"
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,151 @@
+"""A scan over layers whose backward pass computes each layer again from what it keeps once.
+
+`jax.lax.scan` over layers keeps its carry at every step. With dense connections of depth m
+the carry holds the last m layers' shared states, so that each of them would be kept m times.
+Here they go, once each, into a buffer that the backward pass reads by index: kept are a
+layer's input and what deeper layers read of it, and nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.types import Array, PyTree
+
+Bank = tuple[PyTree, ...]
+Unit = Callable[[PyTree, PyTree, PyTree, Array, Bank], tuple[Array, Bank, PyTree]]
+"""(params, state, context, x, bank) -> x, the bank with what these layers share in front, and
+the state after them. It may not close over arrays."""
+
+
+def _is_float(leaf: Array) -> bool:
+  return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+class _Parts:
+  """A tree's leaves in two lists: those with gradients, and the others."""
+
+  def __init__(self, tree: PyTree) -> None:
+    leaves, self._structure = jax.tree.flatten(tree)
+    self._floats = [_is_float(leaf) for leaf in leaves]
+
+  def split(self, tree: PyTree) -> tuple[list[Any], list[Any]]:
+    leaves = jax.tree.leaves(tree)
+    floats = [leaf for leaf, is_float in zip(leaves, self._floats, strict=True) if is_float]
+    others = [leaf for leaf, is_float in zip(leaves, self._floats, strict=True) if not is_float]
+    return floats, others
+
+  def join(self, floats: Sequence[Any], others: Sequence[Any]) -> PyTree:
+    sources = iter(floats), iter(others)
+    leaves = [next(sources[0] if is_float else sources[1]) for is_float in self._floats]
+    return jax.tree.unflatten(self._structure, leaves)
+
+
+def scan_layers(
+    unit: Unit, params: PyTree, states: PyTree, context: PyTree, x: Array, bank: Bank, fresh: int
+) -> tuple[Array, Bank, PyTree]:
+  """Runs n units of layers one after the other.
+
+  Args:
+    unit: the layers of one step.
+    params: their parameters, stacked [n, ...].
+    states: their states, stacked [n, ...], of floats; None where they begin without.
+    context: arrays without gradients that all layers see.
+    x: the first layer's input.
+    bank: what the m layers below share, nearest first.
+    fresh: the members of the bank that a unit replaces.
+
+  Returns:
+    The last layer's output, the bank after it, and the states after, stacked.
+  """
+  count = jax.tree.leaves(params)[0].shape[0]
+  depth = len(bank)
+  inputs = _Parts((params, states, x, bank))
+  bank_parts = _Parts(bank)
+
+  def call(unit_params: PyTree, state: PyTree, context: PyTree, x: Array, bank: Bank) -> PyTree:
+    # A slice that passes no barrier is converted to the compute dtype before the loop, for
+    # all layers at once, and all of that is kept.
+    return unit(jax.lax.optimization_barrier(unit_params), state, context, x, bank)
+
+  def bank_at(buffer: PyTree, index: Array) -> Bank:
+    """What the unit of that number sees; the buffer has the oldest first."""
+    return tuple(
+        jax.tree.map(
+            lambda leaf, k=k: jax.lax.dynamic_index_in_dim(
+                leaf, index * fresh + k, keepdims=False
+            ),
+            buffer,
+        )
+        for k in reversed(range(depth))
+    )
+
+  def forward(
+      floats: list[Array], others: list[Array], context: PyTree, keep: bool
+  ) -> tuple[PyTree, PyTree]:
+    params, states, x, bank = inputs.join(floats, others)
+    buffer = None
+    if keep and depth:
+      first = jax.tree.map(lambda *leaves: jnp.stack(leaves), *reversed(bank))
+      buffer = jax.tree.map(
+          lambda leaf: jnp.concatenate(
+              [leaf, jnp.zeros((count * fresh, *leaf.shape[1:]), leaf.dtype)]
+          ),
+          first,
+      )
+
+    def body(carry: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+      (x, bank, buffer), (index, unit_params, state) = carry, inputs
+      after_x, bank, after = call(unit_params, state, context, x, bank)
+      for k in range(fresh if buffer is not None else 0):
+        buffer = jax.tree.map(
+            lambda leaf, new, k=k: jax.lax.dynamic_update_index_in_dim(
+                leaf, new, depth + (index + 1) * fresh - 1 - k, 0
+            ),
+            buffer, bank[k],
+        )
+      return (after_x, bank, buffer), (after, x if keep else None)
+
+    (x, bank, buffer), (after, kept) = jax.lax.scan(
+        body, (x, bank, buffer), (jnp.arange(count), params, states)
+    )
+    return (x, bank, after), (kept, buffer)
+
+  @jax.custom_vjp
+  def run(floats: list[Array], others: list[Array], context: PyTree) -> PyTree:
+    return forward(floats, others, context, keep=False)[0]
+
+  def run_forward(floats: list[Array], others: list[Array], context: PyTree) -> PyTree:
+    outputs, kept = forward(floats, others, context, keep=True)
+    return outputs, (floats, others, context, kept)
+
+  def run_backward(saved: PyTree, cotangents: PyTree) -> PyTree:
+    floats, others, context, (kept, buffer) = saved
+    params, states, _, _ = inputs.join(floats, others)
+    d_x, d_bank, d_after = cotangents
+
+    def body(carry: PyTree, step: PyTree) -> tuple[PyTree, PyTree]:
+      (d_x, d_bank), (index, unit_params, state, x, d_after) = carry, step
+      seen = bank_at(buffer, index) if depth else ()
+      seen_floats, seen_others = bank_parts.split(seen)
+
+      def again(unit_params: PyTree, state: PyTree, x: Array, seen_floats: list[Array]) -> PyTree:
+        x, after_bank, after = call(
+            unit_params, state, context, x, bank_parts.join(seen_floats, seen_others)
+        )
+        return x, bank_parts.split(after_bank)[0], after
+
+      _, transpose = jax.vjp(again, unit_params, state, x, seen_floats)
+      d_params, d_state, d_x, d_bank = transpose((d_x, d_bank, d_after))
+      return (d_x, d_bank), (d_params, d_state)
+
+    (d_x, d_bank), (d_params, d_states) = jax.lax.scan(
+        body, (d_x, bank_parts.split(d_bank)[0]),
+        (jnp.arange(count), params, states, kept, d_after), reverse=True,
+    )
+    return [*jax.tree.leaves((d_params, d_states, d_x)), *d_bank], None, None
+
+  run.defvjp(run_forward, run_backward)
+  return run(*inputs.split((params, states, x, bank)), context)

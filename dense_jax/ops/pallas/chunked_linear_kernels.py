@@ -1,0 +1,316 @@
+"""What one program of `dense_jax.ops.pallas.chunked_linear` computes of a chunk.
+
+Arguments that are PyTree or Stream are references: to the program's own blocks of the arrays
+or, where they are named _BEN or _BGEN, to states of the whole batch. Those stay in HBM and are
+copied when they are needed, as buffers for them would take most of VMEM.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dense_jax.types import Array, PyTree
+
+SUBLANES = 8  # Rows of a float32 tile.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A source as the kernels take it, or what belongs to it: references, specs, gradients.
+
+  K is J * N here. `cum_BHG1C` is the log decay, summed within each chunk.
+  """
+
+  q_BTK: PyTree
+  k_BTK: PyTree
+  v_BTE: PyTree
+  cum_BHG1C: PyTree
+  gate_BTE: PyTree
+  initial_BEN: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """How the E = H * P rows of a state are cut.
+
+  Attributes:
+    heads: heads in a block, U.
+    width: rows of each of them.
+    parts: blocks that one head is cut into; 1 where a block holds whole heads.
+    per_group: blocks of heads that share keys.
+    count: all blocks.
+  """
+
+  heads: int
+  width: int
+  parts: int
+  per_group: int
+  count: int
+
+  @property
+  def rows(self) -> int:
+    """Rows of a block, X."""
+    return self.heads * self.width
+
+  def of(self, x_CX: Array, head: int) -> Array:
+    """The lanes of one of the block's heads."""
+    return x_CX[:, head * self.width : (head + 1) * self.width]
+
+  def states(self, states: PyTree) -> PyTree:
+    """The program's [X, N] of a reference [B, E, N] or [B, G, E, N]; not inside a branch."""
+    own = pl.ds(pl.multiple_of(pl.program_id(1) * self.rows, SUBLANES), self.rows)
+    row = pl.program_id(0)
+    return states.at[row, own] if states.ndim == 3 else states.at[row, pl.program_id(2), own]
+
+
+def _dot(left: Array, right: Array, axes: tuple[int, int], dtype: jnp.dtype) -> Array:
+  """Contracts an axis of each in `dtype`, summed in float32."""
+  exact = dtype == jnp.float32
+  return jax.lax.dot_general(
+      left.astype(dtype), right.astype(dtype), (((axes[0],), (axes[1],)), ((), ())),
+      precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+      preferred_element_type=jnp.float32,
+  )
+
+
+def _transposed(rows: Sequence[Array]) -> list[Array]:
+  """Rows [1, C] as columns [C, 1]: one transposition of whole tiles."""
+  empty = -len(rows) % SUBLANES
+  padding = [jnp.zeros((empty, rows[0].shape[1]), jnp.float32)] if empty else []
+  columns = jnp.concatenate([*rows, *padding], axis=0).T
+  return [columns[:, i : i + 1] for i in range(len(rows))]
+
+
+class _Decays:
+  """A chunk's decays for each head of a block; exponents are <= 0, and masked before exp.
+
+  Attributes:
+    from_start_C1: for each head, how much of the carried state each token sees.
+    to_end_C1: how much of each token the state after the chunk has.
+    whole_11: how much of the carried state it has.
+  """
+
+  def __init__(self, cum_U1C: PyTree, count_1C: Array | None):
+    heads, _, chunk = cum_U1C.shape
+    self._rows = [cum_U1C[head] for head in range(heads)]
+    carried = None if count_1C is None else count_1C == 0
+    kept = None if count_1C is None else count_1C == count_1C[:, chunk - 1 :]
+    from_start = [_weight(carried, cum_1C) for cum_1C in self._rows]
+    to_end = [_weight(kept, cum_1C[:, chunk - 1 :] - cum_1C) for cum_1C in self._rows]
+    self.whole_11 = [weight_1C[:, chunk - 1 :] for weight_1C in from_start]
+
+    counts = [] if count_1C is None else [count_1C]
+    columns = _transposed([*self._rows, *from_start, *to_end, *counts])
+    self._columns = columns[:heads]
+    self.from_start_C1 = columns[heads : 2 * heads]
+    self.to_end_C1 = columns[2 * heads : 3 * heads]
+    query = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
+    key = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
+    self._sees = query >= key
+    if count_1C is not None:
+      self._sees &= columns[-1] == count_1C
+
+  def within_CC(self, head: int) -> Array:
+    """From the key's token (second) to the query's (first)."""
+    return _weight(self._sees, self._columns[head] - self._rows[head])
+
+
+def _weight(mask: Array | None, log_weight: Array) -> Array:
+  """exp(log_weight) where `mask`, else 0."""
+  return jnp.exp(log_weight if mask is None else jnp.where(mask, log_weight, -jnp.inf))
+
+
+def _absorb(blocks: Blocks, h_XN: PyTree, decays: _Decays, added_XN: Array) -> None:
+  """h = decay over the chunk * h + added, in place."""
+  for head, whole_11 in enumerate(decays.whole_11):
+    rows = pl.ds(head * blocks.width, blocks.width)
+    h_XN[rows] = whole_11 * h_XN[rows] + added_XN[head * blocks.width :][: blocks.width]
+
+
+def _forward_source(
+    blocks: Blocks,
+    source: Stream,
+    count_1C: Array | None,
+    before_BGEN: PyTree,
+    h_XN: PyTree,
+    semaphore: PyTree,
+) -> Array:
+  """One source's gated read of a chunk, [C, X]; takes its state over the chunk."""
+  initial_XN = blocks.states(source.initial_BEN)
+
+  @pl.when(pl.program_id(2) == 0)
+  def _begin() -> None:
+    pltpu.sync_copy(initial_XN, h_XN)
+
+  saving = None
+  if before_BGEN is not None:
+    saving = pltpu.make_async_copy(h_XN, blocks.states(before_BGEN), semaphore)
+    saving.start()
+  q_CN, k_CN, v_CX = source.q_BTK[...], source.k_BTK[...], source.v_BTE[...]
+  dtype = jnp.result_type(q_CN, k_CN, v_CX)
+  decays = _Decays(source.cum_BHG1C, count_1C)
+  scores_CC = _dot(q_CN, k_CN, (1, 1), dtype)
+  carried_CX = _dot(q_CN, h_XN[...], (1, 1), dtype)
+  reads, kept = [], []
+  for head in range(blocks.heads):
+    v_CP = blocks.of(v_CX, head)
+    read_CP = _dot(scores_CC * decays.within_CC(head), v_CP, (1, 0), dtype)
+    reads.append(read_CP + decays.from_start_C1[head] * blocks.of(carried_CX, head))
+    kept.append(decays.to_end_C1[head] * v_CP.astype(jnp.float32))
+  added_XN = _dot(_joined(kept), k_CN, (0, 0), dtype)
+  if saving is not None:
+    saving.wait()
+  _absorb(blocks, h_XN, decays, added_XN)
+  y_CX = _joined(reads)
+  gate_CX = source.gate_BTE
+  return y_CX if gate_CX is None else y_CX * gate_CX[...].astype(jnp.float32)
+
+
+def _joined(heads: list[Array]) -> Array:
+  return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=1)
+
+
+def forward_kernel(
+    blocks: Blocks,
+    streams: tuple[Stream, ...],
+    count_1C: PyTree,
+    y_CX: PyTree,
+    final_BEN: PyTree,
+    before: PyTree,
+    states: PyTree,
+    semaphore: PyTree,
+) -> None:
+  """The sum of all sources' gated reads of a chunk; takes their states over it.
+
+  Args:
+    blocks: how states are cut.
+    streams: the sources.
+    count_1C: resets up to each token of the chunk, inclusive; None where there are none.
+    y_CX: the sum, an output.
+    final_BEN: the first source's last state, an output.
+    before: each source's states between chunks, before_BGEN, outputs, or None.
+    states: each source's state h_XN, carried from chunk to chunk.
+    semaphore: of copies.
+  """
+  final_XN = blocks.states(final_BEN)
+  count = None if count_1C is None else count_1C[...]
+  y_CX[...] = sum(
+      _forward_source(blocks, source, count, before_BGEN, h_XN, semaphore)
+      for source, before_BGEN, h_XN in zip(streams, before, states, strict=True)
+  )
+
+  @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+  def _end() -> None:
+    pltpu.sync_copy(states[0], final_XN)
+
+
+def backward_kernel(
+    blocks: Blocks,
+    source: Stream,
+    count_1C: PyTree,
+    dy_CX: PyTree,
+    d_final_BEN: PyTree,
+    before_XN: PyTree,
+    gradient: Stream,
+    states: PyTree,
+    semaphore: PyTree,
+) -> None:
+  """One source's gradients in a chunk; chunks come last first. `d_` is a gradient.
+
+  The summed log decay multiplies a token's read (as a factor exp(cum)) and divides its value.
+  So its gradient is <d_read, read> - <v, d_v> of that token, which takes no product of [C, C]
+  arrays; the last token's sum is also in the state after the chunk.
+
+  Args:
+    blocks: how states are cut.
+    source: the source.
+    count_1C: resets up to each token of the chunk, inclusive; None where there are none.
+    dy_CX: of the sum of reads.
+    d_final_BEN: of the last state; None is zero.
+    before_XN: the state before the chunk.
+    gradient: the source's gradients, outputs; of keys and queries, this block's share.
+    states: the gradient dh_XN of the state after the chunk, then of that before it.
+    semaphore: of copies.
+  """
+  del semaphore  # Nothing is copied while something else is done.
+  (dh_XN,) = states
+  d_initial_XN = blocks.states(gradient.initial_BEN)
+  d_final_XN = None if d_final_BEN is None else blocks.states(d_final_BEN)
+
+  @pl.when(pl.program_id(2) == 0)
+  def _begin() -> None:
+    if d_final_XN is None:
+      dh_XN[...] = jnp.zeros_like(dh_XN)
+    else:
+      pltpu.sync_copy(d_final_XN, dh_XN)
+
+  q_CN, k_CN, v_CX = source.q_BTK[...], source.k_BTK[...], source.v_BTE[...]
+  dtype = jnp.result_type(q_CN, k_CN, v_CX)
+  decays = _Decays(source.cum_BHG1C, None if count_1C is None else count_1C[...])
+  scores_CC = _dot(q_CN, k_CN, (1, 1), dtype)
+  carried_CX = _dot(q_CN, before_XN[...], (1, 1), dtype)
+  d_kept_CX = _dot(k_CN, dh_XN[...], (1, 1), dtype)
+  is_last_C1 = jax.lax.broadcasted_iota(jnp.int32, (len(q_CN), 1), 0) == len(q_CN) - 1
+  d_scores_CC = jnp.zeros_like(scores_CC)
+  d_carried, kept, d_v, d_gate, d_cum = [], [], [], [], []
+  for head in range(blocks.heads):
+    v_CP = blocks.of(v_CX, head)
+    dy_CP = blocks.of(dy_CX, head)
+    d_read_CP = dy_CP
+    if source.gate_BTE is not None:
+      d_read_CP = dy_CP * blocks.of(source.gate_BTE, head).astype(jnp.float32)
+    # Rounded once: what both inner products have in common must cancel.
+    d_low_CP = d_read_CP.astype(dtype)
+    decay_CC = decays.within_CC(head)
+    weights_CC = (scores_CC * decay_CC).astype(dtype)
+    read_CP = decays.from_start_C1[head] * blocks.of(carried_CX, head)
+    read_CP += _dot(weights_CC, v_CP, (1, 0), dtype)
+    d_kept_CP = decays.to_end_C1[head] * blocks.of(d_kept_CX, head)
+    d_v_CP = _dot(weights_CC, d_low_CP, (0, 0), dtype) + d_kept_CP
+    d_scores_CC += _dot(d_low_CP, v_CP, (1, 1), dtype) * decay_CC
+
+    v_CP = v_CP.astype(jnp.float32)
+    rows = pl.ds(head * blocks.width, blocks.width)
+    d_last_11 = decays.whole_11[head] * _sum(dh_XN[rows] * before_XN[rows])
+    d_last_11 += _sum(v_CP * d_kept_CP)
+    d_cum_C1 = jnp.sum(d_low_CP * read_CP - v_CP * d_v_CP, axis=1, keepdims=True)
+    d_cum.append(d_cum_C1 + jnp.where(is_last_C1, d_last_11, 0.0))
+    d_carried.append(decays.from_start_C1[head] * d_read_CP)
+    kept.append(decays.to_end_C1[head] * v_CP)
+    d_v.append(d_v_CP)
+    d_gate.append(dy_CP * read_CP)
+
+  d_carried_CX, kept_CX = _joined(d_carried), _joined(kept)
+  d_q_CN = _dot(d_scores_CC, k_CN, (1, 0), dtype)
+  d_q_CN += _dot(d_carried_CX, before_XN[...], (1, 0), dtype)
+  d_k_CN = _dot(d_scores_CC, q_CN, (0, 0), dtype) + _dot(kept_CX, dh_XN[...], (1, 0), dtype)
+  gradient.q_BTK[...] = d_q_CN.astype(gradient.q_BTK.dtype)
+  gradient.k_BTK[...] = d_k_CN.astype(gradient.k_BTK.dtype)
+  gradient.v_BTE[...] = _joined(d_v).astype(gradient.v_BTE.dtype)
+  if gradient.gate_BTE is not None:
+    gradient.gate_BTE[...] = _joined(d_gate).astype(gradient.gate_BTE.dtype)
+  _write_rows(d_cum, gradient.cum_BHG1C)
+  _absorb(blocks, dh_XN, decays, _dot(d_carried_CX, q_CN, (0, 0), dtype))
+
+  @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+  def _end() -> None:
+    pltpu.sync_copy(dh_XN, d_initial_XN)
+
+
+def _sum(x: Array) -> Array:
+  return jnp.sum(jnp.sum(x, axis=1, keepdims=True), axis=0, keepdims=True)
+
+
+def _write_rows(columns: Sequence[Array], rows_U1C: PyTree) -> None:
+  """Columns [C, 1] as rows; see `_transposed`."""
+  chunk = columns[0].shape[0]
+  empty = -len(columns) % SUBLANES
+  padding = [jnp.zeros((chunk, empty), jnp.float32)] if empty else []
+  rows = jnp.concatenate([*columns, *padding], axis=1).T
+  for head in range(len(columns)):
+    rows_U1C[head] = rows[head : head + 1]

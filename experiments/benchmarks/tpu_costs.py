@@ -1,0 +1,120 @@
+"""Memory and work of all families' train steps, by the TPU v5e compiler; needs no TPU.
+
+    python -m experiments.benchmarks.tpu_costs [--family mamba2 ...] [--only base ...] --json FILE
+
+Compiles the train step of `experiments/family_350m.py` for one chip, 4 sequences of 2048
+tokens in bf16 with float32 AdamW: the base model, and dense connections of states (m = 1, 2)
+and of inputs (m = 1). Minutes a case; FILE is written after each, and what it has is not
+compiled again.
+
+Table 1   a chip's peak of HBM and its FLOPs, loops counted by their trips, over the base's
+Table 2   FLOPs and HBM bytes a token, and what bounds the step on chips by their published
+          peaks. The traffic is the v5e program's; a time is a bound, never an estimate
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from dense_jax import experiment
+from dense_jax.analysis.chips import CHIPS
+from dense_jax.cli.aot import compile_program
+from dense_jax.types import InputError
+from experiments.benchmarks import common
+
+FILE = common.ROOT / "experiments" / "family_350m.py"
+SEQUENCES, LENGTH = 4, 2048
+KINDS: Mapping[str, Mapping[str, object]] = {
+    "base": {},
+    "state m=1": {"depth": 1},
+    "state m=2": {"depth": 2},
+    "inputs m=1": {"depth": 1, "inject": "inputs"},
+}
+ROOFLINES = ("v5e", "v5p", "h200")
+# Most that the dense form may need over the base: HBM, FLOPs.
+BARS = {"state m=1": (1.08, 1.13), "state m=2": (1.18, 1.25), "inputs m=1": (None, 1.05)}
+
+
+def measure(family: str, kind: str) -> dict[str, Any] | None:
+  """The compiler's report; None where the family has no such connections."""
+  overrides = [(f"model.dense.{key}", str(value)) for key, value in KINDS[kind].items()]
+  overrides += [("train.batch_size", str(SEQUENCES)), ("mesh.data", "1")]
+  try:
+    config = experiment.load(f"{FILE}:{family}", overrides)
+    report = compile_program(config, "v5e:1x1")
+  except InputError as error:
+    print(f"{family}, {kind}: {error}", file=sys.stderr)
+    return None
+  return report.as_dict()
+
+
+def ratios(results: Mapping[str, Any]) -> list[list[str]]:
+  """Table 1."""
+  rows = [["family, 4 x 2048 on one v5e", "peak HBM, GB", "over base", "bar", "TFLOP", "over base",
+           "bar", "compiled in, s"]]
+  for name, found in results.items():
+    family, kind = name.split(": ")
+    base = results.get(f"{family}: base")
+    if not found or not base:
+      continue
+    memory = found["hbm"]["peak"], base["hbm"]["peak"]
+    work = found["flops"] or float("nan"), base["flops"] or float("nan")
+    bars = [f"<= {bar}" if bar else "" for bar in BARS.get(kind, (None, None))]
+    rows.append([
+        name, f"{memory[0] / 1e9:.2f}", f"{memory[0] / memory[1]:.3f}", bars[0],
+        f"{work[0] / 1e12:.1f}", f"{work[0] / work[1]:.3f}", bars[1],
+        f"{found['compile_seconds']:.0f}",
+    ])
+  return rows
+
+
+def rooflines(results: Mapping[str, Any]) -> list[list[str]]:
+  """Table 2."""
+  rows = [["family", "GFLOP a token", "of them matmuls", "MB a token", "FLOP a byte",
+           *(f"{chip}: bound by, matmuls / HBM, ms" for chip in ROOFLINES)]]
+  tokens = SEQUENCES * LENGTH
+  for name, found in results.items():
+    if not found or not found["flops"]:
+      continue
+    matmuls, moved = found["matmul_flops"], found["bytes_accessed"]
+    cells = []
+    for chip in (CHIPS[name] for name in ROOFLINES):
+      compute, memory = matmuls / chip.flops, moved / chip.memory_bandwidth
+      binding = "matmuls" if compute >= memory else "HBM"
+      cells.append(f"{binding}, {1e3 * compute:.0f} / {1e3 * memory:.0f}")
+    rows.append([
+        name, f"{found['flops'] / tokens / 1e9:.2f}", f"{matmuls / found['flops']:.0%}",
+        f"{moved / tokens / 1e6:.1f}", f"{matmuls / moved:.0f}", *cells,
+    ])
+  return rows
+
+
+def main(arguments: Sequence[str]) -> None:
+  """See the file."""
+  command = common.parser(__doc__)
+  command.add_argument("--family", nargs="+", choices=common.SSM_FAMILIES,
+                       default=common.SSM_FAMILIES)
+  command.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+  options = command.parse_args(arguments)
+  results: dict[str, Any] = {}
+  if options.json and pathlib.Path(options.json).is_file():
+    results = json.loads(pathlib.Path(options.json).read_text())["results"]
+  cases = [(family, kind) for family in options.family for kind in options.only]
+  for family, kind in (bar := tqdm(cases, desc="compiling", disable=common.quiet())):
+    bar.set_postfix_str(f"{family}, {kind}")
+    if f"{family}: {kind}" in results:
+      continue
+    results[f"{family}: {kind}"] = measure(family, kind)
+    if options.json:
+      note = "the report of dense_jax.cli.compile; null: the family has no such connections"
+      common.write_json(options.json, common.record("tpu_costs", arguments, note, results))
+  print(common.markdown(ratios(results)))
+  print("\n" + common.markdown(rooflines(results)))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

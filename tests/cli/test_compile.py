@@ -1,0 +1,165 @@
+"""Compiling for TPUs that are not there, as a user meets it."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from dense_jax.analysis.chips import CHIPS, bound
+from dense_jax.analysis.hlo import Cost
+from dense_jax.cli import aot, compile
+from dense_jax.config import MeshConfig
+from dense_jax.types import InputError
+from tests.helpers import ROOT, tpu_compiler_environment
+
+SMOKE = ["--config", "experiments/smoke.py:debug"]
+
+
+def run(*arguments):
+  """The command line in a process of its own that knows nothing of TPUs."""
+  tpu_compiler_environment()  # Skips where there is no TPU compiler.
+  environment = {
+      name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_"))
+  }
+  result = subprocess.run(
+      [sys.executable, "-m", "dense_jax.cli.compile", *map(str, arguments)],
+      cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+      timeout=600, check=False,
+  )
+  return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    "topology", ["", "v5e", "v5:2x2", "h100:2x2", "v5e:2x2x2", "v5p:4x4", "v5e:0x2", "v5e:2x"]
+)
+def test_an_unknown_topology_names_those_that_are_known(topology):
+  with pytest.raises(InputError, match=r"v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4") as error:
+    aot.topology_devices(topology)
+  assert f"--topology = {topology!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("mesh", ["model=4", "data", "data=x", "data=4;fsdp=2", "data=4,,fsdp=1"])
+def test_a_mesh_that_is_not_understood_names_the_axes(mesh, monkeypatch):
+  monkeypatch.setattr(aot, "topology_devices", lambda _: jax.devices()[:4])
+  with pytest.raises(InputError, match=r"--mesh = .* axes data, fsdp, tensor"):
+    compile.main([*SMOKE, "--topology", "v5e:2x2", "--mesh", mesh])
+
+
+@pytest.mark.parametrize(
+    ("given", "fitted"),
+    [
+        (MeshConfig(), MeshConfig()),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), MeshConfig(data=2, fsdp=-1, tensor=2)),
+        (MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=4)),
+        (MeshConfig(data=3, fsdp=-1), MeshConfig(data=1, fsdp=-1)),
+        (MeshConfig(data=1, fsdp=1), MeshConfig(data=1, fsdp=-1)),
+    ],
+)
+def test_a_mesh_is_kept_where_it_divides_the_chips(given, fitted):
+  assert aot.fit_mesh(given, 8) == fitted
+
+
+def test_bad_input_is_told_before_anything_is_compiled(monkeypatch):
+  monkeypatch.setattr(aot, "topology_devices", lambda _: jax.devices()[:8])
+  for arguments, message in [
+      (["--mesh", "data=3"], "config.mesh = .*product is 8"),
+      (["--config.train.batch_size=12"], "config.train.batch_size = 12 .* multiple of .* = 8"),
+      (["--program", "decode", "--config.train.batch_size=4"], "a multiple of .* = 8"),
+      (["--mesh", "tensor=8", "--config.model.width=36"], "config.mesh.tensor = 8"),
+      (["--config.data.tokenizer=some.model"], "config.model.vocab_size = 0 .* some.model"),
+      (["--config.model.widht=3"], "unknown key config.model.widht"),
+  ]:
+    with pytest.raises(InputError, match=message):
+      compile.main([*SMOKE, "--topology", "v5e:2x4", *arguments])
+
+
+def test_without_the_compiler_the_error_says_how_to_install_it(monkeypatch, tmp_path):
+  monkeypatch.setattr(aot.importlib.util, "find_spec", lambda _: None)
+  monkeypatch.setattr(aot.sys, "prefix", str(tmp_path))
+  monkeypatch.setattr(aot.os, "environ", {})
+  with pytest.raises(InputError, match=r"pip install -e '.\[tpu\]'.*make test"):
+    aot.topology_devices("v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (416.00G) exceeds available HBM (15.75G).", 416 * 2**30),
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+         "hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G.", 18.5 * 2**30),
+    ],
+)
+def test_the_compilers_refusals_are_understood(message, size):
+  assert aot._refused(jax.errors.JaxRuntimeError(message)) == size
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    aot._refused(jax.errors.JaxRuntimeError(message.removeprefix("RESOURCE_EXHAUSTED: ")))
+
+
+def test_bounds_are_of_the_published_peaks():
+  cost = Cost(flops=3e14, matmul_flops=197e12, bytes_accessed=819e9 * 2)
+  cost.counts["all-gather"], cost.sizes["all-gather"] = 3, 4 * 10**11
+  found = bound(cost, CHIPS["v5e"])
+  assert dataclasses.astuple(found) == (1, 2, 1)
+  assert found.seconds == 2
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_a_train_step_for_four_chips(tmp_path):
+  """The smallest experiment: what is written, and matmuls against 6 N a token."""
+  file = tmp_path / "report.json"
+  status, out, err = run(*SMOKE, "--topology", "v5e:2x2", "--mesh", "data=2,fsdp=2", "--json", file)
+  assert status == 0, err
+  report = json.loads(file.read_text())
+  assert set(report) == {
+      "fits", "chips", "compile_seconds", "hbm", "flops", "matmul_flops", "transcendentals",
+      "bytes_accessed", "collectives", "bound", "note", "program", "topology", "mesh", "versions",
+      "config",
+  }
+  assert set(report["hbm"]) == {"arguments", "temporaries", "outputs", "peak", "capacity"}
+  assert (report["fits"], report["chips"], report["note"]) == (True, 4, "")
+  assert 0 < report["hbm"]["arguments"] <= report["hbm"]["peak"] < 16e9
+  assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+  kinds = {collective["kind"] for collective in report["collectives"]}
+  assert {"all-gather", "all-reduce"} <= kinds
+  assert all(c["count"] > 0 and c["bytes"] > 0 for c in report["collectives"])
+  assert "fits" in out.splitlines()[-1] and "compiling" in err
+  # 30,720 parameters are in matmuls, the head's among them; a chip has one row of 64 tokens.
+  # What a rematerialised part computes again comes on top.
+  assert report["matmul_flops"] == pytest.approx(6 * 30720 * 64, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("program", ["eval", "prefill", "decode"])
+def test_other_programs_for_one_chip(program, tmp_path):
+  file = tmp_path / "report.json"
+  status, _, err = run(
+      *SMOKE, "--topology", "v5e:1x1", "--program", program, "--json", file,
+      "--config.model.family=retnet",
+  )
+  assert status == 0, err
+  report = json.loads(file.read_text())
+  assert (report["chips"], report["collectives"], report["program"]) == (1, [], program)
+  assert report["matmul_flops"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_what_the_compiler_refuses_does_not_fit(tmp_path):
+  """16 GB of parameters and moments on one chip."""
+  file = tmp_path / "report.json"
+  status, out, err = run(
+      *SMOKE, "--topology", "v5e:1x1", "--json", file, "--config.model.family=retnet",
+      "--config.model.width=16384", "--config.model.layers=2", "--config.model.dense.depth=0",
+  )
+  assert status == 1, err
+  report = json.loads(file.read_text())
+  assert not report["fits"] and report["hbm"]["peak"] > report["hbm"]["capacity"]
+  assert report["flops"] is None and report["hbm"]["arguments"] is None
+  assert "does not fit" in out.splitlines()[-1]

@@ -1,0 +1,174 @@
+"""The TPU kernel of matrix states, interpreted, against the float32 specification."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dense_jax.ops import reference
+from dense_jax.ops.pallas import chunked_linear
+from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
+from tests.builders import fast_jit, normal
+from tests.helpers import assert_trees_close
+
+B, P = 2, 8
+CHUNK = 4  # Which becomes 16.
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Inputs' sizes. `gates` says of each source whether it has one."""
+
+  time: int
+  gates: tuple[bool, ...] = (False, True)
+  heads: int = 4
+  groups: int = 2
+  state_size: int = 3
+  channels: int = P
+  decay_rows: int = B
+  resets: bool = True
+  chunk: int = CHUNK
+  # Of log decays. Sums of large ones over a long chunk have few digits left of a difference.
+  decay: float = 1.0
+
+
+QUICK = [
+    Case(63),
+    Case(17, gates=(False, True, True), heads=2, groups=1, state_size=16, decay_rows=1),
+    Case(16, gates=(True,), groups=4, resets=False),
+]
+SLOW = [
+    *(Case(time) for time in (1, 2, 15, 16, 17, 257)),
+    *(Case(time, resets=False) for time in (17, 63, 257)),
+    *(Case(17, groups=groups, gates=(True,)) for groups in (1, 4)),
+    *(Case(17, heads=6, groups=groups, state_size=16, gates=(False,)) for groups in (1, 2)),
+    *(Case(17, gates=gates) for gates in ((False, False, False), (True, True, True))),
+    Case(63, gates=(False,), decay_rows=1, resets=False),
+    Case(63, gates=(True, False), decay_rows=1),
+    Case(257, gates=(False, True, True), heads=2, groups=1, state_size=16, chunk=0,
+         decay=0.1),
+    Case(257, gates=(False,), chunk=50),
+    Case(17, gates=(True,), heads=1, groups=1, channels=3),
+]
+
+
+def _inputs(case):
+  """(sources, resets, cotangents); rows begin documents inside chunks and at their borders."""
+  shape = B, case.time, case.heads, case.channels
+  keys = B, case.time, case.groups, case.state_size
+  sources = [
+      Matrix(
+          normal(10 * i, *keys), normal(10 * i + 1, *keys), normal(10 * i + 2, *shape),
+          -case.decay * jnp.exp(normal(10 * i + 3, case.decay_rows, *shape[1:3]) - 1),
+          normal(10 * i + 4, *shape) if gate else None,
+          normal(10 * i + 5, B, *shape[2:], case.state_size),
+      )
+      for i, gate in enumerate(case.gates)
+  ]
+  resets = None
+  if case.resets:
+    begins = [[0, 3, 4, 16, 47], [15, 20, 32, 48, 100, 240]]
+    resets = np.zeros((B, case.time), bool)
+    for row, positions in enumerate(begins):
+      resets[row, [position for position in positions if position < case.time]] = True
+    resets = jnp.asarray(resets)
+  return sources, resets, (normal(90, *shape), normal(91, B, *shape[2:], case.state_size))
+
+
+def _specification(sources, resets):
+  y, finals = 0.0, []
+  for source in sources:
+    log_decay = jnp.broadcast_to(source.log_decay_BTH, source.v_BTHP.shape[:3])
+    states, final = reference.matrix_states(
+        source.k_BTJN, source.v_BTHP, log_decay, resets, source.initial_BHPN
+    )
+    read = jax.vmap(reference.matrix_read, in_axes=1, out_axes=1)(states, source.q_BTJN)
+    y += read if source.gate_BTHP is None else read * source.gate_BTHP
+    finals.append(final)
+  return y, finals[0]
+
+
+def _kernel(chunk):
+  return lambda sources, resets: matrix_reads(sources, resets, chunk=chunk, interpret=True)
+
+
+def _everything(function, sources, resets, cotangents):
+  """((y, final), gradients by every float input of every source)."""
+
+  @fast_jit
+  def run(sources, cotangents):
+    outputs, vjp = jax.vjp(lambda sources: function(sources, resets), sources)
+    return outputs, vjp(cotangents)[0]
+
+  return run(sources, cotangents)
+
+
+def _assert_close(actual, expected, dtype="float32"):
+  """Each leaf by its own size: gradients are sums over T, P or N."""
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  leaves = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+  for (path, leaf), expected_leaf in leaves:
+    size = max(1.0, float(jnp.std(expected_leaf)))
+    name = jax.tree_util.keystr(path)
+    assert_trees_close({name: leaf}, {name: expected_leaf}, dtype, scale=size)
+
+
+@pytest.mark.parametrize(
+    "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str
+)
+def test_outputs_final_state_and_gradients_are_the_references(case):
+  inputs = _inputs(case)
+  expected = _everything(_specification, *inputs)
+  actual = _everything(_kernel(case.chunk), *inputs)
+  assert_trees_close(actual[0], expected[0])
+  _assert_close(actual[1], expected[1])
+
+
+def test_without_a_gradient_the_outputs_are_the_same():
+  sources, resets, _ = _inputs(Case(33, gates=(True,)))
+  outputs = [fast_jit(run)(sources, resets) for run in (_kernel(CHUNK), _specification)]
+  assert_trees_close(*outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "groups", "channels"), [(2, 2, 256), (4, 1, 64), (2, 1, 256)])
+def test_what_blocks_of_rows_share_is_summed(heads, groups, channels, monkeypatch):
+  # The smallest blocks there are: of one head's rows a part, and of a group's heads some.
+  monkeypatch.setattr(chunked_linear, "VMEM_BYTES", 0)
+  case = Case(17, gates=(True,), heads=heads, groups=groups, channels=channels)
+  inputs = _inputs(case)
+  expected = _everything(_specification, *inputs)
+  _assert_close(_everything(_kernel(CHUNK), *inputs), expected)
+
+
+@pytest.mark.slow
+def test_bfloat16_inputs_keep_float32_states():
+  sources, resets, cotangents = _inputs(Case(63, state_size=16))
+
+  def lowered(source):
+    names = ("q_BTJN", "k_BTJN", "v_BTHP", "gate_BTHP")
+    low = {name: getattr(source, name) for name in names}
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), low)
+    return dataclasses.replace(source, **low)
+
+  low = [lowered(source) for source in sources]
+  actual = _everything(_kernel(CHUNK), low, resets, cotangents)
+  # Of the same rounded inputs.
+  rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+  expected = _everything(_specification, rounded, resets, cotangents)
+  assert [x.dtype for x in jax.tree.leaves(actual[0])] == [jnp.float32] * 2
+  assert [x.dtype for x in jax.tree.leaves(actual[1])] == [x.dtype for x in jax.tree.leaves(low)]
+  _assert_close(actual, expected, "bfloat16")
+
+
+@pytest.mark.slow
+def test_extreme_decays_stay_finite():
+  sources, resets, cotangents = _inputs(Case(17, gates=(True,)))
+  cycle = jnp.asarray([-50.0, -1e-6, -1e4, -1e-30, -1e30])
+  shape = sources[0].log_decay_BTH.shape
+  for decay in (jnp.resize(cycle, shape), jnp.full(shape, -50.0), jnp.full(shape, -1e-6)):
+    extreme = [dataclasses.replace(sources[0], log_decay_BTH=decay)]
+    for leaf in jax.tree.leaves(_everything(_kernel(CHUNK), extreme, resets, cotangents)):
+      assert np.isfinite(leaf).all()

@@ -1,0 +1,140 @@
+"""Compiles programs with Pallas kernels for one chip of each TPU and prints what they need.
+
+Run in a process of its own, by test_tpu_compile.py: the TPU compiler must not be found by
+the tests' own jax. Its last line is JSON: for each program and TPU the bytes of arguments and
+of temporaries, and what the cost analysis counts.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
+from dense_jax.ops.pallas.selective_scan import Diagonal, selective_reads
+from dense_jax.types import Array, PyTree
+
+# TPU -> the smallest topology that it comes in.
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+Program = tuple[Callable[..., PyTree], tuple[PyTree, ...]]
+"""A function and the shapes of its arguments."""
+
+
+def _shape(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _with_gradients(function: Callable[..., tuple[Array, ...]]) -> Callable[..., PyTree]:
+  """Outputs and gradients by the first argument, for given cotangents (the last one)."""
+
+  def run(inputs: PyTree, *others: PyTree) -> PyTree:
+    *others, cotangents = others
+    outputs, pullback = jax.vjp(lambda inputs: function(inputs, *others), inputs)
+    return outputs, pullback(cotangents)
+
+  return run
+
+
+def selective(sources: int, *, packed: bool, gradient: bool) -> Program:
+  """One layer of mamba 370M and its sources, 2 x 2048 tokens."""
+  batch, time, width, size = 2, 2048, 2048, 16
+  low = jnp.bfloat16
+  recurrences = tuple(
+      Diagonal(
+          dt_BTE=_shape(batch, time, width),
+          a_NE=_shape(size, width),
+          x_BTE=_shape(batch, time, width, dtype=low),
+          b_BTN=_shape(batch, time, size, dtype=low),
+          c_BTN=_shape(batch, time, size, dtype=low),
+          gate_BTE=_shape(batch, time, width) if index else None,
+          initial_BNE=_shape(batch, size, width),
+      )
+      for index in range(sources)
+  )
+  resets = _shape(batch, time, dtype=jnp.bool_) if packed else None
+  if not gradient:
+    return selective_reads, (recurrences, resets)
+  cotangents = _shape(batch, time, width), _shape(batch, size, width)
+  return _with_gradients(selective_reads), (recurrences, resets, cotangents)
+
+
+# Layers' matrix states: heads, groups, channels of a head, state size.
+MATRIX = {
+    "mamba2": (32, 1, 64, 128),
+    "gau_retnet": (2, 2, 1536, 384),
+    "retnet": (4, 4, 512, 256),
+    "wide": (4, 4, 1280, 320),
+}
+
+
+def matrix(family: str, sources: int, *, packed: bool, gradient: bool) -> Program:
+  """One layer of a family and its sources, 2 x 2048 tokens; a retention's decay is constant."""
+  batch, time, low = 2, 2048, jnp.bfloat16
+  heads, groups, channels, size = MATRIX[family]
+  recurrences = tuple(
+      Matrix(
+          q_BTJN=_shape(batch, time, groups, size, dtype=low),
+          k_BTJN=_shape(batch, time, groups, size, dtype=low),
+          v_BTHP=_shape(batch, time, heads, channels, dtype=low),
+          log_decay_BTH=_shape(batch if family == "mamba2" else 1, time, heads),
+          gate_BTHP=_shape(batch, time, heads, channels) if index else None,
+          initial_BHPN=_shape(batch, heads, channels, size),
+      )
+      for index in range(sources)
+  )
+  resets = _shape(batch, time, dtype=jnp.bool_) if packed else None
+  if not gradient:
+    return matrix_reads, (recurrences, resets)
+  cotangents = _shape(batch, time, heads, channels), _shape(batch, heads, channels, size)
+  return _with_gradients(matrix_reads), (recurrences, resets, cotangents)
+
+
+PROGRAMS: dict[str, Program] = {
+    f"selective-{sources}{'-packed' * packed}-{'gradient' if gradient else 'forward'}":
+        selective(sources, packed=packed, gradient=gradient)
+    for sources in (1, 3) for packed in (False, True) for gradient in (False, True)
+} | {
+    "mamba2-1-forward": matrix("mamba2", 1, packed=False, gradient=False),
+    "mamba2-1-gradient": matrix("mamba2", 1, packed=False, gradient=True),
+} | {
+    # A gradient's program has the forward kernel in it, and three sources need the most VMEM.
+    f"{family}-3-packed-gradient": matrix(family, 3, packed=True, gradient=True)
+    for family in MATRIX
+}
+
+
+def compile_for(topology: str, program: Program) -> dict[str, float]:
+  """What the compiled program needs on one chip."""
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  one_chip = NamedSharding(Mesh(np.array(devices[:1]), ("data",)), PartitionSpec())
+  function, shapes = program
+  arguments = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_chip), shapes
+  )
+  compiled = jax.jit(function).lower(*arguments).compile()
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  return {
+      "arguments": memory.argument_size_in_bytes,
+      "temporaries": memory.temp_size_in_bytes,
+      "flops": cost["flops"],
+      "transcendentals": cost["transcendentals"],
+      "bytes": cost["bytes accessed"],
+  }
+
+
+def main(tpus: list[str]) -> None:
+  found = {
+      name: {tpu: compile_for(TOPOLOGIES[tpu], program) for tpu in tpus}
+      for name, program in PROGRAMS.items()
+  }
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:] or list(TOPOLOGIES))
