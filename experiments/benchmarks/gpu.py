@@ -9,7 +9,7 @@ Status    not run on a GPU yet: none was at hand. What runs is `--toy`, all of i
 Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_1p3b.py; bf16
           activations, float32 parameters and AdamW; V and head as there
 Cases     train    tokens/s, MFU (flops.py) and peak memory of a train step, 32768 tokens a
-                   batch, remat minimal where it fits, else full; base and dense
+                   batch, remat minimal where it fits, else reads or full; base, dense
           rival    the same of flash-linear-attention, at the same batch and length
           mode     the implementations of a form against each other, T 8192
           decode   decoded tokens/s of B rows
@@ -45,7 +45,7 @@ DENSE: dict[str, dict[str, str]] = {
     "state-2": {"model.dense.depth": "2", "model.dense.inject": "state"},
     "inputs-1": {"model.dense.depth": "1", "model.dense.inject": "inputs"},
 }
-REMAT = ("minimal", "full")
+REMAT = ("minimal", "reads", "full")
 CASE_SECONDS = 900
 
 
