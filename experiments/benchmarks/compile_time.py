@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     return
   families, depths = (("mamba2",), (0,)) if options.quick else (("mamba2", "gau_retnet"), (0, 2))
   few, many = layers = (4, 8) if options.quick else (12, 48)
-  width, length = (16, 64) if options.quick else (256, 512)
+  width, length = (32, 64) if options.quick else (256, 512)
   cases = [Case(family, depth, count, width, length)
            for family in families for depth in depths for count in layers]
   found = {case: measure(case, 1 if options.quick else 2)

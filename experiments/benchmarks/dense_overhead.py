@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "fusion=attention": {"fusion": "attention"},
     "stride=2": {"stride": 2},
 }
-QUICK_OPTIONS = ("default", "inject=inputs")
+QUICK_OPTIONS = ("inject=inputs",)
 
 FULL = Size(width=256, layers=6, vocabulary=256, batch_size=8, time_steps=256)
 QUICK = Size(width=64, layers=3, vocabulary=256, batch_size=2, time_steps=64)

@@ -14,12 +14,10 @@ import math
 
 import jax
 
+from dense_jax.analysis.chips import CHIPS
 from dense_jax.config import ModelConfig
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params
-
-# bf16 with float32 sums, without sparsity: the data sheets of the SXM boards.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -49,8 +47,8 @@ def train_flops(config: ModelConfig) -> int:
 
 
 def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str) -> float | None:
-  """MFU on one device; None where its peak is not known."""
-  for name, peak in PEAK_FLOPS.items():
-    if name in device_kind:
-      return train_flops(config) * tokens_per_second / peak
+  """MFU in bf16 on one device, such as "NVIDIA H200"; None where its peak is not known."""
+  for name, chip in CHIPS.items():
+    if name in device_kind.lower().split():
+      return train_flops(config) * tokens_per_second / chip.flops
   return None

@@ -9,7 +9,7 @@ Status    not run on a GPU yet: none was at hand. What runs is `--toy`, all of i
 Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_1p3b.py; bf16
           activations, float32 parameters and AdamW; V and head as there
 Cases     train    tokens/s, MFU (flops.py) and peak memory of a train step, 32768 tokens a
-                   batch, remat minimal where it fits, else full; base and dense
+                   batch, remat minimal where it fits, else reads or full; base, dense
           rival    the same of flash-linear-attention, at the same batch and length
           mode     the implementations of a form against each other, T 8192
           decode   decoded tokens/s of B rows
@@ -34,8 +34,10 @@ from experiments.benchmarks import common, fla_rival
 from experiments.benchmarks.gpu_case import Case
 from experiments.benchmarks.gpu_tables import tables
 
-TIMED_FAMILIES = ("gau_retnet", "mamba2", "mamba", "retnet")
+TIMED_FAMILIES = ("gau_retnet", "mamba2", "retnet", "mamba")
 LARGE = "gau_retnet-1.3B"
+# Models that come a rank after the others.
+LATER = ("mamba", LARGE)
 # Name -> overrides.
 DENSE: dict[str, dict[str, str]] = {
     "base": {"model.dense.depth": "0"},
@@ -43,7 +45,7 @@ DENSE: dict[str, dict[str, str]] = {
     "state-2": {"model.dense.depth": "2", "model.dense.inject": "state"},
     "inputs-1": {"model.dense.depth": "1", "model.dense.inject": "inputs"},
 }
-REMAT = ("minimal", "full")
+REMAT = ("minimal", "reads", "full")
 CASE_SECONDS = 900
 
 
@@ -105,29 +107,30 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
     for dense in DENSE:
       if dense == "inputs-1" and not name.startswith("gau_retnet"):
         continue
-      for place, length in enumerate(plan.lengths):
-        main = dense in ("base", "state-2", "inputs-1")
-        rank = (1 if main else 3) + place + (1 if name == LARGE else 0)
-        yield rank, f"train/{name}/{dense}/T{length}", _train(name, plan, dense, length)
+      for rank, length in enumerate(plan.lengths, 4 if dense == "state-1" else 1):
+        case = _train(name, plan, dense, length)
+        yield rank + (name in LATER), f"train/{name}/{dense}/T{length}", case
   for family in TIMED_FAMILIES:
+    later = family in LATER
     if family in fla_rival.FAMILIES:
-      for place, length in enumerate(plan.lengths):
+      for rank, length in enumerate(plan.lengths, 1):
         rival = Rival(family, plan.tokens // length, length)
-        yield 1 + place, f"rival/{family}/base/T{length}", rival
+        yield rank + later, f"rival/{family}/base/T{length}", rival
     # The specification, a token at a time, is no rival of any.
     for form in dispatch.IMPLEMENTATIONS[FAMILIES[family].form]:
       if form != "recurrent":
         length = plan.mode_length
         case = _train(family, plan, "base", length, implementation=form)
-        yield 1, f"mode/{family}/{form}/T{length}", case
+        yield 1 + later, f"mode/{family}/{form}/T{length}", case
     for dense in ("base", "state-2"):
       spec, overrides = _model(family, plan, dense)
-      for place, batch in enumerate(plan.batches):
+      for rank, batch in enumerate(plan.batches, 1):
         case = Case("decode", spec, overrides, batch_size=batch)
-        yield 2 + place, f"decode/{family}/{dense}/B{batch}", case
+        yield rank + later, f"decode/{family}/{dense}/B{batch}", case
       for context in plan.contexts:
         case = Case("decode", spec, overrides, context=context)
-        yield 2, f"context/{family}/{dense}/{context}", case
+        rank = 1 + later + (dense != "base")
+        yield rank, f"context/{family}/{dense}/{context}", case
 
 
 def cases(plan: Plan) -> dict[str, Case | Rival]:
@@ -205,7 +208,7 @@ def main(arguments: Sequence[str]) -> None:
           "gpu", arguments, "tokens/s, seconds, bytes; mfu: see flops.py", results
       ))
   for table in tables(results):
-    print(f"\n{table}", flush=True)
+    print(table, flush=True)
 
 
 if __name__ == "__main__":

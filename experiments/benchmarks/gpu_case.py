@@ -14,6 +14,8 @@ import jax
 
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig
+from dense_jax.models.registry import FAMILIES
+from dense_jax.ops import dispatch
 from experiments.benchmarks import common, flops
 
 TRAIN_REPEATS, DECODE_REPEATS = 5, 9
@@ -81,7 +83,7 @@ def decode(settings: ExperimentConfig, batch_size: int, context: int) -> dict[st
 
 
 def run(case: Case) -> dict[str, Any]:
-  """The case's figures, with the first `remat` that fits.
+  """The case's figures, with the first `remat` that fits; {"skipped": why} if that is no news.
 
   Raises:
     InputError: the experiment has no such form.
@@ -90,6 +92,10 @@ def run(case: Case) -> dict[str, Any]:
     overrides = {**case.overrides, "model.remat": remat}
     return experiment.load(str(common.ROOT / case.spec), list(overrides.items()))
 
+  model = settings(case.remat[0]).model
+  chosen = dispatch.resolve(FAMILIES[model.family].form, model.implementation)
+  if model.implementation not in ("auto", chosen):  # Kernels for TPUs, interpreted.
+    return {"skipped": f"runs as {chosen} here"}
   if case.kind == "decode":
     return decode(settings(case.remat[0]), case.batch_size, case.context)
   return first_that_fits(case.remat, lambda remat: train(settings(remat)))

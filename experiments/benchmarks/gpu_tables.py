@@ -33,7 +33,7 @@ def _named(results: Results, kind: str) -> Iterator[tuple[str, str, str, Mapping
 def training(results: Results) -> Table:
   """Dense over base, and ours over the rival."""
   rows = [["model", "dense", "T", "tokens/s", "over base", "over fla", "MFU", "peak GB",
-           "fla, peak GB", "remat (fla)", "fla's kernels"]]
+           "fla, peak GB", "remat (fla)"]]
   for model, dense, size, figures in _named(results, "train"):
     rate = figures["tokens_per_second"]
     rival = results.get(f"rival/{model}/base/{size}", {})
@@ -45,7 +45,7 @@ def training(results: Results) -> Table:
         common.ratio(_over(rate, rival.get("tokens_per_second"))),
         "" if mfu is None else f"{100 * mfu:.1f}%",
         _gigabytes(figures["peak_bytes"]), _gigabytes(rival.get("peak_bytes")),
-        remat, rival.get("kernels", ""),
+        remat,
     ])
   return Table("Training; fla: flash-linear-attention's base model of that size", rows, {})
 

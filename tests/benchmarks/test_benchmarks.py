@@ -1,0 +1,148 @@
+"""Every benchmark's toy form runs to its end and records what its figures came from."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments.benchmarks import cpu_dense, flops, gpu
+from tests.builders import model_config
+from tests.helpers import ROOT
+
+FIELDS = {"date", "hardware", "versions", "command", "note", "results"}
+# Toy figures mean nothing, so that code need not be fast; what was compiled before is read.
+ENVIRONMENT = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
+
+
+def run(module: str, folder, *arguments: str) -> tuple[dict, str]:
+  """The record and the output of a benchmark."""
+  file = folder / "results.json"
+  done = subprocess.run(
+      [sys.executable, "-m", f"experiments.benchmarks.{module}", *arguments, "--json", file],
+      cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False,
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  record = json.loads(file.read_text())
+  assert record.keys() >= FIELDS
+  assert f"python -m experiments.benchmarks.{module} " in record["command"]
+  return record, done.stdout
+
+
+@pytest.mark.slow
+def test_cpu(tmp_path):
+  record, output = run("cpu", tmp_path, "--quick")
+  results = record["results"]
+  assert set(results) == {"authors", "lengths", "modes", "dense", "decode", "constant"}
+  assert all(figures["difference"] < 1e-3 for figures in results["modes"].values())
+  assert results["constant"]["mamba2"]["ratio"] > 0
+  decoded = results["dense"]["decode mamba2 state, m = 2 B 6"]
+  assert decoded["by_bytes"] == pytest.approx(decoded["dense_bytes"] / decoded["base_bytes"])
+  assert "| mamba2 | state, m = 2 |" in output
+
+
+@pytest.mark.slow
+def test_dense_overhead(tmp_path):
+  record, _ = run("dense_overhead", tmp_path, "--quick", "--family", "mamba2")
+  assert record["results"]["families"]["mamba2"]["added"] > 0
+  assert set(record["results"]["options"]) == {"inject=inputs"}
+
+
+@pytest.mark.slow
+def test_compile_time(tmp_path):
+  record, _ = run("compile_time", tmp_path, "--quick")
+  figures = record["results"]["mamba2 base"]
+  assert figures["ratio"] > 0 and figures["trace 8"] > 0 and figures["compile 4"] > 0
+
+
+@pytest.mark.slow
+def test_gpu_in_two_parts(tmp_path):
+  first = ("--toy", "--only", "train/mamba2/base", "rival/mamba2")
+  record, output = run("gpu", tmp_path, *first)
+  assert set(record["results"]) == {"train/mamba2/base/T64", "rival/mamba2/base/T64"}
+  trained = record["results"]["train/mamba2/base/T64"]
+  assert trained["tokens_per_second"] > 0 and trained["mfu"] is None
+  assert "rival/mamba2/base/T64: skipped: " in output
+
+  record, output = run(
+      "gpu", tmp_path, "--toy", "--only", "train/mamba2/base", "train/gau_retnet-1.3B/inputs-1",
+      "mode/mamba2", "decode/mamba2/base", "context/mamba2/base",
+  )
+  assert record["results"]["train/mamba2/base/T64"] == trained, "done cases are not done again"
+  kernels = record["results"].pop("mode/mamba2/pallas/T64")
+  assert kernels == {"skipped": "runs as pallas (interpreted) here"}
+  assert len(record["results"]) == 8
+  assert not any("failed" in figures for figures in record["results"].values()), output
+  for heading in ("Training", "Implementations", "Decoding", "A step of decoding"):
+    assert f"\n{heading}" in output
+
+
+def test_gpu_goes_on_after_a_failure_and_stops_at_its_budget(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(gpu, "run", lambda case, **_: {"failed": "no such form"})
+  file = tmp_path / "results.json"
+  gpu.main(["--only", "mode/mamba2", "--json", str(file)])
+  names = set(json.loads(file.read_text())["results"])
+  assert {"mode/mamba2/chunked/T8192", "mode/mamba2/associative/T8192"} <= names
+  assert "mode/mamba2/chunked/T8192: failed: no such form" in capsys.readouterr().out
+  gpu.main(["--only", "mode/mamba/", "--json", str(file), "--budget-seconds", "-1"])
+  assert set(json.loads(file.read_text())["results"]) == names
+  assert "the budget is spent before mode/mamba/" in capsys.readouterr().out
+
+
+def test_results_of_other_hardware_are_not_added_to(tmp_path):
+  file = tmp_path / "results.json"
+  file.write_text(json.dumps({"hardware": "another", "results": {}}))
+  with pytest.raises(SystemExit, match="other hardware, another"):
+    gpu.main(["--only", "mode", "--json", str(file)])
+
+
+def test_gpu_cases_begin_with_what_matters_most():
+  names = list(gpu.cases(gpu.FULL))
+  assert len(names) == len(set(names))
+  assert names[0] == "train/gau_retnet/base/T2048"
+  assert names.index("rival/mamba2/base/T2048") < names.index("decode/mamba2/base/B1")
+  assert names.index("train/mamba2/base/T2048") < names.index("train/gau_retnet-1.3B/base/T2048")
+
+
+def test_flops_by_hand():
+  """mamba: D 16, E 32, N 3, R 2, 3 layers, V 11; gates of D / 4."""
+  layer = 16 * 64 + 32 * (2 + 3 + 3) + 2 * 32 + 32 * 16
+  base = model_config("mamba", layers=3)
+  assert flops.matmul_parameters(base) == 3 * layer + 16 * 11
+  recurrence = 3 * 4 * 32 * 3
+  assert flops.train_flops(base) == 3 * (2 * (3 * layer + 16 * 11) + recurrence)
+
+  dense = model_config("mamba", depth=2, layers=3)
+  gates = 2 * (16 * 4 + 4 * 32)
+  reads = 2 * (1 + 2) * 32 * 3  # The second layer has one source, the third two.
+  assert flops.train_flops(dense) == flops.train_flops(base) + 3 * (2 * gates + reads)
+
+
+def test_utilization():
+  config = model_config("mamba", layers=3)
+  rate = 989e12 / flops.train_flops(config)
+  assert flops.utilization(config, 0.5 * rate, "NVIDIA H200") == pytest.approx(0.5)
+  assert flops.utilization(config, rate, "cpu") is None
+
+
+def test_bytes_of_a_decoding_step():
+  """gau_retnet: two heads of P 16 and N 4; three layers' states of 128 numbers."""
+  base = model_config("gau_retnet", layers=3, heads=2, key_dim=8)
+  moved = cpu_dense.step_bytes(base, batch_size=5)
+  state = 5 * 3 * 2 * 16 * 4 * 4
+  assert moved.states == state and moved.shallow == 0
+  assert moved.total() == moved.weights + 2 * state
+
+  dense = model_config("gau_retnet", depth=2, layers=3, heads=2, key_dim=8)
+  with_reads = cpu_dense.step_bytes(dense, batch_size=5)
+  assert with_reads.states == state and with_reads.shallow == state  # 1 + 2 reads of 3 layers.
+  assert with_reads.weights > moved.weights
+  inputs = model_config("gau_retnet", depth=2, inject="inputs", layers=3, heads=2, key_dim=8)
+  assert cpu_dense.step_bytes(inputs, batch_size=5).shallow == 0
