@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dense_jax.config import MeshConfig, defaults, invalid
-from dense_jax.types import BATCH_AXES, WIDTH_AXIS, InputError, Params
+from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array, InputError, Params
 
 # Logical axis -> mesh axis. What is not here is not split.
 RULES = {"embed": "fsdp", "vocab": WIDTH_AXIS, "heads": WIDTH_AXIS, "inner": WIDTH_AXIS}
@@ -84,6 +84,18 @@ def mesh_of(params: Params) -> Iterator[None]:
     return
   with jax.sharding.use_abstract_mesh(placed.mesh.abstract_mesh):
     yield
+
+
+def split_rows(x: Array) -> Array:
+  """x, with its first axis split as the batch is, on the mesh that is in use, if there is one.
+
+  Parameters are split over `fsdp` too. Where activations do not say that they keep their rows,
+  the compiler may leave a matrix in its parts and move the activations instead.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import os
 import pathlib
 import sys
 import traceback
@@ -58,7 +59,7 @@ def keep_compiled_programs() -> None:
 
   JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
   """
-  if not jax.config.jax_compilation_cache_dir:
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = pathlib.Path(COMPILED).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(folder))
 

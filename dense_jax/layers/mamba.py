@@ -24,6 +24,7 @@ from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
 from dense_jax.ops import dispatch, reference
 from dense_jax.ops.selective_scan import StepSizes
+from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_diagonal
 from dense_jax.ops.token_states import DiagonalState
 from dense_jax.types import Array, PyTree, Segments
@@ -98,7 +99,7 @@ class Mamba(ConvolvedMixer):
     dt, b_BTN, c_BTN = self._selected(x_BTE)
     own = {"b": b_BTN, "x": x_BTE}
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
-    states = scan_diagonal(
+    states: StateSequence = scan_diagonal(
         dt, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )

@@ -24,6 +24,7 @@ from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
 from dense_jax.ops import dispatch, reference
 from dense_jax.ops.matmul import materialize
+from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_matrix
 from dense_jax.ops.token_states import MatrixState
 from dense_jax.types import Array, PyTree, Segments
@@ -145,7 +146,7 @@ class Mamba2(ConvolvedMixer):
     own, c_BTJN = self._selected(xbc)
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
     log_decay_BTH, b_BTJN, v_BTHP = self._recurrence(dt_BTH, fused)
-    states = scan_matrix(
+    states: StateSequence = scan_matrix(
         b_BTJN, v_BTHP, log_decay_BTH, segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )

@@ -19,6 +19,7 @@ from dense_jax.layers.linear import Linear, xavier_uniform
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, reference
 from dense_jax.ops.matmul import materialize
+from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_matrix
 from dense_jax.ops.token_states import MatrixState
 from dense_jax.types import Array, PyTree, Segments
@@ -121,7 +122,7 @@ class Retention(nnx.Module):
     decay_BTH = jnp.broadcast_to(
         log_decay(self.heads)[None, None], (1, x_BTD.shape[1], self.heads)
     )
-    states = scan_matrix(
+    states: StateSequence = scan_matrix(
         k_BTHN, self._by_head(fused["v"]), decay_BTH, segments, state and state["h"],
         implementation=self.implementation, chunk=self.chunk,
     )

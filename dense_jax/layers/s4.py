@@ -28,6 +28,7 @@ from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, hippo
 from dense_jax.ops.lti import DiagonalSystem, DplrSystem, System
+from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import LtiStates
 from dense_jax.ops.token_states import LtiState
 from dense_jax.types import Array, PyTree, Segments
@@ -148,7 +149,7 @@ class S4D(nnx.Module):
   ) -> MixerOutput:
     """See `Mixer`."""
     c_EN = self.c[...]
-    states = LtiStates(
+    states: StateSequence = LtiStates(
         self.system(), x_BTD, segments.resets_BT, segments.valid_BT,
         None if state is None else state["h"], self.implementation, self.chunk,
     )

@@ -27,6 +27,7 @@ from dense_jax.layers.dense_connection import Shared
 from dense_jax.layers.layer_scan import scan_layers
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.mixer import Mixer, MixerOutput
+from dense_jax.sharding import split_rows
 from dense_jax.types import Array, PyTree, Segments
 
 MixerFactory = Callable[..., Mixer]
@@ -59,7 +60,7 @@ class Layer(nnx.Module):
     x = x + output.y
     if hasattr(self, "feed_forward"):
       x = x + self.feed_forward(self.ffn_norm(x))
-    return x, output
+    return split_rows(x), output
 
   def __call__(
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
@@ -143,11 +144,11 @@ class Stack(nnx.Module):
       self, call: LayerCall, x: Array, context: PyTree, state: PyTree, keep_state: bool
   ) -> tuple[Array, PyTree]:
     keep: Remat = lambda f: f  # noqa: E731
-    minimal = {"policy": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    recompute: Remat = {
-        "none": keep,
-        "minimal": functools.partial(jax.checkpoint, **minimal),
-    }.get(self.remat, jax.checkpoint)
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    again: Any = functools.partial(
+        jax.checkpoint, policy=policy if self.remat == "minimal" else None
+    )
+    recompute = keep if self.remat == "none" else again
 
     def chain(
         layers: Sequence[Layer], x: Array, context: PyTree, bank: Bank,
@@ -205,7 +206,7 @@ class Stack(nnx.Module):
     if self.remat != "none":
       # Only a scan's own body may say so: elsewhere the compiler would merge the
       # recomputation with the first computation, and nothing would be saved.
-      block = functools.partial(recompute, prevent_cse=False)(block)
+      block = functools.partial(again, prevent_cse=False)(block)
     by_block = jax.tree.map(
         lambda leaf: leaf.reshape(self.num_blocks, self.repeats, *leaf.shape[1:]), inputs
     )

@@ -11,6 +11,7 @@ from dense_jax.layers.linear import RMSNorm, normal, parameter
 from dense_jax.layers.stack import Stack
 from dense_jax.models.registry import family
 from dense_jax.ops.cross_entropy import chunked_cross_entropy
+from dense_jax.sharding import split_rows
 from dense_jax.types import Array, Batch, PyTree, Segments
 
 
@@ -75,7 +76,7 @@ class LanguageModel(nnx.Module):
     if segments is None:
       first_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else before_B[:, None]
       segments = Segments(first_B1 + jnp.arange(time, dtype=jnp.int32)[None])
-    x_BTD = self.embedding[...].astype(self.dtype)[tokens_BT]
+    x_BTD = split_rows(self.embedding[...].astype(self.dtype)[tokens_BT])
     x_BTD, layers = self.stack(
         x_BTD, segments, None if state is None else state.layers, keep_state=keep_state
     )

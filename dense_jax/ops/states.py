@@ -8,7 +8,7 @@ kept and read again. That identity is what makes dense state connections afforda
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,9 @@ class DiagonalStates:
   def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
     """c_BTN -> y_BTE."""
     if self.joint:
-      asked = [other.states._asked(other.query, other.gate) for other in others]
+      asked = [
+          cast(DiagonalStates, other.states)._asked(other.query, other.gate) for other in others
+      ]
       y_BTE, final_BNE = read_diagonal(
           [self._asked(query, None), *asked], self.resets_BT, chunk=self.chunk,
           interpret=self.implementation == dispatch.INTERPRETED,
@@ -201,7 +203,7 @@ class MatrixStates:
     if not self.joint:
       assert not others
       return self.read(query), self
-    asked = [other.states._asked(other.query, other.gate) for other in others]
+    asked = [cast(MatrixStates, other.states)._asked(other.query, other.gate) for other in others]
     y_BTHP, final_BHPN = read_matrix(
         [self._asked(query, None), *asked], self.resets_BT, chunk=self.chunk,
         interpret=self.implementation == dispatch.INTERPRETED,

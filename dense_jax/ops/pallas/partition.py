@@ -17,15 +17,20 @@ from dense_jax.ops.pallas.selective_scan import Diagonal, selective_reads
 from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array, InputError
 
 
-def _by_row(*rest: str | None) -> PartitionSpec:
-  return PartitionSpec(BATCH_AXES, *rest)
+def _split(*axes: str | tuple[str, ...] | None) -> Any:
+  """A specification; it stands where the dataclasses are annotated with arrays."""
+  return PartitionSpec(*axes)
+
+
+def _by_row(*rest: str | None) -> Any:
+  return _split(BATCH_AXES, *rest)
 
 
 def _over_mesh(
     kernel: Callable[..., tuple[Array, Array]],
     specs: Callable[[Any, int], Any],
-    read: PartitionSpec,
-    final: PartitionSpec,
+    read: Any,
+    final: Any,
     sources: Sequence[Any],
     resets_BT: Array | None,
 ) -> tuple[Array, Array]:
@@ -43,7 +48,7 @@ def _diagonal_specs(source: Diagonal, width: int) -> Diagonal:
   del width
   channels = _by_row(None, WIDTH_AXIS)
   return dataclasses.replace(
-      source, dt_BTE=channels, a_NE=PartitionSpec(None, WIDTH_AXIS), x_BTE=channels,
+      source, dt_BTE=channels, a_NE=_split(None, WIDTH_AXIS), x_BTE=channels,
       b_BTN=_by_row(), c_BTN=_by_row(), initial_BNE=channels,
       gate_BTE=None if source.gate_BTE is None else channels,
   )
@@ -60,7 +65,7 @@ def _matrix_specs(source: Matrix, width: int) -> Matrix:
   shared = source.log_decay_BTH.shape[0] == 1
   return dataclasses.replace(
       source, q_BTJN=keys, k_BTJN=keys, v_BTHP=heads, initial_BHPN=_by_row(WIDTH_AXIS),
-      log_decay_BTH=PartitionSpec(None, None, WIDTH_AXIS) if shared else heads,
+      log_decay_BTH=_split(None, None, WIDTH_AXIS) if shared else heads,
       gate_BTHP=None if source.gate_BTHP is None else heads,
   )
 
