@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.model.update(
       vocab_size=50280, width=width, layers=layers, dtype="bfloat16", remat="full",
       # Of super-blocks: near sqrt(L), and few layers are left over, at any m up to 3.
-      block_layers={48: 9, 28: 5, 24: 7, 16: 7}[layers],
+      block_layers={48: 5, 28: 5, 24: 7, 16: 7}[layers],
   )
   config.model.mixer.update(MIXERS.get(family, {}))
   if family == "gau_retnet":

@@ -177,7 +177,8 @@ class DenseConnection(nnx.Module):
       ])
       return y, states, states.shared()
     own, states = states.read_with(queries[0])
-    fused = self.fusion(x, own, self._reads(phis, queries[1:], sources, x.dtype))
+    own, *reads = self._reads(own, phis, queries[1:], sources, x.dtype)
+    fused = self.fusion(x, own, reads)
     if not self.share_fused:
       return fused, states, states.shared()
     if isinstance(states, TokenState):  # One token's states are there: no chain is needed.
@@ -186,22 +187,23 @@ class DenseConnection(nnx.Module):
     return fused, states, FusedStates(states.shared(), sources[0], phis[0])
 
   def _reads(
-      self, phis: Sequence[Phi], queries: Sequence[Array], sources: Sequence[StateSequence],
-      dtype: jnp.dtype,
+      self, own: Array, phis: Sequence[Phi], queries: Sequence[Array],
+      sources: Sequence[StateSequence], dtype: jnp.dtype,
   ) -> list[Array]:
-    """The sources' gated reads, float32, one after the other; rounded before the gate."""
+    """The own read, and the sources' gated reads, float32; rounded before the gate."""
 
     def read(phi: Phi, query: Array, source: StateSequence) -> Array:
       return phi.read(source, query).astype(dtype)
 
-    reads: list[Array] = []
+    reads = [own]
     for phi, query, source in zip(phis, queries, sources, strict=True):
       if not self.remat_reads:
         reads.append(phi.gated(read(phi, query, source)))
         continue
-      if reads:
-        # One after the other in the backward pass too: so that no two reads' intermediate
-        # values exist together.
-        source, reads[-1] = jax.lax.optimization_barrier((source, reads[-1]))
-      reads.append(phi.gated(jax.checkpoint(read)(phi, query, source)))
+      # One after the other in the backward pass too: so that no two reads' intermediate values
+      # exist together.
+      source, reads[-1] = jax.lax.optimization_barrier((source, reads[-1]))
+      y = jax.checkpoint(read)(phi, query, source)
+      # Kept are the gate and the read in the model's dtype, not in float32.
+      reads.append(jax.checkpoint(Phi.gated)(phi, y))
     return reads

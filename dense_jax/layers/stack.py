@@ -171,7 +171,12 @@ class Stack(nnx.Module):
         bank = (shared, *bank)[: self.depth]
       return x, bank, after
 
-    x, bank, head_states = chain(self.head, x, context, (), state["head"], recompute)
+    def head(graph: Any, params: PyTree, x: Array, context: PyTree, states: PyTree) -> PyTree:
+      return chain(nnx.merge(graph, params), x, context, (), states, recompute)
+
+    if self.remat == "full" and self.num_blocks:  # As a super-block.
+      head = jax.checkpoint(head, static_argnums=0)
+    x, bank, head_states = head(*nnx.split(self.head), x, context, state["head"])
     if not self.num_blocks:
       return x, {"head": head_states, "blocks": []}
 
