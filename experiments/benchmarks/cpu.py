@@ -2,7 +2,7 @@
 
 Command   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.benchmarks.cpu \
               --json experiments/results/cpu_DATE.json
-Hardware  two cores; about 25 minutes. float32
+Hardware  two cores, float32
 Parts     authors   gau_retnet as the authors train and sample it, against their PyTorch code
                     (constants below, measured apart) and against the quadratic form
           lengths   each family's training at the same tokens a batch and longer and longer rows

@@ -9,18 +9,19 @@ LENGTHS = (512, 2048, 8192, 16384)
 CONSTANT_FAMILIES = ("mamba", "mamba2", "gau_retnet", "s4d")
 CONSTANT_LENGTHS = (2048, 32768)
 CONSTANT_BAR = 0.9
+# D. One row's states have to keep the vector units busy where the batch is one row.
+WIDTH, CONSTANT_WIDTH, LAYERS = 128, 256, 2
 
 
 def _rates(
-    family: str, lengths: tuple[int, ...], tokens: int, quick: bool, repeats: int, remat: str
+    family: str, width: int, lengths: tuple[int, ...], tokens: int, remat: str
 ) -> list[float]:
   """Training tokens/s at each length, `tokens` a batch, a document a row."""
   rates = []
   for length in lengths:
-    width, layers = (32, 2) if quick else (128, 4)
-    size = Size(width, layers, 256, tokens // length, length)
+    size = Size(width, LAYERS, 256, tokens // length, length)
     step = TrainStep(common.config(family, size, remat=remat))
-    rates.append(step.tokens / common.median(step, repeats))
+    rates.append(step.tokens / common.median(step, 2))
   return rates
 
 
@@ -30,7 +31,7 @@ def lengths(quick: bool) -> Iterator[Table]:
   rows = [["family, tokens/s at T", *map(str, chosen), f"T {chosen[-1]} over T {chosen[0]}"]]
   results = {}
   for family in common.progress(("gau_retnet",) if quick else SSM_FAMILIES, "lengths"):
-    rates = _rates(family, chosen, tokens, quick, 1 if quick else 3, "none")
+    rates = _rates(family, 32 if quick else WIDTH, chosen, tokens, "none")
     ratio = rates[-1] / rates[0]
     results[family] = common.figures(
         **{f"tokens_per_second {length}": rate for length, rate in zip(chosen, rates, strict=True)},
@@ -47,7 +48,7 @@ def constant(quick: bool) -> Iterator[Table]:
   rows = [["family, tokens/s at T", *map(str, chosen), f"T {chosen[1]} over T {chosen[0]}", "bar"]]
   results = {}
   for family in common.progress(("mamba2",) if quick else CONSTANT_FAMILIES, "constant"):
-    rates = _rates(family, chosen, tokens, quick, 1 if quick else 2, "full")
+    rates = _rates(family, 32 if quick else CONSTANT_WIDTH, chosen, tokens, "full")
     ratio = rates[1] / rates[0]
     results[family] = common.figures(
         **{f"tokens_per_second {length}": rate for length, rate in zip(chosen, rates, strict=True)},
