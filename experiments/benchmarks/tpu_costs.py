@@ -1,6 +1,7 @@
-"""Memory and work of all families' train steps, by the TPU v5e compiler; needs no TPU.
+r"""Memory and work of all families' train steps, by the TPU v5e compiler; needs no TPU.
 
-    python -m experiments.benchmarks.tpu_costs [--family mamba2 ...] [--only base ...] --json FILE
+    python -m experiments.benchmarks.tpu_costs [--family mamba2 ...] [--only base ...] \
+        [--implementation pallas] --json FILE
 
 Compiles the train step of `experiments/family_350m.py` for one chip, 4 sequences of 2048
 tokens in bf16 with float32 AdamW: the base model, and dense connections of states (m = 1, 2)
@@ -39,9 +40,10 @@ ROOFLINES = ("v5e", "v5p", "h200")
 BARS = {"state m=1": (1.08, 1.13), "state m=2": (1.18, 1.25), "inputs m=1": (None, 1.05)}
 
 
-def measure(family: str, kind: str) -> dict[str, Any] | None:
-  """The compiler's report; None where the family has no such connections."""
-  overrides = [(f"model.dense.{key}", str(value)) for key, value in KINDS[kind].items()]
+def measure(family: str, kind: str, implementation: str) -> dict[str, Any] | None:
+  """The compiler's report; None where the family has no such connections or implementation."""
+  overrides = [("model.implementation", implementation)]
+  overrides += [(f"model.dense.{key}", str(value)) for key, value in KINDS[kind].items()]
   overrides += [("train.batch_size", str(SEQUENCES)), ("mesh.data", "1")]
   try:
     config = experiment.load(f"{FILE}:{family}", overrides)
@@ -99,16 +101,20 @@ def main(arguments: Sequence[str]) -> None:
   command.add_argument("--family", nargs="+", choices=common.SSM_FAMILIES,
                        default=common.SSM_FAMILIES)
   command.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+  command.add_argument("--implementation", default="auto", help="of the recurrences (auto)")
   options = command.parse_args(arguments)
   results: dict[str, Any] = {}
   if options.json and pathlib.Path(options.json).is_file():
     results = json.loads(pathlib.Path(options.json).read_text())["results"]
+  how = options.implementation
+  marked = "" if how == "auto" else f" ({how})"
   cases = [(family, kind) for family in options.family for kind in options.only]
   for family, kind in (bar := tqdm(cases, desc="compiling", disable=common.quiet())):
-    bar.set_postfix_str(f"{family}, {kind}")
-    if f"{family}: {kind}" in results:
+    name = f"{family}{marked}: {kind}"
+    bar.set_postfix_str(name)
+    if name in results:
       continue
-    results[f"{family}: {kind}"] = measure(family, kind)
+    results[name] = measure(family, kind, how)
     if options.json:
       note = "the report of dense_jax.cli.compile; null: the family has no such connections"
       common.write_json(options.json, common.record("tpu_costs", arguments, note, results))
