@@ -14,12 +14,7 @@ from tests.helpers import ROOT, tpu_compiler_environment
 # 320, are padded to 384).
 TEMPORARIES = {
     "selective-1-forward": 0.01,
-    "selective-1-packed-forward": 0.01,
     "selective-1-gradient": 0.10,
-    "selective-1-packed-gradient": 0.10,
-    "selective-3-forward": 0.01,
-    "selective-3-packed-forward": 0.01,
-    "selective-3-gradient": 0.10,
     "selective-3-packed-gradient": 0.10,
     "mamba2-1-forward": 0.04,
     "mamba2-1-gradient": 0.10,
