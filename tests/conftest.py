@@ -13,9 +13,9 @@ import jax
 # A rank that broadcasts silently is a wrong axis more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compilation is most of the tests' time; a second run reads what takes long from here.
+# Compilation is most of the tests' time; a second run, in this clone or in another one, reads
+# what takes long from here.
 jax.config.update(
-    "jax_compilation_cache_dir",
-    str(pathlib.Path(__file__).resolve().parents[1] / ".cache" / "jax_tests"),
+    "jax_compilation_cache_dir", str(pathlib.Path("~/.cache/dense_jax/tests").expanduser())
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
