@@ -88,9 +88,10 @@ def test_gradients_of_a_loop_are_those_of_its_unrolled_twin(remat):
     )
 
   scanned, unrolled = cost(gradients(1), X, WEIGHTS), cost(gradients(TRIPS), X, WEIGHTS)
-  # Forward, and two matmuls backward. Unrolled, the compiler merges what remat repeats.
-  assert unrolled.matmul_flops == 3 * TRIPS * MATMUL
+  # Forward, and two matmuls backward. Unrolled, the compiler merges what remat repeats: all of it,
+  # or (jax 0.12) some.
   assert scanned.matmul_flops == (4 if remat else 3) * TRIPS * MATMUL
+  assert 3 * TRIPS * MATMUL <= unrolled.matmul_flops <= scanned.matmul_flops
   assert scanned.flops - scanned.matmul_flops == pytest.approx(
       unrolled.flops - unrolled.matmul_flops, rel=0.05
   )

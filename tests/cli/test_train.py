@@ -179,7 +179,7 @@ def test_another_model_other_data_or_changed_text_is_refused(text, tmp_path):
         ("--config.model.family=mamab", "did you mean mamba?"),
         ("--config.mesh.tensor=3", "config.mesh"),
         ("--config.data.path=/does/not/exist", "config.data.path"),
-        ("--config.model.implementation=chunked", "expected auto or one of associative, recurrent"),
+        ("--config.model.implementation=chunked", "one of associative, pallas, recurrent"),
         ("--confg=x", "unrecognized arguments"),
     ],
 )
