@@ -17,7 +17,7 @@ from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.fusion import FUSIONS
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.transition import Phi, Reads, Transition, make_gates, of_source
-from dense_jax.ops.state_sequence import GatedRead, Mapped, StateSequence, TokenState
+from dense_jax.ops.state_sequence import GatedRead, Mapped, ReadApart, StateSequence, TokenState
 from dense_jax.types import Array
 
 Shared = StateSequence | Mapping[str, Array] | None
@@ -26,22 +26,12 @@ Shared = StateSequence | Mapping[str, Array] | None
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FusedStates:
+class FusedStates(ReadApart):
   """h + phi(h of the layer below), read lazily: one read for each layer of the chain."""
 
   own: StateSequence
   below: StateSequence
   phi: Phi
-
-  @property
-  def joint(self) -> bool:
-    """See `StateSequence`."""
-    return False
-
-  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
-    """See `StateSequence`."""
-    assert not others
-    return self.read(query), self
 
   def final(self) -> Array:
     """The own state after the last token: what is fused is read, never carried."""

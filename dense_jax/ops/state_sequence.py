@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 from dense_jax.types import Array, PyTree
 
@@ -65,6 +65,25 @@ class StateSequence(Protocol):
 
   def shared(self) -> Self:
     """The same states, as little of them as deeper layers need."""
+
+
+SequenceT = TypeVar("SequenceT", bound=StateSequence)
+
+
+class ReadApart:
+  """States that are read one layer after the other, each by `read`."""
+
+  @property
+  def joint(self) -> bool:
+    """See `StateSequence`."""
+    return False
+
+  def read_with(
+      self: SequenceT, query: Array, others: Sequence[GatedRead] = ()
+  ) -> tuple[Array, SequenceT]:
+    """See `StateSequence`."""
+    assert not others
+    return self.read(query), self
 
 
 @runtime_checkable

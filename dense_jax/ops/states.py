@@ -21,7 +21,7 @@ from dense_jax.ops.pallas.chunked_linear import Matrix
 from dense_jax.ops.pallas.partition import read_diagonal, read_matrix
 from dense_jax.ops.pallas.selective_scan import Diagonal
 from dense_jax.ops.selective_scan import StepSizes, selective_scan
-from dense_jax.ops.state_sequence import GatedRead, Mapped
+from dense_jax.ops.state_sequence import GatedRead, Mapped, ReadApart
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.ops.token_states import DiagonalState, LtiState, MatrixState
 from dense_jax.types import Array, PyTree, Segments
@@ -299,7 +299,7 @@ def scan_matrix(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LtiStates:
+class LtiStates(ReadApart):
   """States h_BTNE of time-invariant systems, as the systems and their inputs.
 
   `initial_BNE` is None for rows that begin without a state: without resets too, their reads
@@ -330,16 +330,6 @@ class LtiStates:
         self.system.stepper(), read, self._initial(), (self.x_BTE,), queries, self.resets_BT,
         jnp.ones(self.x_BTE.shape[:2], bool) if self.valid_BT is None else self.valid_BT,
     )
-
-  @property
-  def joint(self) -> bool:
-    """See `StateSequence`."""
-    return False
-
-  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
-    """c_EN -> y_BTE."""
-    assert not others
-    return self.read(query), self
 
   def read(self, query: Array) -> Array:
     """c_EN -> y_BTE."""

@@ -1,33 +1,22 @@
 """States at one token of decoding, where the states themselves are there."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from dense_jax.ops import reference
-from dense_jax.ops.state_sequence import GatedRead, Mapped
+from dense_jax.ops.state_sequence import Mapped, ReadApart
 from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DiagonalState:
+class DiagonalState(ReadApart):
   """A diagonal state at one token of decoding."""
 
   h_BNE: Array
-
-  @property
-  def joint(self) -> bool:
-    """See `StateSequence`."""
-    return False
-
-  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
-    """See `StateSequence`."""
-    assert not others
-    return self.read(query), self
 
   def read(self, query: Array) -> Array:
     """c_BN -> y_BE."""
@@ -71,20 +60,10 @@ class LtiState(DiagonalState):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MatrixState:
+class MatrixState(ReadApart):
   """A matrix state at one token of decoding."""
 
   h_BHPN: Array
-
-  @property
-  def joint(self) -> bool:
-    """See `StateSequence`."""
-    return False
-
-  def read_with(self, query: Array, others: Sequence[GatedRead] = ()) -> tuple[Array, Self]:
-    """See `StateSequence`."""
-    assert not others
-    return self.read(query), self
 
   def read(self, query: Array) -> Array:
     """q_BJN -> y_BHP."""
