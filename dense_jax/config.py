@@ -366,13 +366,18 @@ class MeshConfig:
   """Devices by axis; one may be -1, which takes what is left.
 
   Attributes:
+    slices: groups of devices that only a slower network joins (TPU slices), each with its part
+      of the batch; 0 takes what the devices say.
     data: replicas of the parameters, each with its part of the batch.
     fsdp: parts of the parameters, which also divide the batch.
+    sequence: parts of each row's tokens.
     tensor: parts of heads and channels.
   """
 
+  slices: int = integer(0, 0)
   data: int = integer(-1, -1)
   fsdp: int = integer(1, -1)
+  sequence: int = integer(1, -1)
   tensor: int = integer(1, -1)
 
 

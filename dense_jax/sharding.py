@@ -1,22 +1,35 @@
-"""Meshes, and where parameters and batches live on them.
+"""Meshes, and where parameters, batches and activations live on them.
 
-Every parameter names its logical axes; one table maps those to mesh axes. The batch is
-split over `data` and `fsdp` together. Modules contain no sharding code.
+Parameters and activations name their logical axes, and two tables map those to mesh axes, one
+for each. That the tables differ is all there is to FSDP: a matrix is kept in parts of its
+`embed` axis, and used whole beside rows that are split over the same devices.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dense_jax.config import MeshConfig, defaults, invalid
-from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array, InputError, Params
+from dense_jax.types import (
+    BATCH_AXES,
+    SEQUENCE_AXIS,
+    WIDTH_AXIS,
+    Array,
+    InputError,
+    Params,
+    PyTree,
+)
 
 # Logical axis -> mesh axis. What is not here is not split.
-RULES = {"embed": "fsdp", "vocab": WIDTH_AXIS, "heads": WIDTH_AXIS, "inner": WIDTH_AXIS}
+PARAMETERS = {"embed": "fsdp", "vocab": WIDTH_AXIS, "heads": WIDTH_AXIS, "inner": WIDTH_AXIS}
+ACTIVATIONS = {
+    "batch": BATCH_AXES, "length": SEQUENCE_AXIS, "heads": WIDTH_AXIS, "inner": WIDTH_AXIS,
+}
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -27,6 +40,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   """
   devices = jax.devices() if devices is None else devices
   sizes = defaults(config)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if sizes["slices"] and slices > 1 and sizes["slices"] != slices:
+    raise invalid("config.mesh.slices", sizes["slices"], f"0 or {slices}, the devices' slices")
+  sizes["slices"] = sizes["slices"] or slices
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or 0 in sizes.values():
@@ -35,17 +52,36 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     raise invalid("config.mesh", sizes, f"sizes whose product is {len(devices)}, the devices")
   for axis in free:
     sizes[axis] = len(devices) // fixed
-  grid = np.asarray(devices).reshape(tuple(sizes.values()))
+  shape = tuple(sizes.values())
+  grid = np.asarray(devices).reshape(shape)
+  if devices[0].platform == "tpu":
+    grid = _on_chips(shape, devices, slices)
   return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-  """Raises InputError where the mesh does not divide an accumulation step's batch."""
+def _on_chips(shape: tuple[int, ...], devices: list[jax.Device], slices: int) -> np.ndarray:
+  """The devices in that shape, neighbours along an axis being neighbours in the torus."""
+  if slices > 1:
+    within, between = (1, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
+    )
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def check_batch(batch_size: int, seq_len: int, accumulate: int, mesh: Mesh) -> None:
+  """Raises InputError where the mesh does not divide an accumulation step's batch or its rows."""
+  if seq_len % mesh.shape[SEQUENCE_AXIS]:
+    raise invalid(
+        "config.data.seq_len", seq_len,
+        f"a multiple of mesh.{SEQUENCE_AXIS} = {mesh.shape[SEQUENCE_AXIS]}",
+    )
   parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   if batch_size % (parts * accumulate):
     raise invalid(
         "config.train.batch_size", batch_size,
-        f"a multiple of mesh.data * mesh.fsdp * train.accumulate = {parts * accumulate}",
+        f"a multiple of {' * '.join(f'mesh.{axis}' for axis in BATCH_AXES)} * train.accumulate = "
+        f"{parts * accumulate}",
     )
 
 
@@ -59,7 +95,7 @@ def param_shardings(
   """
   shardings = {}
   for name, logical in axes.items():
-    spec = tuple(RULES.get(axis) if axis else None for axis in logical)
+    spec = tuple(PARAMETERS.get(axis) if axis else None for axis in logical)
     for size, axis in zip(shapes[name], spec, strict=True):
       if axis and size % mesh.shape[axis]:
         raise InputError(
@@ -71,7 +107,12 @@ def param_shardings(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays whose first axis is the batch."""
+  """Of arrays [B, T]."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES, SEQUENCE_AXIS))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays whose first axis is the batch, and which have no tokens' axis."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -86,8 +127,8 @@ def mesh_of(params: Params) -> Iterator[None]:
     yield
 
 
-def split_rows(x: Array) -> Array:
-  """x, with its first axis split as the batch is, on the mesh that is in use, if there is one.
+def constrain(x: Array, *axes: str | None) -> Array:
+  """x, split as ACTIVATIONS says for its logical axes, on the mesh in use, if there is one.
 
   Parameters are split over `fsdp` too. Where activations do not say that they keep their rows,
   the compiler may leave a matrix in its parts and move the activations instead.
@@ -95,7 +136,34 @@ def split_rows(x: Array) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+  split = [ACTIVATIONS.get(axis) if axis else None for axis in axes]
+  manual = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind == AxisType.Manual}
+  # Inside `over_sequence` a device's tokens are all there are.
+  spec = PartitionSpec(*(None if axis in manual else axis for axis in split))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def sum_over_sequence(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+  """function(whole, batch), summed over the parts of the rows' tokens, on the mesh in use.
+
+  Args:
+    function: of anything that is the same on all devices of `sequence`, and of a tree of [B, T],
+      of which each has its own tokens. Inside, `ops.sequence_parallel` knows what has to pass
+      between them; all else is as on one device.
+  """
+
+  def summed(whole: PyTree, batch: PyTree) -> PyTree:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[SEQUENCE_AXIS] == 1:
+      return function(whole, batch)
+    return jax.shard_map(
+        lambda whole, batch: jax.lax.psum(function(whole, batch), SEQUENCE_AXIS),
+        in_specs=(PartitionSpec(), PartitionSpec(None, SEQUENCE_AXIS)),
+        out_specs=PartitionSpec(), axis_names={SEQUENCE_AXIS}, check_vma=False,
+    )(whole, batch)
+
+  return summed
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -103,6 +171,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def describe_mesh(mesh: Mesh) -> str:
-  """Such as `data 4 x fsdp 2 x tensor 1`."""
-  return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+def describe_mesh(shape: Mapping[str, int]) -> str:
+  """A mesh's axes that split something, such as `data 4 x fsdp 2`."""
+  split = [f"{axis} {size}" for axis, size in shape.items() if size > 1]
+  return " x ".join(split) or "one device"

@@ -20,8 +20,10 @@ from typing import Any, TypeAlias
 
 import jax
 
-# The mesh axes that split rows, and the one that splits channels and heads.
-BATCH_AXES = ("data", "fsdp")
+# The mesh axes that split rows, the one that splits a row's tokens, and the one that splits
+# channels and heads.
+BATCH_AXES = ("slices", "data", "fsdp")
+SEQUENCE_AXIS = "sequence"
 WIDTH_AXIS = "tensor"
 
 Array: TypeAlias = jax.Array

@@ -98,7 +98,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
   for name, leaf in get_params(abstract_model(config)).items():
     noise = rng.standard_normal(leaf.shape)
     match name.rpartition(".")[2]:
-      case "kernel" | "conv_kernel" | "head":
+      case "kernel" | "head":
         value = noise / np.sqrt(leaf.shape[-2])
       case "embedding":
         value = noise
@@ -109,7 +109,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
         value = value + 0.3 * noise
       case "dt_bias":
         value = 0.5 * noise - 1
-      case "conv_bias":
+      case "bias":
         value = 0.3 * noise
       case "log_a" | "log_dt":
         value = 0.5 * noise - 1

@@ -19,6 +19,7 @@ PARAMETERS = {
     "dense_retnet_1p3b": 1_333_090_560,
     "dense_mamba_370m": 376_136_704,
     "family_350m": 368_338_432,
+    "family_1p3b": 1_343_740_928,
     # The embedding's rows are the tokenizer's pieces.
     "smoke": 2_258_880,
 }

@@ -209,10 +209,10 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 def fit_mesh(config: MeshConfig, count: int) -> MeshConfig:
   """The mesh if it has `count` devices, else one with the parameters split over all of them."""
-  sizes = defaults(config).values()
+  sizes = [size or 1 for size in defaults(config).values()]
   fixed = math.prod(size for size in sizes if size != -1)
   fits = fixed == count or (-1 in sizes and fixed and count % fixed == 0)
-  return config if fits else dataclasses.replace(config, data=1, fsdp=-1, tensor=1)
+  return config if fits else dataclasses.replace(config, data=1, fsdp=-1, sequence=1, tensor=1)
 
 
 def _invalid_topology(topology: str) -> InputError:
@@ -265,14 +265,11 @@ def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
     return _jitted(evaluator.score).lower(trainer.state_shapes.params, batch)
 
   # As generation runs: with every layer compiled apart.
-  sharding.check_batch(batch_size, 1, mesh)
+  sharding.check_batch(batch_size, seq_len, 1, mesh)
   unrolled = dataclasses.replace(config.model, block_layers=config.model.layers)
   model = abstract_model(unrolled)
   params = _sharded_params(model, mesh)
-  rows = sharding.batch_sharding(mesh)
-
-  def shape(*dims: int) -> Any:
-    return jax.ShapeDtypeStruct(dims, jnp.int32, sharding=rows)
+  rows = sharding.rows_sharding(mesh)
 
   def prefill(params: Params, tokens_BT: Array, segments: Segments) -> tuple[ModelState, Array]:
     return with_params(model, params).prefill(tokens_BT, segments)
@@ -281,13 +278,17 @@ def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
     return with_params(model, params).step(state, tokens_B)
 
   if program == "prefill":
-    tokens = shape(batch_size, seq_len)
+    tokens: Any = jax.ShapeDtypeStruct(
+        (batch_size, seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
+    )
     return jax.jit(prefill).lower(params, tokens, Segments(tokens, tokens))
   state: PyTree = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
       jax.eval_shape(lambda p: with_params(model, p).init_state(batch_size), params),
   )
-  return jax.jit(step, donate_argnums=1).lower(params, state, shape(batch_size))
+  return jax.jit(step, donate_argnums=1).lower(
+      params, state, jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
+  )
 
 
 def _jitted(function: Any) -> Any:

@@ -6,7 +6,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from dense_jax import experiment
+from dense_jax import experiment, sharding
 from dense_jax.cli import aot, common
 from dense_jax.config import ExperimentConfig, MeshConfig, field_types, invalid
 from dense_jax.data.tokenizer import ByteTokenizer
@@ -78,7 +78,7 @@ def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
 def _describe(report: aot.Report) -> str:
   """What is printed: memory, work, collectives, bounds, and whether it fits."""
   cost, bound = report.cost, report.bound
-  mesh = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
+  mesh = sharding.describe_mesh(report.mesh)
   memory = [
       (name, _scaled(size, "B"))
       for name, size in dataclasses.asdict(report.memory).items() if size is not None

@@ -57,7 +57,8 @@ def _say_what_runs(config: ExperimentConfig, mesh: Mesh, trainer: Trainer) -> No
   implementation = dispatch.resolve(form, config.model.implementation)
   dense = config.model.dense
   print(
-      f"devices: {len(devices)} x {devices[0].device_kind} | mesh: {sharding.describe_mesh(mesh)}"
+      f"devices: {len(devices)} x {devices[0].device_kind}"
+      f" | mesh: {sharding.describe_mesh(mesh.shape)}"
       f" | {config.model.family}, dense depth {dense.depth}"
       + (f" ({dense.inject})" if dense.depth else "")
       + f" | {form} states by: {implementation} | {config.model.dtype}"

@@ -46,6 +46,7 @@ class Evaluator:
   def __init__(self, model: LanguageModel, *, chunk: int) -> None:
     """`model` may be abstract; `chunk` tokens of a row have logits at one time."""
 
+    @sharding.sum_over_sequence
     def score(params: Params, batch: Batch) -> tuple[Array, Array]:
       nll_BT, _ = with_params(model, params).token_losses(batch, chunk=chunk)
       masked = jnp.where(batch.loss_mask_BT, nll_BT, 0.0)

@@ -19,7 +19,8 @@ _LAYER: dict[str, Place] = {
     "norm.scale": ("input_layernorm.weight", PLAIN),
     "mixer.q_proj.kernel": ("self_attn.q_proj.weight", TRANSPOSED),
     "mixer.k_proj.kernel": ("self_attn.k_proj.weight", TRANSPOSED),
-    "mixer.hidden_proj.kernel": ("self_attn.to_hidden.0.weight", TRANSPOSED),
+    "mixer.v_proj.kernel": ("self_attn.to_hidden.0.weight", TRANSPOSED),
+    "mixer.gate_proj.kernel": ("self_attn.to_hidden.0.weight", TRANSPOSED),
     "mixer.out_proj.kernel": ("self_attn.to_out.0.weight", TRANSPOSED),
     "mixer.head_norm.scale": ("self_attn.group_norm.weight", PLAIN),
 }

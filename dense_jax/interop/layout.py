@@ -29,7 +29,8 @@ TRANSPOSED = Form(np.transpose, np.transpose)
 DEPTHWISE = Form(lambda x: x[:, 0].T, lambda x: x.T[:, None])
 
 Place = tuple[str, Form]
-"""Where a parameter is in their checkpoint: the tensor's name and form."""
+"""Where a parameter is in their checkpoint: the tensor's name and form. Several parameters with
+one tensor are its parts along its first axis, in their order."""
 
 
 def per_layer(table: Mapping[str, Place], prefix: str, layers: Iterable[int]) -> dict[str, Place]:
@@ -77,15 +78,20 @@ class Layout:
     problems = [f"missing: {name}" for name in sorted(names - tensors.keys())]
     problems += [f"extra: {name}" for name in sorted(tensors.keys() - names - self.unused)]
     params = {}
-    for ours, (theirs, form) in self.places.items():
+    for theirs, parts in self._tensors().items():
       if theirs not in tensors:
         continue
       value = np.asarray(tensors[theirs])
-      shape = form.to_theirs(np.broadcast_to(0, expected[ours].shape)).shape
+      shapes = [
+          form.to_theirs(np.broadcast_to(0, expected[ours].shape)).shape for ours, form in parts
+      ]
+      ends = np.cumsum([shape[0] for shape in shapes])
+      shape = (int(ends[-1]), *shapes[0][1:])
       if value.shape != shape:
         problems.append(f"shape: {theirs} is {value.shape}, expected {shape}")
-      else:
-        params[ours] = jnp.asarray(form.to_ours(value), jnp.float32)
+        continue
+      for (ours, form), part in zip(parts, np.split(value, ends[:-1]), strict=True):
+        params[ours] = jnp.asarray(form.to_ours(part), jnp.float32)
     if problems:
       raise InputError("the checkpoint does not fit its config.json:\n  " + "\n  ".join(problems))
     return params
@@ -100,9 +106,18 @@ class Layout:
       different = ", ".join(sorted(params.keys() ^ self.places.keys()))
       raise ValueError(f"parameters that only the model or its layout has: {different}")
     return {
-        theirs: np.ascontiguousarray(form.to_theirs(np.asarray(params[ours], np.float32)))
-        for ours, (theirs, form) in self.places.items()
+        theirs: np.ascontiguousarray(np.concatenate(
+            [form.to_theirs(np.asarray(params[ours], np.float32)) for ours, form in parts]
+        ))
+        for theirs, parts in self._tensors().items()
     }
+
+  def _tensors(self) -> dict[str, list[tuple[str, Form]]]:
+    """Their tensors' parts."""
+    tensors: dict[str, list[tuple[str, Form]]] = {}
+    for ours, (theirs, form) in self.places.items():
+      tensors.setdefault(theirs, []).append((ours, form))
+    return tensors
 
 
 def llama_like(config: ModelConfig, layers: Mapping[str, Place], unused: Iterable[str]) -> Layout:

@@ -21,8 +21,9 @@ NAME = "mamba"
 _LAYER: dict[str, Place] = {
     "norm.scale": ("norm.weight", PLAIN),
     "mixer.in_proj.kernel": ("mixer.in_proj.weight", TRANSPOSED),
-    "mixer.conv_kernel": ("mixer.conv1d.weight", DEPTHWISE),
-    "mixer.conv_bias": ("mixer.conv1d.bias", PLAIN),
+    "mixer.gate_proj.kernel": ("mixer.in_proj.weight", TRANSPOSED),
+    "mixer.conv.kernel": ("mixer.conv1d.weight", DEPTHWISE),
+    "mixer.conv.bias": ("mixer.conv1d.bias", PLAIN),
     "mixer.x_proj.kernel": ("mixer.x_proj.weight", TRANSPOSED),
     "mixer.dt_proj.kernel": ("mixer.dt_proj.weight", TRANSPOSED),
     "mixer.dt_bias": ("mixer.dt_proj.bias", PLAIN),

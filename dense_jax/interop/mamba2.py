@@ -13,9 +13,13 @@ NAME = "mamba2"
 
 _LAYER: dict[str, Place] = {
     "norm.scale": ("norm.weight", PLAIN),
+    "mixer.gate_proj.kernel": ("mixer.in_proj.weight", TRANSPOSED),
     "mixer.in_proj.kernel": ("mixer.in_proj.weight", TRANSPOSED),
-    "mixer.conv_kernel": ("mixer.conv1d.weight", DEPTHWISE),
-    "mixer.conv_bias": ("mixer.conv1d.bias", PLAIN),
+    "mixer.bcdt_proj.kernel": ("mixer.in_proj.weight", TRANSPOSED),
+    "mixer.x_conv.kernel": ("mixer.conv1d.weight", DEPTHWISE),
+    "mixer.bc_conv.kernel": ("mixer.conv1d.weight", DEPTHWISE),
+    "mixer.x_conv.bias": ("mixer.conv1d.bias", PLAIN),
+    "mixer.bc_conv.bias": ("mixer.conv1d.bias", PLAIN),
     "mixer.dt_bias": ("mixer.dt_bias", PLAIN),
     "mixer.a_log": ("mixer.A_log", PLAIN),
     "mixer.d": ("mixer.D", PLAIN),

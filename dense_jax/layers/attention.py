@@ -26,8 +26,8 @@ from dense_jax.layers.dense_connection import Shared
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, normal
 from dense_jax.layers.mixer import MixerOutput
-from dense_jax.ops import dispatch
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.ops import dispatch, sequence_parallel
+from dense_jax.types import Array, InputError, PyTree, Segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +153,17 @@ class Attention(nnx.Module):
   def __call__(
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
-    """See `Mixer`; a `state` of None has no tokens before the rows' first."""
+    """See `Mixer`; a `state` of None has no tokens before the rows' first.
+
+    Raises:
+      InputError: rows' tokens are spread over devices.
+    """
     del shallow
+    if (parts := sequence_parallel.shards()) > 1:
+      raise InputError(
+          f"config.mesh.sequence = {parts} is not valid for family=transformer, whose tokens see "
+          "all others: expected 1"
+      )
     q_BTHN, k_BTJN, v_BTJN = self._project(x_BTD, segments.positions_BT)
     y_BTHN = self._attend(q_BTHN, k_BTJN, v_BTJN, segments, state)
     y_BTD = self.out_proj(y_BTHN.reshape(*x_BTD.shape[:2], -1))

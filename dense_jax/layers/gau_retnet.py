@@ -1,6 +1,6 @@
 """Gated-attention-unit retention: the layer of the released DenseRetNet.
 
-    q = silu(W_q u)      k = silu(W_k u) / sqrt(N)      v, g = split(silu(W_h u))
+    q = silu(W_q u)      k = silu(W_k u) / sqrt(N)      v, g = silu(W_v u), silu(W_g u)
     out = W_o (RMSNorm_head(retention(q, k, v)) * g)
 
 After arXiv 2403.00818 (section 4 and its released code).
@@ -9,7 +9,6 @@ After arXiv 2403.00818 (section 4 and its released code).
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.config import ModelConfig, integer
@@ -42,14 +41,17 @@ class GauRetNet(Retention):
         config, heads=options.heads, key_dim=options.key_dim or config.width // 2,
         width=options.expand * config.width, sources=sources, rngs=rngs,
     )
-    self.hidden_proj = self.project(config, 2 * self.width, "inner", rngs)
+    # Apart, so that each device of a mesh has the same heads of both; started as one matrix.
+    self.v_proj, self.gate_proj = (
+        self.project(config, self.width, "inner", rngs, parts=2) for _ in range(2)
+    )
     self.head_norm = RMSNorm(
         self.width // self.heads, axis=None, epsilon=config.norm_eps, rngs=rngs
     )
 
   def inputs(self, x: Array) -> tuple[Array, dict[str, Array], Array]:
     """See `Retention`."""
-    v, gate = jnp.split(jax.nn.silu(self.hidden_proj(x)), 2, axis=-1)
+    v, gate = jax.nn.silu(self.v_proj(x)), jax.nn.silu(self.gate_proj(x))
     scale = (self.key_dim // self.heads) ** -0.5
     q, k = jax.nn.silu(self.q_proj(x)), jax.nn.silu(self.k_proj(x)) * scale
     return q, {"k": k, "v": v}, gate

@@ -33,9 +33,16 @@ def fan_in_uniform(scale: float = 1.0) -> Initializer:
   return lambda key, shape: uniform(scale / math.sqrt(shape[0]))(key, shape)
 
 
-def xavier_uniform(gain: float) -> Initializer:
-  """Uniform with bound gain * sqrt(6 / (fan in + fan out)) (Glorot and Bengio, 2010)."""
-  return lambda key, shape: uniform(gain * math.sqrt(6 / sum(shape)))(key, shape)
+def xavier_uniform(gain: float, *, parts: int = 1) -> Initializer:
+  """Uniform with bound gain * sqrt(6 / (fan in + fan out)) (Glorot and Bengio, 2010).
+
+  The fan out is that of `parts` such matrices side by side.
+  """
+
+  def init(key: Array, shape: tuple[int, ...]) -> Array:
+    return uniform(gain * math.sqrt(6 / (shape[0] + parts * shape[1])))(key, shape)
+
+  return init
 
 
 def zeros(key: Array, shape: tuple[int, ...]) -> Array:

@@ -1,6 +1,6 @@
 """Mamba-1 (arXiv 2312.00752): a selective diagonal state space model.
 
-    x, z = split(W_in u)            x = silu(conv(x))
+    x, z = W_in u, W_gate u         x = silu(conv(x))
     dt, B, C = split(W_x x)         dt = softplus(W_dt dt + b_dt)
     h_t = exp(dt A) h_{t-1} + dt x B,     y = C h + D x,     out = W_out (y silu(z))
 
@@ -21,7 +21,7 @@ from dense_jax.config import ModelConfig, integer
 from dense_jax.layers.dense_connection import DenseConnection, Shared
 from dense_jax.layers.linear import Linear, fan_in_uniform, parameter
 from dense_jax.layers.mixer import MixerOutput
-from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
+from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import dispatch, reference
 from dense_jax.ops.selective_scan import StepSizes
 from dense_jax.ops.state_sequence import StateSequence
@@ -41,7 +41,7 @@ class MambaConfig(SelectiveConfig):
   dt_rank: int = integer(0, 0)
 
 
-class Mamba(ConvolvedMixer):
+class Mamba(nnx.Module):
   """The mixer. Its state: {"conv": the convolution's tail, "h": h_BNE in float32}."""
 
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
@@ -52,10 +52,14 @@ class Mamba(ConvolvedMixer):
     self.implementation = dispatch.resolve("diagonal", config.implementation)
     self.chunk = config.chunk
 
-    self.in_proj = Linear(
-        config.width, 2 * self.width, axes=("embed", "inner"), init=fan_in_uniform(), rngs=rngs
-    )
-    self.make_conv(options, self.width, config.dtype, rngs)
+    def widen() -> Linear:
+      return Linear(
+          config.width, self.width, axes=("embed", "inner"), init=fan_in_uniform(), rngs=rngs
+      )
+
+    # Apart, so that each device of a mesh has the same channels of both.
+    self.in_proj, self.gate_proj = widen(), widen()
+    self.conv = ShortConv(options, self.width, "inner", config.dtype, rngs)
     self.x_proj = Linear(
         self.width, self.dt_rank + 2 * self.state_size,
         axes=("inner", None), init=fan_in_uniform(), rngs=rngs,
@@ -94,8 +98,8 @@ class Mamba(ConvolvedMixer):
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
-    x_BTE, z_BTE = jnp.split(self.in_proj(x_BTD), 2, axis=-1)
-    x_BTE, conv = self.convolve(x_BTE, segments, state and state["conv"])
+    z_BTE = self.gate_proj(x_BTD)
+    x_BTE, conv = self.conv(self.in_proj(x_BTD), segments, state and state["conv"])
     dt, b_BTN, c_BTN = self._selected(x_BTE)
     own = {"b": b_BTN, "x": x_BTE}
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
@@ -112,8 +116,8 @@ class Mamba(ConvolvedMixer):
   ) -> MixerOutput:
     """See `Mixer`."""
     del position_B
-    x_BE, z_BE = jnp.split(self.in_proj(x_BD), 2, axis=-1)
-    x_BE, conv = self.convolve_step(x_BE, state["conv"])
+    z_BE = self.gate_proj(x_BD)
+    x_BE, conv = self.conv.step(self.in_proj(x_BD), state["conv"])
     dt, b_BN, c_BN = self._selected(x_BE)
     own = {"b": b_BN, "x": x_BE}
     fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
@@ -127,6 +131,6 @@ class Mamba(ConvolvedMixer):
   def init_state(self, batch: int) -> PyTree:
     """See `Mixer`."""
     return {
-        "conv": self.init_tail(batch),
+        "conv": self.conv.init_state(batch),
         "h": jnp.zeros((batch, self.state_size, self.width), jnp.float32),
     }

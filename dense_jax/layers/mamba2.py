@@ -1,7 +1,7 @@
 """Mamba-2 (arXiv 2405.21060): state space duality, one scalar decay a head.
 
-    z, xBC, dt = split(W_in u)      x, B, C = split(silu(conv(xBC)))
-    dt = clip(softplus(dt + b_dt))
+    x, z, (B, C, dt) = W_in u, W_gate u, W_bcdt u
+    x, B, C = silu(conv(x)), silu(conv(B)), silu(conv(C)),     dt = clip(softplus(dt + b_dt))
     h_t = exp(dt A) h_{t-1} + dt x B^T,     y = h C + D x,     out = W_out norm(y silu(z))
 
 Heads of a group share B and C, and the gated norm is taken over a group's channels.
@@ -21,7 +21,7 @@ from dense_jax.config import ModelConfig, integer, invalid, number
 from dense_jax.layers.dense_connection import DenseConnection, Shared
 from dense_jax.layers.linear import Linear, RMSNorm, fan_in_uniform, parameter
 from dense_jax.layers.mixer import MixerOutput
-from dense_jax.layers.selective import ConvolvedMixer, SelectiveConfig
+from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import dispatch, reference
 from dense_jax.ops.matmul import materialize
 from dense_jax.ops.state_sequence import StateSequence
@@ -59,8 +59,8 @@ def _init_a_log(key: Array, shape: tuple[int, ...]) -> Array:
   return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
 
 
-class Mamba2(ConvolvedMixer):
-  """The mixer. Its state: {"conv": the convolution's tail, "h": h_BHPN in float32}."""
+class Mamba2(nnx.Module):
+  """The mixer. Its state: {"x", "bc": the convolutions' tails, "h": h_BHPN in float32}."""
 
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
     options: Mamba2Config = config.mixer
@@ -81,11 +81,16 @@ class Mamba2(ConvolvedMixer):
     self.chunk = config.chunk
 
     bc_width = 2 * self.groups * self.state_size
-    self.in_proj = Linear(
-        config.width, 2 * self.width + bc_width + self.heads,
-        axes=("embed", "inner"), init=fan_in_uniform(), rngs=rngs,
-    )
-    self.make_conv(options, self.width + bc_width, config.dtype, rngs)
+
+    def widen(width: int, axis: str | None) -> Linear:
+      return Linear(config.width, width, axes=("embed", axis), init=fan_in_uniform(), rngs=rngs)
+
+    # Apart, so that each device of a mesh has the same heads of both; what all heads of a group
+    # share, and a number a head beside it, every device makes for itself.
+    self.in_proj, self.gate_proj = widen(self.width, "inner"), widen(self.width, "inner")
+    self.bcdt_proj = widen(bc_width + self.heads, None)
+    self.x_conv = ShortConv(options, self.width, "inner", config.dtype, rngs)
+    self.bc_conv = ShortConv(options, bc_width, None, config.dtype, rngs)
     self.dt_bias = parameter(rngs, (self.heads,), ("heads",), options.init_dt_bias)
     self.a_log = parameter(rngs, (self.heads,), ("heads",), _init_a_log)
     self.d = parameter(rngs, (self.heads,), ("heads",), lambda _, shape: jnp.ones(shape))
@@ -102,21 +107,12 @@ class Mamba2(ConvolvedMixer):
         inputs={"b": (self.groups * self.state_size, None), "x": (self.width, "inner")},
     )
 
-  def _project(self, x: Array) -> tuple[Array, Array, Array]:
-    """z, the convolution's input and dt [..., H] (float32) of [..., D]."""
-    projected = self.in_proj(x)
-    z, xbc, dt = jnp.split(
-        projected, [self.width, projected.shape[-1] - self.heads], axis=-1
-    )
+  def _project(self, x: Array) -> tuple[Array, Array, Array, Array]:
+    """z, the convolutions' inputs x and (B, C), and dt [..., H] (float32) of [..., D]."""
+    bc, dt = jnp.split(self.bcdt_proj(x), [2 * self.groups * self.state_size], axis=-1)
     bias = self.dt_bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
     dt = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + bias), *self.dt_limit)
-    return z, xbc, dt
-
-  def _selected(self, xbc: Array) -> tuple[dict[str, Array], Array]:
-    """The recurrence's own inputs x and B, and C by group."""
-    bc = self.groups * self.state_size
-    x, b, c = jnp.split(xbc, [self.width, self.width + bc], axis=-1)
-    return {"b": b, "x": x}, self._by_group(c)
+    return self.gate_proj(x), self.in_proj(x), bc, dt
 
   def _by_group(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.groups, self.state_size)
@@ -141,9 +137,11 @@ class Mamba2(ConvolvedMixer):
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
-    z_BTE, xbc, dt_BTH = self._project(x_BTD)
-    xbc, conv = self.convolve(xbc, segments, state and state["conv"])
-    own, c_BTJN = self._selected(xbc)
+    z_BTE, x_BTE, bc, dt_BTH = self._project(x_BTD)
+    x_BTE, x_tail = self.x_conv(x_BTE, segments, state and state["x"])
+    bc, bc_tail = self.bc_conv(bc, segments, state and state["bc"])
+    b, c = jnp.split(bc, 2, axis=-1)
+    own, c_BTJN = {"b": b, "x": x_BTE}, self._by_group(c)
     fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
     log_decay_BTH, b_BTJN, v_BTHP = self._recurrence(dt_BTH, fused)
     states: StateSequence = scan_matrix(
@@ -152,16 +150,19 @@ class Mamba2(ConvolvedMixer):
     )
     y_BTHP, states, shared = self.dense.read(x_BTD, c_BTJN, states, shallow)
     y_BTD = self._output(y_BTHP, own["x"], z_BTE)
-    return MixerOutput(y_BTD, {"conv": conv, "h": states.final()}, shared, inputs)
+    after = {"x": x_tail, "bc": bc_tail, "h": states.final()}
+    return MixerOutput(y_BTD, after, shared, inputs)
 
   def step(
       self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`."""
     del position_B
-    z_BE, xbc, dt_BH = self._project(x_BD)
-    xbc, conv = self.convolve_step(xbc, state["conv"])
-    own, c_BJN = self._selected(xbc)
+    z_BE, x_BE, bc, dt_BH = self._project(x_BD)
+    x_BE, x_tail = self.x_conv.step(x_BE, state["x"])
+    bc, bc_tail = self.bc_conv.step(bc, state["bc"])
+    b, c = jnp.split(bc, 2, axis=-1)
+    own, c_BJN = {"b": b, "x": x_BE}, self._by_group(c)
     fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
     log_decay_BH, b_BJN, v_BHP = self._recurrence(dt_BH, fused)
     h_BHPN = reference.matrix_step(
@@ -169,9 +170,12 @@ class Mamba2(ConvolvedMixer):
     )
     y_BHP, _, shared = self.dense.read(x_BD, c_BJN, MatrixState(h_BHPN), shallow)
     y_BD = self._output(y_BHP, own["x"], z_BE)
-    return MixerOutput(y_BD, {"conv": conv, "h": h_BHPN}, shared, inputs)
+    return MixerOutput(y_BD, {"x": x_tail, "bc": bc_tail, "h": h_BHPN}, shared, inputs)
 
   def init_state(self, batch: int) -> PyTree:
     """See `Mixer`."""
     shape = (batch, self.heads, self.head_dim, self.state_size)
-    return {"conv": self.init_tail(batch), "h": jnp.zeros(shape, jnp.float32)}
+    return {
+        "x": self.x_conv.init_state(batch), "bc": self.bc_conv.init_state(batch),
+        "h": jnp.zeros(shape, jnp.float32),
+    }

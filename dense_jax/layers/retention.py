@@ -84,11 +84,12 @@ class Retention(nnx.Module):
         inputs={"k": (key_dim, "heads"), "v": (width, "inner")},
     )
 
-  def project(self, config: ModelConfig, width: int, axis: str, rngs: nnx.Rngs) -> Linear:
-    """A map from the layer's input, started as published."""
-    return Linear(
-        config.width, width, axes=("embed", axis), init=xavier_uniform(2**-2.5), rngs=rngs
-    )
+  def project(
+      self, config: ModelConfig, width: int, axis: str, rngs: nnx.Rngs, *, parts: int = 1
+  ) -> Linear:
+    """A map from the layer's input, started as published: as one of `parts` of a matrix."""
+    init = xavier_uniform(2**-2.5, parts=parts)
+    return Linear(config.width, width, axes=("embed", axis), init=init, rngs=rngs)
 
   def inputs(self, x: Array) -> tuple[Array, dict[str, Array], Array]:
     """The query, the recurrence's own inputs k and v, and the output gate of [..., D]."""

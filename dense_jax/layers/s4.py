@@ -28,8 +28,8 @@ from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, hippo
 from dense_jax.ops.lti import DiagonalSystem, DplrSystem, System
+from dense_jax.ops.lti_states import scan_lti
 from dense_jax.ops.state_sequence import StateSequence
-from dense_jax.ops.states import LtiStates
 from dense_jax.ops.token_states import LtiState
 from dense_jax.types import Array, PyTree, Segments
 
@@ -149,9 +149,9 @@ class S4D(nnx.Module):
   ) -> MixerOutput:
     """See `Mixer`."""
     c_EN = self.c[...]
-    states: StateSequence = LtiStates(
-        self.system(), x_BTD, segments.resets_BT, segments.valid_BT,
-        None if state is None else state["h"], self.implementation, self.chunk,
+    states: StateSequence = scan_lti(
+        self.system(), x_BTD, segments, state and state["h"],
+        implementation=self.implementation, chunk=self.chunk,
     )
     y_BTE, states, shared = self.dense.read(x_BTD, c_EN, states, shallow)
     return MixerOutput(self._output(y_BTE, x_BTD), {"h": states.final()}, shared, {})

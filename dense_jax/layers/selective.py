@@ -45,33 +45,38 @@ class SelectiveConfig:
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-class ConvolvedMixer(nnx.Module):
-  """A mixer whose recurrence's inputs pass a short convolution and SiLU first."""
+class ShortConv(nnx.Module):
+  """silu(conv(x)) of a short causal depthwise convolution. Its state: the last W - 1 inputs.
 
-  def make_conv(self, options: SelectiveConfig, width: int, dtype: str, rngs: nnx.Rngs) -> None:
-    """Makes the parameters for `width` channels."""
+  Args:
+    options: of the family.
+    width: channels.
+    axis: their logical axis.
+    dtype: the compute dtype.
+  """
+
+  def __init__(
+      self, options: SelectiveConfig, width: int, axis: str | None, dtype: str, rngs: nnx.Rngs
+  ) -> None:
     bound = 1 / math.sqrt(options.conv_width)
-    self.conv_kernel = parameter(
-        rngs, (options.conv_width, width), (None, "inner"), uniform(bound)
-    )
-    self.conv_bias = parameter(rngs, (width,), ("inner",), uniform(bound))
+    self.kernel = parameter(rngs, (options.conv_width, width), (None, axis), uniform(bound))
+    self.bias = parameter(rngs, (width,), (axis,), uniform(bound))
     self.tail_shape, self.dtype = (options.conv_width - 1, width), jnp.dtype(dtype)
 
-  def convolve(
+  def __call__(
       self, x_BTE: Array, segments: Segments, tail_BWE: Array | None
   ) -> tuple[Array, Array]:
-    """silu(conv(x)) and the tail to carry on from; a tail of None is zero."""
+    """The convolved input, and the tail to carry on from; a tail of None is zero."""
     if tail_BWE is None:
-      tail_BWE = self.init_tail(x_BTE.shape[0])
-    kernel, bias = self.conv_kernel[...], self.conv_bias[...]
-    x_BTE, tail_BWE = short_conv(x_BTE, kernel, bias, segments, tail_BWE)
+      tail_BWE = self.init_state(x_BTE.shape[0])
+    x_BTE, tail_BWE = short_conv(x_BTE, self.kernel[...], self.bias[...], segments, tail_BWE)
     return jax.nn.silu(x_BTE), tail_BWE
 
-  def convolve_step(self, x_BE: Array, tail_BWE: Array) -> tuple[Array, Array]:
-    """One token of `convolve`."""
-    x_BE, tail_BWE = short_conv_step(x_BE, self.conv_kernel[...], self.conv_bias[...], tail_BWE)
+  def step(self, x_BE: Array, tail_BWE: Array) -> tuple[Array, Array]:
+    """One token of `__call__`."""
+    x_BE, tail_BWE = short_conv_step(x_BE, self.kernel[...], self.bias[...], tail_BWE)
     return jax.nn.silu(x_BE), tail_BWE
 
-  def init_tail(self, batch: int) -> Array:
+  def init_state(self, batch: int) -> Array:
     """The tail before the first token."""
     return jnp.zeros((batch, *self.tail_shape), self.dtype)

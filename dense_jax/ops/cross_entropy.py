@@ -10,12 +10,18 @@ from dense_jax.ops.chunks import split_time
 from dense_jax.types import Array
 
 
+def _is_target(targets: Array, vocabulary: int) -> Array:
+  """bool [..., V]."""
+  return targets[..., None] == jnp.arange(vocabulary).reshape((1,) * targets.ndim + (-1,))
+
+
 def token_cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
   """Negative log-likelihood of each target and log Z, float32, in nats."""
   logits = logits.astype(jnp.float32)
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return log_z - picked, log_z
+  # A sum and no lookup: devices that have parts of the vocabulary add up what they find.
+  is_target = _is_target(targets, logits.shape[-1])
+  return log_z - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), log_z
 
 
 def _by_chunk(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
@@ -64,7 +70,7 @@ def _backward(
   def body(d_head_DV: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
     hidden_BCD, targets_BC, log_z_BC, d_nll_BC, d_log_z_BC = inputs
     probability_BCV = jnp.exp(_logits(hidden_BCD, low_DV) - log_z_BC[..., None])
-    is_target_BCV = targets_BC[..., None] == jnp.arange(head_DV.shape[1])[None, None]
+    is_target_BCV = _is_target(targets_BC, head_DV.shape[1])
     d_logits_BCV = (d_nll_BC + d_log_z_BC)[..., None] * probability_BCV - jnp.where(
         is_target_BCV, d_nll_BC[..., None], 0.0
     )

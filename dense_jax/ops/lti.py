@@ -325,9 +325,17 @@ class DplrSystem:
 
   def advance(self, length: int) -> Advance:
     """h_BNE -> h_BNE."""
-    power, g_CNE, q_CNE = self._low_rank_power(length)
-    a_ENN = _block_matrix(power) - _einsum("cne,cke->enk", g_CNE, q_CNE)
+    a_ENN = self._power(length)
     return lambda h_BNE: _einsum("enk,bke->bne", a_ENN, h_BNE)
+
+  def _power(self, length: int) -> Array:
+    """A^length, a_ENN: by steps of a vector, and by squares where those would be many."""
+    if length <= 2 * self.b_NE.shape[0]:
+      power, g_CNE, q_CNE = self._low_rank_power(length)
+      return _block_matrix(power) - _einsum("cne,cke->enk", g_CNE, q_CNE)
+    half_ENN = self._power(length // 2)
+    a_ENN = _einsum("enk,ekm->enm", half_ENN, half_ENN)
+    return _einsum("enk,ekm->enm", a_ENN, self.dense()[0]) if length % 2 else a_ENN
 
   def _leap(self, length: int) -> Advance:
     """x_NE -> (A^T)^length x_NE."""

@@ -3,6 +3,7 @@
 import chex
 import jax.numpy as jnp
 
+from dense_jax.ops import sequence_parallel
 from dense_jax.types import Array, Segments
 
 
@@ -29,8 +30,10 @@ def short_conv(
   taps = kernel_WE.shape[0]
   chex.assert_shape(kernel_WE, (taps, width))
   chex.assert_shape(tail_BWE, (batch, taps - 1, width))
-  past = jnp.concatenate([tail_BWE.astype(x_BTE.dtype), x_BTE], axis=1)
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
+  if sequence_parallel.shards() > 1:
+    tail_BWE = sequence_parallel.tail_before(x_BTE, resets_BT, tail_BWE)
+  past = jnp.concatenate([tail_BWE.astype(x_BTE.dtype), x_BTE], axis=1)
   y_BTE = jnp.broadcast_to(bias_E.astype(x_BTE.dtype)[None, None], x_BTE.shape)
   if resets_BT is None or valid_BT is None:
     for tap in range(taps):

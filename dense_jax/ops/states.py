@@ -1,4 +1,4 @@
-"""The states of whole sequences, as deeper layers read them.
+"""Diagonal and matrix states of whole sequences, as deeper layers read them.
 
 A deeper layer asks a shallow layer's states a question of its own (a query) and gets the
 answer of equation (2) without the states ever being stored: the recurrence's inputs are
@@ -13,17 +13,15 @@ from typing import Self, cast
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops import dispatch, reference
+from dense_jax.ops import dispatch, reference, sequence_parallel
 from dense_jax.ops.chunked_linear import chunk_read, chunk_states
-from dense_jax.ops.lti import System
-from dense_jax.ops.lti_scan import fft_convolution, lti_read, lti_states
 from dense_jax.ops.pallas.chunked_linear import Matrix
 from dense_jax.ops.pallas.partition import read_diagonal, read_matrix
 from dense_jax.ops.pallas.selective_scan import Diagonal
 from dense_jax.ops.selective_scan import StepSizes, selective_scan
-from dense_jax.ops.state_sequence import GatedRead, Mapped, ReadApart
+from dense_jax.ops.state_sequence import GatedRead, Mapped
 from dense_jax.ops.token_scan import token_scan
-from dense_jax.ops.token_states import DiagonalState, LtiState, MatrixState
+from dense_jax.ops.token_states import DiagonalState, MatrixState
 from dense_jax.types import Array, PyTree, Segments
 
 
@@ -147,9 +145,16 @@ def scan_diagonal(
       dt = dataclasses.replace(dt, valid_BT=valid_BT)
     else:
       dt = jnp.where(valid_BT[..., None], dt, 0)
-  return DiagonalStates(
+  states = DiagonalStates(
       dt, a_NE, x_BTE, b_BTN, resets_BT, initial_BNE, None, implementation, chunk
   )
+  if sequence_parallel.shards() == 1:
+    return states
+  initial_BNE = sequence_parallel.diagonal_before(
+      states._dt(), a_NE, x_BTE, b_BTN, resets_BT, states._initial(),
+      implementation="recurrent" if implementation == "recurrent" else "associative", chunk=chunk,
+  )
+  return dataclasses.replace(states, initial_BNE=initial_BNE)
 
 
 @jax.tree_util.register_dataclass
@@ -291,76 +296,12 @@ def scan_matrix(
   states = MatrixStates(
       k_BTJN, v_BTHP, log_decay_BTH, resets_BT, initial_BHPN, None, None, implementation, chunk
   )
+  if sequence_parallel.shards() > 1:
+    initial_BHPN = sequence_parallel.matrix_before(
+        k_BTJN, v_BTHP, log_decay_BTH, resets_BT, states._initial(), chunk=chunk
+    )
+    states = dataclasses.replace(states, initial_BHPN=initial_BHPN)
   if implementation == "recurrent" or states.joint:
     return states
   before_BGHPN, final_BHPN = states.between_chunks()
   return dataclasses.replace(states, before_BGHPN=before_BGHPN, final_BHPN=final_BHPN)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LtiStates(ReadApart):
-  """States h_BTNE of time-invariant systems, as the systems and their inputs.
-
-  `initial_BNE` is None for rows that begin without a state: without resets too, their reads
-  are convolutions, if the implementation is "conv". Else they take chunks.
-  """
-
-  system: System
-  x_BTE: Array
-  resets_BT: Array | None
-  valid_BT: Array | None
-  initial_BNE: Array | None
-  implementation: str = dataclasses.field(metadata={"static": True})
-  chunk: int = dataclasses.field(metadata={"static": True})
-
-  def _initial(self) -> Array:
-    if self.initial_BNE is not None:
-      return self.initial_BNE
-    batch, _, width = self.x_BTE.shape
-    return jnp.zeros((batch, self.system.b_NE.shape[0], width), jnp.float32)
-
-  def _chunks(self) -> tuple[Array, Array]:
-    return lti_states(
-        self.system, self.x_BTE, self.resets_BT, self.valid_BT, self._initial(), chunk=self.chunk
-    )
-
-  def _tokens(self, read: Callable[[Array, PyTree], Array], queries: PyTree) -> tuple[Array, Array]:
-    return token_scan(
-        self.system.stepper(), read, self._initial(), (self.x_BTE,), queries, self.resets_BT,
-        jnp.ones(self.x_BTE.shape[:2], bool) if self.valid_BT is None else self.valid_BT,
-    )
-
-  def read(self, query: Array) -> Array:
-    """c_EN -> y_BTE."""
-    if self.implementation == "recurrent":
-      return self._tokens(lambda h_BNE, _: reference.lti_read(h_BNE, query), None)[0]
-    if self.implementation == "conv" and self.initial_BNE is None and self.resets_BT is None:
-      return fft_convolution(self.x_BTE, self.system.kernel(query, self.x_BTE.shape[1]))
-    before_BGNE, _ = self._chunks()
-    return lti_read(
-        self.system, query, self.x_BTE, self.resets_BT, before_BGNE, chunk=self.chunk
-    )
-
-  def read_mapped(self, query: Array, function: Mapped, inputs: PyTree) -> Array:
-    """c_EN -> y_BTE."""
-    return self._tokens(
-        lambda h_BNE, token: LtiState(h_BNE).read_mapped(query, function, token), inputs
-    )[0]
-
-  def materialize(self) -> Array:
-    """h_BTEN, float32."""
-    states, _ = reference.lti_states(
-        *self.system.dense(), self.x_BTE, self.resets_BT, self._initial()
-    )
-    return jnp.swapaxes(states, 2, 3)
-
-  def final(self) -> Array:
-    """h_BNE, float32."""
-    if self.implementation == "recurrent":
-      return self._tokens(lambda h_BNE, _: h_BNE[:, 0], None)[1]
-    return self._chunks()[1]
-
-  def shared(self) -> Self:
-    """See `StateSequence`."""
-    return self

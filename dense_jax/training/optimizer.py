@@ -11,9 +11,9 @@ from dense_jax.types import Params, PyTree
 # Pattern of a parameter's whole path -> whether it decays. Each parameter matches one.
 WEIGHT_DECAY = {
     r"embedding|head": True,
-    r".*\.(kernel|conv_kernel)": True,
+    r".*\.kernel": True,
     r".*(^|\.)scale": False,  # norms
-    r".*\.(a_log|d|dt_bias|conv_bias|log_a|a_imag|p|b|c|log_dt)": False,  # recurrences, biases
+    r".*\.(a_log|d|dt_bias|bias|log_a|a_imag|p|b|c|log_dt)": False,  # recurrences, biases
     r".*\.linear": False,  # a dense connection's map that starts at the identity
     r".*\.transition\.(down|up)": True,
 }

@@ -52,19 +52,24 @@ def _gradients(
   train = config.train
   targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.float32), 1.0)
 
-  def objective(params: Params, part: Batch) -> tuple[Array, Array]:
+  def objective(params: Params, part: Batch, targets: Array) -> tuple[Array, Array]:
     total, nll = loss_sum(
         with_params(model, params), part, z_loss=train.z_loss, chunk=train.loss_chunk
     )
     return total / targets, nll / targets
 
-  gradient = jax.grad(objective, has_aux=True)
+  @sharding.sum_over_sequence
+  def gradient(whole: tuple[Params, Array], part: Batch) -> tuple[Params, Array]:
+    params, targets = whole
+    return jax.grad(objective, has_aux=True)(params, part, targets)
+
+  whole = params, targets
   if train.accumulate == 1:
-    gradients, loss = gradient(params, batch)
+    gradients, loss = gradient(whole, batch)
     return gradients, loss, targets
 
   def body(carry: PyTree, part: Batch) -> tuple[PyTree, None]:
-    return jax.tree.map(jnp.add, carry, gradient(params, part)), None
+    return jax.tree.map(jnp.add, carry, gradient(whole, part)), None
 
   # Every accumulate-th row, so that each device keeps to the rows that it has.
   parts = jax.tree.map(
@@ -92,7 +97,7 @@ class Trainer:
       InputError: the mesh does not divide the batch or a parameter.
     """
     train = config.train
-    sharding.check_batch(train.batch_size, train.accumulate, mesh)
+    sharding.check_batch(train.batch_size, config.data.seq_len, train.accumulate, mesh)
     self.model = abstract_model(config.model)
     shapes = get_params(self.model)
     by_name = sharding.param_shardings(

@@ -23,7 +23,10 @@ from dense_jax.models.params import abstract_model, get_params
 def matmul_parameters(config: ModelConfig) -> int:
   """Numbers that a token is multiplied with: linear layers' kernels and the head."""
   params = get_params(abstract_model(config))
-  kernels = sum(leaf.size for name, leaf in params.items() if name.endswith(".kernel"))
+  kernels = sum(
+      leaf.size for name, leaf in params.items()
+      if name.endswith(".kernel") and not name.endswith("conv.kernel")
+  )
   return kernels + config.width * config.vocab_size
 
 

@@ -57,7 +57,7 @@ def test_logical_axes_cover_every_parameter(kind):
     assert len(names) == params[name].ndim, name
     assert set(names) <= known, name
     assert (names[0] == "layers") == name.startswith("stack.blocks."), name
-  assert set(sharding.RULES) <= known
+  assert set(sharding.PARAMETERS) <= known
 
 
 @pytest.mark.parametrize("kind", [KINDS[2], KINDS[9]], ids=kind_name)

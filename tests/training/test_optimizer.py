@@ -23,9 +23,9 @@ OPTIONS = [
     {"depth": 2, "inject": "inputs"},
     {"depth": 1, "inject": "inputs", "input_norm": False},
 ]
-NEVER = ("a_log", "d", "dt_bias", "scale", "conv_bias", "linear", "log_a", "a_imag", "p", "b", "c",
+NEVER = ("a_log", "d", "dt_bias", "scale", "bias", "linear", "log_a", "a_imag", "p", "b", "c",
          "log_dt")
-ALWAYS = ("kernel", "conv_kernel", "embedding", "head", "down", "up")
+ALWAYS = ("kernel", "embedding", "head", "down", "up")
 MODELS = [
     (family, options) for family in FAMILIES for options in OPTIONS
     if not options["depth"] or family in INPUT_FAMILIES
@@ -56,7 +56,7 @@ def test_every_rule_is_about_some_parameter():
     assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
-@pytest.mark.parametrize("name", ["stack.head.0.mixer.new", "heads", "embedding.bias"])
+@pytest.mark.parametrize("name", ["stack.head.0.mixer.new", "heads", "embedding.offset"])
 def test_an_unmatched_parameter_is_an_error_that_names_it(name):
   with pytest.raises(ValueError, match=name):
     decay_mask(["embedding", name])

@@ -38,9 +38,11 @@ def _over_mesh(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return kernel(sources, resets_BT)
+  # Over `sequence` each device is by itself already, or this is no place for a kernel.
   split = [specs(source, mesh.shape[WIDTH_AXIS]) for source in sources]
   return jax.shard_map(
-      kernel, mesh=mesh, in_specs=(split, _by_row()), out_specs=(read, final), check_vma=False
+      kernel, in_specs=(split, _by_row()), out_specs=(read, final),
+      axis_names={*BATCH_AXES, WIDTH_AXIS}, check_vma=False,
   )(sources, resets_BT)
 
 

@@ -111,12 +111,15 @@ PROGRAMS: dict[str, Program] = {
 def compile_for(topology: str, program: Program) -> dict[str, float]:
   """What the compiled program needs on one chip."""
   devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-  one_chip = NamedSharding(Mesh(np.array(devices[:1]), ("data",)), PartitionSpec())
+  mesh = Mesh(np.array(devices[:1]), ("data",))
+  one_chip = NamedSharding(mesh, PartitionSpec())
   function, shapes = program
   arguments = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_chip), shapes
   )
-  compiled = jax.jit(function).lower(*arguments).compile()
+  # From jax 0.12 on a kernel learns from the mesh which TPU it is lowered for.
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiled = jax.jit(function).lower(*arguments).compile()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   return {
       "arguments": memory.argument_size_in_bytes,

@@ -1,0 +1,155 @@
+"""Rows whose tokens are spread over devices: each scans its own, states pass between them.
+
+Inside `jax.shard_map` over the mesh axis `sequence` a device has consecutive tokens of each
+row, and every operation is local but two: a recurrence's state before the device's first
+token, and a short convolution's last inputs. A linear recurrence takes a device's tokens as one
+step, h -> A h + u, so that the states before all devices are a prefix sum in log2(devices)
+exchanges of (A, u) with a neighbour; bytes do not depend on T. Documents need no more: a device
+in which one begins has A = 0. Outside such a map these functions change nothing.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from dense_jax.ops.chunked_linear import chunk_states
+from dense_jax.ops.lti import System
+from dense_jax.ops.lti_scan import lti_states
+from dense_jax.ops.selective_scan import selective_scan
+from dense_jax.types import SEQUENCE_AXIS, Array, InputError, PyTree
+
+Join = Callable[[tuple[Array, Array], tuple[Array, Array], int], tuple[Array, Array]]
+"""Two runs of tokens as one, the left one first: (A, u) of each, and the right one's devices."""
+
+
+def shards() -> int:
+  """How many devices share a row's tokens."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or SEQUENCE_AXIS not in mesh.axis_names:
+    return 1
+  manual = mesh.axis_types[mesh.axis_names.index(SEQUENCE_AXIS)] == AxisType.Manual
+  return mesh.shape[SEQUENCE_AXIS] if manual else 1
+
+
+def is_first() -> Array:
+  """bool: this device has the rows' first tokens."""
+  return jax.lax.axis_index(SEQUENCE_AXIS) == 0
+
+
+def from_left(x: PyTree, distance: int = 1) -> PyTree:
+  """x of the device so many places to the left; zero where there is none."""
+  pairs = [(source, source + distance) for source in range(shards() - distance)]
+  return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, SEQUENCE_AXIS, pairs), x)
+
+
+def _before(own: tuple[Array, Array], initial: Array, join: Join) -> Array:
+  """The state before this device's tokens.
+
+  Args:
+    own: (A, u) of the tokens; on the first device u is the state after them.
+    initial: the state before the first device's tokens.
+    join: composes two runs.
+  """
+  run, distance = from_left(own), 1
+  # The zeros that the first devices get stand for no tokens: nothing is to their left.
+  while distance < shards() - 1:
+    run, distance = join(from_left(run, distance), run, distance), 2 * distance
+  return jnp.where(is_first(), initial, run[1])
+
+
+def _on_first(initial: Array) -> Array:
+  return jnp.where(is_first(), initial, 0.0)
+
+
+def _unless_reset(decay: Array, resets_BT: Array | None) -> Array:
+  """A of tokens that may clear the state; [B, ...]."""
+  if resets_BT is None:
+    return decay
+  cleared_B = jnp.any(resets_BT, axis=1).reshape(-1, *(1,) * (decay.ndim - 1))
+  return jnp.where(cleared_B, 0.0, decay)
+
+
+def matrix_before(
+    k_BTJN: Array, v_BTHP: Array, log_decay_BTH: Array, resets_BT: Array | None,
+    initial_BHPN: Array, *, chunk: int,
+) -> Array:
+  """The state before this device's tokens; arguments as `chunk_states`'s, `initial` the rows'."""
+  _, u_BHPN = chunk_states(
+      k_BTJN, v_BTHP, log_decay_BTH, resets_BT, _on_first(initial_BHPN),
+      implementation="chunked", chunk=chunk,
+  )
+  decay_BH = jnp.exp(jnp.sum(log_decay_BTH, axis=1))
+  decay_BH = jnp.broadcast_to(decay_BH, u_BHPN.shape[:2])
+
+  def join(left: tuple[Array, Array], right: tuple[Array, Array], _: int) -> tuple[Array, Array]:
+    return left[0] * right[0], right[0][..., None, None] * left[1] + right[1]
+
+  return _before((_unless_reset(decay_BH, resets_BT), u_BHPN), initial_BHPN, join)
+
+
+def diagonal_before(
+    dt_BTE: Array, a_NE: Array, x_BTE: Array, b_BTN: Array, resets_BT: Array | None,
+    initial_BNE: Array, *, implementation: str, chunk: int,
+) -> Array:
+  """The state before this device's tokens; arguments as `selective_scan`'s."""
+  _, u_BNE = selective_scan(
+      dt_BTE, a_NE, x_BTE, b_BTN, b_BTN, resets_BT, _on_first(initial_BNE),
+      implementation=implementation, chunk=chunk,
+  )
+  dt_BE = jnp.sum(dt_BTE.astype(jnp.float32), axis=1)
+  decay_BNE = jnp.exp(dt_BE[:, None] * a_NE[None])
+
+  def join(left: tuple[Array, Array], right: tuple[Array, Array], _: int) -> tuple[Array, Array]:
+    return left[0] * right[0], right[0] * left[1] + right[1]
+
+  return _before((_unless_reset(decay_BNE, resets_BT), u_BNE), initial_BNE, join)
+
+
+def lti_before(
+    system: System, x_BTE: Array, resets_BT: Array | None, initial_BNE: Array, *, chunk: int
+) -> Array:
+  """The state before this device's tokens; arguments as `lti_states`'s.
+
+  All devices have the same A, a power of the system's matrix: (cleared or not, u) is exchanged.
+  Padding counts as tokens: behind it there are none, and what is read there means nothing.
+  """
+  batch, time, _ = x_BTE.shape
+  _, u_BNE = lti_states(
+      system, x_BTE, resets_BT, None, _on_first(initial_BNE), chunk=chunk
+  )
+  kept_B = _unless_reset(jnp.ones(batch, jnp.float32), resets_BT)
+
+  def join(
+      left: tuple[Array, Array], right: tuple[Array, Array], devices: int
+  ) -> tuple[Array, Array]:
+    carried_BNE = system.advance(time * devices)(left[1])
+    return left[0] * right[0], right[0][:, None, None] * carried_BNE + right[1]
+
+  return _before((kept_B, u_BNE), initial_BNE, join)
+
+
+def tail_before(x_BTE: Array, resets_BT: Array | None, tail_BWE: Array) -> Array:
+  """The inputs before this device's first, of the document that goes on there.
+
+  Args:
+    x_BTE: this device's inputs, at least as many as the tail is long.
+    resets_BT: bool, where documents begin; None is nowhere.
+    tail_BWE: the inputs before the rows' first.
+
+  Raises:
+    InputError: a device has fewer tokens than that.
+  """
+  time, taps = x_BTE.shape[1], tail_BWE.shape[1]
+  if time < taps:
+    raise InputError(
+        f"config.mesh.{SEQUENCE_AXIS} = {shards()} is not valid: it leaves a device {time} of a "
+        f"row's tokens; expected at least {taps}, conv_width - 1"
+    )
+  last_BWE = x_BTE[:, time - taps :]
+  if resets_BT is not None:
+    begun_BW = jnp.cumsum(resets_BT[:, time - taps :], axis=1, dtype=jnp.int32)
+    same_BW = begun_BW == begun_BW[:, -1:]
+    last_BWE = jnp.where(same_BW[..., None], last_BWE, 0)
+  return jnp.where(is_first(), tail_BWE.astype(x_BTE.dtype), from_left(last_BWE))
