@@ -23,7 +23,7 @@ TPU_COMPILER := $(VENV)/tpu_compiler/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint ci clean
+.PHONY: help train test test-slow test-exhaustive lint ci clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv312]"
@@ -33,10 +33,13 @@ train: $(VENV)/.installed ## the main job: train a small DenseMamba; ARGS="--con
 	$(BIN)/python -m dense_jax.cli.train --config experiments/smoke.py --workdir runs/smoke $(ARGS)
 
 test: $(VENV)/.installed-dev $(TPU_COMPILER) ## the tests that take seconds; ARGS="-k packing"
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev $(TPU_COMPILER) ## the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
+
+test-exhaustive: $(VENV)/.installed-dev $(TPU_COMPILER) ## what no change should need: every mesh for every family
+	$(PYTEST) -m exhaustive $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check $(ARGS)

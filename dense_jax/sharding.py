@@ -144,6 +144,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def constrain_tokens(x: Array, axis: str | None) -> Array:
+  """`constrain` of [B, T, width], or of one token's [B, width], by the width's logical axis."""
+  return constrain(x, "batch", *("length",) * (x.ndim - 2), axis)
+
+
 def sum_over_sequence(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
   """function(whole, batch), summed over the parts of the rows' tokens, on the mesh in use.
 

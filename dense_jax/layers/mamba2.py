@@ -27,6 +27,7 @@ from dense_jax.ops.matmul import materialize
 from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_matrix
 from dense_jax.ops.token_states import MatrixState
+from dense_jax.sharding import constrain_tokens
 from dense_jax.types import Array, PyTree, Segments
 
 
@@ -109,7 +110,9 @@ class Mamba2(nnx.Module):
 
   def _project(self, x: Array) -> tuple[Array, Array, Array, Array]:
     """z, the convolutions' inputs x and (B, C), and dt [..., H] (float32) of [..., D]."""
-    bc, dt = jnp.split(self.bcdt_proj(x), [2 * self.groups * self.state_size], axis=-1)
+    # Whole on each device: dt, whose heads are split, would have the compiler split all of it.
+    bcdt = constrain_tokens(self.bcdt_proj(x), None)
+    bc, dt = jnp.split(bcdt, [2 * self.groups * self.state_size], axis=-1)
     bias = self.dt_bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
     dt = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + bias), *self.dt_limit)
     return self.gate_proj(x), self.in_proj(x), bc, dt

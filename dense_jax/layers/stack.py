@@ -27,7 +27,7 @@ from dense_jax.layers.dense_connection import Shared
 from dense_jax.layers.layer_scan import scan_layers
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.mixer import Mixer, MixerOutput
-from dense_jax.sharding import constrain
+from dense_jax.sharding import constrain_tokens
 from dense_jax.types import Array, PyTree, Segments
 
 MixerFactory = Callable[..., Mixer]
@@ -60,7 +60,7 @@ class Layer(nnx.Module):
     x = x + output.y
     if hasattr(self, "feed_forward"):
       x = x + self.feed_forward(self.ffn_norm(x))
-    return constrain(x, "batch", *("length",) * (x.ndim - 2), "embed"), output
+    return constrain_tokens(x, "embed"), output
 
   def __call__(
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]

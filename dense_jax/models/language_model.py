@@ -11,7 +11,7 @@ from dense_jax.layers.linear import RMSNorm, normal, parameter
 from dense_jax.layers.stack import Stack
 from dense_jax.models.registry import family
 from dense_jax.ops.cross_entropy import chunked_cross_entropy
-from dense_jax.sharding import constrain
+from dense_jax.sharding import constrain, constrain_tokens
 from dense_jax.types import Array, Batch, PyTree, Segments
 
 
@@ -78,7 +78,7 @@ class LanguageModel(nnx.Module):
       segments = Segments(first_B1 + jnp.arange(time, dtype=jnp.int32)[None])
     # Whole: XLA splits no lookup in a table of parts while another axis is manual.
     table_VD = constrain(self.embedding[...].astype(self.dtype), None, None)
-    x_BTD = constrain(table_VD[tokens_BT], "batch", "length", "embed")
+    x_BTD = constrain_tokens(table_VD[tokens_BT], "embed")
     x_BTD, layers = self.stack(
         x_BTD, segments, None if state is None else state.layers, keep_state=keep_state
     )
