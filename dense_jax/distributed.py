@@ -50,6 +50,9 @@ def initialize(
   if coordinator is not None and processes is not None and process_id is not None:
     _check(coordinator, processes, process_id)
     if processes > 1:
+      # jax gives up after five minutes, and does not say for whom it waited.
+      print(f"process {process_id} meets the other {processes - 1} at {coordinator}",
+            file=sys.stderr, flush=True)
       jax.distributed.initialize(
           coordinator, processes, process_id, cluster_detection_method="deactivate",
           shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
