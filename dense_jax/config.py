@@ -260,7 +260,7 @@ class DataConfig:
 
   Attributes:
     path: "stdlib" (the sources of Python's standard library), or a file, directory or
-      glob of .txt, .jsonl (a `text` field), .jsonl.gz, .jsonl.zst.
+      glob of .txt, .jsonl (a `text` field), .jsonl.gz, .jsonl.zst; gs://BUCKET/... is one too.
     heldout_path: held-out text, in the same forms; empty holds out a part of `path`.
     heldout_every: every n-th file is held out; every n-th document where there are fewer
       than n files; the last 1/n of the text where there are fewer than n documents.

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dense_jax.config import (
@@ -130,13 +131,13 @@ def check_argument(argument: str, *known: str) -> str:
   return argument
 
 
-def save(config: ExperimentConfig, workdir: pathlib.Path) -> None:
+def save(config: ExperimentConfig, workdir: epath.Path) -> None:
   """Writes the resolved configuration into the run's folder, whole or not at all."""
   text = json.dumps(defaults(config), indent=2) + "\n"
   write_atomically(workdir / CONFIG_FILE, text.encode())
 
 
-def read(workdir: pathlib.Path) -> ExperimentConfig:
+def read(workdir: epath.Path) -> ExperimentConfig:
   """The resolved configuration of a run.
 
   Raises:

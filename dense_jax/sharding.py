@@ -116,6 +116,24 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def local_rows(placed: NamedSharding, shape: tuple[int, int]) -> slice:
+  """The rows of a global (B, T) array that this process's devices need."""
+  parts = placed.addressable_devices_indices_map(shape).values()
+  ranges = [part[0].indices(shape[0]) for part in parts if part is not None]
+  return slice(min(low for low, _, _ in ranges), max(high for _, high, _ in ranges))
+
+
+def put_rows(rows_BT: np.ndarray, rows: slice, batch_size: int, placed: NamedSharding) -> Array:
+  """A global array of `batch_size` rows, of which this process has `rows`, whole ones."""
+
+  def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None  # It is of an own device, which has some of every array.
+    low, high, _ = index[0].indices(batch_size)
+    return rows_BT[(slice(low - rows.start, high - rows.start), *index[1:])]
+
+  return jax.make_array_from_callback((batch_size, *rows_BT.shape[1:]), placed, part)
+
+
 @contextlib.contextmanager
 def mesh_of(params: Params) -> Iterator[None]:
   """Programs that are traced inside know the mesh on which the parameters are; kernels ask."""
@@ -139,7 +157,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
   split = [ACTIVATIONS.get(axis) if axis else None for axis in axes]
   manual = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
             if kind == AxisType.Manual}
-  # Inside `over_sequence` a device's tokens are all there are.
+  # Inside `sum_over_sequence` a device's tokens are all there are.
   spec = PartitionSpec(*(None if axis in manual else axis for axis in split))
   return jax.lax.with_sharding_constraint(x, spec)
 

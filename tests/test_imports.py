@@ -13,13 +13,14 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "dense_jax"
 
-_MODEL = ("models", "layers", "ops", "types", "config", "files", "sharding")
+_MODEL = ("models", "layers", "ops", "types", "config", "files", "sharding", "distributed")
 # Room -> the other rooms that it may import. `__init__` is dense_jax/__init__.py itself.
 ROOMS = {
     "__init__": ("types", "config"),
     "types": (),
     "config": ("types",),
-    "files": (),
+    "files": ("types",),
+    "distributed": ("types",),
     "sharding": ("types", "config"),
     "ops": ("types",),
     "layers": ("ops", "types", "config", "sharding"),

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from dense_jax import experiment
+from dense_jax import distributed, experiment
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
+from dense_jax.files import make_path
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params
 from dense_jax.training.checkpoint import Checkpoints, placed_on
@@ -32,6 +33,14 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
   )
+
+
+def add_process_arguments(command: argparse.ArgumentParser) -> None:
+  """--coordinator, --processes and --process-id."""
+  command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several "
+                       "listens; Slurm, Open MPI and TPU slices need none of the three")
+  command.add_argument("--processes", type=int, metavar="N", help="their number")
+  command.add_argument("--process-id", type=int, metavar="I", help="this one's, from 0 to N - 1")
 
 
 def split_overrides(
@@ -65,21 +74,31 @@ def keep_compiled_programs() -> None:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-  """Ends the process with main's status; 2 on bad input, 1 on anything else."""
+  """Ends the process with main's status; 2 on bad input, 1 on anything else.
+
+  Of several processes, each says which one it is.
+  """
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
   keep_compiled_programs()
   try:
     status = main(sys.argv[1:])
   except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"{distributed.name()}error: {error}", file=sys.stderr)
     status = 2
   except KeyboardInterrupt:
-    print("\ninterrupted; nothing was left half-written", file=sys.stderr)
+    print(f"\n{distributed.name()}interrupted; nothing was left half-written", file=sys.stderr)
     status = 1
   except Exception:
     traceback.print_exc()
+    if distributed.name():
+      print(
+          f"{distributed.name()}ends. If a connection was lost, another process ended before it: "
+          "see there. The same command goes on from the newest checkpoint.", file=sys.stderr,
+      )
     status = 1
+  if status:
+    distributed.end(status)
   sys.exit(status)
 
 
@@ -104,7 +123,7 @@ def restore(workdir: str, which: str) -> Run:
   Raises:
     InputError: no such run, or no such checkpoint.
   """
-  folder = pathlib.Path(workdir)
+  folder = make_path(workdir, "--workdir")
   config = experiment.read(folder)
   model = abstract_model(config.model)
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))

@@ -1,7 +1,6 @@
 """Scores a trained run on held-out text."""
 
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from dense_jax.data.packing import build_store
 from dense_jax.data.pipeline import heldout_batches
 from dense_jax.data.sources import find, split
 from dense_jax.evaluation.perplexity import Evaluator
-from dense_jax.files import write_atomically
+from dense_jax.files import make_path, write_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         "bytes": int(store.num_bytes),
     }
     text = json.dumps(figures, indent=2) + "\n"
-    write_atomically(pathlib.Path(options.json), text.encode())
+    write_atomically(make_path(options.json, "--json"), text.encode())
   return 0
 
 

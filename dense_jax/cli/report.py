@@ -1,5 +1,6 @@
 """What a finished run shows: the table, the samples, the plot, the next commands."""
 
+import io
 import math
 import os
 import pathlib
@@ -8,6 +9,8 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
+from etils import epath
+
 from dense_jax.cli.common import table
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.packing import TokenStore
@@ -15,6 +18,7 @@ from dense_jax.data.pipeline import Datasets
 from dense_jax.data.sources import Document
 from dense_jax.evaluation.baselines import byte_ngram_bits_per_byte, xz_bits_per_byte
 from dense_jax.evaluation.perplexity import HeldOut
+from dense_jax.files import write_atomically
 from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.language_model import LanguageModel
@@ -106,7 +110,7 @@ def samples(model: LanguageModel, data: Datasets, *, seed: int) -> list[tuple[st
   return [(text(p), text(c)) for p, c in zip(prompts, continuations, strict=True)]
 
 
-def plot_loss(workdir: pathlib.Path) -> pathlib.Path:
+def plot_loss(workdir: epath.Path) -> epath.Path:
   """Draws training and held-out loss of the run's metrics."""
   import matplotlib
 
@@ -127,8 +131,10 @@ def plot_loss(workdir: pathlib.Path) -> pathlib.Path:
   axes.grid(alpha=0.3, which="both")
   axes.legend()
   file = workdir / "loss.png"
-  figure.savefig(file, dpi=120)
+  image = io.BytesIO()
+  figure.savefig(image, dpi=120)
   pyplot.close(figure)
+  write_atomically(file, image.getvalue())
   return file
 
 

@@ -3,19 +3,20 @@
 import dataclasses
 import logging
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 
 import jax
 import tqdm
+from etils import epath
 from jax.sharding import Mesh
 
-from dense_jax import experiment, sharding
+from dense_jax import distributed, experiment, sharding
 from dense_jax.cli import common, report
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.pipeline import Datasets, TrainBatches, heldout_batches, load_datasets
 from dense_jax.evaluation.perplexity import Evaluator, HeldOut
+from dense_jax.files import make_path
 from dense_jax.models.params import get_params, with_params
 from dense_jax.models.registry import family
 from dense_jax.ops import dispatch
@@ -30,6 +31,7 @@ _EPILOG = """
 Any key of the configuration is set by --config.KEY=VALUE, for example
   --config.train.steps=2000 --config.data.path='corpus/*.jsonl.zst' --config.model.dense.depth=2
 A --workdir that holds a run goes on with it. Ctrl-C or SIGTERM saves and ends with status 1.
+Of several processes all run this command, with one --workdir that all of them can write to.
 """
 
 
@@ -56,9 +58,12 @@ def _say_what_runs(config: ExperimentConfig, mesh: Mesh, trainer: Trainer) -> No
   form = family(config.model.family).form
   implementation = dispatch.resolve(form, config.model.implementation)
   dense = config.model.dense
+  where = f"devices: {len(devices)} x {devices[0].device_kind}"
+  if jax.process_count() > 1:
+    where = (f"{jax.process_count()} processes x {jax.local_device_count()} devices: "
+             f"{devices[0].device_kind}")
   print(
-      f"devices: {len(devices)} x {devices[0].device_kind}"
-      f" | mesh: {sharding.describe_mesh(mesh.shape)}"
+      f"{where} | mesh: {sharding.describe_mesh(mesh.shape)}"
       f" | {config.model.family}, dense depth {dense.depth}"
       + (f" ({dense.inject})" if dense.depth else "")
       + f" | {form} states by: {implementation} | {config.model.dtype}"
@@ -83,7 +88,8 @@ class _Evaluation:
     held_out = self._evaluator(
         state.params,
         heldout_batches(
-            self._data.heldout, self._config.data.seq_len, self._config.train.batch_size, batches
+            self._data.heldout, self._config.data.seq_len, self._config.train.batch_size, batches,
+            self._trainer.rows,
         ),
         self._trainer.put,
     )
@@ -121,41 +127,64 @@ def _start(
   return state
 
 
+def _check_workdir(workdir: epath.Path, config: ExperimentConfig) -> None:
+  if (workdir / experiment.CONFIG_FILE).is_file():
+    experiment.check_same_run(experiment.read(workdir), config)
+  elif workdir.exists() and any(entry != workdir for entry in workdir.iterdir()):
+    raise invalid("--workdir", str(workdir), "a new or empty folder, or one with a run")
+
+
 def main(arguments: Sequence[str]) -> int:
   """Trains; returns 0 when all steps are done, 1 when interrupted."""
   command = common.parser("train", "Trains a model, or goes on with a run.")
   command.epilog = _EPILOG
   command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
   command.add_argument("--workdir", required=True, help="where the run is kept")
+  common.add_process_arguments(command)
   options, overrides = common.split_overrides(command, arguments)
   config = experiment.load(options.config, overrides)
-  workdir = pathlib.Path(options.workdir)
-  if (workdir / experiment.CONFIG_FILE).is_file():
-    experiment.check_same_run(experiment.read(workdir), config)
-  elif workdir.exists() and any(workdir.iterdir()):
-    raise invalid("--workdir", options.workdir, "a new or empty folder, or one with a run")
+  workdir = make_path(options.workdir, "--workdir")
+  distributed.initialize(options.coordinator, options.processes, options.process_id)
+  with distributed.only_first_prints():
+    status = _run(config, workdir)
+    if not status and distributed.is_first():
+      # Without what tells one process from another.
+      changes = [f"--config.{key}={value}" for key, value in overrides]
+      again = ["--config", options.config, "--workdir", options.workdir, *changes]
+      print(report.next_commands(again, options.workdir, config))
+  return status
 
+
+def _run(config: ExperimentConfig, workdir: epath.Path) -> int:
+  """`main`, once the processes have joined; returns its status."""
+  first = distributed.is_first()
   with Interrupt() as interrupt:
+    _check_workdir(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     data = _load_data(config)
     config = _with_vocab(config, data)
     trainer = Trainer(config, mesh)
     _say_what_runs(config, mesh, trainer)
-    workdir.mkdir(parents=True, exist_ok=True)
+    # Before the first of them writes, all have looked at the folder.
+    distributed.check_same({"the configuration": config, "config.data": data.fingerprint})
+    if first:
+      workdir.mkdir(parents=True, exist_ok=True)
     batches = TrainBatches(
-        data.train, config.data.seq_len, config.train.batch_size, config.seed
+        data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
     )
     checkpoints = Checkpoints(
         workdir / common.CHECKPOINTS,
         keep_last=config.train.keep_last, keep_best=config.train.keep_best,
     )
+    distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})
     state = _start(trainer, checkpoints, batches, config.seed)
-    experiment.save(config, workdir)
-    data.tokenizer.save(workdir / common.TOKENIZER)
+    if first:
+      experiment.save(config, workdir)
+      data.tokenizer.save(workdir / common.TOKENIZER)
     step = int(state.step)
     print(f"from step {step} to {config.train.steps} in {workdir}", flush=True)
 
-    writer = MetricsWriter(workdir, step)
+    writer = MetricsWriter(workdir, step, enabled=first)
     progress = Progress(step, config.train.steps)
     tokens = config.train.batch_size * config.data.seq_len
     logger = Logger(
@@ -165,7 +194,9 @@ def main(arguments: Sequence[str]) -> int:
     evaluation = _Evaluation(config, data, trainer, writer, progress, logger)
     hooks = [
         Hook(config.train.eval_every, evaluation.run, if_interrupted=False),
-        checkpoint_hook(checkpoints, batches, config.train.checkpoint_every, evaluation.loss),
+        checkpoint_hook(
+            checkpoints, batches, writer, config.train.checkpoint_every, evaluation.loss
+        ),
     ]
     state = train(
         trainer, state, batches, steps=config.train.steps, hooks=hooks, on_metrics=logger,
@@ -178,23 +209,26 @@ def main(arguments: Sequence[str]) -> int:
   step = int(state.step)
   if step < config.train.steps:
     done = f"saved step {step} of {config.train.steps}" if step else "no step was done yet"
-    print(f"{interrupt.requested}: {done}; the same command goes on from there")
+    asked = interrupt.requested or "a signal to another process"
+    print(f"{asked}: {done}; the same command goes on from there")
     return 1
   _close(config, data, evaluation, state, workdir, trainer, logger)
-  print(report.next_commands(arguments, options.workdir, config))
   return 0
 
 
 def _close(
     config: ExperimentConfig, data: Datasets, evaluation: _Evaluation, state: TrainState,
-    workdir: pathlib.Path, trainer: Trainer, logger: Logger,
+    workdir: epath.Path, trainer: Trainer, logger: Logger,
 ) -> None:
-  """What a finished run shows."""
+  """What a finished run shows; all processes score and gather, the first does the rest."""
   held_out, _ = evaluation.score(state, _CLOSING_BATCHES)
+  params = distributed.to_host(state.params)
+  if not distributed.is_first():
+    return
   dense = config.model.dense.depth
   name = f"this model ({config.model.family}, dense depth {dense})"
   print("\n" + report.comparison(held_out, data, name, logger.tokens_per_second))
-  model = with_params(trainer.model, jax.device_get(state.params))
+  model = with_params(trainer.model, params)
   for prompt, continuation in report.samples(model, data, seed=config.seed):
     print(f"\n--- prompt\n{prompt}\n--- continuation\n{continuation}")
   print(f"\nplot      {report.plot_loss(workdir)}")

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from dense_jax.config import invalid
+from dense_jax.files import is_remote
 
 
 def digest(*parts: str | int | bytes) -> str:
@@ -22,6 +23,8 @@ def cache_folder(cache_dir: str, kind: str) -> Path:
   Raises:
     InputError: `cache_dir` is not a directory that can be written.
   """
+  if is_remote(cache_dir):  # Token stores are mapped into memory.
+    raise invalid("config.data.cache_dir", cache_dir, "a local directory")
   folder = Path(cache_dir).expanduser() / kind
   try:
     folder.mkdir(parents=True, exist_ok=True)

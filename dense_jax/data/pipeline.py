@@ -158,7 +158,7 @@ class TrainBatches(Iterator[Batch]):
 
 
 def heldout_batches(
-    store: TokenStore, seq_len: int, batch_size: int, limit: int = 0
+    store: TokenStore, seq_len: int, batch_size: int, limit: int = 0, rows: slice | None = None
 ) -> Iterator[Batch]:
   """The store's windows in order, once.
 
@@ -168,24 +168,25 @@ def heldout_batches(
     batch_size: B; the last batch is filled up with rows of padding (segment ids 0, loss
       mask false), which add nothing to a sum over the loss mask.
     limit: above 0, take at most so many batches, spread evenly over the store.
+    rows: the rows of each global batch that this process takes; None takes all.
 
   Yields:
-    Batches of int32 and bool numpy arrays of shape (B, T).
+    Batches of int32 and bool numpy arrays of shape (rows, T).
   """
   windows = store.num_windows(seq_len)
   batches = -(-windows // batch_size)
   taken = min(limit, batches) if limit > 0 else batches
+  chosen = range(batch_size) if rows is None else range(batch_size)[rows]
   for number in range(taken):
     low = number * batches // taken * batch_size
-    high = min(low + batch_size, windows)
-    yield _fill_up(_stack(store, range(low, high), seq_len), batch_size)
+    indices = [low + row for row in chosen if low + row < windows]
+    # A process whose rows are all padding still needs their shapes and types.
+    yield _fill_up(_stack(store, indices or [low], seq_len), len(indices), len(chosen))
 
 
-def _fill_up(batch: Batch, batch_size: int) -> Batch:
-  rows = ((0, batch_size - len(batch.tokens_BT)), (0, 0))
-
+def _fill_up(batch: Batch, kept: int, rows: int) -> Batch:
   def pad(array_BT: Any) -> Any:
-    return np.pad(array_BT, rows)
+    return np.pad(array_BT[:kept], ((0, rows - kept), (0, 0)))
 
   return Batch(
       tokens_BT=pad(batch.tokens_BT),

@@ -12,14 +12,18 @@ import gzip
 import io
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from etils import epath
+
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import digest
+from dense_jax.files import is_remote, make_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _VALID_PATH = f'"stdlib", or a file, directory or glob of {", ".join(SUFFIXES)}'
@@ -77,7 +81,7 @@ class TextSource:
   """Documents that can be iterated over any number of times, always in one order.
 
   Attributes:
-    root: the directory below which the files' names are told.
+    root: the directory below which the files' names are told; in a bucket an `epath.Path`.
     files: in sorted order of those names.
     field: the config field that named the files, for error messages.
     part: the part of the documents to give; None gives all.
@@ -114,12 +118,18 @@ class TextSource:
     parts: list[str | int | bytes] = []
     for file in self.files:
       with file.open("rb") as handle:
-        parts += [_name(self.root, file), file.stat().st_size, handle.read(_FINGERPRINT_BYTES)]
+        begin = handle.read(_FINGERPRINT_BYTES)
+        handle.seek(0, os.SEEK_END)
+        parts += [_name(self.root, file), handle.tell(), begin]
     return digest("source", str(self.part), *parts)
 
 
 def _name(root: Path, file: Path) -> str:
   return file.relative_to(root).as_posix()
+
+
+def _resolve(file: Path) -> Path:
+  return file if is_remote(file) else file.resolve()
 
 
 def _texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
@@ -140,7 +150,7 @@ def _texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
 def _open_lines(file: Path, field: str) -> Iterator[BinaryIO]:
   """A .jsonl, .jsonl.gz or .jsonl.zst file, open for reading its lines."""
   if file.suffix == ".gz":
-    with gzip.open(file, "rb") as lines:
+    with file.open("rb") as packed, gzip.open(packed, "rb") as lines:
       yield io.BufferedReader(lines)
   elif file.suffix == ".zst":
     with _open_zst(file, field) as lines:
@@ -195,7 +205,8 @@ def find(path: str, field: str) -> TextSource:
   Args:
     path: "stdlib", the `*.py` of Python's standard library without its tests; or a file,
       a directory (with those below it; files of other suffixes are passed over) or a glob
-      (`**` goes down) of .txt, .jsonl, .jsonl.gz and .jsonl.zst files.
+      (`**` goes down) of .txt, .jsonl, .jsonl.gz and .jsonl.zst files. gs://BUCKET/... is any
+      of the three, but for `**`.
     field: the config field the path is from, for error messages.
 
   Raises:
@@ -203,20 +214,44 @@ def find(path: str, field: str) -> TextSource:
   """
   if path == "stdlib":
     return _find_stdlib(field)
-  place = Path(path).expanduser()
-  if place.is_dir():
-    files = [f for f in place.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()]
-    root = place
-  else:
-    matches = [str(place)] if place.is_file() else glob.glob(str(place), recursive=True)
-    files = [Path(match) for match in matches if os.path.isfile(match)]
-    for file in files:
-      if not file.name.endswith(SUFFIXES):
-        raise invalid(field, path, f"{_VALID_PATH}; {file.name} has another suffix")
-    root = Path(os.path.commonpath([file.parent for file in files])) if files else place
+  root, files = _find_remote(path, field) if is_remote(path) else _find_local(path)
   if not files:
     raise invalid(field, path, f"{_VALID_PATH}; no such file was found")
+  for file in files:
+    if not file.name.endswith(SUFFIXES):
+      raise invalid(field, path, f"{_VALID_PATH}; {file.name} has another suffix")
   return _sorted_source(root, files, field)
+
+
+def _find_local(path: str) -> tuple[Path, list[Path]]:
+  place = Path(path).expanduser()
+  if place.is_dir():
+    return place, [f for f in place.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()]
+  matches = [str(place)] if place.is_file() else glob.glob(str(place), recursive=True)
+  files = [Path(match) for match in matches if os.path.isfile(match)]
+  return Path(os.path.commonpath([file.parent for file in files])) if files else place, files
+
+
+def _find_remote(path: str, field: str) -> tuple[epath.Path, list[epath.Path]]:
+  place = make_path(path, field)
+  if "**" in path:
+    raise invalid(field, path, "a glob without ** where the files are in a bucket")
+  root = place
+  while re.search(r"[*?[]", str(root)):
+    root = root.parent
+  if root != place:
+    return root, [f for f in root.glob(str(place.relative_to(root))) if f.is_file()]
+  if place.is_dir():
+    return place, [f for f in _files_below(place) if f.name.endswith(SUFFIXES)]
+  return place.parent, [place] if place.is_file() else []
+
+
+def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
+  for entry in folder.iterdir():
+    if not entry.is_dir():
+      yield entry
+    elif entry != folder:  # A bucket may list a folder in itself.
+      yield from _files_below(entry)
 
 
 def split(config: DataConfig) -> tuple[TextSource, TextSource]:
@@ -235,7 +270,7 @@ def split(config: DataConfig) -> tuple[TextSource, TextSource]:
   every = config.heldout_every
   if config.heldout_path:
     train, heldout = source, find(config.heldout_path, "config.data.heldout_path")
-    shared = {file.resolve() for file in train.files} & {f.resolve() for f in heldout.files}
+    shared = set(map(_resolve, train.files)) & set(map(_resolve, heldout.files))
     if shared:
       raise invalid(
           "config.data.heldout_path", config.heldout_path,

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
+from etils import epath
 
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import cache_folder, digest
 from dense_jax.data.sources import TextSource
-from dense_jax.files import write_atomically
+from dense_jax.files import make_path, write_atomically
 from dense_jax.types import InputError
 
 _SAMPLE_BYTES = 4 << 20
@@ -80,7 +81,7 @@ class Tokenizer(Protocol):
     """The text of ids. Control ids, and ids beyond the vocabulary, give no text."""
     ...
 
-  def save(self, directory: Path) -> None:
+  def save(self, directory: epath.Path) -> None:
     """Writes what `load_saved_tokenizer` needs, each file atomically."""
     ...
 
@@ -105,7 +106,7 @@ class ByteTokenizer:
     """The text of the bytes; what is not valid UTF-8 becomes U+FFFD."""
     return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
-  def save(self, directory: Path) -> None:
+  def save(self, directory: epath.Path) -> None:
     """Writes tokenizer.json."""
     _save_kind(directory, "bytes")
 
@@ -173,14 +174,14 @@ class SentencePieceTokenizer:
     known = (int(i) for i in ids if 0 <= i < self.vocab_size)
     return self._processor.decode([i for i in known if not self._processor.is_control(i)])
 
-  def save(self, directory: Path) -> None:
+  def save(self, directory: epath.Path) -> None:
     """Writes tokenizer.model, then tokenizer.json."""
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "tokenizer.model", self._model)
     _save_kind(directory, "sentencepiece")
 
 
-def _save_kind(directory: Path, kind: str) -> None:
+def _save_kind(directory: epath.Path, kind: str) -> None:
   directory.mkdir(parents=True, exist_ok=True)
   write_atomically(directory / "tokenizer.json", json.dumps({"kind": kind}).encode())
 
@@ -268,7 +269,8 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
     return ByteTokenizer()
   if config.tokenizer != "train":
     return _load_model(
-        Path(config.tokenizer).expanduser(), "config.data.tokenizer",
+        make_path(config.tokenizer, "config.data.tokenizer").expanduser(),
+        "config.data.tokenizer",
         '"train", "bytes" or the path of a SentencePiece .model file',
     )
   settings = json.dumps([config.vocab_size, _SAMPLE_BYTES, _CHUNK, _TRAINER_OPTIONS])
@@ -279,14 +281,14 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
   return _load_model(path, "config.data.cache_dir", "no other files than this program's")
 
 
-def _load_model(path: Path, field: str, valid: str) -> SentencePieceTokenizer:
+def _load_model(path: epath.PathLike, field: str, valid: str) -> SentencePieceTokenizer:
   try:
-    return SentencePieceTokenizer(path.read_bytes())
+    return SentencePieceTokenizer(epath.Path(path).read_bytes())
   except (OSError, ValueError) as error:
     raise invalid(field, str(path), f"{valid} ({error})") from error
 
 
-def load_saved_tokenizer(directory: Path) -> Tokenizer:
+def load_saved_tokenizer(directory: epath.Path) -> Tokenizer:
   """What a tokenizer's `save` wrote into a directory.
 
   Raises:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
-from dense_jax import sharding
+from dense_jax import distributed, sharding
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import with_params
 from dense_jax.types import Array, Batch, Params
@@ -59,13 +59,15 @@ class Evaluator:
   ) -> HeldOut:
     """Sums over host batches, each placed on devices by `put`; rows are added in float64.
 
+    With several processes each has its own rows, and all get the sums of all rows.
+
     Raises:
       ValueError: the batches have no target.
     """
     nats, targets = 0.0, 0
     for batch in batches:
       with sharding.mesh_of(params):
-        nll_B, targets_B = jax.device_get(self.score(params, put(batch)))
+        nll_B, targets_B = distributed.to_host(self.score(params, put(batch)))
       nats += float(nll_B.astype("float64").sum())
       targets += int(targets_B.sum())
     if not targets:

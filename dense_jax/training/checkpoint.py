@@ -1,13 +1,14 @@
 """Checkpoints: parameters, optimizer, step and data position, by orbax."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dense_jax.files import is_remote
 from dense_jax.training.step import TrainState
 from dense_jax.types import InputError, Params
 
@@ -15,7 +16,7 @@ HELDOUT_LOSS = "heldout_loss"
 
 
 def _manager(
-    folder: pathlib.Path, keep_last: int, keep_best: int, read_only: bool
+    folder: epath.Path, keep_last: int, keep_best: int, read_only: bool
 ) -> ocp.CheckpointManager:
   preserve: list[Any] = [policies.LatestN(keep_last)]
   if keep_best:
@@ -45,10 +46,10 @@ class Checkpoints:
   """
 
   def __init__(
-      self, folder: pathlib.Path, *, keep_last: int = 1, keep_best: int = 0,
+      self, folder: epath.Path, *, keep_last: int = 1, keep_best: int = 0,
       read_only: bool = False,
   ) -> None:
-    self._folder = folder.absolute()
+    self._folder = folder if is_remote(folder) else folder.absolute()
     self._manager = _manager(self._folder, keep_last, keep_best, read_only)
 
   @property

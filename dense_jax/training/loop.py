@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
+from dense_jax.distributed import Agreement
 from dense_jax.training.checkpoint import Checkpoints
 from dense_jax.training.metrics import MetricsWriter, Progress
 from dense_jax.training.step import Metrics, Trainer, TrainState
@@ -106,11 +107,13 @@ def train(
     hooks: called in order, after their steps.
     on_metrics: called for each step, one step late: fetching a step's metrics while the
       next one runs does not hold up the device.
-    interrupt: asked after each step.
+    interrupt: asked after each step; several processes stop after the same one.
   """
   step = int(state.step)
   pending: tuple[int, Metrics] | None = None
-  while step < steps and not interrupt.requested:
+  agreement = Agreement()
+  stop = agreement(bool(interrupt.requested))
+  while step < steps and not stop:
     batch = trainer.put(next(batches))
     with jax.transfer_guard("disallow"):
       state, metrics = trainer.train_step(state, batch)
@@ -118,7 +121,9 @@ def train(
     if pending:
       on_metrics(*pending)
     pending = (step, metrics)
-    interrupted = bool(interrupt.requested) and step < steps
+    # Asked once a step: who stops for a signal that comes later, in a hook, saves as well.
+    stop = agreement(bool(interrupt.requested))
+    interrupted = stop and step < steps
     due = [
         hook for hook in hooks
         if (hook.if_interrupted if interrupted else step == steps or not step % hook.every)
@@ -175,12 +180,14 @@ class Logger:
 
 
 def checkpoint_hook(
-    checkpoints: Checkpoints, batches: Batches, every: int,
+    checkpoints: Checkpoints, batches: Batches, writer: MetricsWriter, every: int,
     heldout_loss: Callable[[Moment], float | None],
 ) -> Hook:
   """Saves state and data position, ranked by the held-out loss at that moment."""
 
   def save(moment: Moment) -> None:
-    checkpoints.save(moment.state, moment.step, batches.get_state(), heldout_loss(moment))
+    loss = heldout_loss(moment)
+    writer.flush()  # A run that goes on from here finds all that was written before.
+    checkpoints.save(moment.state, moment.step, batches.get_state(), loss)
 
   return Hook(every, save)

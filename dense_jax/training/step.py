@@ -1,6 +1,7 @@
 """The train step: a pure function of (state, batch), compiled with shardings and donation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -140,6 +141,7 @@ class Trainer:
         shardings,
     )
     self._batch_sharding = sharding.batch_sharding(mesh)
+    self._batch_shape = (train.batch_size, config.data.seq_len)
     self._init = jax.jit(init, out_shardings=shardings)
     self.train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = jax.jit(
         train_step,
@@ -152,10 +154,15 @@ class Trainer:
     """A fresh state, made in place on its devices."""
     return self._init(jax.random.key(seed))
 
+  @functools.cached_property
+  def rows(self) -> slice:
+    """Of the global batch, those that this process loads."""
+    return sharding.local_rows(self._batch_sharding, self._batch_shape)
+
   def put(self, batch: Batch) -> Batch:
-    """A host batch (this process's rows) on the mesh."""
+    """A host batch, `rows` of the global one, on the mesh."""
     return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(self._batch_sharding, x), batch
+        lambda x: sharding.put_rows(x, self.rows, self._batch_shape[0], self._batch_sharding), batch
     )
 
   def batch_shapes(self, batch_size: int, seq_len: int) -> Batch:

@@ -137,6 +137,20 @@ def test_heldout_windows_come_in_order_and_the_last_batch_is_filled_up():
   assert sum(batch.loss_mask_BT.sum() for batch in batches) == store.num_targets
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_processes_rows_together_are_the_held_out_batches(processes):
+  """Also where a process has nothing but padding, as the last of four has here."""
+  store, rows = _store(12), 8 // processes
+  whole = list(pipeline.heldout_batches(store, T, 8))
+  parts = [
+      list(pipeline.heldout_batches(store, T, 8, rows=slice(p * rows, (p + 1) * rows)))
+      for p in range(processes)
+  ]
+  assert len(whole) == 2
+  for number, expected in enumerate(whole):
+    _same(jax.tree.map(lambda *rows: np.concatenate(rows), *[p[number] for p in parts]), expected)
+
+
 @pytest.mark.parametrize("limit, expected", [(1, [0]), (2, [0, 12]), (3, [0, 8, 16]), (9, 6)])
 def test_a_limit_spreads_evenly(limit, expected):
   batches = list(pipeline.heldout_batches(_store(23), T, 4, limit))

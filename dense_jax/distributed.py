@@ -1,0 +1,214 @@
+"""Several processes as one program: how they join, agree, gather and end.
+
+Each process has some of the devices, and all of them run the same steps. Where there is one
+process, nothing here touches the network or waits.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import urllib.request
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dense_jax.types import Array, InputError, PyTree
+
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+_GOODBYE_SECONDS = 5.0
+# At the end the others wait for the first, which scores, samples and plots.
+_SHUTDOWN_SECONDS = 3600
+
+
+def initialize(
+    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+) -> None:
+  """Joins the other processes, if there are any; before anything asks jax for its devices.
+
+  Without arguments the environment says: a Slurm or Open MPI job with several tasks, or a TPU
+  slice with several hosts (GKE or Cloud TPU VMs).
+
+  Args:
+    coordinator: HOST:PORT of process 0, which the others can reach.
+    processes: their number.
+    process_id: this one's, from 0.
+
+  Raises:
+    InputError: arguments that are not all there or not valid, or an environment of several
+      processes that jax cannot read.
+  """
+  given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+  missing = [name for name, value in given.items() if value is None]
+  if coordinator is not None and processes is not None and process_id is not None:
+    _check(coordinator, processes, process_id)
+    if processes > 1:
+      # jax gives up after five minutes, and does not say for whom it waited.
+      print(f"process {process_id} meets the other {processes - 1} at {coordinator}",
+            file=sys.stderr, flush=True)
+      jax.distributed.initialize(
+          coordinator, processes, process_id, cluster_detection_method="deactivate",
+          shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+      )
+  elif len(missing) < len(given):
+    raise InputError(
+        f"{', '.join(given)} go together: {' and '.join(missing)} "
+        f"{'is' if len(missing) == 1 else 'are'} missing"
+    )
+  elif _processes_of_environment() > 1:
+    try:
+      jax.distributed.initialize(shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+    except ValueError as error:
+      raise InputError(
+          f"this is one of several processes, but jax cannot tell which ({error}): give each "
+          f"of them {', '.join(given)}"
+      ) from error
+  if jax.process_count() > 1 and not jax.distributed.is_initialized():
+    raise InputError(
+        f"this is one of the {jax.process_count()} hosts of a TPU slice, but nothing in the "
+        f"environment says so: give each of them {', '.join(given)}"
+    )
+
+
+def _check(coordinator: str, processes: int, process_id: int) -> None:
+  if not re.fullmatch(r".+:\d{1,5}", coordinator):
+    raise InputError(f"--coordinator = {coordinator!r} is not valid: expected HOST:PORT")
+  if processes < 1:
+    raise InputError(f"--processes = {processes} is not valid: expected an integer >= 1")
+  if not 0 <= process_id < processes:
+    raise InputError(
+        f"--process-id = {process_id} is not valid: expected an integer from 0 to "
+        f"{processes - 1}, as --processes is {processes}"
+    )
+
+
+def _processes_of_environment() -> int:
+  """How many processes the environment speaks of."""
+  # The step's tasks, not the job's: a shell inside a job of many tasks is one process.
+  tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+  if tasks:
+    return int(tasks)
+  # jax itself has put it there, on a machine with TPU chips and libtpu.
+  platforms: str = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+  return _tpu_hosts() if "tpu" in platforms else 1
+
+
+def _tpu_hosts() -> int:
+  """Hosts of all slices: by GKE's environment, else by what Cloud TPU VMs are told."""
+  hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+  slices = os.environ.get("MEGASCALE_NUM_SLICES")
+  if hosts is None and "TPU_SKIP_MDS_QUERY" not in os.environ:
+    hosts = _metadata("worker-network-endpoints")
+    found = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata("tpu-env"))
+    slices = slices or (found[1] if found else None)
+  return len((hosts or "").split(",")) * int(slices or 1)
+
+
+def _metadata(attribute: str) -> str:
+  """An attribute of this virtual machine; empty where there is none."""
+  request = urllib.request.Request(_METADATA + attribute, headers={"Metadata-Flavor": "Google"})
+  try:
+    with urllib.request.urlopen(request, timeout=5) as response:
+      return response.read().decode()
+  except OSError:
+    return ""
+
+
+def name() -> str:
+  """Such as `process 1 of 4: `, for messages; empty where there is one process."""
+  if not jax.distributed.is_initialized():
+    return ""
+  return f"process {jax.process_index()} of {jax.process_count()}: "
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes and prints."""
+  return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def only_first_prints() -> Iterator[None]:
+  """Inside, standard output is that of the first process; errors are anyone's."""
+  if is_first():
+    yield
+    return
+  with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+    yield
+
+
+def to_host(tree: PyTree) -> PyTree:
+  """Arrays as whole numpy arrays, the same in all processes; all of them must call it."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def check_same(values: Mapping[str, object]) -> None:
+  """Waits for all processes, and compares what must not differ between them.
+
+  Args:
+    values: by the names of the fields that they are from.
+
+  Raises:
+    InputError: in all processes alike, if one has another value than process 0.
+  """
+  if jax.process_count() == 1:
+    return
+  digests = np.asarray([zlib.crc32(repr(value).encode()) for value in values.values()], np.uint32)
+  everywhere = multihost_utils.process_allgather(digests)
+  for name, column in zip(values, everywhere.T, strict=True):
+    others = np.flatnonzero(column != column[0])
+    if others.size:
+      raise InputError(
+          f"{name} is not the same in all processes: that of process {others[0]} differs from "
+          "that of process 0"
+      )
+
+
+class Agreement:
+  """Whether any process says yes: the same answer in all of them at the same call.
+
+  The answer is that to the call before, so that no call but the first waits for the devices:
+  each costs one all-reduce of a number, which runs behind the step that was sent before it.
+  """
+
+  def __init__(self) -> None:
+    self._before: Array | None = None
+    if jax.process_count() > 1:
+      mesh = Mesh(np.asarray(jax.devices()), ("device",))
+      self._flags = NamedSharding(mesh, PartitionSpec("device"))
+      self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def __call__(self, flag: bool) -> bool:
+    """Says yes or no. With one process, the answer is `flag` itself."""
+    if jax.process_count() == 1:
+      return flag
+    own = np.asarray([flag], np.int32)
+    now = self._any(
+        jax.make_array_from_callback((jax.device_count(),), self._flags, lambda _: own)
+    )
+    before, self._before = self._before, now
+    return bool(now if before is None else before)
+
+
+def end(status: int) -> NoReturn:
+  """Ends a process that stops before its work is done.
+
+  The others either end too, for the same reason, or wait for this one and would do so for
+  minutes: after a moment for the former it ends alone, which the latter notice.
+  """
+  if jax.distributed.is_initialized():
+    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    goodbye.start()
+    goodbye.join(_GOODBYE_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  sys.exit(status)

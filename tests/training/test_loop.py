@@ -1,0 +1,67 @@
+"""When the loop stops, and which hooks it then calls. Nothing is trained here."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import pytest
+
+from dense_jax.training.loop import Hook, Interrupt, train
+from dense_jax.training.step import TrainState
+
+
+class Counter:
+  """In place of a trainer: a step counts."""
+
+  def put(self, batch):
+    return batch
+
+  def train_step(self, state, batch):
+    return dataclasses.replace(state, step=state.step + 1), {}
+
+
+def _run(steps, hooks, interrupt, on_metrics=lambda step, metrics: None):
+  state = TrainState(0, {}, jnp.zeros(()))
+  return train(
+      Counter(), state, itertools.repeat(None), steps=steps, hooks=hooks,
+      on_metrics=on_metrics, interrupt=interrupt,
+  ).step
+
+
+def _recorder(every, **options):
+  calls = []
+  hook = Hook(every, lambda moment: calls.append((moment.step, moment.interrupted)), **options)
+  return calls, hook
+
+
+def test_hooks_are_called_after_their_steps_and_the_last():
+  calls, hook = _recorder(3)
+  assert _run(7, [hook], Interrupt()) == 7
+  assert calls == [(3, False), (6, False), (7, False)]
+
+
+def test_a_run_that_is_asked_before_it_begins_does_no_step():
+  interrupt = Interrupt()
+  interrupt.requested = "SIGTERM"
+  calls, hook = _recorder(1)
+  assert _run(5, [hook], interrupt) == 0
+  assert not calls
+
+
+@pytest.mark.parametrize(("asked_in", "stops_at"), [("step", 4), ("hook", 5)])
+def test_who_is_asked_saves_before_it_stops(asked_in, stops_at):
+  """Also where the signal comes in a hook, after which nothing would be saved."""
+  interrupt = Interrupt()
+
+  def ask(step):
+    if step == 4:
+      interrupt.requested = "SIGTERM"
+
+  # The metrics of step 3 are handed over while step 4 runs.
+  on_metrics = (lambda step, _: ask(step + 1)) if asked_in == "step" else (lambda *_: None)
+  asking = Hook(2, lambda moment: ask(moment.step) if asked_in == "hook" else None)
+  evaluations, evaluate = _recorder(1, if_interrupted=False)
+  saves, save = _recorder(100)
+  assert _run(9, [asking, evaluate, save], interrupt, on_metrics) == stops_at
+  assert saves == [(stops_at, True)]
+  assert [step for step, _ in evaluations] == list(range(1, stops_at))

@@ -1,0 +1,201 @@
+"""Several processes train as one does: the same losses, one stop, no half checkpoint.
+
+Each test starts real processes with launch/local.py, eight simulated devices in all.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import ROOT
+
+pytestmark = pytest.mark.slow
+
+STEPS = 14
+SETTINGS = [
+    "--config.data.tokenizer=bytes", "--config.data.seq_len=32", "--config.data.heldout_every=2",
+    # A family that compiles fast: only the first process's programs are kept.
+    "--config.model.family=gau_retnet", "--config.model.width=16", "--config.model.layers=2",
+    # Parameters are split over all devices, and so over all processes.
+    "--config.mesh.data=1", "--config.mesh.fsdp=-1", "--config.train.batch_size=8",
+    f"--config.train.steps={STEPS}", "--config.train.log_every=1", "--config.train.eval_every=7",
+    "--config.train.keep_best=0", f"--config.train.checkpoint_every={STEPS}",
+]
+SAVES_EACH_STEP = ["--config.train.checkpoint_every=1"]
+# Sums over eight devices are added up in another order where they are in several processes.
+CLOSE = {"rel": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("text")
+  for index in range(4):
+    lines = [f"line {line} of file {index}: {line * 7919 % 1000}\n" for line in range(80)]
+    (folder / f"{index}.txt").write_text("".join(lines))
+  return folder
+
+
+def start(processes, text, workdir, *more, devices=8):
+  """The training command as so many processes, with so many devices together."""
+  command = [
+      sys.executable, "-m", "dense_jax.cli.train", "--config", "experiments/smoke.py:debug",
+      "--workdir", str(workdir), *SETTINGS, f"--config.data.path={text}",
+      f"--config.data.cache_dir={text}/.cache", *more,
+  ]
+  return subprocess.Popen(
+      [sys.executable, "launch/local.py", "--processes", str(processes),
+       "--devices-per-process", str(devices // processes), "--", *command],
+      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      env=os.environ | {
+          "XLA_FLAGS": "--xla_backend_optimization_level=0",
+          "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      },
+  )
+
+
+def finish(process):
+  """Waits; returns status, stdout and stderr."""
+  try:
+    out, err = process.communicate(timeout=300)
+  finally:
+    process.terminate()
+  return process.returncode, out, err
+
+
+def run(*arguments, **options):
+  return finish(start(*arguments, **options))
+
+
+def pids(process):
+  """The pids of the processes, from the launcher's first line."""
+  return [int(pid) for pid in re.findall(r"process \d+ is (\d+)", process.stderr.readline())]
+
+
+def lines(workdir):
+  read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [
+      {key: value for key, value in line.items() if key != "tokens_per_second"} for line in read
+  ]
+
+
+def assert_same_run(workdir, expected):
+  got, wanted = lines(workdir), lines(expected)
+  assert [line["step"] for line in got] == [line["step"] for line in wanted]
+  for line, other in zip(got, wanted, strict=True):
+    assert line == pytest.approx(other, **CLOSE)
+
+
+def wait_for_step(process, workdir, step):
+  while process.poll() is None:
+    file = workdir / "metrics.jsonl"
+    if file.exists() and f'"step": {step},' in file.read_text():
+      return
+    time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+  """The run of one process."""
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  status, out, err = run(1, text, workdir)
+  assert status == 0, err
+  assert "devices: 8 x cpu" in out
+  return workdir
+
+
+def test_two_processes_train_as_one(text, tmp_path, alone):
+  workdir = tmp_path / "run"
+  status, out, err = run(2, text, workdir)
+  assert status == 0, err
+  assert_same_run(workdir, alone)
+  # The first alone prints and writes.
+  assert "2 processes x 4 devices: cpu | mesh: data 1 x fsdp 8" in out
+  assert out.count("this model (gau_retnet, dense depth 1)") == 1
+  assert out.count("--- continuation") == 2
+  assert "--process-id" not in out
+  assert not re.search(r"\[1\] .*(loss|step|devices)", err), err
+  assert len(list((workdir / "tensorboard").iterdir())) == 1
+  for name in ("config.json", "loss.png", "tokenizer"):
+    assert (workdir / name).exists()
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ("launcher", "SIGTERM"), ("process 1", "a signal to another process"),
+])
+def test_a_signal_stops_all_after_the_same_step(text, tmp_path, alone, asked, said):
+  workdir = tmp_path / "run"
+  process = start(2, text, workdir)
+  one = pids(process)[1]
+  wait_for_step(process, workdir, 3)
+  os.kill(one if asked == "process 1" else process.pid, signal.SIGTERM)
+  status, out, err = finish(process)
+  assert status == 1, err
+  (step,) = re.findall(rf"{said}: saved step (\d+) of {STEPS}", out)
+  assert 3 <= int(step) < STEPS
+  assert [folder.name for folder in (workdir / "checkpoints").iterdir()] == [step]
+
+  status, out, err = run(1, text, workdir)
+  assert status == 0, err
+  assert f"from step {step} to {STEPS}" in out
+  assert_same_run(workdir, alone)
+
+
+@pytest.mark.parametrize(("killed", "seconds"), [(0, 0.0), (1, 0.02)])
+def test_a_killed_process_stops_the_job_which_goes_on_from_a_whole_step(
+    text, tmp_path, alone, killed, seconds
+):
+  workdir = tmp_path / "run"
+  process = start(2, text, workdir, *SAVES_EACH_STEP)
+  one = pids(process)[killed]
+  wait_for_step(process, workdir, 5)
+  time.sleep(seconds)
+  os.kill(one, signal.SIGKILL)
+  began = time.monotonic()
+  status, _, err = finish(process)
+  assert time.monotonic() - began < 60
+  assert status == 128 + signal.SIGKILL
+  assert f"process {killed} was killed by SIGKILL" in err
+  assert re.search(rf"process {1 - killed} (had status|was killed)", err), err
+
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  # One process with one device, and four processes with two each.
+  for processes, devices, folder in ((1, 1, workdir), (4, 8, copy)):
+    status, out, err = run(processes, text, folder, *SAVES_EACH_STEP, devices=devices)
+    assert status == 0, err
+    (step,) = re.findall(rf"from step (\d+) to {STEPS}", out)
+    assert 4 <= int(step) < STEPS
+    assert_same_run(folder, alone)
+
+
+def test_what_differs_between_processes_is_named(text, tmp_path):
+  """Two processes that were given different commands, by hand."""
+  workdir = tmp_path / "run"
+  script = (
+      "import os, sys\n"
+      "number = sys.argv[-1].removeprefix('--process-id=')\n"
+      "os.execv(sys.executable, [sys.executable, *sys.argv[1:], f'--config.seed={number}'])\n"
+  )
+  process = subprocess.Popen(
+      [sys.executable, "launch/local.py", "--processes", "2", "--", sys.executable, "-c", script,
+       "-m", "dense_jax.cli.train", "--config", "experiments/smoke.py:debug",
+       "--workdir", str(workdir), *SETTINGS, f"--config.data.path={text}",
+       f"--config.data.cache_dir={text}/.cache"],
+      cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )
+  status, _, err = finish(process)
+  assert status == 2, err
+  for number in (0, 1):
+    assert (
+        f"process {number} of 2: error: the configuration is not the same in all processes" in err
+    )
+  assert "Traceback" not in err
+  assert not workdir.exists()
