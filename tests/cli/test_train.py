@@ -68,7 +68,7 @@ def test_whole_run_then_evaluate_and_generate(text, tmp_path):
   workdir = tmp_path / "run"
   status, out, err = run(TRAIN, *arguments(text, workdir))
   assert status == 0, err
-  for part in ("devices: 1 x cpu", "mesh: data 1", "states by: recurrent", "embedding",
+  for part in ("devices: 1 x cpu", "mesh: one device", "states by: recurrent", "embedding",
                "byte bigram", "byte trigram", "xz -9", "tokens/s", "peak memory", "--- prompt",
                "resume", "evaluate", "sample"):
     assert part in out
