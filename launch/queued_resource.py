@@ -9,6 +9,7 @@ import tempfile
 from dense_jax.types import InputError
 from launch import commands, job, workers
 
+SOURCE = job.ROOT
 # States, as the API names them; it knows others on the way to them.
 ACTIVE = "ACTIVE"
 PREEMPTED = ("SUSPENDING", "SUSPENDED")
@@ -103,7 +104,7 @@ class QueuedResource:
     with tempfile.TemporaryDirectory() as folder:
       archive = f"{folder}/{workers.ARCHIVE}"
       count = _pack(archive)
-      self.runner.say(f"{count} files of {job.ROOT} are in {archive}")
+      self.runner.say(f"{count} files of {SOURCE} are in {archive}")
       for node in self.nodes:
         self.runner.run([
             *self._vm("scp"), archive, f"{node}:{workers.ARCHIVE}", "--worker=all",
@@ -153,13 +154,13 @@ class QueuedResource:
 def _pack(archive: str) -> int:
   """Packs the files that git knows or would add; returns their number."""
   listed = subprocess.run(
-      ["git", "-C", str(job.ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+      ["git", "-C", str(SOURCE), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
       capture_output=True, text=True,
   )
   if listed.returncode:
-    raise InputError(f"{job.ROOT} is not a git checkout: {listed.stderr.strip()}")
-  names = [name for name in listed.stdout.split("\0") if (job.ROOT / name).is_file()]
+    raise InputError(f"{SOURCE} is not a git checkout: {listed.stderr.strip()}")
+  names = [name for name in listed.stdout.split("\0") if (SOURCE / name).is_file()]
   with tarfile.open(archive, "w:gz") as file:
     for name in names:
-      file.add(job.ROOT / name, name)
+      file.add(SOURCE / name, name)
   return len(names)

@@ -45,15 +45,16 @@ def start(command: str, environment: dict[str, str]) -> str:
   It leads a process group of its own. Its output is appended to the log.
   """
   settings = [shlex.quote(f"{name}={value}") for name, value in environment.items()]
-  line = " ".join(["env", *settings, command]) if settings else command
-  # The status is written by a shell that outlives the command.
-  script = f"cd {_SOURCE} && {line}; echo $? > {_JOB}/status"
+  line = f"cd {_SOURCE} && exec {' '.join(['env', *settings, command])}"
+  # A shell outside the group outlives it, and writes down how it ended.
+  script = (f"setsid bash -c {shlex.quote(line)} & echo $! > {_JOB}/pid; "
+            f"wait $!; echo $? > {_JOB}/status")
   return (
       f"mkdir -p {_JOB}; "
       f"if {_ALIVE}; then echo it is running already; "
-      f"else rm -f {_JOB}/status; "
-      f"nohup setsid bash -c {shlex.quote(script)} >> {LOG} 2>&1 < /dev/null & "
-      f"echo $! > {_JOB}/pid; fi"
+      f"else rm -f {_JOB}/pid {_JOB}/status; "
+      f"nohup bash -c {shlex.quote(script)} >> {LOG} 2>&1 < /dev/null & "
+      f"until [ -s {_JOB}/pid ]; do sleep 0.1; done; fi"
   )
 
 
@@ -68,8 +69,10 @@ def stop() -> str:
 def status() -> str:
   """Prints one line, `status=` and the exit status or one of the words above."""
   return (
-      f"if {_ALIVE}; then echo status={RUNNING}; "
-      f"elif [ -f {_JOB}/status ]; then echo status=$(cat {_JOB}/status); "
+      f"if {_ALIVE}; then echo status={RUNNING}; exit; fi; "
+      # One that has ended just now: its status comes at once.
+      f"if [ -f {_JOB}/pid ] && [ ! -f {_JOB}/status ]; then sleep 1; fi; "
+      f"if [ -f {_JOB}/status ]; then echo status=$(cat {_JOB}/status); "
       f"elif [ -f {_JOB}/pid ]; then echo status={KILLED}; "
       f"else echo status={ABSENT}; fi"
   )
