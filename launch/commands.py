@@ -34,7 +34,7 @@ class Runner:
 
   def __init__(self, *, dry_run: bool) -> None:
     self.dry_run = dry_run
-    self._shown = ""
+    self._asked: set[str] = set()
 
   def say(self, text: str) -> None:
     """A remark."""
@@ -52,13 +52,17 @@ class Runner:
       execute(command)
 
   def output(self, command: Sequence[str], if_dry: str) -> str:
-    """Runs a command and returns what it prints; `if_dry` in a dry run.
+    """Runs a command that only asks, and returns what it prints; `if_dry` in a dry run.
+
+    It is shown the first time alone.
 
     Raises:
       InputError: the program is not installed.
       CommandError: its status is not 0; with its `stderr`.
     """
-    self.show(command)
+    if shlex.join(command) not in self._asked:
+      self.show(command)
+    self._asked.add(shlex.join(command))
     if self.dry_run:
       return if_dry
     result = subprocess.run(_found(command), capture_output=True, text=True)
@@ -76,10 +80,7 @@ class Runner:
 
   def show(self, command: Sequence[str]) -> None:
     """Shows a command, as it can be pasted."""
-    line = shlex.join(command)
-    if line != self._shown:  # A command that asks again and again is shown once.
-      print(f"$ {line}", flush=True)
-    self._shown = line
+    print(f"$ {shlex.join(command)}", flush=True)
 
 
 def execute(command: Sequence[str]) -> None:
@@ -129,7 +130,7 @@ def check_place(options: argparse.Namespace) -> None:
   # Old projects have a domain's name before a colon.
   if not re.fullmatch(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]*", options.project):
     raise invalid("--project", options.project, "a project's ID, such as my-project-123")
-  if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", options.zone):
+  if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z0-9]+", options.zone):
     raise invalid("--zone", options.zone, "a zone, such as us-east5-b")
 
 

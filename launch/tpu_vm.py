@@ -44,6 +44,12 @@ class _Outcome(enum.Enum):
   BAD_INPUT = "the input is not valid"
   FAILED = "training failed"
   PREEMPTED = "the resource was preempted"
+  DELETED = "the resource was deleted"
+
+
+def _gone(state: str) -> _Outcome:
+  """How training has ended with the resource; somebody who deletes it wants no other."""
+  return _Outcome.DELETED if state in (ABSENT, DELETING) else _Outcome.PREEMPTED
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -105,7 +111,7 @@ def _wait(resource: QueuedResource, *others: str) -> str:
   """
   state = resource.wait()
   if state not in (ACTIVE, *others):
-    reason = resource.reason() if state else "it was not created"
+    reason = resource.reason() if state else "there is no such resource"
     raise commands.CommandError(f"{resource.name} will not be active: {reason}")
   return state
 
@@ -131,13 +137,15 @@ def _watch(resource: QueuedResource, work: job.Job) -> _Outcome:
       resource.stop()
     resource.sync()
     resource.start(work)
+  else:
+    resource.runner.say("training is running already, as it was started: watching it")
   resource.runner.say("log: " + _subcommand("logs", resource))
   failed_polls = 0
   while True:
     resource.pause()
     try:
-      if resource.state() != ACTIVE:
-        return _Outcome.PREEMPTED
+      if (state := resource.state()) != ACTIVE:
+        return _gone(state)
       statuses = resource.statuses()
     except commands.CommandError as error:
       failed_polls += 1
@@ -167,15 +175,16 @@ def _train(
       try:
         outcome = _watch(resource, work)
       except commands.CommandError:
-        # What was going on when it went away.
-        if resource.state() == ACTIVE:
+        # What was going on when it went away?
+        if (state := resource.state()) == ACTIVE:
           raise
+        outcome = _gone(state)
     resource.runner.say(outcome.value)
-    if outcome in (_Outcome.FINISHED, _Outcome.BAD_INPUT):
+    if outcome not in (_Outcome.FAILED, _Outcome.PREEMPTED):
       break
   if outcome in (_Outcome.BAD_INPUT, _Outcome.FAILED):
     resource.logs(_LOG_LINES, worker="0", follow=False)
-  if not keep:
+  if not keep and outcome != _Outcome.DELETED:
     resource.delete()
   return {_Outcome.FINISHED: 0, _Outcome.BAD_INPUT: 2}.get(outcome, 1)
 
@@ -214,7 +223,7 @@ def main(arguments: Sequence[str]) -> int:
       runner.say(f"does it fit? {work.compile_command()}")
     try:
       return _train(resource, capacity, work, options.max_restarts, options.keep)
-    except BaseException:
+    except (commands.CommandError, KeyboardInterrupt):
       print(f"{options.name} may still be there, train and cost money. The same command goes on "
             f"watching it; {_subcommand('delete', resource)} deletes it.", file=sys.stderr)
       raise

@@ -94,6 +94,14 @@ def test_capacity_that_goes_before_it_is_ours_is_asked_for_again(cloud):
   assert cloud.verbs == ["create", "delete", "create", "scp", "delete"]
 
 
+def test_what_is_deleted_meanwhile_is_not_asked_for_again(cloud, capfd):
+  cloud.trains("hang")
+  cloud.states("ACTIVE", "ACTIVE", "DELETING")
+  assert train() == 1
+  assert cloud.verbs == ["create", "scp"]
+  assert "# the resource was deleted" in capfd.readouterr().out
+
+
 def test_a_failure_starts_all_workers_again_on_the_same_machines(cloud):
   # The second worker waits for the first, as in a collective: it is killed.
   cloud.trains("1", "0", second=("hang", "0"))
@@ -124,7 +132,7 @@ def test_a_resource_that_fails_is_an_error_with_its_reason(cloud, capfd):
   assert "retnet may still be there" in err and "launch.tpu_vm delete --name=retnet" in err
 
 
-def test_it_goes_on_watching_what_trains_already(cloud):
+def test_it_goes_on_watching_what_trains_already(cloud, capfd):
   cloud.is_there()
   cloud.trains("hang")
   assert tpu_vm.main(["sync", *WHERE]) == 0
@@ -133,6 +141,7 @@ def test_it_goes_on_watching_what_trains_already(cloud):
   cloud.states("ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED")
   assert train("--max-restarts=0", "--keep") == 1
   assert cloud.verbs == before
+  assert "# training is running already, as it was started" in capfd.readouterr().out
   assert [len(cloud.trained("retnet", worker)) for worker in range(2)] == [1, 1]
 
 
@@ -207,8 +216,8 @@ def test_a_dry_run_calls_nothing(cloud, capfd):
   out = capfd.readouterr().out
   assert all(line[0] in "#$" for line in out.splitlines())
   verbs = re.findall(r"^\$ gcloud compute tpus (?:tpu-vm|queued-resources) (\w+)", out, re.M)
-  assert verbs == ["describe", "create", "describe", "ssh", "scp", "ssh", "ssh", "describe", "ssh",
-                   "delete"]
+  # What only asks is shown once.
+  assert verbs == ["describe", "create", "ssh", "scp", "ssh", "ssh", "delete"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
