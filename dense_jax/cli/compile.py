@@ -54,9 +54,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse_mesh(text: str) -> MeshConfig:
-  """`data=4,fsdp=16` as a mesh; axes that are not named are 1."""
+  """`data=4,fsdp=16` as a mesh; axes that are not named are 1, slices as many as there are."""
   axes = list(field_types(MeshConfig))
-  sizes = dict.fromkeys(axes, 1)
+  sizes = dict.fromkeys(axes, 1) | {"slices": 0}
   for part in text.split(","):
     axis, _, size = part.strip().partition("=")
     if axis not in axes or not size.removeprefix("-").isdigit():

@@ -1,13 +1,18 @@
 """Every benchmark's toy form runs to its end and records what its figures came from."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from experiments.benchmarks import cpu_dense, flops, gpu
+from dense_jax import sharding
+from dense_jax.models.params import abstract_model, get_params, logical_axes
+from experiments.benchmarks import cpu_dense, flops, gpu, tpu_matrix
 from tests.builders import model_config
 from tests.helpers import ROOT
 
@@ -146,3 +151,37 @@ def test_bytes_of_a_decoding_step():
   assert with_reads.weights > moved.weights
   inputs = model_config("gau_retnet", depth=2, inject="inputs", layers=3, heads=2, key_dim=8)
   assert cpu_dense.step_bytes(inputs, batch_size=5).shallow == 0
+
+
+@pytest.mark.slow
+def test_every_case_of_the_tpu_matrix_suits_its_slice():
+  names, models = set(), {}
+  for case in tpu_matrix.cases():
+    config, shape = case.config(), case.topology.partition(":")[2]
+    sizes = dataclasses.asdict(config.mesh) | {"slices": 1}
+    assert math.prod(sizes.values()) == math.prod(map(int, shape.split("x"))), case.name
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    sharding.check_batch(config.train.batch_size, config.data.seq_len, 1, mesh)
+    if case.model not in models:
+      models[case.model] = abstract_model(config.model)
+    model = models[case.model]
+    shapes = {name: leaf.shape for name, leaf in get_params(model).items()}
+    sharding.param_shardings(logical_axes(model), shapes, mesh)
+    names.add(case.name)
+  assert len(names) == len(list(tpu_matrix.cases()))
+
+
+def test_the_tpu_matrix_shows_what_the_compiler_refused():
+  chip = {"peak": 17e9, "capacity": 16e9}
+  bound = {"compute": 0.2, "memory": 0.4, "collectives": 0.1}
+  moved = [{"kind": "all-gather", "count": 3, "bytes": 5e9}]
+  results = {
+      "a | v5e:4x4 | fsdp 16 | 16 x 2048": {"fits": False, "hbm": chip, "bound": None},
+      "b | v5e:4x4 | fsdp 16 | 16 x 2048": {
+          "fits": True, "hbm": chip | {"peak": 8e9}, "bound": bound, "collectives": moved,
+          "matmul_flops": 4e13, "bytes_accessed": 3e11, "mfu_ceiling": 0.4,
+      },
+  }
+  _, refused, fits = tpu_matrix.table(results)
+  assert refused[:6] == ["a", "v5e:4x4", "fsdp 16", "16 x 2048", "no", "17.00 of 16"]
+  assert fits[4:] == ["yes", "8.00 of 16", "40.0", "300", "all-gather 5.00", "memory", "40%"]

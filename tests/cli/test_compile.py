@@ -45,7 +45,7 @@ def test_an_unknown_topology_names_those_that_are_known(topology):
 @pytest.mark.parametrize("mesh", ["model=4", "data", "data=x", "data=4;fsdp=2", "data=4,,fsdp=1"])
 def test_a_mesh_that_is_not_understood_names_the_axes(mesh, monkeypatch):
   monkeypatch.setattr(aot, "topology_devices", lambda _: jax.devices()[:4])
-  with pytest.raises(InputError, match=r"--mesh = .* axes data, fsdp, tensor"):
+  with pytest.raises(InputError, match=r"--mesh = .* axes slices, data, fsdp, sequence, tensor"):
     compile.main([*SMOKE, "--topology", "v5e:2x2", "--mesh", mesh])
 
 

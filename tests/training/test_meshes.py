@@ -40,8 +40,10 @@ SHAPES = [
 SSM = [family for family in FAMILIES if family != "transformer"]
 
 
-def config(family, mesh=None, *, depth=2, length=T):
-  model = model_config(family, depth, "state", vocab_size=16, layers=3)
+def config(family, mesh=None, *, depth=2, length=T, implementation="auto"):
+  model = model_config(
+      family, depth, "state", vocab_size=16, layers=3, implementation=implementation
+  )
   return ExperimentConfig(
       model=model,
       # The update is nearly the gradient itself.
@@ -97,6 +99,16 @@ def test_a_mesh_of_eight_devices_changes_nothing(family, shape):
   assert min(np.abs(expected[1][name] - value).max() for name, value in start.items()) > 1e-6
   mesh = MeshConfig(**dict(zip(AXES, shape, strict=True)))
   assert_trees_close(after_a_step(config(family, mesh)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "implementation"), [
+    (MeshConfig(slices=2, data=2, fsdp=2), "auto"),
+    (MeshConfig(data=2, sequence=2, tensor=2), "pallas"),
+])
+def test_slices_and_kernels_change_nothing(mesh, implementation):
+  actual = after_a_step(config("mamba2", mesh, implementation=implementation))
+  assert_trees_close(actual, after_a_step(config("mamba2")))
 
 
 @functools.cache
