@@ -23,7 +23,7 @@ TPU_COMPILER := $(VENV)/tpu_compiler/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-exhaustive lint ci clean
+.PHONY: help train test test-slow test-exhaustive lint xpk ci clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv312]"
@@ -35,7 +35,7 @@ train: $(VENV)/.installed ## the main job: train a small DenseMamba; ARGS="--con
 test: $(VENV)/.installed-dev $(TPU_COMPILER) ## the tests that take seconds; ARGS="-k packing"
 	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
-test-slow: $(VENV)/.installed-dev $(TPU_COMPILER) ## the tests that take minutes
+test-slow: $(VENV)/.installed-dev $(TPU_COMPILER) $(VENV)/xpk/.installed ## the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
 
 test-exhaustive: $(VENV)/.installed-dev $(TPU_COMPILER) ## what no change should need: every mesh for every family
@@ -44,6 +44,8 @@ test-exhaustive: $(VENV)/.installed-dev $(TPU_COMPILER) ## what no change should
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check $(ARGS)
 	$(BIN)/mypy
+
+xpk: $(VENV)/xpk/.installed ## xpk, which launch/xpk.py runs
 
 ci: ## all of it, on Python 3.11 and 3.12
 	.ci/run
@@ -82,4 +84,12 @@ $(VENV)/tpu_compiler/.installed: $(VENV)/.installed
 	@$(PIP) --no-deps --target $(@D) "$$($(BIN)/python -c 'import importlib.metadata as metadata; \
 	  print(next(r.split(";")[0].strip() for r in metadata.requires("jax") \
 	  if r.startswith("libtpu")))')"
+	@touch $@
+
+# Outside the environment: it pins versions of many packages, which ours need not agree with.
+$(VENV)/xpk/.installed: $(VENV)/.created
+	@echo "installing xpk into $(@D) (once) ..."
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check -q install xpk==1.16.0
 	@touch $@

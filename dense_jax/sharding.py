@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dense_jax.config import MeshConfig, defaults, invalid
 from dense_jax.types import (
@@ -32,15 +32,13 @@ ACTIVATIONS = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh of `config` over all devices (or the given ones).
+def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, int]:
+  """The size of each axis of the mesh of `config`, over so many devices in so many slices.
 
   Raises:
     InputError: the sizes do not multiply to the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
   sizes = defaults(config)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
   if sizes["slices"] and slices > 1 and sizes["slices"] != slices:
     raise invalid("config.mesh.slices", sizes["slices"], f"0 or {slices}, the devices' slices")
   sizes["slices"] = sizes["slices"] or slices
@@ -48,10 +46,22 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or 0 in sizes.values():
     raise invalid("config.mesh", sizes, "sizes >= 1, at most one of them -1")
-  if len(devices) % fixed or (not free and fixed != len(devices)):
-    raise invalid("config.mesh", sizes, f"sizes whose product is {len(devices)}, the devices")
+  if devices % fixed or (not free and fixed != devices):
+    raise invalid("config.mesh", sizes, f"sizes whose product is {devices}, the devices")
   for axis in free:
-    sizes[axis] = len(devices) // fixed
+    sizes[axis] = devices // fixed
+  return sizes
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """The mesh of `config` over all devices (or the given ones).
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  sizes = mesh_sizes(config, len(devices), slices)
   shape = tuple(sizes.values())
   grid = np.asarray(devices).reshape(shape)
   if devices[0].platform == "tpu":
@@ -69,7 +79,9 @@ def _on_chips(shape: tuple[int, ...], devices: list[jax.Device], slices: int) ->
   return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def check_batch(batch_size: int, seq_len: int, accumulate: int, mesh: Mesh) -> None:
+def check_batch(
+    batch_size: int, seq_len: int, accumulate: int, mesh: Mesh | AbstractMesh
+) -> None:
   """Raises InputError where the mesh does not divide an accumulation step's batch or its rows."""
   if seq_len % mesh.shape[SEQUENCE_AXIS]:
     raise invalid(

@@ -1,0 +1,216 @@
+"""What is launched: a training command for TPU slices, checked before anything is paid for."""
+
+import argparse
+import dataclasses
+import pathlib
+import re
+import shlex
+from collections.abc import Sequence
+
+from jax.sharding import AbstractMesh
+
+from dense_jax import experiment, sharding
+from dense_jax.analysis.chips import CHIPS
+from dense_jax.config import invalid
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# What a name counts: TensorCores, of which a chip has two, or chips.
+_GENERATIONS = {"v4": ("v4", 2), "v5litepod": ("v5e", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
+_FLAT_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
+_TYPES = (
+    f"v5litepod-N or v6e-N with N chips ({', '.join(map(str, _FLAT_SIZES))}), or v4-N or v5p-N "
+    "with N TensorCores (two a chip; a multiple of 8)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuType:
+  """A slice, as Cloud TPU names it.
+
+  Attributes:
+    name: such as v5litepod-16.
+    generation: the chip's name in `dense_jax.analysis.chips`, such as v5e.
+    chips: their number; each is one jax device.
+  """
+
+  name: str
+  generation: str
+  chips: int
+
+  @property
+  def topology(self) -> str:
+    """As `dense_jax.cli.compile` takes it, such as v5e:4x4; empty where the size has no such one.
+
+    Slices are as near to a square or a cube as powers of two can be.
+    """
+    doublings = self.chips.bit_length() - 1
+    if 1 << doublings != self.chips:
+      return ""
+    axes = CHIPS[self.generation].axes
+    # The last axes are the longest.
+    exponents = [(doublings + axis) // axes for axis in range(axes)]
+    if self.chips == 4 and axes == 3:
+      exponents = [1, 1, 0]
+    return f"{self.generation}:{'x'.join(str(1 << exponent) for exponent in exponents)}"
+
+
+def parse_tpu_type(name: str) -> TpuType:
+  """A slice by its name.
+
+  Raises:
+    InputError: there is no such slice.
+  """
+  prefix, _, count = name.partition("-")
+  if prefix in _GENERATIONS and re.fullmatch(r"[1-9]\d*", count):
+    generation, cores = _GENERATIONS[prefix]
+    chips = int(count) // cores
+    flat = CHIPS[generation].axes == 2
+    if chips in _FLAT_SIZES if flat else int(count) % 8 == 0:
+      return TpuType(name, generation, chips)
+  raise invalid("--tpu-type", name, _TYPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A training command, the same on every worker.
+
+  Attributes:
+    experiment: FILE.py[:ARG], the file relative to the project's folder.
+    workdir: gs://BUCKET/..., which all workers share.
+    overrides: dotted keys without "config.", and their text.
+    environment: variables to be set.
+    tpu_type: what each slice is.
+    slices: their number.
+    batch_size: rows of a step, in all slices together.
+  """
+
+  experiment: str
+  workdir: str
+  overrides: tuple[tuple[str, str], ...]
+  environment: dict[str, str]
+  tpu_type: TpuType
+  slices: int
+  batch_size: int
+
+  @property
+  def arguments(self) -> list[str]:
+    """Of `dense_jax.cli.train`."""
+    changes = [f"--config.{key}={value}" for key, value in self.overrides]
+    return ["--config", self.experiment, "--workdir", self.workdir, *changes]
+
+  def command(self, python: str) -> str:
+    """The shell's command line for a worker, in the project's folder there.
+
+    Args:
+      python: how a shell finds the interpreter; not quoted.
+    """
+    return f"{python} -m dense_jax.cli.train {shlex.join(self.arguments)}"
+
+  def compile_command(self) -> str:
+    """What tells whether a slice's part fits, without a TPU; empty where nothing can."""
+    if not self.tpu_type.topology:
+      return ""
+    changes = [f"--config.{key}={value}" for key, value in self.overrides]
+    if self.slices > 1:
+      changes.append(f"--config.train.batch_size={self.batch_size // self.slices}")
+    return shlex.join([
+        "python", "-m", "dense_jax.cli.compile", "--config", self.experiment,
+        "--topology", self.tpu_type.topology, *changes,
+    ])
+
+
+def add_tpu_type_argument(parser: argparse.ArgumentParser) -> None:
+  """--tpu-type."""
+  parser.add_argument("--tpu-type", required=True, metavar="TYPE",
+                      help="what each slice is, such as v6e-16, v5litepod-64, v5p-128")
+
+
+def add_slices_argument(parser: argparse.ArgumentParser) -> None:
+  """--slices."""
+  parser.add_argument("--slices", type=int, default=1, metavar="N",
+                      help="slices that train together (default 1)")
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+  """The training command's arguments, and --env."""
+  parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
+  parser.add_argument("--workdir", required=True, metavar="gs://BUCKET/...",
+                      help="where the run is kept")
+  parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE",
+                      help="set in each worker's environment; shown, so no secrets")
+
+
+def check_slices(slices: int) -> int:
+  """The number of slices.
+
+  Raises:
+    InputError: it is none.
+  """
+  if slices < 1:
+    raise invalid("--slices", slices, "an integer >= 1")
+  return slices
+
+
+def parse_job(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Job:
+  """The job of a command line, with all that can be known of it without a TPU checked.
+
+  Args:
+    options: of a parser with all three of the above.
+    overrides: of the configuration: dotted key without "config.", text.
+
+  Raises:
+    InputError: what is not valid, why, and what would be.
+  """
+  tpu_type = parse_tpu_type(options.tpu_type)
+  slices = check_slices(options.slices)
+  config = experiment.load(options.config, overrides)
+  devices = tpu_type.chips * slices
+  sizes = sharding.mesh_sizes(config.mesh, devices, slices)
+  sharding.check_batch(
+      config.train.batch_size, config.data.seq_len, config.train.accumulate,
+      AbstractMesh(tuple(sizes.values()), tuple(sizes)),
+  )
+  if not re.fullmatch(r"gs://[^/]+/.+", options.workdir):
+    raise invalid("--workdir", options.workdir, "gs://BUCKET/..., as workers share no disk")
+  _check_everywhere("config.data.path", config.data.path, "stdlib")
+  _check_everywhere("config.data.heldout_path", config.data.heldout_path, "")
+  _check_everywhere("config.data.tokenizer", config.data.tokenizer, "train", "bytes")
+  for key, value in overrides:
+    if not value.isprintable():
+      raise invalid(f"config.{key}", value, "text in one line")
+  return Job(
+      _relative(options.config), options.workdir, tuple(overrides), _environment(options.env),
+      tpu_type, slices, config.train.batch_size,
+  )
+
+
+def _check_everywhere(field: str, value: str, *words: str) -> None:
+  """Raises InputError for a path that only this machine has."""
+  if value not in words and not re.match(r"gs://[^/]|/", value):
+    known = ", ".join(word for word in words if word)
+    raise invalid(
+        field, value,
+        f"{known + ', ' if known else ''}gs://BUCKET/... or an absolute path that each worker has",
+    )
+
+
+def _relative(spec: str) -> str:
+  """The experiment, as it is named in the project's folder on a worker."""
+  name, colon, argument = spec.partition(":")
+  file = pathlib.Path(name).resolve()
+  if not file.is_relative_to(ROOT):
+    raise invalid("--config", spec, f"an experiment below {ROOT}, which is what workers have")
+  return file.relative_to(ROOT).as_posix() + colon + argument
+
+
+def _environment(pairs: Sequence[str]) -> dict[str, str]:
+  environment = {}
+  for pair in pairs:
+    name, equals, value = pair.partition("=")
+    # Quotes and backslashes would end the quotes that other programs put around a value.
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name) or not value.isprintable() or (
+        set(value) & set("\"'\\")
+    ):
+      raise invalid("--env", pair, "NAME=VALUE in one line, without quotes and backslashes")
+    environment[name] = value
+  return environment
