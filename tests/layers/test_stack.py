@@ -71,7 +71,7 @@ def _apart(state, layers):
     pytest.param("gau_retnet", "state", 0, {"layers": 5, "block_layers": 2},
                  marks=pytest.mark.slow),
     pytest.param("mamba", "state", 1, {"layers": 4}, marks=pytest.mark.slow),
-    ("gau_retnet", "state", 2, {"layers": 7}),
+    pytest.param("gau_retnet", "state", 2, {"layers": 7}, marks=pytest.mark.slow),
     ("gau_retnet", "inputs", 1, {"layers": 6, "block_layers": 2}),
     # Two levels: three super-blocks, more layers in the bank than one layer renews.
     ("mamba2", "state", 2, {"layers": 8, "block_layers": 2, "remat": "full"}),

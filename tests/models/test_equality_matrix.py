@@ -62,13 +62,15 @@ OPTIONS = {
     "inputs-fused": INPUTS | {"source": "fused", "input_norm": False},
 }
 # Those whose programs compile in a few seconds.
-QUICK_FAMILIES = ("mamba", "gau_retnet", "mamba2")
+QUICK_FAMILIES = ("mamba", "gau_retnet")
+# Each runs another family's form, at its price or more: `make test-exhaustive` has what is left.
+TWINS = ("retnet", "s4")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {"documents": (True, True), "one-document": (False, False), "carried": (False, True)}
 
 
 def _cases():
-  """(family, option, length, scene); what `make test` leaves out is marked slow."""
+  """(family, option, length, scene); what `make test` leaves out is marked."""
   cases = []
   for family in FAMILIES:
     options = [
@@ -90,10 +92,13 @@ def _cases():
       for scene, length in [(name, length) for name in SCENES for length in lengths[name]]:
         if option in ("base", "m2"):
           richest = "m2" if family in STATE_FAMILIES else "base"
-          quick = option == richest and length == C + 1 and scene == "documents"
+          rich = option == richest and length == C + 1 and scene == "documents"
+          quick, rare = rich and family != "s4", not rich
         else:  # Each option in one family.
           quick = scene == "documents" and family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
-        marks = () if quick else (pytest.mark.slow,)
+          rare = True
+        slow = pytest.mark.exhaustive if rare and family in TWINS else pytest.mark.slow
+        marks = () if quick else (slow,)
         name = f"{family}-{option}-{length}-{scene}"
         cases.append(pytest.param(family, option, length, scene, marks=marks, id=name))
   return cases
@@ -104,7 +109,7 @@ def _forms(family, option, length, scene):
   forms = list(IMPLEMENTATIONS[REGISTRY[family].form])
   # Interpreted kernels take long to compile. tests/ops/pallas compares them at every length, with
   # segments; here they meet models: one pass for all reads, reads apart, decays that rows share.
-  lengths = {"mamba": (63,), "mamba2": (1, C + 1, 257), "gau_retnet": (C - 1,)}.get(family, ())
+  lengths = {"mamba": (63,), "mamba2": (1, C, 257), "gau_retnet": (C - 1,)}.get(family, ())
   reads = ("linear", "state-gate", "concat", "attention", "fused")
   kernels = scene == "documents" and (
       length in lengths if option == "m2" else family == "mamba2" and option in reads

@@ -124,7 +124,8 @@ def collectives(settings):
 
 
 @pytest.mark.parametrize("family", [
-    pytest.param(family, marks=() if family == "mamba2" else pytest.mark.slow) for family in SSM
+    pytest.param(family, marks=pytest.mark.exhaustive if family == "s4" else pytest.mark.slow)
+    for family in SSM
 ])
 def test_what_devices_exchange_does_not_depend_on_the_length(family):
   mesh = MeshConfig(data=1, sequence=8)
