@@ -1,7 +1,7 @@
 """Trains on TPU slices of a GKE cluster: makes an xpk workload of an experiment, and submits it.
 
     python -m launch.xpk --name retnet --cluster my-cluster --project my-project \
-        --zone us-east5-b --tpu-type v6e-16 --image us-docker.pkg.dev/my-project/my/dense_jax:1 \
+        --zone us-east5-b --tpu-type v6e-16 --image my-registry/my-project/dense_jax:1 \
         --config experiments/dense_retnet_1p3b.py --workdir gs://my-bucket/retnet \
         --config.mesh.data=1 --config.mesh.fsdp=-1 --dry-run
 

@@ -21,7 +21,7 @@ TRAIN = ["--config", "experiments/dense_retnet_1p3b.py", "--workdir", "gs://b/re
          "--config.mesh.data=1", "--config.mesh.fsdp=-1"]
 PLACE = ["--name=retnet", "--cluster=my-cluster", "--project=my-project", "--zone=us-east5-b",
          "--tpu-type=v6e-16"]
-IMAGE = "--image=us-docker.pkg.dev/my-project/my/dense_jax:1"
+IMAGE = "--image=my-registry/my-project/dense_jax:1"
 
 
 @pytest.fixture(autouse=True)
@@ -124,12 +124,12 @@ def test_the_container_passes_sigterm_on_and_its_status_back(manifest, tmp_path,
 
 @pytest.mark.slow
 def test_a_base_image_gets_this_folder(manifest, capfd):
-  jobset = manifest("--base-image=gcr.io/my-project/dense_jax:1")
+  jobset = manifest("--base-image=my-registry/my-project/dense_jax:1")
   (container,) = pod(jobset)["containers"]
   assert "runner" in container["image"]
   out = capfd.readouterr().out
   assert f"Adding {ROOT} to container image" in out
-  assert "gcr.io/my-project/dense_jax:1 --append" in out and "--workdir /app" in out
+  assert "my-registry/my-project/dense_jax:1 --append" in out and "--workdir /app" in out
 
 
 def test_without_dry_run_xpk_gets_the_same_command(tmp_path, monkeypatch, capfd):
