@@ -74,6 +74,14 @@ def tpu_compiler_environment() -> dict[str, str]:
   }
 
 
+def write_text(folder: pathlib.Path) -> pathlib.Path:
+  """Four small documents in a folder, which is returned."""
+  for index in range(4):
+    lines = [f"line {line} of file {index}: {line * 7919 % 1000}\n" for line in range(80)]
+    (folder / f"{index}.txt").write_text("".join(lines))
+  return folder
+
+
 def _difference(actual: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> str:
   """How two arrays differ, in words; empty where they agree."""
   if actual.shape != expected.shape:

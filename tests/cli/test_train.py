@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, write_text
 
 TRAIN = "dense_jax.cli.train"
 SMALL = ["--config.data.tokenizer=bytes", "--config.data.seq_len=32", "--config.train.batch_size=2",
@@ -43,11 +43,7 @@ def run(module, *arguments):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("text")
-  for index in range(4):
-    lines = [f"line {line} of file {index}: {line * 7919 % 1000}\n" for line in range(80)]
-    (folder / f"{index}.txt").write_text("".join(lines))
-  return folder
+  return write_text(tmp_path_factory.mktemp("text"))
 
 
 def arguments(text, workdir, *more):

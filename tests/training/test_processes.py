@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, write_text
 
 pytestmark = pytest.mark.slow
 
@@ -35,11 +35,7 @@ CLOSE = {"rel": 1e-5}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("text")
-  for index in range(4):
-    lines = [f"line {line} of file {index}: {line * 7919 % 1000}\n" for line in range(80)]
-    (folder / f"{index}.txt").write_text("".join(lines))
-  return folder
+  return write_text(tmp_path_factory.mktemp("text"))
 
 
 def start(processes, text, workdir, *more, devices=8):
