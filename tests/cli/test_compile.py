@@ -124,7 +124,7 @@ def test_a_train_step_for_four_chips(tmp_path):
   assert set(report["hbm"]) == {"arguments", "temporaries", "outputs", "peak", "capacity"}
   assert (report["fits"], report["chips"], report["note"]) == (True, 4, "")
   assert 0 < report["hbm"]["arguments"] <= report["hbm"]["peak"] < 16e9
-  assert report["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+  assert report["mesh"] == {"slices": 1, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
   kinds = {collective["kind"] for collective in report["collectives"]}
   assert {"all-gather", "all-reduce"} <= kinds
   assert all(c["count"] > 0 and c["bytes"] > 0 for c in report["collectives"])
