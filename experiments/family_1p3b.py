@@ -5,7 +5,7 @@ Command   python -m dense_jax.cli.train --config experiments/family_1p3b.py:mamb
               --config.data.path='pile/*.jsonl.zst' \
               --config.data.tokenizer=llama/tokenizer.model \
               --config.mesh.data=1 --config.mesh.fsdp=-1
-Hardware  a TPU pod slice; `experiments/results/tpu_compile.md` says which ones it fits
+Hardware  a TPU pod slice; `python -m experiments.benchmarks.tpu_matrix` says which ones it fits
 Size      mamba 1,372,178,432, mamba2 1,343,740,928, retnet 1,311,033,344 parameters, base: D 2048,
           48 layers (retnet 24, with heads of 256), V 50280, tied head; dense_retnet_1p3b.py is
           the authors' DenseRetNet
