@@ -59,6 +59,14 @@ def _before(own: tuple[Array, Array], initial: Array, join: Join) -> Array:
   return jnp.where(is_first(), initial, run[1])
 
 
+def _elementwise(
+    left: tuple[Array, Array], right: tuple[Array, Array], devices: int
+) -> tuple[Array, Array]:
+  """Joins runs whose A multiplies each number of a state."""
+  del devices
+  return left[0] * right[0], right[0] * left[1] + right[1]
+
+
 def _on_first(initial: Array) -> Array:
   return jnp.where(is_first(), initial, 0.0)
 
@@ -81,12 +89,8 @@ def matrix_before(
       implementation="chunked", chunk=chunk,
   )
   decay_BH = jnp.exp(jnp.sum(log_decay_BTH, axis=1))
-  decay_BH = jnp.broadcast_to(decay_BH, u_BHPN.shape[:2])
-
-  def join(left: tuple[Array, Array], right: tuple[Array, Array], _: int) -> tuple[Array, Array]:
-    return left[0] * right[0], right[0][..., None, None] * left[1] + right[1]
-
-  return _before((_unless_reset(decay_BH, resets_BT), u_BHPN), initial_BHPN, join)
+  decay_BH11 = jnp.broadcast_to(decay_BH, u_BHPN.shape[:2])[..., None, None]
+  return _before((_unless_reset(decay_BH11, resets_BT), u_BHPN), initial_BHPN, _elementwise)
 
 
 def diagonal_before(
@@ -100,11 +104,7 @@ def diagonal_before(
   )
   dt_BE = jnp.sum(dt_BTE.astype(jnp.float32), axis=1)
   decay_BNE = jnp.exp(dt_BE[:, None] * a_NE[None])
-
-  def join(left: tuple[Array, Array], right: tuple[Array, Array], _: int) -> tuple[Array, Array]:
-    return left[0] * right[0], right[0] * left[1] + right[1]
-
-  return _before((_unless_reset(decay_BNE, resets_BT), u_BNE), initial_BNE, join)
+  return _before((_unless_reset(decay_BNE, resets_BT), u_BNE), initial_BNE, _elementwise)
 
 
 def lti_before(
