@@ -23,22 +23,24 @@ TPU_COMPILER := $(VENV)/tpu_compiler/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-exhaustive lint xpk ci clean
+.PHONY: help train setup test test-slow test-exhaustive lint xpk ci clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv312]"
-	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 20
 
 train: $(VENV)/.installed ## the main job: train a small DenseMamba; ARGS="--config.train.steps=10"
 	$(BIN)/python -m dense_jax.cli.train --config experiments/smoke.py --workdir runs/smoke $(ARGS)
 
-test: $(VENV)/.installed-dev $(TPU_COMPILER) ## the tests that take seconds; ARGS="-k packing"
+setup: $(VENV)/.installed-dev $(TPU_COMPILER) ## what `make test` needs and does by itself
+
+test: setup ## the tests that take seconds; ARGS="-k packing"
 	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
-test-slow: $(VENV)/.installed-dev $(TPU_COMPILER) $(VENV)/xpk/.installed ## the tests that take minutes
+test-slow: setup xpk ## the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
 
-test-exhaustive: $(VENV)/.installed-dev $(TPU_COMPILER) ## what no change should need: every mesh for every family
+test-exhaustive: setup ## what no change should need: every mesh for every family
 	$(PYTEST) -m exhaustive $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style and types

@@ -14,7 +14,7 @@ from dense_jax import sharding
 from dense_jax.models.params import abstract_model, get_params, logical_axes
 from experiments.benchmarks import cpu_dense, flops, gpu, tpu_matrix
 from tests.builders import model_config
-from tests.helpers import ROOT
+from tests.helpers import ROOT, tpu_compiler_environment
 
 FIELDS = {"date", "hardware", "versions", "command", "note", "results"}
 # Toy figures mean nothing, so that code need not be fast; what was compiled before is read.
@@ -27,12 +27,12 @@ ENVIRONMENT = {
 }
 
 
-def run(module: str, folder, *arguments: str) -> tuple[dict, str]:
+def run(module: str, folder, *arguments: str, environment=ENVIRONMENT) -> tuple[dict, str]:
   """The record and the output of a benchmark."""
   file = folder / "results.json"
   done = subprocess.run(
       [sys.executable, "-m", f"experiments.benchmarks.{module}", *arguments, "--json", file],
-      cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False,
+      cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
   )
   assert done.returncode == 0, done.stderr[-4000:]
   record = json.loads(file.read_text())
@@ -151,6 +151,25 @@ def test_bytes_of_a_decoding_step():
   assert with_reads.weights > moved.weights
   inputs = model_config("gau_retnet", depth=2, inject="inputs", layers=3, heads=2, key_dim=8)
   assert cpu_dense.step_bytes(inputs, batch_size=5).shallow == 0
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_a_sample_of_the_tpu_matrix(tmp_path):
+  """A published size by the real compiler, on a slice of 16 chips."""
+  name, page = "dense_retnet 350M | v5e:4x4 | fsdp 16 | 64 x 2048", tmp_path / "page.md"
+  record, output = run(
+      "tpu_matrix", tmp_path, "--only", name, "--markdown", page,
+      environment=tpu_compiler_environment(),
+  )
+  assert list(record["results"]) == [name]
+  found = record["results"][name]
+  assert found["fits"] and found["hbm"]["peak"] < found["hbm"]["capacity"] == 16e9
+  assert 0 < found["mfu_ceiling"] <= 1
+  # Of the parameters' 16 parts, and of their gradients.
+  assert {"all-gather", "all-reduce"} <= {each["kind"] for each in found["collectives"]}
+  row = "| dense_retnet 350M | v5e:4x4 | fsdp 16 | 64 x 2048 | yes |"
+  assert row in output and row in page.read_text()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 
 import pytest
 
+from dense_jax.cli import train
+from dense_jax.types import InputError
 from tests.helpers import ROOT, write_text
 
 TRAIN = "dense_jax.cli.train"
@@ -89,6 +92,7 @@ def test_whole_run_then_evaluate_and_generate(text, tmp_path):
   assert out.startswith("line 1")
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_bitwise(text, tmp_path):
   steps = "--config.train.steps=30"
   whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -176,10 +180,20 @@ def test_another_model_other_data_or_changed_text_is_refused(text, tmp_path):
         ("--config.mesh.tensor=3", "config.mesh"),
         ("--config.data.path=/does/not/exist", "config.data.path"),
         ("--config.model.implementation=chunked", "one of associative, pallas, recurrent"),
-        ("--confg=x", "unrecognized arguments"),
     ],
 )
-def test_bad_input_is_status_2_and_writes_nothing(text, tmp_path, argument, message):
+def test_bad_input_is_named_and_writes_nothing(text, tmp_path, argument, message):
+  workdir = tmp_path / "run"
+  with pytest.raises(InputError, match=re.escape(message)):
+    train.main(list(map(str, arguments(text, workdir, "--config.train.batch_size=8", argument))))
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("--config.train.steps=0", "error: config.train.steps = 0 is not valid"),
+    ("--confg=x", "unrecognized arguments"),
+])
+def test_bad_input_is_status_2(text, tmp_path, argument, message):
   workdir = tmp_path / "run"
   status, _, err = run(TRAIN, *arguments(text, workdir, argument))
   assert status == 2

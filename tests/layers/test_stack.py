@@ -69,12 +69,13 @@ def _apart(state, layers):
 
 @pytest.mark.parametrize(("family", "inject", "depth", "options"), [
     pytest.param("gau_retnet", "state", 0, {"layers": 5, "block_layers": 2},
-                 marks=pytest.mark.slow),
-    pytest.param("mamba", "state", 1, {"layers": 4}, marks=pytest.mark.slow),
+                 marks=pytest.mark.exhaustive),
+    pytest.param("mamba", "state", 1, {"layers": 4}, marks=pytest.mark.exhaustive),
     pytest.param("gau_retnet", "state", 2, {"layers": 7}, marks=pytest.mark.slow),
     ("gau_retnet", "inputs", 1, {"layers": 6, "block_layers": 2}),
     # Two levels: three super-blocks, more layers in the bank than one layer renews.
-    ("mamba2", "state", 2, {"layers": 8, "block_layers": 2, "remat": "full"}),
+    pytest.param("mamba2", "state", 2, {"layers": 8, "block_layers": 2, "remat": "full"},
+                 marks=pytest.mark.slow),
     pytest.param("gau_retnet", "inputs", 2, {"layers": 7, "remat": "reads"},
                  marks=pytest.mark.slow),
     # A pattern of two layers, more than the bank holds; and a bank of more than a pattern.
@@ -85,7 +86,7 @@ def _apart(state, layers):
                  {"layers": 11, "stride": 2, "block_layers": 4, "remat": "full"},
                  marks=pytest.mark.slow),
     pytest.param("transformer", "state", 0, {"layers": 4, "remat": "reads"},
-                 marks=pytest.mark.slow),
+                 marks=pytest.mark.exhaustive),
 ])
 def test_scanned_equals_unrolled(family, inject, depth, options):
   config = model_config(family, depth, inject, **options)
@@ -142,7 +143,7 @@ def test_a_decoding_step_of_the_scan_equals_the_unrolled_one(family, inject, lay
 
 
 @pytest.mark.parametrize(("family", "inject"), [
-    ("mamba", "state"), pytest.param("gau_retnet", "inputs", marks=pytest.mark.slow)
+    pytest.param("mamba", "state", marks=pytest.mark.slow), ("gau_retnet", "inputs")
 ])
 def test_remat_changes_nothing(family, inject):
   config = model_config(family, 1, inject, layers=4)

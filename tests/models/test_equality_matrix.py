@@ -9,7 +9,7 @@ and by the initial state.
 Plain dense connections of depth 2 (and attention) meet every length with documents, and some
 without; the base model, whose read is one of theirs, meets fewer. Each other option meets one
 document, and with documents a length that changes from family to family. `make test` runs a
-part; `make test-slow` the rest.
+part, `make test-slow` another, `make test-exhaustive` the rest.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from tests.builders import (
     FAMILIES,
     INPUT_FAMILIES,
     STATE_FAMILIES,
+    TWINS,
     VOCAB,
     fast_jit,
     model_config,
@@ -63,14 +64,39 @@ OPTIONS = {
 }
 # Those whose programs compile in a few seconds.
 QUICK_FAMILIES = ("mamba", "gau_retnet")
-# Each runs another family's form, at its price or more: `make test-exhaustive` has what is left.
-TWINS = ("retnet", "s4")
+# Interpreted kernels take long to compile. tests/ops/pallas compares them at every length, with
+# segments; here they meet models: one pass for all reads, reads apart, decays that rows share.
+KERNEL_LENGTHS = {"mamba": (63,), "mamba2": (1, 257), "gau_retnet": (C - 1,)}
+KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {"documents": (True, True), "one-document": (False, False), "carried": (False, True)}
 
 
+def _kernels_take_part(family, option, length, scene):
+  lengths = KERNEL_LENGTHS.get(family, ()) if option == "m2" else ()
+  reads = KERNEL_READS if family == "mamba2" else ()
+  return scene == "documents" and (length in lengths or option in reads)
+
+
+def _marks(family, option, length, scene, number):
+  """In `make test` (none), in `.ci/run` too (slow), or in `make test-exhaustive` alone."""
+  plain = option == ("m2" if family in STATE_FAMILIES else "base")
+  if plain and length == C + 1 and scene == "documents":
+    return pytest.mark.slow if family == "s4" else ()
+  turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
+  if turn and option not in ("base", "m2") and scene == "documents":  # Each option in one family.
+    return ()
+  longest = {"documents": 257, "one-document": 63, "carried": C + 1}[scene]
+  ordinary = (
+      (option in ("base", "m2") and length == longest)
+      or (family == "s4d" and option == "linear")
+      or _kernels_take_part(family, option, length, scene)
+  )
+  return pytest.mark.slow if ordinary and family not in TWINS else pytest.mark.exhaustive
+
+
 def _cases():
-  """(family, option, length, scene); what `make test` leaves out is marked."""
+  """(family, option, length, scene), marked."""
   cases = []
   for family in FAMILIES:
     options = [
@@ -90,15 +116,7 @@ def _cases():
       elif family == "s4":  # Its reads are s4d's, at twice the time.
         lengths = lengths | {"one-document" if number % 2 else "documents": ()}
       for scene, length in [(name, length) for name in SCENES for length in lengths[name]]:
-        if option in ("base", "m2"):
-          richest = "m2" if family in STATE_FAMILIES else "base"
-          rich = option == richest and length == C + 1 and scene == "documents"
-          quick, rare = rich and family != "s4", not rich
-        else:  # Each option in one family.
-          quick = scene == "documents" and family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
-          rare = True
-        slow = pytest.mark.exhaustive if rare and family in TWINS else pytest.mark.slow
-        marks = () if quick else (slow,)
+        marks = _marks(family, option, length, scene, number)
         name = f"{family}-{option}-{length}-{scene}"
         cases.append(pytest.param(family, option, length, scene, marks=marks, id=name))
   return cases
@@ -107,14 +125,7 @@ def _cases():
 def _forms(family, option, length, scene):
   """The family's forms that differ in that scene, the reference last."""
   forms = list(IMPLEMENTATIONS[REGISTRY[family].form])
-  # Interpreted kernels take long to compile. tests/ops/pallas compares them at every length, with
-  # segments; here they meet models: one pass for all reads, reads apart, decays that rows share.
-  lengths = {"mamba": (63,), "mamba2": (1, C, 257), "gau_retnet": (C - 1,)}.get(family, ())
-  reads = ("linear", "state-gate", "concat", "attention", "fused")
-  kernels = scene == "documents" and (
-      length in lengths if option == "m2" else family == "mamba2" and option in reads
-  )
-  if "pallas" in forms and not kernels:
+  if "pallas" in forms and not _kernels_take_part(family, option, length, scene):
     forms.remove("pallas")
   if "conv" in forms:  # It takes chunks where rows hold documents or go on from a state.
     return ("conv", "recurrent") if scene == "one-document" else ("chunked", "recurrent")

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from dense_jax.models.params import abstract_model, with_params
-from tests.builders import STATE_FAMILIES, fast_jit, model_config, random_params, random_tokens
+from tests.builders import (
+    STATE_FAMILIES,
+    TWINS,
+    fast_jit,
+    model_config,
+    random_params,
+    random_tokens,
+)
 
 T = 16384
 # Of a parameter's every number: dt from 2e-9 to 20, |A| from 5e-5 to 400; S4 likewise.
@@ -16,9 +23,14 @@ ENDS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", STATE_FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), [
+    pytest.param(
+        family, dtype,
+        marks=pytest.mark.slow if dtype == "bfloat16" and family not in TWINS
+        else pytest.mark.exhaustive,
+    )
+    for family in STATE_FAMILIES for dtype in ("float32", "bfloat16")
+])
 def test_extreme_steps_and_decays_stay_finite(family, dtype):
   # Retention's decays are constants: more heads come nearer to 1.
   options = {"heads": 8, "key_dim": 16} if "retnet" in family else {}

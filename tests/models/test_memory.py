@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from dense_jax.models.params import abstract_model, get_params, with_params
-from tests.builders import STATE_FAMILIES, fast_jit, model_config, packed, random_batch
+from tests.builders import STATE_FAMILIES, TWINS, fast_jit, model_config, packed, random_batch
 
 B, T, N = 2, 96, 48
 MIXERS = {
@@ -33,12 +33,18 @@ CASES = [
     for option in OPTIONS for family in STATE_FAMILIES for documents in (True, False)
     if documents or family in ("s4d", "s4")  # Others have one form for both.
 ]
-QUICK = [("mamba2", True, "lazy"), ("gau_retnet", True, "lazy"), ("s4d", False, "lazy")]
+QUICK = [("mamba2", True, "lazy"), ("gau_retnet", True, "lazy")]
+
+
+def _marks(family, documents, option):
+  if (family, documents, option) in QUICK:
+    return ()
+  return pytest.mark.exhaustive if family in TWINS else pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     ("family", "documents", "option"),
-    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=_marks(*case)) for case in CASES],
 )
 def test_training_never_holds_the_states_of_all_tokens(family, documents, option):
   config = model_config(

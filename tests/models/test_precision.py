@@ -113,7 +113,7 @@ def _distance(actual, expected):
   return jnp.sqrt(jnp.mean((actual - expected) ** 2)) / jnp.std(expected)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[1] != 1], ids=kind_name)
+@each_kind
 def test_logits_are_near_the_float32_models(kind):
   # From a carried state: a retention's first read is one product k q, near zero now and
   # then, whose sign and so the norm's output would turn with the rounding.

@@ -21,6 +21,7 @@ from dense_jax.types import InputError
 from tests.builders import (
     COMPILER_OPTIONS,
     FAMILIES,
+    TWINS,
     model_config,
     packed,
     random_batch,
@@ -38,6 +39,11 @@ SHAPES = [
     if np.prod(shape) == 8 and shape[3] <= 4
 ]
 SSM = [family for family in FAMILIES if family != "transformer"]
+# The programs of the other two are those of gau_retnet and s4d, and longer.
+each_ssm = pytest.mark.parametrize("family", [
+    pytest.param(family, marks=getattr(pytest.mark, "exhaustive" if family in TWINS else "slow"))
+    for family in SSM
+])
 
 
 def config(family, mesh=None, *, depth=2, length=T, implementation="auto"):
@@ -82,11 +88,13 @@ def _mesh_id(shape):
 
 
 def _mark(family, shape):
-  """One form of state meets every mesh; every family meets what mixes the axes."""
+  """Families meet what mixes the axes; one meets each axis alone too, and what splits tokens."""
   if (family, shape) == ("mamba2", (2, 1, 2, 2)):
     return ()
-  mixed = {(1, 1, 8, 1), (1, 2, 2, 2)}
-  return pytest.mark.slow if family == "mamba2" or shape in mixed else pytest.mark.exhaustive
+  shapes = [(1, 2, 2, 2)] if family not in TWINS else []
+  if family == "mamba2":
+    shapes += [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 2, 4), (1, 2, 1, 4), (1, 4, 2, 1)]
+  return pytest.mark.slow if shape in shapes else pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(("family", "shape"), [
@@ -123,10 +131,7 @@ def collectives(settings):
   return {each.kind: (each.count, each.bytes) for each in cost.collectives}
 
 
-@pytest.mark.parametrize("family", [
-    pytest.param(family, marks=pytest.mark.exhaustive if family == "s4" else pytest.mark.slow)
-    for family in SSM
-])
+@each_ssm
 def test_what_devices_exchange_does_not_depend_on_the_length(family):
   mesh = MeshConfig(data=1, sequence=8)
   short, long = (collectives(config(family, mesh, length=length)) for length in (T, 4 * T))
@@ -135,8 +140,7 @@ def test_what_devices_exchange_does_not_depend_on_the_length(family):
   assert long == short
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", SSM)
+@each_ssm
 def test_dense_reads_stay_on_their_heads_devices(family):
   mesh = MeshConfig(data=1, tensor=2)
   dense, base = (collectives(config(family, mesh, depth=depth)) for depth in (2, 0))

@@ -113,7 +113,7 @@ def test_two_processes_train_as_one(text, tmp_path, alone):
   assert status == 0, err
   assert_same_run(workdir, alone)
   # The first alone prints and writes.
-  assert "2 processes x 4 devices: cpu | mesh: data 1 x fsdp 8" in out
+  assert "2 processes x 4 devices: cpu | mesh: fsdp 8 |" in out
   assert out.count("this model (gau_retnet, dense depth 1)") == 1
   assert out.count("--- continuation") == 2
   assert "--process-id" not in out
