@@ -57,10 +57,10 @@ class Layer(nnx.Module):
       self.feed_forward = module
 
   def _join(self, x: Array, output: MixerOutput) -> tuple[Array, MixerOutput]:
-    x = x + output.y
+    x = constrain_tokens(x + output.y, "embed")
     if hasattr(self, "feed_forward"):
-      x = x + self.feed_forward(self.ffn_norm(x))
-    return constrain_tokens(x, "embed"), output
+      x = constrain_tokens(x + self.feed_forward(self.ffn_norm(x)), "embed")
+    return x, output
 
   def __call__(
       self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]

@@ -88,7 +88,7 @@ class LanguageModel(nnx.Module):
       last_B1 = jnp.sum(segments.valid_BT, axis=1, keepdims=True) - 1
       last_position_B = jnp.take_along_axis(segments.positions_BT, last_B1, axis=1)[:, 0]
       position_B = jnp.where(last_B1[:, 0] < 0, before_B, last_position_B + 1)
-    return self.norm(x_BTD), ModelState(position_B, layers)
+    return constrain_tokens(self.norm(x_BTD), "embed"), ModelState(position_B, layers)
 
   def head_DV(self) -> Array:
     """The head's matrix, float32."""
