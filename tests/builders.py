@@ -22,7 +22,8 @@ INPUT_FAMILIES = ("mamba", "gau_retnet", "mamba2", "retnet")
 # Each runs another family's form, at its price or more: `make test-exhaustive` has most of them.
 TWINS = ("retnet", "s4")
 each_family = pytest.mark.parametrize("family", [
-    pytest.param(family, marks=pytest.mark.slow if family in TWINS else ()) for family in FAMILIES
+    pytest.param(family, marks=pytest.mark.exhaustive if family in TWINS else ())
+    for family in FAMILIES
 ])
 # Kinds of models that the equivalences are about: (family, m, injection). All options of all
 # families are in tests/models/test_equality_matrix.py.

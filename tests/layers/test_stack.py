@@ -74,17 +74,17 @@ def _apart(state, layers):
     pytest.param("gau_retnet", "state", 2, {"layers": 7}, marks=pytest.mark.slow),
     ("gau_retnet", "inputs", 1, {"layers": 6, "block_layers": 2}),
     # Two levels: three super-blocks, more layers in the bank than one layer renews.
-    pytest.param("mamba2", "state", 2, {"layers": 8, "block_layers": 2, "remat": "full"},
+    pytest.param("gau_retnet", "state", 2, {"layers": 8, "block_layers": 2, "remat": "full"},
                  marks=pytest.mark.slow),
     pytest.param("gau_retnet", "inputs", 2, {"layers": 7, "remat": "reads"},
-                 marks=pytest.mark.slow),
+                 marks=pytest.mark.exhaustive),
     # A pattern of two layers, more than the bank holds; and a bank of more than a pattern.
     pytest.param("gau_retnet", "state", 1,
                  {"layers": 9, "stride": 2, "block_layers": 4, "remat": "full"},
                  marks=pytest.mark.slow),
     pytest.param("mamba", "state", 3,
                  {"layers": 11, "stride": 2, "block_layers": 4, "remat": "full"},
-                 marks=pytest.mark.slow),
+                 marks=pytest.mark.exhaustive),
     pytest.param("transformer", "state", 0, {"layers": 4, "remat": "reads"},
                  marks=pytest.mark.exhaustive),
 ])

@@ -86,9 +86,11 @@ def _marks(family, option, length, scene, number):
   turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
   if turn and option not in ("base", "m2") and scene == "documents":  # Each option in one family.
     return ()
-  longest = {"documents": 257, "one-document": 63, "carried": C + 1}[scene]
+  scenes = {"documents": 257, "carried": C + 1}
+  if family == "s4d":  # A form of its own for one document; what is long here, takes long.
+    scenes = {"one-document": 63}
   ordinary = (
-      (option in ("base", "m2") and length == longest)
+      (option in ("base", "m2") and length == scenes.get(scene))
       or (family == "s4d" and option == "linear")
       or _kernels_take_part(family, option, length, scene)
   )

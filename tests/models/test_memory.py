@@ -39,7 +39,8 @@ QUICK = [("mamba2", True, "lazy"), ("gau_retnet", True, "lazy")]
 def _marks(family, documents, option):
   if (family, documents, option) in QUICK:
     return ()
-  return pytest.mark.exhaustive if family in TWINS else pytest.mark.slow
+  rare = family in TWINS or (option == "mapped" and family != "mamba2")
+  return pytest.mark.exhaustive if rare else pytest.mark.slow
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ Each test starts real processes with launch/local.py, eight simulated devices in
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -144,9 +143,12 @@ def test_a_signal_stops_all_after_the_same_step(text, tmp_path, alone, asked, sa
   assert_same_run(workdir, alone)
 
 
-@pytest.mark.parametrize(("killed", "seconds"), [(0, 0.0), (1, 0.02)])
+# One process with one device goes on, and four processes with two each.
+@pytest.mark.parametrize(("killed", "seconds", "processes", "devices"), [
+    (0, 0.0, 1, 1), (1, 0.02, 4, 8),
+])
 def test_a_killed_process_stops_the_job_which_goes_on_from_a_whole_step(
-    text, tmp_path, alone, killed, seconds
+    text, tmp_path, alone, killed, seconds, processes, devices
 ):
   workdir = tmp_path / "run"
   process = start(2, text, workdir, *SAVES_EACH_STEP)
@@ -161,15 +163,11 @@ def test_a_killed_process_stops_the_job_which_goes_on_from_a_whole_step(
   assert f"process {killed} was killed by SIGKILL" in err
   assert re.search(rf"process {1 - killed} (had status|was killed)", err), err
 
-  copy = tmp_path / "copy"
-  shutil.copytree(workdir, copy)
-  # One process with one device, and four processes with two each.
-  for processes, devices, folder in ((1, 1, workdir), (4, 8, copy)):
-    status, out, err = run(processes, text, folder, *SAVES_EACH_STEP, devices=devices)
-    assert status == 0, err
-    (step,) = re.findall(rf"from step (\d+) to {STEPS}", out)
-    assert 4 <= int(step) < STEPS
-    assert_same_run(folder, alone)
+  status, out, err = run(processes, text, workdir, *SAVES_EACH_STEP, devices=devices)
+  assert status == 0, err
+  (step,) = re.findall(rf"from step (\d+) to {STEPS}", out)
+  assert 4 <= int(step) < STEPS
+  assert_same_run(workdir, alone)
 
 
 def test_what_differs_between_processes_is_named(text, tmp_path):

@@ -95,8 +95,10 @@ def test_a_mesh_changes_nothing(mesh):
   assert_trees_close(_after_two_steps(_config("gau_retnet", MESHES[mesh])), one_device)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "gau_retnet"])
+@pytest.mark.parametrize("family", [
+    pytest.param("mamba", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mamba2", "gau_retnet")),
+])
 def test_kernels_on_a_mesh_change_nothing(family):
   def config(mesh=None, implementation="auto"):
     plain = _config(family, mesh)
