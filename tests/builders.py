@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,22 @@ STATE_FAMILIES = tuple(family for family in FAMILIES if family != "transformer")
 INPUT_FAMILIES = ("mamba", "gau_retnet", "mamba2", "retnet")
 # Each runs another family's form, at its price or more: `make test-exhaustive` has most of them.
 TWINS = ("retnet", "s4")
-each_family = pytest.mark.parametrize("family", [
-    pytest.param(family, marks=pytest.mark.exhaustive if family in TWINS else ())
-    for family in FAMILIES
-])
+# Those whose programs compile in a few seconds: a recurrence by channels, one by heads.
+QUICK_FAMILIES = ("mamba", "gau_retnet")
+
+
+def _marks(case: object, quick: Collection, slow: Collection) -> tuple[pytest.MarkDecorator, ...]:
+  return () if case in quick else (pytest.mark.slow if case in slow else pytest.mark.exhaustive,)
+
+
+def _with_families(families: Sequence[str]) -> pytest.MarkDecorator:
+  quick, slow = (*QUICK_FAMILIES, "transformer"), ("mamba2", "s4d")
+  return pytest.mark.parametrize("family", [
+      pytest.param(family, marks=_marks(family, quick, slow)) for family in families
+  ])
+
+
+each_family, each_state_family = _with_families(FAMILIES), _with_families(STATE_FAMILIES)
 # Kinds of models that the equivalences are about: (family, m, injection). All options of all
 # families are in tests/models/test_equality_matrix.py.
 KINDS = [
@@ -46,16 +59,22 @@ def kind_name(kind: tuple[str, int, str]) -> str:
   return f"{name}-m{depth}-{inject}" if depth else f"{name}-m0"
 
 
-# What holds for m = 2 has little left to go wrong at m = 1, and without dense connections one
-# family shows it.
-each_kind = pytest.mark.parametrize("kind", [
-    pytest.param(
-        kind, id=kind_name(kind),
-        marks=() if (kind[0] in ("mamba", "gau_retnet", "mamba2") and kind[1] == 2)
-        or kind in (("mamba", 0, "state"), ("transformer", 0, "state")) else pytest.mark.slow,
-    )
-    for kind in KINDS
-])
+QUICK_KINDS = (
+    ("mamba", 0, "state"), ("mamba", 2, "state"), ("gau_retnet", 2, "inputs"),
+    ("transformer", 0, "state"),
+)
+SLOW_KINDS = (("mamba2", 2, "state"), ("gau_retnet", 2, "state"), ("s4d", 2, "state"))
+
+
+def with_kinds(kinds: list[tuple[str, int, str]]) -> pytest.MarkDecorator:
+  """For each of these kinds of models, a test."""
+  return pytest.mark.parametrize("kind", [
+      pytest.param(kind, id=kind_name(kind), marks=_marks(kind, QUICK_KINDS, SLOW_KINDS))
+      for kind in kinds
+  ])
+
+
+each_kind = with_kinds(KINDS)
 
 # The tests' time is compilation: without LLVM's optimisation it takes half as long.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}

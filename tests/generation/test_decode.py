@@ -13,13 +13,13 @@ from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import unrolled
 from dense_jax.types import InputError
 from tests.builders import (
-    KINDS,
-    VOCAB,
-    each_family,
-    fast_jit,
-    kind_name,
-    model_config,
-    random_model,
+  KINDS,
+  VOCAB,
+  each_family,
+  fast_jit,
+  model_config,
+  random_model,
+  with_kinds,
 )
 
 BLOCK = 8
@@ -121,7 +121,7 @@ def test_prompts_are_padded_on_the_right():
     assert segments.positions_BT[row, :length].tolist() == list(range(length))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[1] != 1], ids=kind_name)
+@with_kinds([kind for kind in KINDS if kind[1] != 1])
 def test_the_state_has_the_same_size_after_any_prompt(kind):
   """What decoding carries does not grow with what was read."""
   family, depth, inject = kind

@@ -57,7 +57,10 @@ def _assert_close(logits, expected):
   assert np.mean(difference < 1e-4) > 0.9
 
 
-@pytest.mark.parametrize("form", ["parallel", "chunked", "associative", "recurrent"])
+@pytest.mark.parametrize("form", [
+    "chunked", "recurrent",
+    *(pytest.param(form, marks=pytest.mark.slow) for form in ("parallel", "associative")),
+])
 def test_logits(golden, form):
   model = _form(load_hf(str(golden["folder"])), form)
   logits = jax.jit(lambda model, tokens: model(tokens))(model, golden["input_ids"])

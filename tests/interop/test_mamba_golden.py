@@ -52,6 +52,7 @@ def test_logits_and_loss_in_every_form(golden):
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_by_the_parallel_form(golden):
   tokens = golden["greedy"]
   logits = load_hf(str(golden["folder"]))(tokens[:, :-1])

@@ -70,6 +70,7 @@ def test_round_trip_is_bitwise(tmp_path, layout, family, options):
     assert value.dtype == np.float32, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "family", "options"), [
     (layout, family, options) for layout, family, options in MODELS if layout != "dense_jax"
 ])

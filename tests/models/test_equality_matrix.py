@@ -27,6 +27,7 @@ from dense_jax.ops.dispatch import IMPLEMENTATIONS
 from tests.builders import (
     FAMILIES,
     INPUT_FAMILIES,
+    QUICK_FAMILIES,
     STATE_FAMILIES,
     TWINS,
     VOCAB,
@@ -62,8 +63,6 @@ OPTIONS = {
     "inputs": INPUTS | {"gate_sharing": "per_source"},
     "inputs-fused": INPUTS | {"source": "fused", "input_norm": False},
 }
-# Those whose programs compile in a few seconds.
-QUICK_FAMILIES = ("mamba", "gau_retnet")
 # Interpreted kernels take long to compile. tests/ops/pallas compares them at every length, with
 # segments; here they meet models: one pass for all reads, reads apart, decays that rows share.
 KERNEL_LENGTHS = {"mamba": (63,), "mamba2": (1, 257), "gau_retnet": (C - 1,)}
@@ -82,18 +81,15 @@ def _marks(family, option, length, scene, number):
   """In `make test` (none), in `.ci/run` too (slow), or in `make test-exhaustive` alone."""
   plain = option == ("m2" if family in STATE_FAMILIES else "base")
   if plain and length == C + 1 and scene == "documents":
-    return pytest.mark.slow if family == "s4" else ()
+    return () if family in (*QUICK_FAMILIES, "transformer") else pytest.mark.slow
   turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
   if turn and option not in ("base", "m2") and scene == "documents":  # Each option in one family.
     return ()
   scenes = {"documents": 257, "carried": C + 1}
   if family == "s4d":  # A form of its own for one document; what is long here, takes long.
     scenes = {"one-document": 63}
-  ordinary = (
-      (option in ("base", "m2") and length == scenes.get(scene))
-      or (family == "s4d" and option == "linear")
-      or _kernels_take_part(family, option, length, scene)
-  )
+  ordinary = option in ("base", "m2") and length == scenes.get(scene)
+  ordinary |= _kernels_take_part(family, option, length, scene)
   return pytest.mark.slow if ordinary and family not in TWINS else pytest.mark.exhaustive
 
 

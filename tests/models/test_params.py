@@ -7,25 +7,26 @@ import pytest
 
 from dense_jax import sharding
 from dense_jax.models.params import (
-    abstract_model,
-    count_params,
-    get_params,
-    init_params,
-    logical_axes,
-    unrolled,
-    with_params,
+  abstract_model,
+  count_params,
+  get_params,
+  init_params,
+  logical_axes,
+  unrolled,
+  with_params,
 )
 from tests.builders import (
-    KINDS,
-    STATE_FAMILIES,
-    each_family,
-    each_kind,
-    fast_jit,
-    kind_name,
-    model_config,
-    random_model,
-    random_params,
-    random_tokens,
+  KINDS,
+  STATE_FAMILIES,
+  each_family,
+  each_kind,
+  each_state_family,
+  fast_jit,
+  kind_name,
+  model_config,
+  random_model,
+  random_params,
+  random_tokens,
 )
 from tests.helpers import assert_trees_close
 
@@ -120,7 +121,7 @@ def test_the_tests_own_parameters_are_away_from_fresh_ones(kind):
     assert np.mean(np.abs(value - fresh[name]) > 1e-3) > 0.8, name
 
 
-@pytest.mark.parametrize("family", STATE_FAMILIES)
+@each_state_family
 def test_a_model_is_a_pytree_that_jit_takes(family):
   model = random_model(model_config(family, 1))
   tokens = random_tokens(0, 2, 5)

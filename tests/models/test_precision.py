@@ -10,18 +10,19 @@ from dense_jax.ops.dispatch import IMPLEMENTATIONS
 from dense_jax.ops.selective_scan import StepSizes
 from dense_jax.types import Segments
 from tests.builders import (
-    KINDS,
-    STATE_FAMILIES,
-    each_kind,
-    fast_jit,
-    kind_name,
-    model_config,
-    packed,
-    random_batch,
-    random_model,
-    random_state,
-    random_tokens,
-    with_options,
+  KINDS,
+  STATE_FAMILIES,
+  each_kind,
+  each_state_family,
+  fast_jit,
+  model_config,
+  packed,
+  random_batch,
+  random_model,
+  random_state,
+  random_tokens,
+  with_kinds,
+  with_options,
 )
 from tests.helpers import assert_trees_close
 
@@ -77,9 +78,7 @@ def _outputs(model, call):
   return outputs
 
 
-@pytest.mark.parametrize(
-    "kind", [k for k in KINDS if k[0] in STATE_FAMILIES and k[1] != 1], ids=kind_name
-)
+@with_kinds([kind for kind in KINDS if kind[0] in STATE_FAMILIES and kind[1] != 1])
 @pytest.mark.parametrize("which", [0, -1], ids=["default", "recurrent"])
 def test_what_layers_compute_states_with_is_float32(kind, which):
   implementation = IMPLEMENTATIONS[REGISTRY[kind[0]].form][which]
@@ -128,7 +127,7 @@ def test_logits_are_near_the_float32_models(kind):
   assert_trees_close(jnp.mean(jnp.stack(distances)), 0.0, "bfloat16")
 
 
-@pytest.mark.parametrize("family", STATE_FAMILIES)
+@each_state_family
 def test_decoding_is_near_the_sequence(family):
   model = _model((family, 1, "state"))
   tokens, state = random_tokens(0, B, T), random_state(model, [3, 9])
@@ -143,7 +142,7 @@ def test_decoding_is_near_the_sequence(family):
   assert _dtypes(after.layers)["h"] == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("family", STATE_FAMILIES)
+@each_state_family
 def test_gradients_and_their_parameters_are_float32(family):
   model = _model((family, 2, "state"))
   batch = random_batch(packed([[5, 6], [8]]))
