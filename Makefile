@@ -40,7 +40,7 @@ test: setup ## the tests that take seconds; ARGS="-k packing"
 test-slow: setup xpk ## the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
 
-test-exhaustive: setup ## what no change should need: every mesh for every family
+test-exhaustive: setup ## every form, length and mesh of every family; more than an hour
 	$(PYTEST) -m exhaustive $(ARGS)
 
 lint: $(VENV)/.installed-dev ## style and types
