@@ -126,12 +126,14 @@ def page(results: Mapping[str, Any], command: str) -> str:
   """The table as a file."""
   versions = next(iter(results.values()))["versions"]
   said = ", ".join(f"{name} {version}" for name, version in versions.items())
+  missing = len(list(cases())) - len(results)
+  rest = f"\n\n{missing} more cases are not compiled yet; the command goes on with them."
   return (
       "# What fits which TPU slice\n\n"
       f"Made by `{command}` ({said}), without a TPU: the compiler's word on memory and work of a "
       "train step, a chip, loops counted by their trips; bf16, AdamW in float32. `bound by` and "
-      "`MFU at most` follow from published peaks: no run is faster, and no time is claimed.\n\n"
-      f"{common.markdown(table(results))}\n"
+      "`MFU at most` follow from published peaks: no run is faster, and no time is claimed."
+      f"{rest if missing else ''}\n\n{common.markdown(table(results))}\n"
   )
 
 
