@@ -13,13 +13,13 @@ from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import unrolled
 from dense_jax.types import InputError
 from tests.builders import (
-  KINDS,
-  VOCAB,
-  each_family,
-  fast_jit,
-  model_config,
-  random_model,
-  with_kinds,
+    KINDS,
+    VOCAB,
+    each_family,
+    fast_jit,
+    model_config,
+    random_model,
+    with_kinds,
 )
 
 BLOCK = 8

@@ -7,26 +7,26 @@ import pytest
 
 from dense_jax import sharding
 from dense_jax.models.params import (
-  abstract_model,
-  count_params,
-  get_params,
-  init_params,
-  logical_axes,
-  unrolled,
-  with_params,
+    abstract_model,
+    count_params,
+    get_params,
+    init_params,
+    logical_axes,
+    unrolled,
+    with_params,
 )
 from tests.builders import (
-  KINDS,
-  STATE_FAMILIES,
-  each_family,
-  each_kind,
-  each_state_family,
-  fast_jit,
-  kind_name,
-  model_config,
-  random_model,
-  random_params,
-  random_tokens,
+    KINDS,
+    STATE_FAMILIES,
+    each_family,
+    each_kind,
+    each_state_family,
+    fast_jit,
+    kind_name,
+    model_config,
+    random_model,
+    random_params,
+    random_tokens,
 )
 from tests.helpers import assert_trees_close
 

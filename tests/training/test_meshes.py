@@ -144,8 +144,10 @@ def test_what_devices_exchange_does_not_depend_on_the_length(family):
 def test_dense_reads_stay_on_their_heads_devices(family):
   mesh = MeshConfig(data=1, tensor=2)
   dense, base = (collectives(config(family, mesh, depth=depth)) for depth in (2, 0))
-  for kind in dense.keys() - {"all-reduce"}:
-    assert dense[kind][1] <= base.get(kind, (0, 0))[1], kind
+  for kind in (base.keys() | dense.keys()) - {"all-reduce"}:
+    moved, before = (found.get(kind, (0, 0))[1] for found in (dense, base))
+    # S4's input has its channels' split: its gradient is gathered, or summed, as XLA likes.
+    assert moved <= before if family in ("s4d", "s4") else moved == before, kind
   # Gates and shared queries have gradients that are summed over heads: N and D / 32 numbers a
   # token. The three reads have E, and stay where they are.
   reads = 3 * 8 * T * 2 * config(family).model.width * 4
