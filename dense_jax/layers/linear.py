@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.ops.matmul import matmul
+from dense_jax.ops.matmul import matmul, spread
 from dense_jax.types import Array
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
@@ -89,5 +89,4 @@ class RMSNorm(nnx.Module):
     """[..., width] -> the same shape, in x's dtype."""
     x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-    scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    return ((x32 * inverse).reshape(x.shape) * scale).astype(x.dtype)
+    return ((x32 * inverse).reshape(x.shape) * spread(self.scale[...], x)).astype(x.dtype)

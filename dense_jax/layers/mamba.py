@@ -23,6 +23,7 @@ from dense_jax.layers.linear import Linear, fan_in_uniform, parameter
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import dispatch, reference
+from dense_jax.ops.matmul import spread
 from dense_jax.ops.selective_scan import StepSizes
 from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_diagonal
@@ -90,8 +91,7 @@ class Mamba(nnx.Module):
     return StepSizes(low, self.dt_proj.kernel[...], self.dt_bias[...]), b, c
 
   def _output(self, y: Array, x: Array, z: Array) -> Array:
-    d = self.d[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    y = y + d * x.astype(jnp.float32)
+    y = y + spread(self.d[...], x) * x.astype(jnp.float32)
     return self.out_proj(y.astype(z.dtype) * jax.nn.silu(z))
 
   def __call__(
@@ -122,7 +122,7 @@ class Mamba(nnx.Module):
     own = {"b": b_BN, "x": x_BE}
     fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
     h_BNE = reference.diagonal_step(
-        -jnp.exp(self.a_log[...]), state["h"], dt.dt(), fused["x"], fused["b"]
+        -jnp.exp(self.a_log[...])[None], state["h"], dt.dt(), fused["x"], fused["b"]
     )
     y_BE, _, shared = self.dense.read(x_BD, c_BN, DiagonalState(h_BNE), shallow)
     y_BD = self._output(y_BE, x_BE, z_BE)

@@ -23,7 +23,7 @@ from dense_jax.layers.linear import Linear, RMSNorm, fan_in_uniform, parameter
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import dispatch, reference
-from dense_jax.ops.matmul import materialize
+from dense_jax.ops.matmul import materialize, spread
 from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_matrix
 from dense_jax.ops.token_states import MatrixState
@@ -113,8 +113,8 @@ class Mamba2(nnx.Module):
     # Whole on each device: dt, whose heads are split, would have the compiler split all of it.
     bcdt = constrain_tokens(self.bcdt_proj(x), None)
     bc, dt = jnp.split(bcdt, [2 * self.groups * self.state_size], axis=-1)
-    bias = self.dt_bias[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    dt = jnp.clip(jax.nn.softplus(dt.astype(jnp.float32) + bias), *self.dt_limit)
+    dt = jax.nn.softplus(dt.astype(jnp.float32) + spread(self.dt_bias[...], dt))
+    dt = jnp.clip(dt, *self.dt_limit)
     return self.gate_proj(x), self.in_proj(x), bc, dt
 
   def _by_group(self, x: Array) -> Array:
@@ -125,14 +125,14 @@ class Mamba2(nnx.Module):
 
   def _recurrence(self, dt: Array, fused: dict[str, Array]) -> tuple[Array, Array, Array]:
     """log decay (float32), B by group and dt x by head."""
-    a = -jnp.exp(self.a_log[...]).reshape((1,) * (dt.ndim - 1) + (-1,))
+    a = spread(-jnp.exp(self.a_log[...]), dt)
     x = self._by_head(fused["x"])
     return dt * a, self._by_group(fused["b"]), (dt[..., None] * x).astype(x.dtype)
 
   def _output(self, y: Array, x: Array, z: Array) -> Array:
     """Skip connection, gated norm and output projection of reads [..., H, P]."""
-    d = self.d[...].reshape((1,) * (x.ndim - 1) + (-1, 1))
-    y = y + d * self._by_head(x).astype(jnp.float32)
+    x = self._by_head(x).astype(jnp.float32)
+    y = y + spread(self.d[...][:, None], x) * x
     y = y.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
     return self.out_proj(self.norm(y).astype(z.dtype))
 

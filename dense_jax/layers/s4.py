@@ -29,6 +29,7 @@ from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, hippo
 from dense_jax.ops.lti import DiagonalSystem, DplrSystem, System
 from dense_jax.ops.lti_states import scan_lti
+from dense_jax.ops.matmul import spread
 from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.token_states import LtiState
 from dense_jax.types import Array, PyTree, Segments
@@ -139,8 +140,8 @@ class S4D(nnx.Module):
 
   def _output(self, y: Array, x: Array) -> Array:
     """Skip connection, activation and gated output projection of reads [..., E]."""
-    d = self.d[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    y = jax.nn.gelu(y + d * x.astype(jnp.float32), approximate=False).astype(x.dtype)
+    y = y + spread(self.d[...], x) * x.astype(jnp.float32)
+    y = jax.nn.gelu(y, approximate=False).astype(x.dtype)
     a, b = jnp.split(self.out_proj(y), 2, axis=-1)
     return a * jax.nn.sigmoid(b)
 

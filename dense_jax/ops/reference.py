@@ -17,13 +17,17 @@ import jax.numpy as jnp
 
 from dense_jax.types import Array, PyTree
 
+# Reads are contractions: XLA's CPU backend sums products over N up to 60 times as slowly where
+# B is 1 (E 1024, N 16: 85 us a token against 1.5, two cores).
+_HIGHEST = jax.lax.Precision.HIGHEST
 
-def diagonal_step(a_NE: Array, h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
+
+def diagonal_step(a_BNE: Array, h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
   """One step of the selective diagonal recurrence (arXiv 2312.00752, equation 2a).
 
   Args:
-    a_NE: float32 continuous decay rate <= 0. N comes before E so that the long axis fills
-      vector lanes.
+    a_BNE: float32 continuous decay rate <= 0; its B may be 1. N comes before E so that the
+      long axis fills vector lanes.
     h_BNE: float32 state.
     dt_BE: float32 step size >= 0.
     x_BE: the channels' inputs.
@@ -33,14 +37,14 @@ def diagonal_step(a_NE: Array, h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: Ar
     The next state, float32: exp(dt a) h + dt x b.
   """
   dt_BE = dt_BE.astype(jnp.float32)
-  decay_BNE = jnp.exp(dt_BE[:, None, :] * a_NE[None])
+  decay_BNE = jnp.exp(dt_BE[:, None, :] * a_BNE)
   u_BE = dt_BE * x_BE.astype(jnp.float32)
   return decay_BNE * h_BNE + u_BE[:, None, :] * b_BN.astype(jnp.float32)[:, :, None]
 
 
 def diagonal_read(h_BNE: Array, c_BN: Array) -> Array:
   """y_BE = sum over N of c h, float32."""
-  return jnp.sum(h_BNE * c_BN.astype(jnp.float32)[:, :, None], axis=1)
+  return jnp.einsum("bne,bn->be", h_BNE, c_BN.astype(jnp.float32), precision=_HIGHEST)
 
 
 def _per_head(x_BJN: Array, heads: int) -> Array:
@@ -83,12 +87,12 @@ def lti_step(h_BNE: Array, a_ENN: Array, b_EN: Array, x_BE: Array) -> Array:
     The next state, float32: A h + b x.
   """
   u_BNE = b_EN.T[None] * x_BE.astype(jnp.float32)[:, None, :]
-  return jnp.einsum("enk,bke->bne", a_ENN, h_BNE, precision=jax.lax.Precision.HIGHEST) + u_BNE
+  return jnp.einsum("enk,bke->bne", a_ENN, h_BNE, precision=_HIGHEST) + u_BNE
 
 
 def lti_read(h_BNE: Array, c_EN: Array) -> Array:
   """y_BE = sum over N of c h, float32."""
-  return jnp.sum(h_BNE * c_EN.T.astype(jnp.float32)[None], axis=1)
+  return jnp.einsum("bne,en->be", h_BNE, c_EN.astype(jnp.float32), precision=_HIGHEST)
 
 
 def _scan(
@@ -119,7 +123,7 @@ def diagonal_states(
   """All states h_BTNE of the selective diagonal recurrence, and the last, float32."""
 
   def step(h: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
-    return diagonal_step(a_NE, h, dt_BE, x_BE, b_BN)
+    return diagonal_step(a_NE[None], h, dt_BE, x_BE, b_BN)
 
   return _scan(step, initial_BNE, (dt_BTE, x_BTE, b_BTN), resets_BT)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dense_jax.ops import reference
 from dense_jax.ops.chunks import chunk_length
-from dense_jax.ops.matmul import matmul
+from dense_jax.ops.matmul import matmul, spread
 from dense_jax.ops.token_scan import join_chunks, split_chunks, token_scan
 from dense_jax.types import Array
 
@@ -45,8 +45,8 @@ class StepSizes:
 
   def dt(self) -> Array:
     """dt_BTE, float32."""
-    bias_E = self.bias_E.reshape((1,) * (self.low_BTR.ndim - 1) + (-1,))
-    dt = jax.nn.softplus(matmul(self.low_BTR, self.kernel_RE).astype(jnp.float32) + bias_E)
+    dt = matmul(self.low_BTR, self.kernel_RE).astype(jnp.float32)
+    dt = jax.nn.softplus(dt + spread(self.bias_E, dt))
     return dt if self.valid_BT is None else jnp.where(self.valid_BT[..., None], dt, 0)
 
 
@@ -71,6 +71,48 @@ def _associative_chunk(
   h = decay * h_BNE[None] + u
   y_CBE = jnp.sum(h * c_CBN.astype(jnp.float32)[..., None], axis=2)
   return h[-1], y_CBE
+
+
+def _recurrent(
+    dt_BTE: Array, a_BNE: Array, x_BTE: Array, b_BTN: Array, c_BTN: Array,
+    resets_BT: Array | None, initial_BNE: Array, chunk: int,
+) -> tuple[Array, Array]:
+  """`selective_scan` token by token."""
+  return token_scan(
+      functools.partial(reference.diagonal_step, a_BNE), reference.diagonal_read, initial_BNE,
+      (dt_BTE, x_BTE, b_BTN), c_BTN, resets_BT, chunk=chunk, unroll=DEFAULT_CHUNK,
+  )
+
+
+def _halves(x: Array) -> Array:
+  """[1, T, E] -> [2, T, E / 2]: half the channels a row."""
+  return jnp.moveaxis(x.reshape(x.shape[1], 2, -1), 1, 0)
+
+
+def _joined(x: Array) -> Array:
+  """The inverse of `_halves`."""
+  return jnp.moveaxis(x, 0, 1).reshape(1, x.shape[1], -1)
+
+
+def _recurrent_row(
+    dt_BTE: Array, a_NE: Array, x_BTE: Array, b_BTN: Array, c_BTN: Array,
+    resets_BT: Array | None, initial_BNE: Array, chunk: int,
+) -> tuple[Array, Array]:
+  """`selective_scan` of one row, as that of two rows of half the channels.
+
+  Channels do not meet, so that it is the same. XLA's CPU backend compiles the unrolled steps
+  of a single row into code that is up to 11 times as slow (4096 tokens, E 256, N 16, forward
+  and backward: 207 us a token against 19, two cores).
+  """
+
+  def twice(x: Array) -> Array:
+    return jnp.concatenate([x, x])
+
+  y, final = _recurrent(
+      _halves(dt_BTE), _halves(a_NE[None]), _halves(x_BTE), twice(b_BTN), twice(c_BTN),
+      None if resets_BT is None else twice(resets_BT), _halves(initial_BNE), chunk,
+  )
+  return _joined(y), _joined(final)
 
 
 def selective_scan(
@@ -108,10 +150,10 @@ def selective_scan(
   chex.assert_shape(initial_BNE, (batch, state_size, width))
   chex.assert_type([a_NE, initial_BNE], jnp.float32)
   if implementation == "recurrent":
-    return token_scan(
-        functools.partial(reference.diagonal_step, a_NE), reference.diagonal_read, initial_BNE,
-        (dt_BTE, x_BTE, b_BTN), c_BTN, resets_BT, chunk=chunk, unroll=DEFAULT_CHUNK,
-    )
+    arguments = b_BTN, c_BTN, resets_BT, initial_BNE, chunk
+    if batch == 1 and width % 2 == 0:
+      return _recurrent_row(dt_BTE, a_NE, x_BTE, *arguments)
+    return _recurrent(dt_BTE, a_NE[None], x_BTE, *arguments)
 
   chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
   # dt = 0 in the padding: it leaves the state as it is.

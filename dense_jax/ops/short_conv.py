@@ -4,6 +4,7 @@ import chex
 import jax.numpy as jnp
 
 from dense_jax.ops import sequence_parallel
+from dense_jax.ops.matmul import spread
 from dense_jax.types import Array, Segments
 
 
@@ -34,10 +35,11 @@ def short_conv(
   if sequence_parallel.shards() > 1:
     tail_BWE = sequence_parallel.tail_before(x_BTE, resets_BT, tail_BWE)
   past = jnp.concatenate([tail_BWE.astype(x_BTE.dtype), x_BTE], axis=1)
-  y_BTE = jnp.broadcast_to(bias_E.astype(x_BTE.dtype)[None, None], x_BTE.shape)
+  kernel_WE = kernel_WE.astype(x_BTE.dtype)
+  y_BTE = spread(bias_E.astype(x_BTE.dtype), x_BTE)
   if resets_BT is None or valid_BT is None:
     for tap in range(taps):
-      y_BTE = y_BTE + past[:, tap : tap + time] * kernel_WE[tap].astype(x_BTE.dtype)[None, None]
+      y_BTE = y_BTE + past[:, tap : tap + time] * spread(kernel_WE[tap], x_BTE)
     return y_BTE, past[:, time:]
 
   # The tail belongs to document 0: the one that goes on where the row does not reset.
@@ -46,7 +48,7 @@ def short_conv(
   for tap in range(taps):
     same = document[:, tap : tap + time] == document[:, taps - 1 :]
     shifted = jnp.where(same[..., None], past[:, tap : tap + time], 0)
-    y_BTE = y_BTE + shifted * kernel_WE[tap].astype(x_BTE.dtype)[None, None]
+    y_BTE = y_BTE + shifted * spread(kernel_WE[tap], x_BTE)
   lengths_B1 = jnp.sum(valid_BT, axis=1, keepdims=True, dtype=jnp.int32)
   index = lengths_B1 + jnp.arange(taps - 1)[None]
   tail_BWE = jnp.take_along_axis(past, index[..., None], axis=1)
@@ -60,5 +62,9 @@ def short_conv_step(
 ) -> tuple[Array, Array]:
   """One token of `short_conv`: y_BE and the next tail."""
   window = jnp.concatenate([tail_BWE.astype(x_BE.dtype), x_BE[:, None]], axis=1)
-  y_BE = jnp.sum(window * kernel_WE.astype(x_BE.dtype)[None], axis=1)
-  return y_BE + bias_E.astype(x_BE.dtype)[None], window[:, 1:]
+  kernel_WE = kernel_WE.astype(x_BE.dtype)
+  y_BE = spread(bias_E.astype(x_BE.dtype), x_BE)
+  # Tap by tap, in the order of `short_conv`; a sum over W is slow on a CPU.
+  for tap in range(kernel_WE.shape[0]):
+    y_BE = y_BE + window[:, tap] * spread(kernel_WE[tap], x_BE)
+  return y_BE, window[:, 1:]

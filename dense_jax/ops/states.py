@@ -93,7 +93,7 @@ class DiagonalStates:
       return DiagonalState(h_BNE).read_mapped(token[0], function, token[1])
 
     y_BTE, _ = token_scan(
-        functools.partial(reference.diagonal_step, self.a_NE), read, self._initial(),
+        functools.partial(reference.diagonal_step, self.a_NE[None]), read, self._initial(),
         (self._dt(), self.x_BTE, self.b_BTN), (query, inputs), self.resets_BT, chunk=self.chunk,
     )
     return y_BTE

@@ -53,7 +53,7 @@ def _specification(inputs, segments):
 @fast_jit
 def _compare(inputs, segments):
   """Outputs, final state and gradients by every input: the specification, then each form."""
-  weights = normal(6, *inputs["x"].shape), normal(7, B, N, E)
+  weights = normal(6, *inputs["x"].shape), normal(7, *inputs["initial"].shape)
   runs = [_specification, *(functools.partial(_fast, implementation=n) for n in IMPLEMENTATIONS)]
   return [everything(run, inputs, segments, weights) for run in runs]
 
@@ -65,6 +65,19 @@ def test_outputs_final_state_and_gradients_are_the_references(time, packed):
     expected, *fast = _compare(_inputs(time, initial), segments)
     for actual in fast:
       assert_trees_close(actual, expected)
+
+
+@pytest.mark.parametrize("width", [E, E - 1])
+def test_one_row_alone_is_the_same(width):
+  """Which is scanned as two rows where its channels are an even number."""
+  inputs = {
+      name: x if name in "bc" else x[..., :width] for name, x in _inputs(29).items()
+  }
+  inputs |= {name: x[:1] for name, x in inputs.items() if name != "a"}
+  segments = jax.tree.map(lambda x: x[:1], documents(29, ROW))
+  expected, *fast = _compare(inputs, segments)
+  for actual in fast:
+    assert_trees_close(actual, expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
