@@ -10,6 +10,7 @@ Parts     authors   gau_retnet as the authors train and sample it, against their
                     chunks joined by an associative scan)
           dense     dense over base: steps of training, and of decoding beside what bytes say
           decode    each family's decoding beside a transformer's
+          bandwidth what decoding moves, in GB/s
           constant  tokens/s at T 32768 over T 2048, rematerialised
 A ratio is of speeds, so that more than 1 is faster, but in `dense`: there it is of times. What
 must be reached stands beside it.
@@ -138,6 +139,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Table]]] = {
     "modes": cpu_modes.modes,
     "dense": cpu_dense.dense,
     "decode": cpu_dense.decode,
+    "bandwidth": cpu_dense.bandwidth,
     "constant": cpu_lengths.constant,
 }
 

@@ -5,13 +5,16 @@ the states of its sources once more. Where memory is the limit, the bytes forete
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 from dense_jax.config import ModelConfig
 from dense_jax.models.params import abstract_model, get_params
+from dense_jax.types import Array
 from experiments.benchmarks import common
 from experiments.benchmarks.common import SSM_FAMILIES, Decoding, Size, Table, TrainStep
 
@@ -131,3 +134,20 @@ def decode(quick: bool) -> Iterator[Table]:
       f"Decoding beside a {RIVAL} of {window} tokens' window, {size.width} wide, "
       f"{size.layers} layers", rows, results,
   )
+
+
+def bandwidth(quick: bool) -> Iterator[Table]:
+  """What decoding moves, alone: weights that B rows are multiplied with, and states."""
+  kernel = jnp.ones((WIDTH, 2**10 if quick else 2**17))
+  calls: dict[str, tuple[int, Callable[..., Array], Array]] = {
+      f"weights, B {size}": (1, jnp.dot, jnp.ones((size, WIDTH))) for size in BATCHES
+  }
+  calls["states, read and written"] = 2, jnp.multiply, jnp.ones((1, 1))
+  rows, results = [["what", "GB/s"]], {}
+  for name, (passes, function, other) in calls.items():
+    call = common.timed(functools.partial(jax.jit(function), other, kernel))
+    call()
+    rate = passes * kernel.nbytes / common.median(call, 1 if quick else 9) / 1e9
+    results[name] = common.figures(gigabytes_per_second=rate)
+    rows.append([name, f"{rate:.1f}"])
+  yield Table(f"Bandwidth over {kernel.nbytes / 2**20:.0f} MiB", rows, results)

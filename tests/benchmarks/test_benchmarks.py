@@ -45,7 +45,10 @@ def run(module: str, folder, *arguments: str, environment=ENVIRONMENT) -> tuple[
 def test_cpu(tmp_path):
   record, output = run("cpu", tmp_path, "--quick")
   results = record["results"]
-  assert set(results) == {"authors", "lengths", "modes", "dense", "decode", "constant"}
+  assert set(results) == {
+      "authors", "lengths", "modes", "dense", "decode", "bandwidth", "constant"
+  }
+  assert all(figures["gigabytes_per_second"] > 0 for figures in results["bandwidth"].values())
   assert all(figures["difference"] < 1e-3 for figures in results["modes"].values())
   assert results["constant"]["mamba2"]["ratio"] > 0
   decoded = results["dense"]["decode mamba2 state, m = 2 B 6"]
