@@ -67,8 +67,10 @@ def scan_layers(
 
   def call(unit_params: PyTree, state: PyTree, context: PyTree, x: Array, bank: Bank) -> PyTree:
     # A slice that passes no barrier is converted to the compute dtype before the loop, for
-    # all layers at once, and all of that is kept.
-    return unit(jax.lax.optimization_barrier(unit_params), state, context, x, bank)
+    # all layers at once, and all of that is kept. So is what follows from the context alone:
+    # masks, in the size of what they mask.
+    unit_params, context = jax.lax.optimization_barrier((unit_params, context))
+    return unit(unit_params, state, context, x, bank)
 
   def bank_at(buffer: PyTree, index: Array) -> Bank:
     """What the unit of that number sees; the buffer has the oldest first."""

@@ -5,7 +5,7 @@
 The sequence is scanned chunk by chunk. The backward pass keeps the states between chunks
 and computes those inside a chunk again, so [B, T, N, E] never exists. Inside a chunk the
 states come from `jax.lax.associative_scan` ("associative") or from a `lax.scan`
-("recurrent"), which does less arithmetic and wins where lanes are few, as on a CPU.
+("recurrent"), which does less arithmetic and leaves less in memory.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from dense_jax.ops.matmul import matmul, spread
 from dense_jax.ops.token_scan import join_chunks, split_chunks, token_scan
 from dense_jax.types import Array
 
-# Tokens a chunk. By the TPU v5e compiler one layer, forward and backward (2 x 2048 tokens,
-# E 2048, N 16), needs 0.04 GB at 16, 0.08 at 64.
+# Tokens a chunk. By the TPU v5e compiler one layer, forward and backward (4 x 2048 tokens,
+# E 2048, N 16), token by token, moves 0.92 GB at 8, 0.71 at 16, 0.96 at 32 and 3.10 at 64.
 DEFAULT_CHUNK = 16
 
 
