@@ -116,9 +116,9 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
       for rank, length in enumerate(plan.lengths, 1):
         rival = Rival(family, plan.tokens // length, length)
         yield rank + later, f"rival/{family}/base/T{length}", rival
-    # The specification, a token at a time, is no rival of any.
+    # Of matrix states a token at a time is the specification, and no rival of any.
     for form in dispatch.IMPLEMENTATIONS[FAMILIES[family].form]:
-      if form != "recurrent":
+      if form != "recurrent" or FAMILIES[family].form == "diagonal":
         length = plan.mode_length
         case = _train(family, plan, "base", length, implementation=form)
         yield 1 + later, f"mode/{family}/{form}/T{length}", case
