@@ -13,16 +13,10 @@ CONSTANT_BAR = 0.9
 WIDTH, CONSTANT_WIDTH, LAYERS = 128, 256, 2
 
 
-def _rates(
-    family: str, width: int, lengths: tuple[int, ...], tokens: int, remat: str
-) -> list[float]:
-  """Training tokens/s at each length, `tokens` a batch, a document a row."""
-  rates = []
-  for length in lengths:
-    size = Size(width, LAYERS, 256, tokens // length, length)
-    step = TrainStep(common.config(family, size, remat=remat))
-    rates.append(step.tokens / common.median(step, 2))
-  return rates
+def _step(family: str, width: int, length: int, tokens: int, remat: str) -> TrainStep:
+  """Training on rows of one length, `tokens` a batch, a document a row."""
+  size = Size(width, LAYERS, 256, tokens // length, length)
+  return TrainStep(common.config(family, size, remat=remat))
 
 
 def lengths(quick: bool) -> Iterator[Table]:
@@ -31,7 +25,10 @@ def lengths(quick: bool) -> Iterator[Table]:
   rows = [["family, tokens/s at T", *map(str, chosen), f"T {chosen[-1]} over T {chosen[0]}"]]
   results = {}
   for family in common.progress(("gau_retnet",) if quick else SSM_FAMILIES, "lengths"):
-    rates = _rates(family, 32 if quick else WIDTH, chosen, tokens, "none")
+    rates = []
+    for length in chosen:
+      step = _step(family, 32 if quick else WIDTH, length, tokens, "none")
+      rates.append(tokens / common.median(step, 2))
     ratio = rates[-1] / rates[0]
     results[family] = common.figures(
         **{f"tokens_per_second {length}": rate for length, rate in zip(chosen, rates, strict=True)},
@@ -43,16 +40,21 @@ def lengths(quick: bool) -> Iterator[Table]:
 
 def constant(quick: bool) -> Iterator[Table]:
   """Long rows against short ones, each layer and each read rematerialised."""
-  chosen = (64, 256) if quick else CONSTANT_LENGTHS
-  tokens = chosen[-1]
-  rows = [["family, tokens/s at T", *map(str, chosen), f"T {chosen[1]} over T {chosen[0]}", "bar"]]
+  short, long = (64, 256) if quick else CONSTANT_LENGTHS
+  rows = [["family, tokens/s at T", str(short), str(long), f"T {long} over T {short}", "range",
+           "bar"]]
   results = {}
   for family in common.progress(("mamba2",) if quick else CONSTANT_FAMILIES, "constant"):
-    rates = _rates(family, 32 if quick else CONSTANT_WIDTH, chosen, tokens, "full")
-    ratio = rates[1] / rates[0]
+    steps = [
+        _step(family, 32 if quick else CONSTANT_WIDTH, length, long, "full")
+        for length in (long, short)
+    ]
+    times = common.compare(*steps, 1 if quick else 7)
+    rates = long / times.second, long / times.first
     results[family] = common.figures(
-        **{f"tokens_per_second {length}": rate for length, rate in zip(chosen, rates, strict=True)},
-        ratio=ratio, bar=CONSTANT_BAR,
+        **{f"tokens_per_second {short}": rates[0], f"tokens_per_second {long}": rates[1]},
+        ratio=times.ratio, low=times.low, high=times.high, bar=CONSTANT_BAR,
     )
-    rows.append([family, *map(common.number, rates), common.ratio(ratio), common.bar(CONSTANT_BAR)])
-  yield Table(f"Training, {tokens} tokens a batch, remat full", rows, results)
+    rows.append([family, *map(common.number, rates), common.ratio(times.ratio),
+                 times.range(), common.bar(CONSTANT_BAR)])
+  yield Table(f"Training, {long} tokens a batch, remat full", rows, results)
