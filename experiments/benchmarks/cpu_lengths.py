@@ -45,11 +45,11 @@ def constant(quick: bool) -> Iterator[Table]:
            "bar"]]
   results = {}
   for family in common.progress(("mamba2",) if quick else CONSTANT_FAMILIES, "constant"):
-    steps = [
-        _step(family, 32 if quick else CONSTANT_WIDTH, length, long, "full")
-        for length in (long, short)
-    ]
-    times = common.compare(*steps, 1 if quick else 7)
+    width = 32 if quick else CONSTANT_WIDTH
+    times = common.compare(
+        _step(family, width, long, long, "full"), _step(family, width, short, long, "full"),
+        1 if quick else 7,
+    )
     rates = long / times.second, long / times.first
     results[family] = common.figures(
         **{f"tokens_per_second {short}": rates[0], f"tokens_per_second {long}": rates[1]},
