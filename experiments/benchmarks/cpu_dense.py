@@ -94,7 +94,7 @@ def _decoding(quick: bool) -> Table:
     base = Decoding(settings, batch_size)
     for kind, options in list(KINDS.items())[1 if quick else 0:]:
       dense_settings = common.config(family, size, dense=options)
-      times = common.compare(base, Decoding(dense_settings, batch_size), 1 if quick else 9)
+      times = common.compare(base, Decoding(dense_settings, batch_size), 1 if quick else 31)
       moved = [step_bytes(each.model, batch_size) for each in (settings, dense_settings)]
       expected = moved[1].total() / moved[0].total()
       results[f"decode {family} {kind} B {batch_size}"] = {

@@ -1,5 +1,6 @@
 """Training at the same number of tokens a batch in longer and longer rows."""
 
+import statistics
 from collections.abc import Iterator
 
 from experiments.benchmarks import common
@@ -20,16 +21,16 @@ def _step(family: str, width: int, length: int, tokens: int, remat: str) -> Trai
 
 
 def lengths(quick: bool) -> Iterator[Table]:
-  """Every family, in the forms that it trains with by default."""
+  """Every family, in the forms that it trains with by default; the lengths are timed in turn."""
   chosen, tokens = ((64, 128), 128) if quick else (LENGTHS, 16384)
   rows = [["family, tokens/s at T", *map(str, chosen), f"T {chosen[-1]} over T {chosen[0]}"]]
   results = {}
   for family in common.progress(("gau_retnet",) if quick else SSM_FAMILIES, "lengths"):
-    rates = []
-    for length in chosen:
-      step = _step(family, 32 if quick else WIDTH, length, tokens, "none")
-      rates.append(tokens / common.median(step, 2))
-    ratio = rates[-1] / rates[0]
+    width = 32 if quick else WIDTH
+    steps = [_step(family, width, length, tokens, "none") for length in chosen]
+    rounds = [[step() for step in steps] for _ in range(1 if quick else 7)]
+    rates = [tokens / statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+    ratio = statistics.median(seconds[0] / seconds[-1] for seconds in rounds)
     results[family] = common.figures(
         **{f"tokens_per_second {length}": rate for length, rate in zip(chosen, rates, strict=True)},
         ratio=ratio,
