@@ -1,9 +1,11 @@
 """Files that are whole or absent, in a local folder or in a bucket."""
 
 import importlib.util
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -13,13 +15,19 @@ from dense_jax.types import InputError
 def make_path(text: str, field: str) -> epath.Path:
   """A path that a user gave: a local one, or gs://BUCKET/... (which pathlib would garble).
 
+  A leading ~ or ~USER is that home directory, wherever the path was given: a shell leaves it as
+  it is after an equals sign.
+
   Args:
     text: the path.
     field: where it was given, for error messages.
 
   Raises:
-    InputError: another scheme, or a bucket without the library that reads it.
+    InputError: an empty path (a variable that is not set), a home directory that does not
+      exist, another scheme, or a bucket without the library that reads it.
   """
+  if not text.strip():
+    raise InputError(f"{field} = {text!r} is not valid: expected a path; it is empty")
   scheme, separator, _ = text.partition("://")
   if separator and scheme != "gs":
     raise InputError(f"{field} = {text!r} is not valid: expected a local path or gs://BUCKET/...")
@@ -27,7 +35,12 @@ def make_path(text: str, field: str) -> epath.Path:
     raise InputError(
         f"{field} = {text!r} is in a bucket, for which gcsfs is missing: pip install -e '.[gcs]'"
     )
-  return epath.Path(text)
+  if separator:
+    return epath.Path(text)
+  try:
+    return epath.Path(os.fspath(Path(text).expanduser()))
+  except RuntimeError as error:
+    raise InputError(f"{field} = {text!r} is not valid: {error}") from error
 
 
 def _reads_buckets() -> bool:
@@ -58,3 +71,16 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def parse_json(content: bytes | str) -> Any:
+  """JSON, as `json.loads` has it, with one kind of error for all that can be wrong with it.
+
+  Raises:
+    ValueError: it is no JSON, is cut short, is not UTF-8, is nested too deeply to be read, or
+      holds an integer of more digits than Python reads; the message says which.
+  """
+  try:
+    return json.loads(content)
+  except RecursionError:
+    raise ValueError("it is nested too deeply") from None
