@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 # What people, terminals and schedulers send, and what would otherwise end the process.
 SIGNALS = tuple(
@@ -59,9 +59,11 @@ class Interrupt:
     requested: who asked first, such as "SIGTERM"; empty if nobody has.
   """
 
-  _active: "list[Interrupt]" = []
+  _active: ClassVar["list[Interrupt]"] = []
 
-  def __init__(self, meanwhile: Callable[[], str] = lambda: "ended before its work was done") -> None:
+  def __init__(
+      self, meanwhile: Callable[[], str] = lambda: "ended before its work was done"
+  ) -> None:
     """Hears nothing before it is entered; then it obeys at once.
 
     Args:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 from etils import epath
 
@@ -47,37 +48,36 @@ def check_config(workdir: epath.Path, config: ExperimentConfig) -> None:
       )
 
 
-def check_data(workdir: epath.Path, data: Datasets) -> None:
-  """Whether a run with a checkpoint goes on with the text that it began with, wherever that lies.
-
-  Raises:
-    InputError: it does not, with what differs.
-  """
-  if not saved_steps(workdir / CHECKPOINTS):
-    return
-  try:
-    before = parse_json((workdir / DATA_FILE).read_bytes())
-  except (OSError, ValueError):
-    return  # The data's position in the checkpoint holds the fingerprint too.
-  lines = identity.explain_difference(before, identity.describe(data))
-  if lines:
-    raise InputError(
-        "the run in --workdir was made with other data:\n" + "\n".join(f"  {line}" for line in lines)
-        + "\nGive the text and the tokenizer that it began with to go on, or another --workdir."
-    )
-
-
-def write_identity(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
-  """Writes what later commands check and use, the configuration first; clears a killed one's rest.
+def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
+  """Writes what identifies the run, the configuration first; clears what a killed one left.
 
   A folder that has a config.json is a run's, at whatever moment its process is killed.
+
+  Raises:
+    InputError: the folder has checkpoints of a run on other data; the message says what differs.
+      Where the data lie does not matter.
   """
+  described = identity.describe(data)
+  if saved_steps(workdir / CHECKPOINTS):
+    _check_data(workdir, described)
   if not is_remote(workdir):
     for folder in (workdir, workdir / TOKENIZER):
       for entry in folder.iterdir() if folder.is_dir() else ():
         if _PARTIAL.fullmatch(entry.name) and entry.is_file():
           entry.unlink()
   experiment.save(config, workdir)
-  described = json.dumps(identity.describe(data), indent=1)
-  write_atomically(workdir / DATA_FILE, described.encode())
+  write_atomically(workdir / DATA_FILE, json.dumps(described, indent=1).encode())
   data.tokenizer.save(workdir / TOKENIZER)
+
+
+def _check_data(workdir: epath.Path, described: dict[str, Any]) -> None:
+  try:
+    before = parse_json((workdir / DATA_FILE).read_bytes())
+  except (OSError, ValueError):
+    return  # The data's position in the checkpoint holds the fingerprint too.
+  lines = [f"  {line}" for line in identity.explain_difference(before, described)]
+  if lines:
+    raise InputError(
+        "the run in --workdir was made with other data:\n" + "\n".join(lines)
+        + "\nGive the text and the tokenizer that it began with to go on, or another --workdir."
+    )

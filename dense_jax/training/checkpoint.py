@@ -33,12 +33,8 @@ def check_name(folder: epath.Path, field: str) -> None:
     InputError: naming `field` and the whole path.
   """
   path = os.fspath(folder if is_remote(folder) else folder.absolute())
-  try:
-    path.encode()
-    unusable = re.search(r"\\|\[.*\]", path, re.DOTALL)
-  except UnicodeEncodeError:
-    unusable = True
-  if unusable:
+  # A surrogate stands for a byte that is not UTF-8.
+  if re.search(r"\\|\[.*\]|[\ud800-\udfff]", path, re.DOTALL):
     raise invalid(
         field, path, "a path (with the current folder's, where it is relative) without "
         "[...], backslashes and bytes that are not UTF-8, as checkpoints there could not be read",
@@ -207,9 +203,17 @@ class Checkpoints:
           f"{', '.join(str(s) for s in saved_steps(self._folder) if s != step) or 'none'}"
       ) from error
 
-  def close(self) -> None:
-    """Waits for the last save."""
+  def wait(self) -> None:
+    """Waits for the last save.
+
+    Raises:
+      Exception: it failed.
+    """
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the last save, and ends the threads."""
+    self.wait()
     self._manager.close()
 
 

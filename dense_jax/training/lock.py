@@ -51,7 +51,7 @@ class RunLock:
     """
     self._workdir = workdir
     self._file = workdir / LOCK_FILE
-    self._content = {
+    self._content: dict[str, Any] = {
         "host": socket.gethostname(), "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "token": uuid.uuid4().hex, "alive": 0,
     }
@@ -162,11 +162,14 @@ class RunLock:
         gone, holder = not _is_at(self._handle, self._file), _read(self._handle)
       if gone or not holder:
         self._lost = "it was removed or unmounted"
-      elif holder.get("token") != self._content["token"]:
+      elif not self._is_own(holder):
         self._lost = f"it was taken over by {_name(holder)}"
     except OSError:
       pass  # A file system that does not answer may do so again.
     return self._lost
+
+  def _is_own(self, holder: dict[str, Any]) -> bool:
+    return holder.get("token") == self._content["token"]
 
   def check(self) -> None:
     """Looks whether the folder is still there, and still this run's.
@@ -196,9 +199,8 @@ class RunLock:
           self._file.unlink()
         os.close(self._handle)
         self._handle = None
-      elif is_remote(self._workdir) and not self._lost:
-        if self._read_remote().get("token") == self._content["token"]:
-          self._file.unlink()
+      elif is_remote(self._workdir) and self._is_own(self._read_remote()):
+        self._file.unlink()
     for folder in self._made:
       try:
         os.rmdir(folder)
