@@ -26,7 +26,7 @@ SIGNALS = tuple(
 _GRACE_SECONDS = 3.0
 # A launcher and a terminal may both pass one request on: what follows so soon is the same one.
 _SAME_REQUEST_SECONDS = 1.0
-_GOODBYE_SECONDS = 2.0
+_GOODBYE_SECONDS = 3.0
 _STATUS = 1
 _NO_MORE = b"\0"  # No signal has this number.
 
@@ -104,6 +104,19 @@ class Interrupt:
     self.requested = self.requested or who
     if not self._waits and threading.current_thread() is threading.main_thread():
       self._stop()
+
+  def done(self, status: int) -> None:
+    """Says that the process has nothing more to do or say, and ends with `status`.
+
+    Signals are not heard any more. Where a thread of some library keeps the interpreter from
+    ending, as one does that prepares a huge batch, the process ends without waiting for it.
+    """
+    for number in self._before:
+      self._before[number] = signal.SIG_IGN
+      signal.signal(number, signal.SIG_IGN)
+    ending = threading.Timer(_GOODBYE_SECONDS, os._exit, (status,))
+    ending.daemon = True
+    ending.start()
 
   def _stop(self) -> None:
     if not self._obeyed:

@@ -13,7 +13,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "dense_jax"
 
-_MODEL = ("models", "layers", "ops", "types", "config", "files", "sharding", "distributed")
+_MODEL = ("models", "layers", "ops", "types", "config", "files", "interrupt", "sharding",
+          "distributed")
 # Room -> the other rooms that it may import. `__init__` is dense_jax/__init__.py itself.
 ROOMS = {
     "__init__": ("types", "config"),
@@ -21,6 +22,7 @@ ROOMS = {
     "config": ("types",),
     "files": ("types",),
     "distributed": ("types",),
+    "interrupt": (),
     "sharding": ("types", "config"),
     "ops": ("types",),
     "layers": ("ops", "types", "config", "sharding"),
@@ -39,6 +41,7 @@ ROOMS = {
 # Room -> libraries that it does without.
 BANNED = {
     "types": {"flax"},
+    "interrupt": {"jax", "flax"},
     "config": {"jax", "flax"},
     "ops": {"flax"},
     "data": {"jax", "flax", "optax", "orbax"},

@@ -84,7 +84,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
   keep_compiled_programs()
-  with Interrupt():
+  with Interrupt() as interrupt:
     try:
       status = main(sys.argv[1:])
     except InputError as error:
@@ -103,6 +103,8 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         )
       status = 1
     sys.stdout.flush()
+    if not distributed.name():  # One of several processes may yet wait for the others.
+      interrupt.done(status)
     if status:
       distributed.end(status)
   sys.exit(status)

@@ -35,8 +35,9 @@ def check_memory(config: ExperimentConfig) -> None:
   """Refuses a run that cannot fit, by what it needs at least.
 
   Counted are, over all devices, one copy of the float32 parameters, their gradients and AdamW's
-  moments, and one layer's residual stream of a part of the batch; and on the host a batch's
-  tokens. What passes may still not fit; `dense_jax.cli.compile` tells.
+  moments; of a part of the batch, what enters each layer that the backward pass keeps and one
+  chunk's logits; and on the host a batch's tokens. What passes may still not fit;
+  `dense_jax.cli.compile` tells.
 
   Raises:
     InputError: naming the sizes, what they need and what there is.
@@ -59,17 +60,20 @@ def check_memory(config: ExperimentConfig) -> None:
         f"{scaled(parameters * per_parameter, 'B')}; expected at most the "
         f"{scaled(available, 'B')} that the devices have together"
     )
-  tokens = train.batch_size * config.data.seq_len
-  activations = tokens // train.accumulate * model.width * jnp.dtype(model.dtype).itemsize
-  batch = tokens * 17  # Four int32 and a bool each.
+  seq_len, rows = config.data.seq_len, train.batch_size // train.accumulate
+  kept = 1 if model.remat == "full" else model.layers
+  activations = rows * (
+      kept * seq_len * model.width + min(train.loss_chunk, seq_len) * model.vocab_size
+  )
+  batch = train.batch_size * seq_len * 17  # Four int32 and a bool for each token.
   for needed, memory, what in (
-      (activations, available, "one layer's activations"),
+      (activations * jnp.dtype(model.dtype).itemsize, available, "activations and logits"),
       (batch, host_memory() * jax.process_count(), "the tokens of a batch"),
   ):
     if needed > memory:
       raise invalid(
           "config.train.batch_size", train.batch_size,
-          f"fewer rows, or a shorter config.data.seq_len than {config.data.seq_len}: {what} "
-          f"take {scaled(needed, 'B')}, and there are {scaled(memory, 'B')}",
+          f"fewer rows, more parts (config.train.accumulate = {train.accumulate}), or a shorter "
+          f"config.data.seq_len than {seq_len}: {what} take {scaled(needed, 'B')}, and there are {scaled(memory, 'B')}",
       )
 

@@ -19,6 +19,7 @@ from dense_jax.types import InputError
 DATA_FILE = "data.json"
 # What a writer that was killed left of a file, and what file systems put into an empty folder.
 _PARTIAL = re.compile(r"\..*\.partial")
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
 
 
@@ -40,12 +41,19 @@ def check_config(workdir: epath.Path, config: ExperimentConfig) -> None:
           f"an integer >= {steps[-1]}, the steps that the run in --workdir has done",
       )
   elif workdir.exists() and not (workdir / experiment.CONFIG_FILE).is_file():
-    foreign = [e.name for e in workdir.iterdir() if e != workdir and not _NOBODYS.fullmatch(e.name)]
+    foreign = [e.name for e in workdir.iterdir() if e != workdir and not _is_leftover(e)]
     if foreign:
       raise invalid(
           "--workdir", str(workdir),
           f"a new or empty folder, or one with a run; it holds {min(foreign)}",
       )
+
+
+def _is_leftover(entry: epath.Path) -> bool:
+  """Whether nothing is lost with it: nobody's, or saves that a killed run did not finish."""
+  if entry.name == CHECKPOINTS and entry.is_dir():
+    return all(_UNFINISHED in save.name for save in entry.iterdir())
+  return bool(_NOBODYS.fullmatch(entry.name))
 
 
 def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
