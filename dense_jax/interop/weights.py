@@ -6,7 +6,6 @@ leads nowhere outside its folder.
 
 import json
 import pathlib
-import pickle
 from collections.abc import Collection, Mapping
 from typing import Any
 
