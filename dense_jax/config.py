@@ -17,6 +17,11 @@ from dense_jax.types import InputError
 
 ConfigT = TypeVar("ConfigT")
 
+# Steps, tokens and sizes are int32 on devices.
+LARGEST = 2**31 - 1
+# jax takes the low 32 bits of a seed: larger ones would be the same as smaller ones.
+LARGEST_SEED = 2**32 - 1
+
 
 def _field(default: Any, valid: str, check: Callable[[Any], bool]) -> Any:
   return dataclasses.field(default=default, metadata={"valid": valid, "check": check})
@@ -27,20 +32,23 @@ def choice(default: str, *options: str) -> Any:
   return _field(default, "one of " + ", ".join(options), lambda value: value in options)
 
 
-def integer(default: int, low: int, high: int | None = None) -> Any:
+def integer(default: int, low: int, high: int = LARGEST) -> Any:
   """A field whose value is an integer in [low, high]."""
-  valid = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-  return _field(default, valid, lambda v: v >= low and (high is None or v <= high))
+  return _field(default, f"an integer >= {low} and <= {high}", lambda v: low <= v <= high)
 
 
-def number(default: float, low: float, high: float = math.inf, *, open_low: bool = False) -> Any:
-  """A field whose value is a finite number in [low, high], or (low, high]."""
+def number(
+    default: float, low: float, high: float = math.inf, *, open_low: bool = False,
+    open_high: bool = False,
+) -> Any:
+  """A field whose value is a finite number in [low, high]; an open end is left out."""
   valid = f"a number {'>' if open_low else '>='} {low:g}"
-  valid += "" if math.isinf(high) else f" and <= {high:g}"
+  valid += "" if math.isinf(high) else f" and {'<' if open_high else '<='} {high:g}"
   return _field(
       default,
       valid,
-      lambda v: math.isfinite(v) and (v > low if open_low else v >= low) and v <= high,
+      lambda v: math.isfinite(v) and (v > low if open_low else v >= low)
+      and (v < high if open_high else v <= high),
   )
 
 
@@ -214,7 +222,7 @@ class ModelConfig:
   family: str = "mamba"
   vocab_size: int = integer(0, 0)
   width: int = integer(256, 1)
-  layers: int = integer(4, 1)
+  layers: int = integer(4, 1, 2**16)
   tie_embeddings: bool = True
   norm_eps: float = number(1e-5, 0, open_low=True)
   dtype: str = choice("float32", "float32", "bfloat16")
@@ -305,8 +313,8 @@ class OptimizerConfig:
   decay_fraction: float = number(0.2, 0, 1)
   power: float = number(1.0, 0, open_low=True)
   final_fraction: float = number(0.1, 0, 1)
-  beta1: float = number(0.9, 0, 1)
-  beta2: float = number(0.95, 0, 1)
+  beta1: float = number(0.9, 0, 1, open_high=True)
+  beta2: float = number(0.95, 0, 1, open_high=True)
   epsilon: float = number(1e-8, 0, open_low=True)
   weight_decay: float = number(0.1, 0)
   clip_norm: float = number(1.0, 0)
@@ -385,7 +393,7 @@ class MeshConfig:
 class ExperimentConfig:
   """All that defines a run; what an experiment file edits."""
 
-  seed: int = integer(0, 0)
+  seed: int = integer(0, 0, LARGEST_SEED)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -11,7 +11,7 @@ import sys
 import threading
 import urllib.request
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
@@ -24,6 +24,7 @@ from dense_jax.types import Array, InputError, PyTree
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _GOODBYE_SECONDS = 5.0
+_MESSAGE_BYTES = 4096
 # At the end the others wait for the first, which scores, samples and plots.
 _SHUTDOWN_SECONDS = 3600
 
@@ -170,6 +171,29 @@ def check_same(values: Mapping[str, object]) -> None:
           f"{name} is not the same in all processes: that of process {others[0]} differs from "
           "that of process 0"
       )
+
+
+def by_first(action: Callable[[], None]) -> None:
+  """Runs `action` in the first process, and waits for it in all of them.
+
+  Raises:
+    InputError: in all processes alike, where `action` raises one.
+  """
+  if jax.process_count() == 1:
+    action()
+    return
+  message = b""
+  if is_first():
+    try:
+      action()
+    except InputError as error:
+      message = str(error).encode(errors="replace")[:_MESSAGE_BYTES]
+  told = multihost_utils.broadcast_one_to_all(
+      np.frombuffer(message.ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
+  )
+  message = bytes(np.asarray(told)).rstrip(b"\0")
+  if message:
+    raise InputError(message.decode(errors="replace"))
 
 
 class Agreement:

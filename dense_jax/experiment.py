@@ -23,14 +23,16 @@ from dense_jax.config import (
     invalid,
     unknown_key,
 )
-from dense_jax.files import write_atomically
+from dense_jax.files import parse_json, write_atomically
 from dense_jax.models.registry import family
 from dense_jax.types import InputError
 
 CONFIG_FILE = "config.json"
-# Keys that change how a run computes, or where it caches, but not what it is.
+# Keys that change how a run computes, or where it caches, but not what it is. Where text and
+# tokenizer lie may change: what they hold is compared.
 _FREE = ("config.model.implementation", "config.model.chunk", "config.model.remat",
-         "config.data.cache_dir")
+         "config.data.cache_dir", "config.data.path", "config.data.heldout_path",
+         "config.data.tokenizer")
 _MIXER = "config.model.mixer"
 
 
@@ -141,12 +143,18 @@ def read(workdir: epath.Path) -> ExperimentConfig:
   """The resolved configuration of a run.
 
   Raises:
-    InputError: the folder holds no run.
+    InputError: the folder holds no run, or the file is damaged.
   """
   file = workdir / CONFIG_FILE
   if not file.is_file():
     raise invalid("--workdir", str(workdir), f"a run with {CONFIG_FILE}")
-  return resolve(json.loads(file.read_text()))
+  try:
+    values = parse_json(file.read_bytes())
+    if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
+      raise ValueError("it is no object of groups of keys")
+    return resolve(values)
+  except (OSError, TypeError, ValueError) as error:  # An InputError is a ValueError.
+    raise InputError(f"{file} cannot be read as a run's configuration: {error}") from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -158,7 +166,12 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def check_same_run(before: ExperimentConfig, now: ExperimentConfig) -> None:
-  """Raises InputError where model or data differ from what a run was made with."""
+  """Whether a run can go on with another configuration.
+
+  Raises:
+    InputError: model or data differ from what the run was made with, or the optimizer keeps
+      other things than it did.
+  """
   old, new = defaults(before), defaults(now)
   if not now.model.vocab_size:  # Taken from the tokenizer, which the data decide.
     new["model"]["vocab_size"] = before.model.vocab_size
@@ -170,8 +183,17 @@ def check_same_run(before: ExperimentConfig, now: ExperimentConfig) -> None:
         for key in sorted(was.keys() | now_is.keys())
         if was.get(key) != now_is.get(key) and key not in _FREE
     ]
+  kept = {  # Fields of the optimizer, and what of them decides the form of its state.
+      "clip_norm": bool, "first_moment_dtype": str, "second_moment_dtype": str,
+  }
+  lines += [
+      f"  config.optimizer.{key}: the run has {old['optimizer'][key]!r}, now "
+      f"{new['optimizer'][key]!r}, with which its optimizer's state cannot go on"
+      for key, form in kept.items() if form(old["optimizer"][key]) != form(new["optimizer"][key])
+  ]
   if lines:
     raise InputError(
-        "the run in --workdir was made with another model or other data:\n" + "\n".join(lines)
+        "the run in --workdir was made with another model, data or optimizer:\n"
+        + "\n".join(lines)
         + "\nGive the same values to go on with it, or another --workdir."
     )

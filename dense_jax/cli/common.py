@@ -15,9 +15,10 @@ from dense_jax import distributed, experiment
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
 from dense_jax.files import make_path
+from dense_jax.interrupt import Interrupt, Output
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params
-from dense_jax.training.checkpoint import Checkpoints, placed_on
+from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on
 from dense_jax.types import InputError, Params
 
 CHECKPOINTS = "checkpoints"
@@ -76,29 +77,34 @@ def keep_compiled_programs() -> None:
 def run(main: Callable[[Sequence[str]], int]) -> None:
   """Ends the process with main's status; 2 on bad input, 1 on anything else.
 
-  Of several processes, each says which one it is.
+  A signal or a closed output ends it with a sentence. Of several processes, each says which one
+  it is.
   """
+  sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
   keep_compiled_programs()
-  try:
-    status = main(sys.argv[1:])
-  except InputError as error:
-    print(f"{distributed.name()}error: {error}", file=sys.stderr)
-    status = 2
-  except KeyboardInterrupt:
-    print(f"\n{distributed.name()}interrupted; nothing was left half-written", file=sys.stderr)
-    status = 1
-  except Exception:
-    traceback.print_exc()
-    if distributed.name():
-      print(
-          f"{distributed.name()}ends. If a connection was lost, another process ended before it: "
-          "see there. The same command goes on from the newest checkpoint.", file=sys.stderr,
-      )
-    status = 1
-  if status:
-    distributed.end(status)
+  with Interrupt():
+    try:
+      status = main(sys.argv[1:])
+    except InputError as error:
+      print(f"{distributed.name()}error: {error}", file=sys.stderr)
+      status = 2
+    except KeyboardInterrupt as stopped:
+      print(f"\n{distributed.name()}{stopped or 'ended'}", file=sys.stderr)
+      status = 1
+    except Exception:
+      traceback.print_exc()
+      if distributed.name():
+        print(
+            f"{distributed.name()}ends. If a connection was lost, another process ended before "
+            "it: see there. The same command goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
+      status = 1
+    sys.stdout.flush()
+    if status:
+      distributed.end(status)
   sys.exit(status)
 
 
@@ -124,6 +130,7 @@ def restore(workdir: str, which: str) -> Run:
     InputError: no such run, or no such checkpoint.
   """
   folder = make_path(workdir, "--workdir")
+  check_name(folder, "--workdir")
   config = experiment.read(folder)
   model = abstract_model(config.model)
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
@@ -152,3 +159,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
                       for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
     lines.append("  ".join([first, *others]).rstrip())
   return "\n".join(lines)
+
+
+def scaled(value: float, unit: str) -> str:
+  """Three digits and a decimal prefix, such as 4.83 MB."""
+  prefixes = ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"))
+  for power, prefix in prefixes:
+    if value >= 10**power:
+      return f"{value / 10**power:.3g} {prefix}{unit}"
+  return f"{value / 1e-6:.3g} u{unit}" if value else f"0 {unit}"

@@ -1,5 +1,6 @@
 """Trains a model, or goes on with a run."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -12,25 +13,29 @@ from etils import epath
 from jax.sharding import Mesh
 
 from dense_jax import distributed, experiment, sharding
-from dense_jax.cli import common, report
+from dense_jax.cli import common, report, run_folder
+from dense_jax.cli.memory import check_memory
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.pipeline import Datasets, TrainBatches, heldout_batches, load_datasets
 from dense_jax.evaluation.perplexity import Evaluator, HeldOut
 from dense_jax.files import make_path
+from dense_jax.interrupt import Interrupt
 from dense_jax.models.params import get_params, with_params
 from dense_jax.models.registry import family
 from dense_jax.ops import dispatch
-from dense_jax.training.checkpoint import Checkpoints
-from dense_jax.training.loop import Hook, Interrupt, Logger, Moment, checkpoint_hook, train
+from dense_jax.training.checkpoint import Checkpoints, check_name, saved_steps
+from dense_jax.training.lock import RunLock
+from dense_jax.training.loop import Hook, Logger, Moment, checkpoint_hook, train
 from dense_jax.training.metrics import MetricsWriter, Progress
-from dense_jax.training.step import Trainer, TrainState
+from dense_jax.training.step import Metrics, Trainer, TrainState
 
 # The closing evaluation takes at most this many batches, spread over the held-out text.
 _CLOSING_BATCHES = 2000
 _EPILOG = """
 Any key of the configuration is set by --config.KEY=VALUE, for example
   --config.train.steps=2000 --config.data.path='corpus/*.jsonl.zst' --config.model.dense.depth=2
-A --workdir that holds a run goes on with it. Ctrl-C or SIGTERM saves and ends with status 1.
+A --workdir that holds a run goes on with it. A signal (Ctrl-C, SIGTERM, a closed terminal) saves
+and ends with status 1; a second one, a second later or more, ends at once.
 Of several processes all run this command, with one --workdir that all of them can write to.
 """
 
@@ -127,11 +132,20 @@ def _start(
   return state
 
 
-def _check_workdir(workdir: epath.Path, config: ExperimentConfig) -> None:
-  if (workdir / experiment.CONFIG_FILE).is_file():
-    experiment.check_same_run(experiment.read(workdir), config)
-  elif workdir.exists() and any(entry != workdir for entry in workdir.iterdir()):
-    raise invalid("--workdir", str(workdir), "a new or empty folder, or one with a run")
+def _saved(workdir: epath.Path) -> str:
+  """What a process that ends now leaves, and how to go on."""
+  steps = saved_steps(workdir / common.CHECKPOINTS)
+  if not steps:
+    return "nothing was saved; the same command begins again"
+  return f"step {steps[-1]} is saved; the same command goes on from there"
+
+
+def _saved_at_once(workdir: epath.Path) -> str:
+  """The same, where steps or a save were under way."""
+  return (
+      "ended at once, without what was done since the newest checkpoint (a save that was under "
+      f"way is cleared by the next start): {_saved(workdir)}"
+  )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -144,6 +158,7 @@ def main(arguments: Sequence[str]) -> int:
   options, overrides = common.split_overrides(command, arguments)
   config = experiment.load(options.config, overrides)
   workdir = make_path(options.workdir, "--workdir")
+  check_name(workdir, "--workdir")
   distributed.initialize(options.coordinator, options.processes, options.process_id)
   with distributed.only_first_prints():
     status = _run(config, workdir)
@@ -157,63 +172,96 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(config: ExperimentConfig, workdir: epath.Path) -> int:
   """`main`, once the processes have joined; returns its status."""
-  first = distributed.is_first()
-  with Interrupt() as interrupt:
-    _check_workdir(workdir, config)
+  with contextlib.ExitStack() as stack:
+    interrupt = stack.enter_context(Interrupt(lambda: _saved(workdir)))
+    lock = _take_lock(stack, workdir)
+    distributed.by_first(lambda: run_folder.check_config(workdir, config))
     mesh = sharding.make_mesh(config.mesh)
     data = _load_data(config)
     config = _with_vocab(config, data)
+    check_memory(config)
     trainer = Trainer(config, mesh)
     _say_what_runs(config, mesh, trainer)
     # Before the first of them writes, all have looked at the folder.
     distributed.check_same({"the configuration": config, "config.data": data.fingerprint})
-    if first:
-      workdir.mkdir(parents=True, exist_ok=True)
-    batches = TrainBatches(
+    distributed.by_first(lambda: run_folder.begin(workdir, config, data))
+    batches = stack.enter_context(contextlib.closing(TrainBatches(
         data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
-    )
-    checkpoints = Checkpoints(
+    )))
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
         workdir / common.CHECKPOINTS,
         keep_last=config.train.keep_last, keep_best=config.train.keep_best,
-    )
+    )))
     distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})
     state = _start(trainer, checkpoints, batches, config.seed)
-    if first:
-      experiment.save(config, workdir)
-      data.tokenizer.save(workdir / common.TOKENIZER)
+    state, evaluation, logger = _train(
+        config, workdir, data, trainer, state, batches, checkpoints, lock, interrupt
+    )
+    checkpoints.wait()
     step = int(state.step)
-    print(f"from step {step} to {config.train.steps} in {workdir}", flush=True)
+    if step < config.train.steps:
+      done = f"saved step {step} of {config.train.steps}" if step else "no step was done yet"
+      asked = interrupt.requested or "a signal to another process"
+      print(f"{asked}: {done}; the same command goes on from there")
+      return 1
+    interrupt.obey(
+        lambda: f"all {step} steps are done and saved, and the closing report is left out; the "
+        "same command makes it"
+    )
+    _close(config, data, evaluation, state, workdir, trainer, logger)
+  return 0
 
-    writer = MetricsWriter(workdir, step, enabled=first)
-    progress = Progress(step, config.train.steps)
-    tokens = config.train.batch_size * config.data.seq_len
+
+def _take_lock(stack: contextlib.ExitStack, workdir: epath.Path) -> RunLock | None:
+  """The right to write into the folder, which the first process takes for all."""
+  locks: list[RunLock] = []
+
+  def take() -> None:
+    locks.append(RunLock(workdir, lambda said: print(said, flush=True)))
+    stack.callback(locks[0].release)
+
+  distributed.by_first(take)
+  return locks[0] if locks else None
+
+
+def _train(
+    config: ExperimentConfig, workdir: epath.Path, data: Datasets, trainer: Trainer,
+    state: TrainState, batches: TrainBatches, checkpoints: Checkpoints, lock: RunLock | None,
+    interrupt: Interrupt,
+) -> tuple[TrainState, _Evaluation, Logger]:
+  """Trains, with all that is written meanwhile; what it opens it closes, whatever happens."""
+  step = int(state.step)
+  print(f"from step {step} to {config.train.steps} in {workdir}", flush=True)
+  with contextlib.ExitStack() as stack:
+    writer = stack.enter_context(contextlib.closing(
+        MetricsWriter(workdir, step, enabled=distributed.is_first())
+    ))
+    progress = stack.enter_context(contextlib.closing(Progress(step, config.train.steps)))
     logger = Logger(
         writer, progress, every=config.train.log_every, first_step=step,
-        steps=config.train.steps, tokens_per_step=tokens,
+        steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.seq_len,
     )
     evaluation = _Evaluation(config, data, trainer, writer, progress, logger)
+
+    def heldout_loss(moment: Moment) -> float | None:
+      if lock:
+        lock.check()
+      return evaluation.loss(moment)
+
+    def on_metrics(step: int, metrics: Metrics) -> None:
+      if lock and lock.lost:
+        lock.check()
+      logger(step, metrics)
+
     hooks = [
         Hook(config.train.eval_every, evaluation.run, if_interrupted=False),
-        checkpoint_hook(
-            checkpoints, batches, writer, config.train.checkpoint_every, evaluation.loss
-        ),
+        checkpoint_hook(checkpoints, batches, writer, config.train.checkpoint_every, heldout_loss),
     ]
     state = train(
-        trainer, state, batches, steps=config.train.steps, hooks=hooks, on_metrics=logger,
-        interrupt=interrupt,
+        trainer, state, batches, steps=config.train.steps, hooks=hooks, on_metrics=on_metrics,
+        interrupt=interrupt, meanwhile=lambda: _saved_at_once(workdir),
     )
-    progress.close()
-    writer.close()
-    checkpoints.close()
-    batches.close()
-  step = int(state.step)
-  if step < config.train.steps:
-    done = f"saved step {step} of {config.train.steps}" if step else "no step was done yet"
-    asked = interrupt.requested or "a signal to another process"
-    print(f"{asked}: {done}; the same command goes on from there")
-    return 1
-  _close(config, data, evaluation, state, workdir, trainer, logger)
-  return 0
+  return state, evaluation, logger
 
 
 def _close(

@@ -23,6 +23,7 @@ from etils import epath
 
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import digest
+from dense_jax.data.digests import FileDigest, digest_files
 from dense_jax.files import is_remote, make_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -30,7 +31,6 @@ _VALID_PATH = f'"stdlib", or a file, directory or glob of {", ".join(SUFFIXES)}'
 _NOT_LIBRARY = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
-_FINGERPRINT_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +85,14 @@ class TextSource:
     files: in sorted order of those names.
     field: the config field that named the files, for error messages.
     part: the part of the documents to give; None gives all.
+    cache_dir: where digests of the files' contents are kept; empty keeps none.
   """
 
   root: Path
   files: tuple[Path, ...]
   field: str
   part: Part | None = None
+  cache_dir: str = ""
 
   def __iter__(self) -> Iterator[Document]:
     """Yields the documents that are not empty.
@@ -109,23 +111,32 @@ class TextSource:
           yield Document(_name(self.root, file) + suffix, taken)
 
   @functools.cached_property
-  def fingerprint(self) -> str:
-    """Hex identity: the files' names, sizes and first 64 KiB, and the part.
+  def digests(self) -> tuple[FileDigest, ...]:
+    """What each file holds."""
+    return digest_files(self.files, self.field, self.cache_dir)
 
-    It is the same in every clone of the data, and cheap for any size of corpus. A change
-    beyond a file's first 64 KiB that keeps its size goes unseen.
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Each file's path below the root."""
+    return tuple(_name(self.root, file) for file in self.files)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Hex identity of the text: what the files hold, in order, how they are read, and the part.
+
+    It does not depend on the names of files and folders but for the suffix that says how a file
+    is read.
     """
-    parts: list[str | int | bytes] = []
-    for file in self.files:
-      with file.open("rb") as handle:
-        begin = handle.read(_FINGERPRINT_BYTES)
-        handle.seek(0, os.SEEK_END)
-        parts += [_name(self.root, file), handle.tell(), begin]
+    parts: list[str] = []
+    for file, held in zip(self.files, self.digests, strict=True):
+      parts += [file.suffix, held.sha256]
     return digest("source", str(self.part), *parts)
 
 
 def _name(root: Path, file: Path) -> str:
-  return file.relative_to(root).as_posix()
+  """The file's path below the root; bytes that are not UTF-8 are written as \\xNN."""
+  name = file.relative_to(root).as_posix()
+  return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _resolve(file: Path) -> Path:
@@ -187,19 +198,20 @@ def _json_text(line: bytes, file: Path, number: int, field: str) -> str:
   return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
 
 
-def _find_stdlib(field: str) -> TextSource:
+def _find_stdlib(field: str, cache_dir: str) -> TextSource:
   root = Path(sysconfig.get_paths()["stdlib"])
   files = [f for f in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(f.relative_to(root).parts)]
   if not files:
     raise invalid(field, "stdlib", f"another path: {root} holds no Python sources here")
-  return _sorted_source(root, files, field)
+  return _sorted_source(root, files, field, cache_dir)
 
 
-def _sorted_source(root: Path, files: list[Path], field: str) -> TextSource:
-  return TextSource(root, tuple(sorted(files, key=lambda file: _name(root, file))), field)
+def _sorted_source(root: Path, files: list[Path], field: str, cache_dir: str) -> TextSource:
+  files = sorted(files, key=lambda file: file.relative_to(root).as_posix())
+  return TextSource(root, tuple(files), field, cache_dir=cache_dir)
 
 
-def find(path: str, field: str) -> TextSource:
+def find(path: str, field: str, cache_dir: str = "") -> TextSource:
   """All documents of a path.
 
   Args:
@@ -213,14 +225,14 @@ def find(path: str, field: str) -> TextSource:
     InputError: nothing there, or a file of another kind.
   """
   if path == "stdlib":
-    return _find_stdlib(field)
+    return _find_stdlib(field, cache_dir)
   root, files = _find_remote(path, field) if is_remote(path) else _find_local(path)
   if not files:
     raise invalid(field, path, f"{_VALID_PATH}; no such file was found")
   for file in files:
     if not file.name.endswith(SUFFIXES):
       raise invalid(field, path, f"{_VALID_PATH}; {file.name} has another suffix")
-  return _sorted_source(root, files, field)
+  return _sorted_source(root, files, field, cache_dir)
 
 
 def _find_local(path: str) -> tuple[Path, list[Path]]:
@@ -266,10 +278,12 @@ def split(config: DataConfig) -> tuple[TextSource, TextSource]:
     InputError: no text is found, or none is left for one of the two, or `heldout_path`
       names files that are trained on.
   """
-  source = find(config.path, "config.data.path")
+  source = find(config.path, "config.data.path", config.cache_dir)
   every = config.heldout_every
   if config.heldout_path:
-    train, heldout = source, find(config.heldout_path, "config.data.heldout_path")
+    train, heldout = source, find(
+        config.heldout_path, "config.data.heldout_path", config.cache_dir
+    )
     shared = set(map(_resolve, train.files)) & set(map(_resolve, heldout.files))
     if shared:
       raise invalid(

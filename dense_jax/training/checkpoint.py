@@ -1,18 +1,57 @@
 """Checkpoints: parameters, optimizer, step and data position, by orbax."""
 
+import logging
+import math
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dense_jax import distributed
+from dense_jax.config import invalid
 from dense_jax.files import is_remote
 from dense_jax.training.step import TrainState
-from dense_jax.types import InputError, Params
+from dense_jax.types import InputError, Params, PyTree
 
 HELDOUT_LOSS = "heldout_loss"
+_LOG = logging.getLogger(__name__)
+
+
+def check_name(folder: epath.Path, field: str) -> None:
+  """Refuses a folder in which checkpoints could be written but not read again.
+
+  The libraries below take [...] for a pattern and a backslash for a slash, in any part of the
+  absolute path, and know no bytes that are not UTF-8.
+
+  Raises:
+    InputError: naming `field` and the whole path.
+  """
+  path = os.fspath(folder if is_remote(folder) else folder.absolute())
+  # A surrogate stands for a byte that is not UTF-8.
+  if re.search(r"\\|\[.*\]|[\ud800-\udfff]", path, re.DOTALL):
+    raise invalid(
+        field, path, "a path (with the current folder's, where it is relative) without "
+        "[...], backslashes and bytes that are not UTF-8, as checkpoints there could not be read",
+    )
+
+
+def saved_steps(folder: epath.Path) -> list[int]:
+  """The steps of the whole checkpoints in a folder, in order; nothing is changed there."""
+  if not folder.is_dir():
+    return []
+  return sorted(ocp.utils.checkpoint_steps(folder))
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+  """What checkpoints are ranked by; a loss that is not finite is behind all others."""
+  loss = metrics[HELDOUT_LOSS]
+  return loss if math.isfinite(loss) else math.inf
 
 
 def _manager(
@@ -22,7 +61,7 @@ def _manager(
   if keep_best:
     preserve.append(
         policies.BestN(
-            get_metric_fn=lambda metrics: metrics[HELDOUT_LOSS],
+            get_metric_fn=_loss,
             reverse=True,  # The lowest loss is the best.
             n=keep_best,
             keep_checkpoints_without_metrics=False,
@@ -30,7 +69,7 @@ def _manager(
     )
   options = ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(preserve),
-      best_fn=lambda metrics: metrics[HELDOUT_LOSS],
+      best_fn=_loss,
       best_mode="min",
       enable_async_checkpointing=True,
       cleanup_tmp_directories=not read_only,
@@ -59,17 +98,25 @@ class Checkpoints:
 
   def save(
       self, state: TrainState, step: int, data: Mapping[str, Any], heldout_loss: float | None
-  ) -> None:
+  ) -> bool:
     """Starts saving; the state's values are copied before it returns.
 
     Args:
       state: the state after `step` updates.
       step: its step.
       data: the data's position, as JSON has it.
-      heldout_loss: mean nats a token, by which checkpoints are ranked; None if unknown.
+      heldout_loss: mean nats a token, by which checkpoints are ranked; None if unknown. One that
+        is not finite ranks nothing.
+
+    Returns:
+      Whether the step is, or will be, saved. It is not where a number of the state is not finite:
+      no later step would be better, and the checkpoint would push out one that is whole.
     """
     if self._manager.latest_step() == step:
-      return
+      return True
+    if not distributed.to_host(_all_finite((state.params, state.opt_state))):
+      return False
+    ranked = heldout_loss is not None and math.isfinite(heldout_loss)
     self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -77,15 +124,20 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave({"step": state.step, "optimizer": state.opt_state}),
             data=ocp.args.JsonSave(dict(data)),
         ),
-        metrics=None if heldout_loss is None else {HELDOUT_LOSS: heldout_loss},
+        metrics={HELDOUT_LOSS: heldout_loss} if ranked else None,
         force=True,
     )
+    return True
 
   def restore(self, shapes: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """The state of a step, placed as `shapes` says, and the data's position."""
-    restored = self._manager.restore(
+    """The state of a step, placed as `shapes` says, and the data's position.
+
+    Raises:
+      InputError: a part of the checkpoint is missing, damaged, or of another form.
+    """
+    restored = self._read(
         step,
-        args=ocp.args.Composite(
+        ocp.args.Composite(
             params=ocp.args.StandardRestore(shapes.params),
             optimizer=ocp.args.StandardRestore(
                 {"step": shapes.step, "optimizer": shapes.opt_state}
@@ -100,33 +152,79 @@ class Checkpoints:
   def restore_params(self, shapes: Params, which: str) -> tuple[int, Params]:
     """A step and its parameters, for evaluation and sampling.
 
+    A run that is training may delete a checkpoint while it is read, and one may be damaged:
+    "latest" and "best" then take the next one that can be read, and log which.
+
     Args:
       shapes: the parameters' shapes (and shardings).
-      which: "latest", "best" (by held-out loss) or a step's number.
+      which: "latest", "best" (by held-out loss, if it is finite) or a step's number.
 
     Raises:
-      InputError: there is no such checkpoint.
+      InputError: there is no such checkpoint, or none that can be read.
     """
-    steps = sorted(self._manager.all_steps())
-    wanted: int | None
-    if which in ("latest", "best"):
-      wanted = self._manager.latest_step() if which == "latest" else self._manager.best_step()
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    if which == "best":
+      ranks = {step: self._rank(step) for step in steps}
+      # Of equal ones the newest, as `sorted` keeps their order.
+      candidates = sorted((s for s in steps if ranks[s] < math.inf), key=ranks.__getitem__)
     else:
-      wanted = int(which) if which.isdigit() else None
-    if wanted not in steps:
+      candidates = steps if which == "latest" else [step for step in steps if str(step) == which]
+    if not candidates:
+      known = ", ".join(map(str, sorted(steps))) or "(there are none)"
+      why = ": none of them has a finite held-out loss" if which == "best" and steps else ""
       raise InputError(
           f"checkpoint {which!r} is not in {self._folder}: expected latest, best or one of "
-          f"the steps {', '.join(map(str, steps)) or '(there are none)'}"
+          f"the steps {known}{why}"
       )
-    restored = self._manager.restore(
-        wanted, args=ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-    )
-    return int(wanted or 0), restored["params"]
+    arguments = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
+    for step in candidates[:-1]:
+      try:
+        return step, self._read(step, arguments)["params"]
+      except InputError as error:
+        _LOG.warning("%s; another one is taken", error)
+    return candidates[-1], self._read(candidates[-1], arguments)["params"]
+
+  def _rank(self, step: int) -> float:
+    """The held-out loss of a checkpoint; infinite where it has none that is finite."""
+    try:
+      metrics = self._manager.metrics(step)
+      return math.inf if metrics is None else _loss(metrics)
+    except (OSError, KeyError, TypeError, ValueError):
+      return math.inf
+
+  def _read(self, step: int, arguments: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=arguments)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+      reason = str(error).strip().partition("\n")[0][:200]
+      raise InputError(
+          f"checkpoint {step} in {self._folder} cannot be read: it is damaged, was deleted just "
+          f"now, or is of another model ({reason}). Others there: "
+          f"{', '.join(str(s) for s in saved_steps(self._folder) if s != step) or 'none'}"
+      ) from error
+
+  def wait(self) -> None:
+    """Waits for the last save.
+
+    Raises:
+      Exception: it failed.
+    """
+    self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the last save."""
-    self._manager.wait_until_finished()
+    """Waits for the last save, and ends the threads."""
+    self.wait()
     self._manager.close()
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+  """Whether all numbers are: a bool scalar."""
+  finite = [
+      jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)
+      if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
+  return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
 def placed_on(params: Params, device: jax.sharding.Sharding) -> Params:

@@ -1,20 +1,18 @@
 """The training loop: iterate, and call hooks."""
 
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import jax
 
 from dense_jax.distributed import Agreement
+from dense_jax.interrupt import Interrupt
 from dense_jax.training.checkpoint import Checkpoints
 from dense_jax.training.metrics import MetricsWriter, Progress
 from dense_jax.training.step import Metrics, Trainer, TrainState
-from dense_jax.types import Batch
+from dense_jax.types import Batch, InputError
 
 
 class Batches(Protocol):
@@ -55,38 +53,6 @@ class Hook:
   if_interrupted: bool = True
 
 
-class Interrupt:
-  """Turns Ctrl-C and SIGTERM into a request to stop after the step.
-
-  A second one is obeyed at once.
-  """
-
-  def __init__(self) -> None:
-    self.requested = ""
-    self._before: dict[signal.Signals, Any] = {}
-
-  def _handle(self, number: int, frame: FrameType | None) -> None:
-    del frame
-    if self.requested:
-      raise KeyboardInterrupt
-    self.requested = signal.Signals(number).name
-
-  def __enter__(self) -> "Interrupt":
-    if threading.current_thread() is threading.main_thread():
-      for name in (signal.SIGINT, signal.SIGTERM):
-        self._before[name] = signal.signal(name, self._handle)
-    return self
-
-  def __exit__(
-      self,
-      kind: type[BaseException] | None,
-      error: BaseException | None,
-      trace: TracebackType | None,
-  ) -> None:
-    for name, handler in self._before.items():
-      signal.signal(name, handler)
-
-
 def train(
     trainer: Trainer,
     state: TrainState,
@@ -96,6 +62,7 @@ def train(
     hooks: Sequence[Hook],
     on_metrics: Callable[[int, Metrics], None],
     interrupt: Interrupt,
+    meanwhile: Callable[[], str] = lambda: "ended between two steps",
 ) -> TrainState:
   """Trains up to `steps` updates, or until interrupted.
 
@@ -107,16 +74,26 @@ def train(
     hooks: called in order, after their steps.
     on_metrics: called for each step, one step late: fetching a step's metrics while the
       next one runs does not hold up the device.
-    interrupt: asked after each step; several processes stop after the same one.
+    interrupt: asked after each step; several processes stop after the same one. Until the
+      first step is done there is nothing to save, and a request is obeyed at once.
+    meanwhile: says what is saved, if a second request then ends the process at once.
+
+  Raises:
+    InputError: the first step does not fit the devices' memory.
+    Stopped: it was asked to end before the first step was done.
   """
-  step = int(state.step)
+  first = step = int(state.step)
   pending: tuple[int, Metrics] | None = None
   agreement = Agreement()
   stop = agreement(bool(interrupt.requested))
   while step < steps and not stop:
     batch = trainer.put(next(batches))
     with jax.transfer_guard("disallow"):
-      state, metrics = trainer.train_step(state, batch)
+      if step == first:
+        state, metrics = _first_step(trainer, state, batch)
+        interrupt.wait(meanwhile)
+      else:
+        state, metrics = trainer.train_step(state, batch)
     step += 1
     if pending:
       on_metrics(*pending)
@@ -134,6 +111,20 @@ def train(
     for hook in due:
       hook.run(Moment(step, state, interrupted))
   return state
+
+
+def _first_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  """A step that compiles; what does not fit now never will, however often it is started."""
+  try:
+    return jax.block_until_ready(trainer.train_step(state, batch))
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise InputError(
+        "a training step does not fit the devices' memory: expected a smaller "
+        "config.train.batch_size, a larger config.train.accumulate, config.model.remat=full, or "
+        f"more devices ({str(error).partition(chr(10))[0]})"
+    ) from error
 
 
 class Logger:
@@ -183,11 +174,22 @@ def checkpoint_hook(
     checkpoints: Checkpoints, batches: Batches, writer: MetricsWriter, every: int,
     heldout_loss: Callable[[Moment], float | None],
 ) -> Hook:
-  """Saves state and data position, ranked by the held-out loss at that moment."""
+  """Saves state and data position, ranked by the held-out loss at that moment.
+
+  The hook raises an InputError where the state is not finite: nothing that follows would be.
+  """
 
   def save(moment: Moment) -> None:
     loss = heldout_loss(moment)
     writer.flush()  # A run that goes on from here finds all that was written before.
-    checkpoints.save(moment.state, moment.step, batches.get_state(), loss)
+    before = checkpoints.latest
+    if not checkpoints.save(moment.state, moment.step, batches.get_state(), loss):
+      kept = "there is none before it" if before is None else f"the one of step {before} is kept"
+      raise InputError(
+          f"after step {moment.step} the parameters or the optimizer's moments are not finite any "
+          f"more, and no later step would mend that: no checkpoint of it is saved, {kept}. "
+          "Expected a smaller config.optimizer.learning_rate, a longer warm-up, or clipping "
+          "(config.optimizer.clip_norm)"
+      )
 
   return Hook(every, save)

@@ -6,7 +6,8 @@ import itertools
 import jax.numpy as jnp
 import pytest
 
-from dense_jax.training.loop import Hook, Interrupt, train
+from dense_jax.interrupt import Interrupt
+from dense_jax.training.loop import Hook, train
 from dense_jax.training.step import TrainState
 
 

@@ -1,0 +1,75 @@
+"""What a training run needs at the very least, against what there is, before any of it is made."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.cli.common import scaled
+from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.models.params import abstract_model, count_params, get_params
+from dense_jax.types import InputError
+
+_CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+
+def host_memory() -> int:
+  """Bytes of this machine's memory, or of the container's share of it."""
+  memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  with contextlib.suppress(OSError, ValueError):  # No container, or one without a limit.
+    memory = min(memory, int(_CGROUP_LIMIT.read_text()))
+  return memory
+
+
+def device_memory() -> int:
+  """Bytes of all devices together; where they have none of their own, of all hosts together."""
+  limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+  own = sum(limit or 0 for limit in limits) if all(limits) else host_memory()
+  return own * jax.process_count()
+
+
+def check_memory(config: ExperimentConfig) -> None:
+  """Refuses a run that cannot fit, by what it needs at least.
+
+  Counted are, over all devices, one copy of the float32 parameters, their gradients and AdamW's
+  moments, and one layer's residual stream of a part of the batch; and on the host a batch's
+  tokens. What passes may still not fit; `dense_jax.cli.compile` tells.
+
+  Raises:
+    InputError: naming the sizes, what they need and what there is.
+  """
+  model, train, optimizer = config.model, config.train, config.optimizer
+  moments = (optimizer.first_moment_dtype, optimizer.second_moment_dtype)
+  per_parameter = 4 + 4 + sum(jnp.dtype(dtype).itemsize for dtype in moments)
+  available = device_memory()
+  # Names of parameters do not matter here, and a scan over layers is described at once. The
+  # embedding and each layer's norms come first, as describing many layers takes long.
+  parameters = model.width * (model.vocab_size + model.layers)
+  if parameters * per_parameter <= available:
+    scanned = dataclasses.replace(model, block_layers=0)
+    parameters = count_params(get_params(abstract_model(scanned)))
+  if parameters * per_parameter > available:
+    raise InputError(
+        f"the model of config.model.width = {model.width}, layers = {model.layers}, "
+        f"vocab_size = {model.vocab_size} and its mixer's options is not valid here: its "
+        f"{parameters:,} parameters or more, with gradients and optimizer, take "
+        f"{scaled(parameters * per_parameter, 'B')}; expected at most the "
+        f"{scaled(available, 'B')} that the devices have together"
+    )
+  tokens = train.batch_size * config.data.seq_len
+  activations = tokens // train.accumulate * model.width * jnp.dtype(model.dtype).itemsize
+  batch = tokens * 17  # Four int32 and a bool each.
+  for needed, memory, what in (
+      (activations, available, "one layer's activations"),
+      (batch, host_memory() * jax.process_count(), "the tokens of a batch"),
+  ):
+    if needed > memory:
+      raise invalid(
+          "config.train.batch_size", train.batch_size,
+          f"fewer rows, or a shorter config.data.seq_len than {config.data.seq_len}: {what} "
+          f"take {scaled(needed, 'B')}, and there are {scaled(memory, 'B')}",
+      )
+

@@ -1,0 +1,83 @@
+"""A run's folder: whether a command may go on with it, and what identifies the run in it."""
+
+import json
+import re
+from typing import Any
+
+from etils import epath
+
+from dense_jax import experiment
+from dense_jax.cli.common import CHECKPOINTS, TOKENIZER
+from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.data import identity
+from dense_jax.data.pipeline import Datasets
+from dense_jax.files import is_remote, parse_json, write_atomically
+from dense_jax.training.checkpoint import saved_steps
+from dense_jax.training.lock import LOCK_FILE
+from dense_jax.types import InputError
+
+DATA_FILE = "data.json"
+# What a writer that was killed left of a file, and what file systems put into an empty folder.
+_PARTIAL = re.compile(r"\..*\.partial")
+_NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
+
+
+def check_config(workdir: epath.Path, config: ExperimentConfig) -> None:
+  """Whether training with this configuration may begin in a folder, or go on in it.
+
+  A run without a checkpoint has nothing to lose: whatever stopped it, it may begin again, and
+  with another configuration.
+
+  Raises:
+    InputError: the folder holds something else, or a run that cannot go on like this.
+  """
+  steps = saved_steps(workdir / CHECKPOINTS)
+  if steps:
+    experiment.check_same_run(experiment.read(workdir), config)
+    if config.train.steps < steps[-1]:
+      raise invalid(
+          "config.train.steps", config.train.steps,
+          f"an integer >= {steps[-1]}, the steps that the run in --workdir has done",
+      )
+  elif workdir.exists() and not (workdir / experiment.CONFIG_FILE).is_file():
+    foreign = [e.name for e in workdir.iterdir() if e != workdir and not _NOBODYS.fullmatch(e.name)]
+    if foreign:
+      raise invalid(
+          "--workdir", str(workdir),
+          f"a new or empty folder, or one with a run; it holds {min(foreign)}",
+      )
+
+
+def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
+  """Writes what identifies the run, the configuration first; clears what a killed one left.
+
+  A folder that has a config.json is a run's, at whatever moment its process is killed.
+
+  Raises:
+    InputError: the folder has checkpoints of a run on other data; the message says what differs.
+      Where the data lie does not matter.
+  """
+  described = identity.describe(data)
+  if saved_steps(workdir / CHECKPOINTS):
+    _check_data(workdir, described)
+  if not is_remote(workdir):
+    for folder in (workdir, workdir / TOKENIZER):
+      for entry in folder.iterdir() if folder.is_dir() else ():
+        if _PARTIAL.fullmatch(entry.name) and entry.is_file():
+          entry.unlink()
+  experiment.save(config, workdir)
+  write_atomically(workdir / DATA_FILE, json.dumps(described, indent=1).encode())
+  data.tokenizer.save(workdir / TOKENIZER)
+
+
+def _check_data(workdir: epath.Path, described: dict[str, Any]) -> None:
+  try:
+    before = parse_json((workdir / DATA_FILE).read_bytes())
+  except (OSError, ValueError):
+    return  # The data's position in the checkpoint holds the fingerprint too.
+  lines = [f"  {line}" for line in identity.explain_difference(before, described)]
+  if lines:
+    raise InputError(
+        "the run in --workdir was made with other data:\n" + "\n".join(lines)
+        + "\nGive the text and the tokenizer that it began with to go on, or another --workdir."
+    )

@@ -1,0 +1,131 @@
+"""What a run's data are, to be written beside the run, and how they differ from other data.
+
+Two texts are the same if their files hold the same in the same order; what the files and their
+folders are called does not matter.
+"""
+
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dense_jax.data.pipeline import Datasets
+from dense_jax.data.sources import TextSource
+
+_MOST_FILES = 10_000
+_MOST_NAMES = 5
+
+
+def describe(datasets: Datasets) -> dict[str, Any]:
+  """What the data are, as JSON has it.
+
+  Returns:
+    fingerprint: of the tokens.
+    tokenizer: its fingerprint.
+    texts: the fingerprints of the training text and of the held-out text.
+    files: by the config field that named them, `count` and `bytes` of the files, and, of at
+      most 10,000, `files`: a list of [name, bytes, SHA-256].
+  """
+  sources = (datasets.train_source, datasets.heldout_source)
+  fields: dict[str, list[TextSource]] = {}
+  for source in sources:
+    fields.setdefault(source.field, []).append(source)
+  return {
+      "fingerprint": datasets.fingerprint,
+      "tokenizer": datasets.tokenizer.fingerprint,
+      "texts": [source.fingerprint for source in sources],
+      "files": {field: _files(parts) for field, parts in fields.items()},
+  }
+
+
+def _files(sources: Iterable[TextSource]) -> dict[str, Any]:
+  """The files of sources that share one root: two parts of the same text have each file once."""
+  found = {}
+  for source in sources:
+    for file, name, held in zip(source.files, source.names, source.digests, strict=True):
+      found[str(file)] = [name, held.size, held.sha256]
+  files = [found[file] for file in sorted(found)]
+  described = {"count": len(files), "bytes": sum(size for _, size, _ in files)}
+  return described | {"files": files} if len(files) <= _MOST_FILES else described
+
+
+def explain_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """How data differ, in sentences without a full stop; none where they are the same.
+
+  Args:
+    before: what `describe` returned for a run's data, as it was read back; anything else is
+      said to be damaged.
+    now: what `describe` returns.
+  """
+  try:
+    return _differences(before, now)
+  except (AttributeError, KeyError, TypeError, ValueError):
+    return ["what is written down of the data that the run began with is damaged"]
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  if before["fingerprint"] == now["fingerprint"]:
+    return []
+  lines = []
+  if before["texts"] != now["texts"]:
+    for field in sorted(before["files"].keys() | now["files"].keys()):
+      old, new = before["files"].get(field), now["files"].get(field)
+      if old is None or new is None:
+        had, has = ("named no files", "names some") if new else ("named files", "names none")
+        lines.append(f"{field}: it {had} when the run began, and {has} now")
+      else:
+        lines += [f"{field}: {line}" for line in _file_differences(old, new)]
+    if not lines:
+      lines.append("config.data: another part of the same text is held out")
+  if before["tokenizer"] != now["tokenizer"]:
+    lines.append("config.data.tokenizer: the tokenizer is another one than that of the run")
+  return lines or ["config.data: the text was tokenized by another version of this program"]
+
+
+def _file_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  if "files" not in before or "files" not in now:
+    if before == now:
+      return []
+    return [
+        f"{before['count']:,} files of {before['bytes']:,} bytes are now {now['count']:,} files "
+        f"of {now['bytes']:,} bytes"
+    ]
+  old = {name: (size, sha256) for name, size, sha256 in before["files"]}
+  new = {name: (size, sha256) for name, size, sha256 in now["files"]}
+  if [*old.values()] == [*new.values()]:
+    return []
+  gone, added = old.keys() - new.keys(), new.keys() - old.keys()
+  # What is new under one name and gone under another was renamed.
+  spare = collections.defaultdict(list)
+  for name in sorted(gone, reverse=True):
+    spare[old[name]].append(name)
+  renamed = {name: spare[new[name]].pop() for name in sorted(added) if spare[new[name]]}
+  changed = [name for name in new if name in old and old[name] != new[name]]
+  lines = [_change(name, old[name][0], new[name][0]) for name in changed[:_MOST_NAMES]]
+  lines += _others(len(changed) - _MOST_NAMES, "changed")
+  lines += [f"{renamed[name]} is now named {name}" for name in sorted(renamed)[:_MOST_NAMES]]
+  lines += _others(len(renamed) - _MOST_NAMES, "another name")
+  lines += _names(sorted(added - renamed.keys()), "new")
+  lines += _names(sorted(gone - {*renamed.values()}), "gone")
+  return lines
+
+
+def _change(name: str, before: int, now: int) -> str:
+  if before == now:
+    return f"{name} has other contents of the same size, {now:,} bytes"
+  return f"{name} has {'grown' if now > before else 'shrunk'} from {before:,} to {now:,} bytes"
+
+
+def _others(number: int, what: str) -> list[str]:
+  if number <= 0:
+    return []
+  return [f"{number:,} other {'file has' if number == 1 else 'files have'} {what}"]
+
+
+def _names(names: Sequence[str], what: str) -> list[str]:
+  if not names:
+    return []
+  shown = [*names[:_MOST_NAMES]]
+  if len(names) > _MOST_NAMES:
+    shown.append(f"{len(names) - _MOST_NAMES:,} more")
+  listed = " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+  return [f"{'1 file is' if len(names) == 1 else f'{len(names):,} files are'} {what}: {listed}"]
