@@ -1,13 +1,16 @@
 """Scores a trained run on held-out text."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import tqdm
 
 from dense_jax.cli import common, report
-from dense_jax.config import invalid
+from dense_jax.cli.memory import device_memory
+from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.packing import build_store
 from dense_jax.data.pipeline import heldout_batches
 from dense_jax.data.sources import find, split
@@ -41,10 +44,13 @@ def main(arguments: Sequence[str]) -> int:
 
   run = common.restore(options.workdir, options.checkpoint)
   config = run.config
-  source = other_text or split(config.data)[1]
+  source = split(config.data)[1] if other_text is None else dataclasses.replace(
+      other_text, cache_dir=config.data.cache_dir
+  )
   store = build_store(source, run.tokenizer, config.data.cache_dir)
   windows = store.num_windows(config.data.seq_len)
   batch_size = min(options.batch_size, windows)  # A row without a window is only padding.
+  _check_memory(config, batch_size)
   batches = heldout_batches(store, config.data.seq_len, batch_size)
   total = -(-windows // batch_size)
   bar = tqdm.tqdm(batches, total=total, unit="batch", disable=not sys.stderr.isatty())
@@ -65,6 +71,17 @@ def main(arguments: Sequence[str]) -> int:
     }
     write_json(file, figures, "--json")
   return 0
+
+
+def _check_memory(config: ExperimentConfig, batch_size: int) -> None:
+  """Refuses windows of which not even one layer's activations fit."""
+  row = config.data.seq_len * config.model.width * jnp.dtype(config.model.dtype).itemsize
+  needed, available = batch_size * row, device_memory()
+  if needed > available:
+    raise invalid(
+        "--batch-size", batch_size, f"at most {available // row}: one layer's activations take "
+        f"{common.scaled(needed, 'B')}, and there are {common.scaled(available, 'B')}",
+    )
 
 
 if __name__ == "__main__":

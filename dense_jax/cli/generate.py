@@ -4,15 +4,14 @@ from collections.abc import Sequence
 
 from dense_jax.cli import common
 from dense_jax.cli.terminal import printable
-from dense_jax.config import invalid
+from dense_jax.config import LARGEST_SEED, invalid
 from dense_jax.data.tokenizer import spell
 from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import with_params
 
-# Tokens that are kept until they are printed, and seeds that jax tells apart.
+# They are kept until they are printed.
 _MOST_NEW_TOKENS = 10**6
-_LARGEST_SEED = 2**32 - 1
 _EPILOG = """
 What is printed is the text that the run's tokenizer spells for the tokens of the prompt and of its
 continuation together. A tokenizer that changes text (as T5's does, with spaces and forms of
@@ -39,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     raise invalid(
         "--max-new-tokens", options.max_new_tokens, f"an integer from 1 to {_MOST_NEW_TOKENS}"
     )
-  if not 0 <= options.seed <= _LARGEST_SEED:
-    raise invalid("--seed", options.seed, f"an integer from 0 to {_LARGEST_SEED}")
+  if not 0 <= options.seed <= LARGEST_SEED:
+    raise invalid("--seed", options.seed, f"an integer from 0 to {LARGEST_SEED}")
   for prompt in options.prompt:
     _check_text(prompt)
   sampling = Sampling(options.temperature, options.top_k, options.top_p)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from dense_jax.config import invalid
+from dense_jax.config import LARGEST, invalid
 from dense_jax.interop.layout import Config
 from dense_jax.types import InputError
 
@@ -32,7 +32,7 @@ class Keys:
     if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in valid):
       raise self.invalid(key, " or ".join(map(repr, valid)))
 
-  def integer(self, key: str, low: int = 1, high: int = 2**31 - 1) -> int:
+  def integer(self, key: str, low: int = 1, high: int = LARGEST) -> int:
     """An integer from `low` to `high`."""
     value = self.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
