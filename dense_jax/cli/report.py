@@ -29,6 +29,8 @@ from dense_jax.types import Params
 
 # Baselines read at most this much text of each part, in bytes.
 _BASELINE_BYTES = 64 * 2**20
+# matplotlib computes with numbers far beyond those that it draws.
+_LARGEST_DRAWN = 1e100
 
 
 def parameter_table(params: Params) -> str:
@@ -117,7 +119,8 @@ def samples(model: LanguageModel, data: Datasets, *, seed: int) -> list[tuple[st
 def plot_loss(workdir: epath.Path) -> epath.Path:
   """Draws training and held-out loss of the run's metrics.
 
-  A loss that is not finite leaves a gap. The axis is logarithmic unless a loss is not above 0.
+  A loss that is not finite, or beyond 1e100, leaves a gap. The axis is logarithmic unless a loss
+  is not above 0 (1e-100).
   """
   import matplotlib
 
@@ -129,8 +132,7 @@ def plot_loss(workdir: epath.Path) -> epath.Path:
   drawn: list[float] = []
   for key, label, style in (("loss", "training", "-"), ("heldout_loss", "held-out", "o-")):
     points = [(line["step"], line[key]) for line in lines if key in line]
-    # matplotlib computes with numbers beyond the largest and the smallest that it draws.
-    losses = [loss if abs(loss) < 1e300 else math.nan for _, loss in points]
+    losses = [loss if abs(loss) < _LARGEST_DRAWN else math.nan for _, loss in points]
     finite = [loss for loss in losses if not math.isnan(loss)]
     if finite:
       axes.plot([step for step, _ in points], losses, style, label=label, markersize=4)
@@ -142,7 +144,7 @@ def plot_loss(workdir: epath.Path) -> epath.Path:
     axes.legend()
   else:
     axes.text(0.5, 0.5, "no finite loss", ha="center", transform=axes.transAxes)
-  if drawn and min(drawn) > 0:
+  if drawn and min(drawn) > 1 / _LARGEST_DRAWN:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     # Names of the ticks between powers of ten, where there are few of those.

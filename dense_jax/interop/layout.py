@@ -91,9 +91,13 @@ class Layout:
       if theirs not in tensors:
         continue
       value = np.asarray(tensors[theirs])
-      shapes = [
-          form.to_theirs(np.broadcast_to(0, expected[ours].shape)).shape for ours, form in parts
-      ]
+      try:
+        shapes = [
+            form.to_theirs(np.broadcast_to(0, expected[ours].shape)).shape for ours, form in parts
+        ]
+      except ValueError:  # numpy can describe no array of that size.
+        problems.append(f"shape: {theirs} is {value.shape}, expected more than there can be")
+        continue
       ends = np.cumsum([shape[0] for shape in shapes])
       shape = (int(ends[-1]), *shapes[0][1:])
       if value.shape != shape:

@@ -12,8 +12,10 @@ from dense_jax.data.converted import converted_files
 from dense_jax.data.tokenizer import SentencePieceTokenizer, load_saved_tokenizer, spell
 from dense_jax.types import InputError
 
-TEXT = [f"def function_{i}(self, value): the cat sat on number {i}, naïve → ＡＢ ﬁne café"
-        for i in range(200)]
+TEXT = [
+    f"def function_{i}(self, value): the cat sat on number {i}, naïve → \uff21\uff22 \ufb01ne café"
+    for i in range(200)
+]
 T5 = {"model_type": "unigram", "vocab_size": 150, "pad_id": 0, "eos_id": 1, "unk_id": 2,
       "bos_id": -1}
 # How the tokenizers of well-known models were trained, each at a small size.
@@ -35,8 +37,9 @@ STYLES = {
     "our own": tokenizer._TRAINER_OPTIONS | {"vocab_size": 400},
 }
 INPUTS = [
-    "the cat sat", " the cat", "  a  b \n c", "漢字 → 😀 e\u0301 👨‍👩‍👧", "naïve ＡＢ ﬁne café", "",
-    "<extra_id_0> the", "a\r\nb\tc", "\x1b[31m\x07", "▁ mark ▁▁", "<s>x</s>", "number 7, number ",
+    "the cat sat", " the cat", "  a  b \n c", "漢字 → 😀 e\u0301 👨‍👩‍👧", "",
+    "naïve \uff21\uff22 \ufb01ne café", "<extra_id_0> the", "a\r\nb\tc", "\x1b[31m\x07",
+    "▁ mark ▁▁", "<s>x</s>", "number 7, number ",
 ]
 
 
@@ -82,7 +85,7 @@ def test_joined_is_what_sentencepiece_spells_for_all_ids(models, style):
     ("llama", "the ", ["▁", "▁cat"], ("the ", "  cat")),
     ("t5", "the", ["▁ca", "t"], ("the", " cat")),
     # T5's normalisation: what is printed is what the model was given.
-    ("t5", "  ＡＢ  ﬁne ", ["▁café"], ("AB fine", " café")),
+    ("t5", "  \uff21\uff22  \ufb01ne ", ["▁café"], ("AB fine", " café")),
     ("t5", "the", ["▁", "<extra_id_0>"], ("the", " <extra_id_0>")),
     ("t5, control symbols", "the", ["▁", "<extra_id_0>", "t"], ("the", " t")),
     ("space as suffix", "the", ["c", "at▁"], ("the ", "cat ")),
@@ -106,7 +109,8 @@ def test_a_character_that_is_split_belongs_to_the_continuation(models, style):
   ours, processor = models[style]
   ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "a漢b".encode()]
   borders = [spell(ours, ids[:border], ids[border:]) for border in range(6)]
-  assert borders == [("", "a漢b"), ("a", "漢b"), ("a", "漢b"), ("a", "漢b"), ("a漢", "b"), ("a漢b", "")]
+  split = [("a", "漢b")] * 3
+  assert borders == [("", "a漢b"), *split, ("a漢", "b"), ("a漢b", "")]
 
 
 def test_bytes_are_spelled_together_too():
