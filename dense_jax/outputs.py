@@ -1,7 +1,7 @@
 """Where results are written: a place that cannot be written to is refused before any work is done.
 
-A command line asks `check_file` or `check_folder` first. They write to the place and remove what
-they wrote, because permissions alone do not tell: root may write anywhere but to a read-only
+A command line asks `check_file` or `check_destination` first. They write to the place and remove
+what they wrote, because permissions alone do not tell: root may write anywhere but to a read-only
 disk or to /proc.
 """
 
@@ -44,7 +44,7 @@ def check_file(text: str, field: str) -> epath.Path:
   raise invalid(field, text, f"{valid}; it is {what}")
 
 
-def check_folder(text: str, field: str) -> Path:
+def check_destination(text: str, field: str) -> Path:
   """The folder that a path names, which is new or empty and can be made now.
 
   Args:

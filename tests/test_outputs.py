@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from dense_jax.outputs import check_file, check_folder, write_json
+from dense_jax.outputs import check_destination, check_file, write_json
 from dense_jax.types import InputError
 
 
@@ -66,9 +66,9 @@ def test_a_folder_that_can_be_made(here, path, place):
   before = _tree(here)
   if place is None:  # The home directory is not empty.
     with pytest.raises(InputError, match="is empty or does not exist yet"):
-      check_folder(path, "--output")
+      check_destination(path, "--output")
   else:
-    assert check_folder(path, "--output") == (here / place).resolve()
+    assert check_destination(path, "--output") == (here / place).resolve()
   assert _tree(here) == before
 
 
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_made_is_named(here, path, monkeypatch):
   monkeypatch.setattr("dense_jax.files._reads_buckets", lambda: True)
   before = _tree(here)
   with pytest.raises(InputError) as error:
-    check_folder(path, "--output")
+    check_destination(path, "--output")
   assert f"--output = {path!r} is not valid: expected a " in str(error.value)
   assert _tree(here) == before
 

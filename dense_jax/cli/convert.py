@@ -6,7 +6,7 @@ from dense_jax.cli import common
 from dense_jax.data.converted import converted_files
 from dense_jax.interop.save import save_hf
 from dense_jax.models.params import count_params, with_params
-from dense_jax.outputs import check_folder
+from dense_jax.outputs import check_destination
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
       "--output", required=True, help="the folder to write: a new or an empty one"
   )
   options = command.parse_args(arguments)
-  folder = check_folder(options.output, "--output")
+  folder = check_destination(options.output, "--output")
 
   run = common.restore(options.workdir, options.checkpoint)
   tokenizer = run.tokenizer

@@ -10,7 +10,7 @@ from dense_jax.files import temporary_beside, write_atomically
 from dense_jax.interop.kinds import choose
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params, unrolled
-from dense_jax.outputs import check_folder
+from dense_jax.outputs import check_destination
 
 
 def save_hf(
@@ -46,7 +46,7 @@ def save_hf(
   """
   from safetensors.numpy import save_file
 
-  folder = check_folder(path, "path")
+  folder = check_destination(path, "path")
   name, config, layout = choose(model.config)
   tensors = layout.to_theirs(get_params(unrolled(model)))
   tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
