@@ -18,8 +18,8 @@ class HeldOut:
   """The sums of an evaluation.
 
   Attributes:
-    nats: negative log-likelihood of all targets. It may be infinite or not a number, as all that
-      follows from it.
+    nats: negative log-likelihood of all targets. It may be infinite or NaN, and then so are the
+      figures computed from it.
     targets: their number.
     window: tokens of a row. Each row begins with a fresh state, so that no target is predicted
       from more than the tokens before it in its own row; None where it is not known.
@@ -36,10 +36,7 @@ class HeldOut:
 
   @property
   def perplexity(self) -> float:
-    """exp(loss), per token: it depends on the tokenizer. Infinite where a float has no such number.
-
-    That is above a loss of 709.78 nats.
-    """
+    """exp(loss), per token: it depends on the tokenizer. Infinite from a loss of 709.79 nats on."""
     try:
       return math.exp(self.loss)
     except OverflowError:
