@@ -21,6 +21,7 @@ ROOMS = {
     "types": (),
     "config": ("types",),
     "files": ("types",),
+    "outputs": ("types", "config", "files"),
     "distributed": ("types",),
     "interrupt": (),
     "sharding": ("types", "config"),
@@ -32,10 +33,10 @@ ROOMS = {
     "evaluation": _MODEL,
     "generation": _MODEL,
     "analysis": _MODEL,
-    "interop": _MODEL,
+    "interop": (*_MODEL, "outputs"),
     "experiment": ("models", "config", "types", "files"),
     "cli": (*_MODEL, "data", "training", "evaluation", "generation", "analysis", "interop",
-            "experiment"),
+            "experiment", "outputs"),
 }
 
 # Room -> libraries that it does without.

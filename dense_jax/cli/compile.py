@@ -1,8 +1,6 @@
 """Compiles a run's program for a TPU topology, without a TPU: does it fit, what does it do."""
 
 import dataclasses
-import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +8,7 @@ from dense_jax import experiment, sharding
 from dense_jax.cli import aot, common
 from dense_jax.config import ExperimentConfig, MeshConfig, field_types, invalid
 from dense_jax.data.tokenizer import ByteTokenizer
-from dense_jax.files import write_atomically
+from dense_jax.outputs import check_file, write_json
 
 _EPILOG = """
 for example
@@ -35,21 +33,21 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--program", default="train", choices=aot.PROGRAMS,
                        help="train step (default), eval loss, prefill of a prompt of seq_len, "
                        "decode of one token; all of train.batch_size rows")
-  command.add_argument("--json", default="", metavar="FILE", help="write the figures there")
+  command.add_argument("--json", metavar="FILE", help="write the figures there")
   options, overrides = common.split_overrides(command, arguments)
   config = _with_vocab(experiment.load(options.config, overrides))
   count = len(aot.topology_devices(options.topology))
   mesh = _parse_mesh(options.mesh) if options.mesh else aot.fit_mesh(config.mesh, count)
   config = dataclasses.replace(config, mesh=mesh)
+  file = None if options.json is None else check_file(options.json, "--json")
 
   def say(what: str) -> None:
     print(f"{what} {options.program} for {options.topology} ...", file=sys.stderr, flush=True)
 
   report = aot.compile_program(config, options.topology, options.program, say=say)
   print(_describe(report))
-  if options.json:
-    text = json.dumps(report.as_dict(), indent=2) + "\n"
-    write_atomically(pathlib.Path(options.json), text.encode())
+  if file is not None:
+    write_json(file, report.as_dict(), "--json")
   return 0 if report.fits else 1
 
 

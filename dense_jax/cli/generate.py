@@ -3,42 +3,68 @@
 from collections.abc import Sequence
 
 from dense_jax.cli import common
-from dense_jax.config import invalid
+from dense_jax.cli.terminal import printable
+from dense_jax.config import LARGEST_SEED, invalid
+from dense_jax.data.tokenizer import spell
 from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import with_params
+
+# They are kept until they are printed.
+_MOST_NEW_TOKENS = 10**6
+_EPILOG = """
+What is printed is the text that the run's tokenizer spells for the tokens of the prompt and of its
+continuation together. A tokenizer that changes text (as T5's does, with spaces and forms of
+letters) prints the prompt as it reads it. Control characters are printed as U+FFFD.
+"""
 
 
 def main(arguments: Sequence[str]) -> int:
   """Prints each prompt with its continuation."""
   command = common.parser("generate", "Samples continuations of prompts from a run.")
+  command.epilog = _EPILOG
   common.add_checkpoint_arguments(command)
   command.add_argument(
-      "--prompt", action="append", required=True, help="text to continue; may be repeated"
+      "--prompt", action="append", required=True,
+      help="text to continue, UTF-8; '' begins a document; may be repeated"
   )
   command.add_argument("--max-new-tokens", type=int, default=128, help="default 128")
   command.add_argument("--temperature", type=float, default=0.8, help="0 is greedy; default 0.8")
   command.add_argument("--top-k", type=int, default=0, help="0 is all (default)")
   command.add_argument("--top-p", type=float, default=1.0, help="default 1")
-  command.add_argument("--seed", type=int, default=0, help="default 0")
+  command.add_argument("--seed", type=int, default=0, help="from 0 to 2**32 - 1; default 0")
   options = command.parse_args(arguments)
-  if options.max_new_tokens < 1:
-    raise invalid("--max-new-tokens", options.max_new_tokens, "an integer >= 1")
+  if not 1 <= options.max_new_tokens <= _MOST_NEW_TOKENS:
+    raise invalid(
+        "--max-new-tokens", options.max_new_tokens, f"an integer from 1 to {_MOST_NEW_TOKENS}"
+    )
+  if not 0 <= options.seed <= LARGEST_SEED:
+    raise invalid("--seed", options.seed, f"an integer from 0 to {LARGEST_SEED}")
+  for prompt in options.prompt:
+    _check_text(prompt)
   sampling = Sampling(options.temperature, options.top_k, options.top_p)
 
   run = common.restore(options.workdir, options.checkpoint)
   tokenizer = run.tokenizer
-  prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in options.prompt]
+  texts = [tokenizer.encode(prompt) for prompt in options.prompt]
   generator = Generator(with_params(run.model, run.params), sampling)
   continuations = generator(
-      prompts, max_new_tokens=options.max_new_tokens, seed=options.seed,
-      stop_id=tokenizer.eos_id,
+      [[tokenizer.bos_id, *ids] for ids in texts],
+      max_new_tokens=options.max_new_tokens, seed=options.seed, stop_id=tokenizer.eos_id,
   )
-  for prompt, continuation in zip(options.prompt, continuations, strict=True):
-    print(prompt + tokenizer.decode(continuation))
-    if len(prompts) > 1:
+  for ids, new_ids in zip(texts, continuations, strict=True):
+    print(printable("".join(spell(tokenizer, ids, new_ids))))
+    if len(texts) > 1:
       print("-" * 72)
   return 0
+
+
+def _check_text(prompt: str) -> None:
+  """Refuses half a character and other bytes that Python keeps as halves of surrogate pairs."""
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as error:
+    raise invalid("--prompt", prompt, "text in UTF-8") from error
 
 
 if __name__ == "__main__":

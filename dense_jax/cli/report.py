@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from dense_jax.cli.common import table
+from dense_jax.cli.terminal import printable
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.packing import TokenStore
 from dense_jax.data.pipeline import Datasets
 from dense_jax.data.sources import Document
+from dense_jax.data.tokenizer import spell
 from dense_jax.evaluation.baselines import byte_ngram_bits_per_byte, xz_bits_per_byte
 from dense_jax.evaluation.perplexity import HeldOut
 from dense_jax.files import write_atomically
@@ -27,6 +29,8 @@ from dense_jax.types import Params
 
 # Baselines read at most this much text of each part, in bytes.
 _BASELINE_BYTES = 64 * 2**20
+# matplotlib computes with numbers far beyond those that it draws.
+_LARGEST_DRAWN = 1e100
 
 
 def parameter_table(params: Params) -> str:
@@ -76,10 +80,12 @@ def comparison(
       ("byte bigram", f"{byte_ngram_bits_per_byte(train, heldout, 2):.3f}"),
       ("byte trigram", f"{byte_ngram_bits_per_byte(train, heldout, 3):.3f}"),
       ("xz -9", f"{xz_bits_per_byte(heldout):.3f}"),
-      (name, f"{bits:.3f}"),
+      (name, _fixed(bits, 3)),
       ("", ""),
-      ("perplexity per token", f"{held_out.perplexity:.2f}"),
+      ("perplexity per token", _fixed(held_out.perplexity, 2)),
   ]
+  if held_out.context:
+    rows.append(("context", held_out.context))
   if tokens_per_second:
     median = sorted(tokens_per_second)[len(tokens_per_second) // 2]
     rows.append(("training tokens/s (median)", f"{median:,.0f}"))
@@ -88,30 +94,34 @@ def comparison(
 
 
 def samples(model: LanguageModel, data: Datasets, *, seed: int) -> list[tuple[str, str]]:
-  """Two prompts, the beginnings of held-out documents, and their continuations."""
-  store = data.heldout
-  prompts = []
+  """Two prompts, the beginnings of held-out documents, and what they are continued with.
+
+  Joined, a prompt and its continuation are the text that the tokenizer spells for both, printable.
+  """
+  store, tokenizer = data.heldout, data.tokenizer
+  texts = []
   for document in (0, store.num_documents // 2):
     first, is_last = store.starts[document], document + 1 == store.num_documents
     end = store.num_tokens if is_last else store.starts[document + 1]
-    # Without the document's end token.
-    prompts.append(store.tokens[first : min(first + 24, end - 1)].tolist())
+    # Without the document's bos and its end token.
+    texts.append(store.tokens[first + 1 : min(first + 24, end - 1)].tolist())
   generator = Generator(model, Sampling(temperature=0.8, top_p=0.95))
-  continuations = generator(
-      prompts, max_new_tokens=64, seed=seed, stop_id=data.tokenizer.eos_id
-  )
-
-  def text(tokens: Sequence[int]) -> str:
-    """Decoded; what a terminal would obey rather than show is replaced."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\ufffd" for c in data.tokenizer.decode(tokens)
-    )
-
-  return [(text(p), text(c)) for p, c in zip(prompts, continuations, strict=True)]
+  prompts = [[tokenizer.bos_id, *ids] for ids in texts]
+  continuations = generator(prompts, max_new_tokens=64, seed=seed, stop_id=tokenizer.eos_id)
+  pairs = []
+  for ids, new_ids in zip(texts, continuations, strict=True):
+    prompt, new = spell(tokenizer, ids, new_ids)
+    text = printable(prompt + new)  # Joined, for a line end of two characters is one.
+    pairs.append((text[: len(prompt)], text[len(prompt) :]))
+  return pairs
 
 
 def plot_loss(workdir: epath.Path) -> epath.Path:
-  """Draws training and held-out loss of the run's metrics."""
+  """Draws training and held-out loss of the run's metrics.
+
+  A loss that is not finite, or beyond 1e100, leaves a gap. The axis is logarithmic unless a loss
+  is not above 0 (1e-100).
+  """
   import matplotlib
 
   matplotlib.use("Agg")
@@ -119,17 +129,26 @@ def plot_loss(workdir: epath.Path) -> epath.Path:
 
   lines = read_metrics(workdir)
   figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+  drawn: list[float] = []
   for key, label, style in (("loss", "training", "-"), ("heldout_loss", "held-out", "o-")):
     points = [(line["step"], line[key]) for line in lines if key in line]
-    if points:
-      axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    losses = [loss if abs(loss) < _LARGEST_DRAWN else math.nan for _, loss in points]
+    finite = [loss for loss in losses if not math.isnan(loss)]
+    if finite:
+      axes.plot([step for step, _ in points], losses, style, label=label, markersize=4)
+      drawn += finite
   axes.set_xlabel("step")
   axes.set_ylabel("loss (nats per token)")
-  axes.set_yscale("log")
-  axes.yaxis.set_major_formatter("{x:g}")
-  axes.yaxis.set_minor_formatter("{x:g}")
   axes.grid(alpha=0.3, which="both")
-  axes.legend()
+  if drawn:
+    axes.legend()
+  else:
+    axes.text(0.5, 0.5, "no finite loss", ha="center", transform=axes.transAxes)
+  if drawn and min(drawn) > 1 / _LARGEST_DRAWN:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    # Names of the ticks between powers of ten, where there are few of those.
+    axes.yaxis.set_minor_formatter("{x:g}" if max(drawn) < 1e3 * min(drawn) else "")
   file = workdir / "loss.png"
   image = io.BytesIO()
   figure.savefig(image, dpi=120)
@@ -158,10 +177,16 @@ def next_commands(arguments: Sequence[str], workdir: str, config: ExperimentConf
 
 
 def perplexity_line(held_out: HeldOut, bits: float) -> str:
-  """One line of figures."""
+  """One line of figures, and how the context was treated."""
+  context = f" (context: {held_out.context})" if held_out.context else ""
   if not math.isfinite(held_out.loss):
-    return f"held-out loss {held_out.loss}"
+    return f"held-out loss {held_out.loss}{context}"
   return (
-      f"held-out loss {held_out.loss:.4f} nats/token, perplexity {held_out.perplexity:.2f}, "
-      f"{bits:.3f} bits/byte"
+      f"held-out loss {_fixed(held_out.loss, 4)} nats/token, perplexity "
+      f"{_fixed(held_out.perplexity, 2)}, {_fixed(bits, 3)} bits/byte{context}"
   )
+
+
+def _fixed(value: float, digits: int) -> str:
+  """A number with so many digits after the point, or in powers of ten where it is long."""
+  return f"{value:.{digits}f}" if abs(value) < 1e7 else f"{value:.3e}"

@@ -19,7 +19,7 @@ from etils import epath
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import cache_folder, digest
 from dense_jax.data.sources import TextSource
-from dense_jax.files import make_path, write_atomically
+from dense_jax.files import make_path, parse_json, write_atomically
 from dense_jax.types import InputError
 
 _SAMPLE_BYTES = 4 << 20
@@ -44,6 +44,12 @@ _TRAINER_OPTIONS: dict[str, Any] = {
     "eos_id": 2,
     "minloglevel": 2,
 }
+
+
+# The file, and its key, that says which kind of tokenizer is in a folder: in a run's, and in one
+# that `convert` wrote, where tokenizer.json would be a file of Hugging Face's own format.
+_RUN = ("tokenizer.json", "kind")
+CONVERTED = ("tokenizer_config.json", "dense_jax_tokenizer")
 
 
 class Tokenizer(Protocol):
@@ -78,7 +84,11 @@ class Tokenizer(Protocol):
     ...
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids. Control ids, and ids beyond the vocabulary, give no text."""
+    """The text of ids. Control ids, and ids beyond the vocabulary, give no text.
+
+    The text of a part is not always a part of the text: of ids that go on with others, use
+    `spell`.
+    """
     ...
 
   def save(self, directory: epath.Path) -> None:
@@ -112,7 +122,7 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-  """Any SentencePiece model that has an eos piece.
+  """Any SentencePiece model that has an eos piece; `model` holds its serialised form.
 
   A model without bos takes eos as a document's first token. Whether decoding gives back
   the text exactly is the model's affair; it does for those of `train_sentencepiece`.
@@ -128,7 +138,7 @@ class SentencePieceTokenizer:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
       raise ValueError("not a SentencePiece model") from error
-    self._model = model
+    self.model = model
     self.vocab_size: int = self._processor.get_piece_size()
     self.eos_id: int = self._processor.eos_id()
     if self.eos_id < 0:
@@ -177,13 +187,38 @@ class SentencePieceTokenizer:
   def save(self, directory: epath.Path) -> None:
     """Writes tokenizer.model, then tokenizer.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "tokenizer.model", self._model)
+    write_atomically(directory / "tokenizer.model", self.model)
     _save_kind(directory, "sentencepiece")
+
+
+def spell(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]
+) -> tuple[str, str]:
+  """What a tokenizer spells for a prompt and its continuation together, cut where the new begins.
+
+  Decoded apart, a continuation can lose the space before its first word, which many models drop
+  at the beginning of a text, and a character whose bytes are split between the two is lost on
+  either side.
+
+  Args:
+    tokenizer: whose ids they are.
+    prompt_ids: the prompt's, without bos.
+    new_ids: those that follow.
+
+  Returns:
+    The prompt's text and the continuation's. Joined they are the text of all ids. A character
+    that the continuation completes is the continuation's.
+  """
+  text, alone = tokenizer.decode([*prompt_ids, *new_ids]), tokenizer.decode(prompt_ids)
+  pairs = enumerate(zip(alone, text, strict=False))
+  border = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(alone), len(text)))
+  return text[:border], text[border:]
 
 
 def _save_kind(directory: epath.Path, kind: str) -> None:
   directory.mkdir(parents=True, exist_ok=True)
-  write_atomically(directory / "tokenizer.json", json.dumps({"kind": kind}).encode())
+  file, key = _RUN
+  write_atomically(directory / file, json.dumps({key: kind}).encode())
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -288,21 +323,32 @@ def _load_model(path: epath.PathLike, field: str, valid: str) -> SentencePieceTo
     raise invalid(field, str(path), f"{valid} ({error})") from error
 
 
-def load_saved_tokenizer(directory: epath.Path) -> Tokenizer:
-  """What a tokenizer's `save` wrote into a directory.
+def load_saved_tokenizer(directory: epath.PathLike) -> Tokenizer:
+  """What a tokenizer's `save`, or the command line `convert`, wrote into a directory.
 
   Raises:
-    InputError: there is no such tokenizer.
+    InputError: there is no such tokenizer, or it is damaged.
   """
-  path = directory / "tokenizer.json"
+  folder = epath.Path(directory)
+  for name, key in (_RUN, CONVERTED):
+    if (folder / name).is_file():
+      return _load_described(folder, folder / name, key)
+  raise InputError(
+      f"no tokenizer in {folder}: expected a tokenizer.json that a training run wrote, or a "
+      "tokenizer_config.json that convert wrote"
+  )
+
+
+def _load_described(folder: epath.Path, description: epath.Path, key: str) -> Tokenizer:
   try:
-    kind = json.loads(path.read_text())["kind"]
-  except (OSError, ValueError, KeyError) as error:
-    raise InputError(
-        f"no tokenizer in {directory}: expected a tokenizer.json that a training run wrote"
-    ) from error
+    values = parse_json(description.read_bytes())
+  except (OSError, ValueError) as error:
+    raise InputError(f"{description} is not JSON: {error}") from error
+  kind = values.get(key) if isinstance(values, dict) else None
   if kind == "bytes":
     return ByteTokenizer()
+  if kind != "sentencepiece":
+    raise InputError(f'{description} is not valid: expected "{key}": "bytes" or "sentencepiece"')
   return _load_model(
-      directory / "tokenizer.model", "saved tokenizer", "the SentencePiece model of the run"
+      folder / "tokenizer.model", "saved tokenizer", "the SentencePiece model of the run"
   )

@@ -18,12 +18,16 @@ class HeldOut:
   """The sums of an evaluation.
 
   Attributes:
-    nats: negative log-likelihood of all targets.
+    nats: negative log-likelihood of all targets. It may be infinite or NaN, and then so are the
+      figures computed from it.
     targets: their number.
+    window: tokens of a row. Each row begins with a fresh state, so that no target is predicted
+      from more than the tokens before it in its own row; None where it is not known.
   """
 
   nats: float
   targets: int
+  window: int | None = None
 
   @property
   def loss(self) -> float:
@@ -32,8 +36,16 @@ class HeldOut:
 
   @property
   def perplexity(self) -> float:
-    """exp(loss), per token: it depends on the tokenizer."""
-    return math.exp(self.loss)
+    """exp(loss), per token: it depends on the tokenizer. Infinite from a loss of 709.79 nats on."""
+    try:
+      return math.exp(self.loss)
+    except OverflowError:
+      return math.inf
+
+  @property
+  def context(self) -> str:
+    """How the context of the targets was treated, in words; empty where it is not known."""
+    return "" if self.window is None else f"fresh every {self.window:,} tokens"
 
   def bits_per_byte(self, targets_per_byte: float) -> float:
     """Bits a byte of text: independent of the tokenizer."""
@@ -59,17 +71,19 @@ class Evaluator:
   ) -> HeldOut:
     """Sums over host batches, each placed on devices by `put`; rows are added in float64.
 
-    With several processes each has its own rows, and all get the sums of all rows.
+    Every row begins with a fresh state, and so does every document in it. With several processes
+    each has its own rows, and all get the sums of all rows.
 
     Raises:
       ValueError: the batches have no target.
     """
-    nats, targets = 0.0, 0
+    nats, targets, window = 0.0, 0, None
     for batch in batches:
       with sharding.mesh_of(params):
         nll_B, targets_B = distributed.to_host(self.score(params, put(batch)))
       nats += float(nll_B.astype("float64").sum())
       targets += int(targets_B.sum())
+      window = batch.tokens_BT.shape[1]
     if not targets:
       raise ValueError("no held-out targets: the held-out text has no token to predict")
-    return HeldOut(nats, targets)
+    return HeldOut(nats, targets, window)

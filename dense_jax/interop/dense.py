@@ -34,7 +34,11 @@ def layout(config: Config) -> Layout | None:
   values = keys.get("model")
   if not isinstance(values, dict):
     raise keys.invalid("model", "the keys of a model's configuration")
-  mixer_class = family(values.get("family", ModelConfig().family)).config
+  model_keys = Keys(values, defaults(ModelConfig))
+  model_keys.layers("layers")
+  if not isinstance(model_keys.get("family"), str):
+    raise model_keys.invalid("family", "a name")
+  mixer_class = family(model_keys.get("family")).config
   path = "config.json: model"
   model = build(ModelConfig, values, path, {f"{path}.mixer": mixer_class})
   model = dataclasses.replace(model, block_layers=model.layers)

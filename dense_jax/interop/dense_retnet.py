@@ -50,7 +50,7 @@ def layout(config: Config) -> Layout | None:
         "an integer >= 1 (the released code normalises keys and values even without dense "
         "layers, which no base model here does)",
     )
-  layers = keys.integer("num_hidden_layers")
+  layers = keys.layers("num_hidden_layers")
   # A layer below the first cannot be read: a greater depth is the same function.
   depth = min(keys.integer("dense_block_layers"), layers - 1)
   model = build(

@@ -1,10 +1,10 @@
 """Reading a foreign `config.json` key by key."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from dense_jax.config import invalid
+from dense_jax.config import LARGEST, invalid
 from dense_jax.interop.layout import Config
 from dense_jax.types import InputError
 
@@ -32,18 +32,22 @@ class Keys:
     if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in valid):
       raise self.invalid(key, " or ".join(map(repr, valid)))
 
-  def integer(self, key: str, low: int = 1) -> int:
-    """An integer >= `low`."""
+  def integer(self, key: str, low: int = 1, high: int = LARGEST) -> int:
+    """An integer from `low` to `high`."""
     value = self.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-      raise self.invalid(key, f"an integer >= {low}")
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+      raise self.invalid(key, f"an integer >= {low} and <= {high}")
     return value
+
+  def layers(self, key: str) -> int:
+    """A number of layers, each of which is compiled apart: more than 1000 are a mistake."""
+    return self.integer(key, high=1000)
 
   def positive(self, key: str) -> float:
     """A finite number > 0."""
     value = self.get(key)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value <= sys.float_info.max:
       raise self.invalid(key, "a number > 0")
     return float(value)
 

@@ -28,9 +28,16 @@ TRANSPOSED = Form(np.transpose, np.transpose)
 # Depthwise convolutions: [E, 1, W] there, [W, E] here.
 DEPTHWISE = Form(lambda x: x[:, 0].T, lambda x: x.T[:, None])
 
+HEAD = "lm_head.weight"
+
 Place = tuple[str, Form]
 """Where a parameter is in their checkpoint: the tensor's name and form. Several parameters with
 one tensor are its parts along its first axis, in their order."""
+
+
+def shown(text: str) -> str:
+  """Text from a foreign file for an error message, quoted if a terminal might obey it."""
+  return text if text.isprintable() else repr(text)
 
 
 def per_layer(table: Mapping[str, Place], prefix: str, layers: Iterable[int]) -> dict[str, Place]:
@@ -55,7 +62,8 @@ class Layout:
     config: the model that it describes, every layer compiled apart.
     places: our parameter -> where it is.
     unused: their tensors that the model does not use, which may be there or not.
-    aliases: other names that some checkpoints have -> the tensor's name in `places`.
+    aliases: other names that some checkpoints have -> the tensor's name in `places`. A tied head
+      is another name of the embedding.
   """
 
   config: ModelConfig
@@ -71,30 +79,52 @@ class Layout:
       expected: parameters of the right shapes.
 
     Raises:
-      InputError: naming every tensor that is missing, extra, or of another shape.
+      InputError: naming every tensor that is missing, extra, of another shape, not of
+        floating-point numbers, or different from another one that should be the same.
     """
-    tensors = {self.aliases.get(name, name): value for name, value in tensors.items()}
+    tensors, problems = self._by_one_name(tensors)
     names = {theirs for theirs, _ in self.places.values()}
-    problems = [f"missing: {name}" for name in sorted(names - tensors.keys())]
-    problems += [f"extra: {name}" for name in sorted(tensors.keys() - names - self.unused)]
+    problems += [f"missing: {name}" for name in sorted(names - tensors.keys())]
+    problems += [f"extra: {shown(name)}" for name in sorted(tensors.keys() - names - self.unused)]
     params = {}
     for theirs, parts in self._tensors().items():
       if theirs not in tensors:
         continue
       value = np.asarray(tensors[theirs])
-      shapes = [
-          form.to_theirs(np.broadcast_to(0, expected[ours].shape)).shape for ours, form in parts
-      ]
+      try:
+        shapes = [
+            form.to_theirs(np.broadcast_to(0, expected[ours].shape)).shape for ours, form in parts
+        ]
+      except ValueError:  # numpy can describe no array of that size.
+        problems.append(f"shape: {theirs} is {value.shape}, expected more than there can be")
+        continue
       ends = np.cumsum([shape[0] for shape in shapes])
       shape = (int(ends[-1]), *shapes[0][1:])
       if value.shape != shape:
         problems.append(f"shape: {theirs} is {value.shape}, expected {shape}")
+        continue
+      if not jnp.issubdtype(value.dtype, jnp.floating):  # Such as the integers of quantisation.
+        problems.append(f"dtype: {theirs} is {value.dtype}, expected floating-point numbers")
         continue
       for (ours, form), part in zip(parts, np.split(value, ends[:-1]), strict=True):
         params[ours] = jnp.asarray(form.to_ours(part), jnp.float32)
     if problems:
       raise InputError("the checkpoint does not fit its config.json:\n  " + "\n  ".join(problems))
     return params
+
+  def _by_one_name(self, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The tensors without `aliases`, and what is wrong with those."""
+    single, problems = dict(tensors), []
+    for alias, name in self.aliases.items():
+      if alias not in single:
+        continue
+      value = single.pop(alias)
+      if not np.array_equal(single.setdefault(name, value), value, equal_nan=True):
+        problems.append(
+            f"different: {alias} and {name}, which are one tensor"
+            + (" where tie_word_embeddings is true" if alias == HEAD else "")
+        )
+    return single, problems
 
   def to_theirs(self, params: Params) -> dict[str, np.ndarray]:
     """Parameters as their tensors, float32 and contiguous.
@@ -133,12 +163,15 @@ def llama_like(config: ModelConfig, layers: Mapping[str, Place], unused: Iterabl
       "norm.scale": ("model.norm.weight", PLAIN),
       **layers,
   }
-  unused = set(unused)
-  if config.tie_embeddings:
-    unused.add("lm_head.weight")
-  else:
-    places["head"] = ("lm_head.weight", TRANSPOSED)
-  return Layout(config, places, frozenset(unused))
+  return with_head(Layout(config, places, frozenset(unused)))
+
+
+def with_head(layout: Layout) -> Layout:
+  """The layout with the head: a parameter of its own, or if tied another name of the embedding."""
+  if layout.config.tie_embeddings:
+    embedding, _ = layout.places["embedding"]
+    return dataclasses.replace(layout, aliases={**layout.aliases, HEAD: embedding})
+  return dataclasses.replace(layout, places={**layout.places, "head": (HEAD, TRANSPOSED)})
 
 
 class Kind(Protocol):

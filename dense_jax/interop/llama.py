@@ -41,7 +41,7 @@ def layout(config: Config) -> Layout | None:
   keys.only("attention_bias", False)
   keys.only("mlp_bias", False)
   keys.only("hidden_act", "silu", "swish")
-  layers = keys.integer("num_hidden_layers")
+  layers = keys.layers("num_hidden_layers")
   heads, optional = keys.integer("num_attention_heads"), ("num_key_value_heads", "head_dim")
   kv_heads, head = (0 if keys.get(key) is None else keys.integer(key) for key in optional)
   model = build(

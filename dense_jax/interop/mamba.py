@@ -13,6 +13,7 @@ from dense_jax.interop.layout import (
     Layout,
     Place,
     per_layer,
+    with_head,
 )
 from dense_jax.layers.mamba import MambaConfig
 
@@ -66,8 +67,8 @@ def selective_layout(
   keys.only("use_bias", False)
   keys.only("use_conv_bias", True)
   keys.only("hidden_act", "silu", "swish")
-  width, layers = keys.integer("hidden_size"), keys.integer("num_hidden_layers")
-  expand, tied = keys.integer("expand"), keys.flag("tie_word_embeddings")
+  width, layers = keys.integer("hidden_size"), keys.layers("num_hidden_layers")
+  expand = keys.integer("expand")
   if keys.get("intermediate_size") is not None:
     keys.only("intermediate_size", expand * width)
   model = build(
@@ -77,7 +78,7 @@ def selective_layout(
           "vocab_size": keys.integer("vocab_size"),
           "width": width,
           "layers": layers,
-          "tie_embeddings": tied,
+          "tie_embeddings": keys.flag("tie_word_embeddings"),
           "norm_eps": keys.positive("layer_norm_epsilon"),
           "block_layers": layers,
           "mixer": mixer | {
@@ -97,15 +98,9 @@ def selective_layout(
       "norm.scale": ("backbone.norm_f.weight", PLAIN),
       **per_layer(layer, "backbone.layers.", range(layers)),
   }
-  if not tied:
-    places["head"] = ("lm_head.weight", TRANSPOSED)
-  return Layout(
-      model,
-      places,
-      frozenset({"lm_head.weight"} if tied else ()),
-      # The name in the checkpoints that mamba_ssm writes, which transformers takes too.
-      {"backbone.embedding.weight": "backbone.embeddings.weight"},
-  )
+  # The name in the checkpoints that mamba_ssm writes, which transformers takes too.
+  aliases = {"backbone.embedding.weight": "backbone.embeddings.weight"}
+  return with_head(Layout(model, places, aliases=aliases))
 
 
 def config_json(config: ModelConfig) -> dict[str, Any] | None:

@@ -68,7 +68,7 @@ def _limits(keys: Keys) -> tuple[float, float]:
     raise wrong
   try:
     low, high = (float(v["__float__"] if isinstance(v, dict) else v) for v in value)
-  except (KeyError, TypeError, ValueError):
+  except (KeyError, OverflowError, TypeError, ValueError):
     raise wrong from None
   if not (0 <= low <= high and high > 0 and math.isfinite(low)):
     raise wrong

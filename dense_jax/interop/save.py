@@ -4,24 +4,18 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 
-from dense_jax.config import invalid
 from dense_jax.files import temporary_beside, write_atomically
 from dense_jax.interop.kinds import choose
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params, unrolled
-
-
-def check_destination(path: str, name: str = "path") -> None:
-  """Raises InputError, calling the path `name`, where `save_hf` would not write."""
-  folder = pathlib.Path(path)
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise invalid(name, path, "a folder that is empty or does not exist yet")
+from dense_jax.outputs import check_destination
 
 
 def save_hf(
     model: LanguageModel, path: str, *, bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | None = None, files: Mapping[str, bytes] | None = None,
 ) -> str:
   """Saves a model so that `load_hf`, and where it can be transformers, loads it.
 
@@ -38,35 +32,51 @@ def save_hf(
   Args:
     model: any model; scanned layers are written apart.
     path: the folder to write `config.json` and `model.safetensors` (float32, PyTorch's
-      orientation) to. It appears whole or not at all; its parents are made.
+      orientation) to. It appears whole or not at all; its parents are made. A leading ~ is the
+      home directory.
     bos_token_id: the token that begins a text, for `config.json`; None says none.
     eos_token_id: the token that ends one.
+    files: more files of the folder, such as the tokenizer's: name -> content.
 
   Returns:
     The layout's name.
 
   Raises:
-    InputError: the destination exists and is not an empty folder.
+    InputError: the destination exists and is not an empty folder, or cannot be written to.
   """
   from safetensors.numpy import save_file
 
-  check_destination(path)
+  folder = check_destination(path, "path")
   name, config, layout = choose(model.config)
   tensors = layout.to_theirs(get_params(unrolled(model)))
   tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
   text = json.dumps(config | tokens | {"torch_dtype": "float32"}, indent=2) + "\n"
 
-  folder = pathlib.Path(path).absolute()
   folder.parent.mkdir(parents=True, exist_ok=True)
   partial = temporary_beside(folder)
   partial.mkdir()
   try:
-    write_atomically(partial / "config.json", text.encode())
-    file = partial / "model.safetensors"
-    save_file(tensors, file, metadata={"format": "pt"})
-    with file.open("rb") as written:
-      os.fsync(written.fileno())
+    for file_name, content in {**(files or {}), "config.json": text.encode()}.items():
+      write_atomically(partial / file_name, content)
+    weights = partial / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    # safetensors makes a file that only its owner may read: here all have the user's usual mode.
+    shutil.copymode(partial / "config.json", weights)
+    if folder.exists():
+      shutil.copymode(folder, partial)
+    for written in (weights, partial):
+      _sync(written)
     os.replace(partial, folder)
+    _sync(folder.parent)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return name
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Has the disk keep a file's content, or a folder's entries."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

@@ -77,6 +77,15 @@ def test_bad_input_is_told_before_anything_is_compiled(monkeypatch):
       compile.main([*SMOKE, "--topology", "v5e:2x4", *arguments])
 
 
+@pytest.mark.parametrize("file", ["", ".", "/proc/new.json", "setup.cfg/", "README.md/x.json"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(monkeypatch, file):
+  monkeypatch.setattr(aot, "topology_devices", lambda _: jax.devices()[:4])
+  monkeypatch.setattr(aot, "compile_program", None)
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(InputError, match=f"^--json = '{file}' is not valid: expected a "):
+    compile.main([*SMOKE, "--topology", "v5e:2x2", "--json", file])
+
+
 def test_without_the_compiler_the_error_says_how_to_install_it(monkeypatch, tmp_path):
   monkeypatch.setattr(aot.importlib.util, "find_spec", lambda _: None)
   monkeypatch.setattr(aot.sys, "prefix", str(tmp_path))

@@ -1,0 +1,126 @@
+"""Where results are written: a place that cannot be written to is refused before any work is done.
+
+A command line asks `check_file` or `check_destination` first. They write to the place and remove
+what they wrote, because permissions alone do not tell: root may write anywhere but to a read-only
+disk or to /proc.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from dense_jax.config import invalid
+from dense_jax.files import is_remote, make_path, temporary_beside, write_atomically
+
+
+def check_file(text: str, field: str) -> epath.Path:
+  """The file that a path names, which can be written now; nothing of it is left behind.
+
+  Args:
+    text: the path. Folders that do not exist are made when the file is written; a symbolic link
+      is written through; in a bucket (gs://) nothing is tried.
+    field: where it was given, for error messages.
+
+  Raises:
+    InputError: the path is that of a folder or a device, or no file can be written there.
+  """
+  path = make_path(text, field)
+  if is_remote(path):
+    return path
+  valid = "a file that can be written"
+  with _refusing(field, text, valid):
+    place = Path(path).resolve()
+    is_file = place.is_file() or not place.exists()
+    if is_file and not text.endswith("/"):
+      _write_and_remove(place)
+      return epath.Path(place)
+  what = "a folder" if text.endswith("/") or place.is_dir() else "no regular file"
+  raise invalid(field, text, f"{valid}; it is {what}")
+
+
+def check_destination(text: str, field: str) -> Path:
+  """The folder that a path names, which is new or empty and can be made now.
+
+  Args:
+    text: the path, of this machine. A symbolic link is followed.
+    field: where it was given, for error messages.
+
+  Raises:
+    InputError: the folder has something in it, is a file, a mount point (it cannot be replaced
+      by a rename) or in a bucket, or cannot be made.
+  """
+  path = make_path(text, field)
+  valid = "a folder that is empty or does not exist yet"
+  if is_remote(path):
+    raise invalid(field, text, f"{valid}, on this machine")
+  with _refusing(field, text, valid):
+    place = Path(path).resolve()
+    fits = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+    if fits and not place.is_mount():
+      _write_and_remove(place)
+      return place
+  raise invalid(field, text, valid + ("; it is a mount point" if fits else ""))
+
+
+def write_json(file: epath.Path, content: Any, field: str) -> None:
+  """Writes a file of JSON, whole or not at all, and makes its folder.
+
+  Args:
+    file: of `check_file`.
+    content: what `json` knows. A number that is not finite, which JSON has no way to say,
+      becomes null.
+    field: where the file was named, for error messages.
+
+  Raises:
+    InputError: it cannot be written after all, as on a full disk.
+  """
+  text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+  with _refusing(field, str(file), "a file that can be written"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text.encode())
+
+
+def _finite(content: Any) -> Any:
+  """The content with None for each number that is not finite."""
+  if isinstance(content, float):
+    return content if math.isfinite(content) else None
+  if isinstance(content, Mapping):
+    return {key: _finite(value) for key, value in content.items()}
+  if isinstance(content, Sequence) and not isinstance(content, str):
+    return [_finite(value) for value in content]
+  return content
+
+
+@contextlib.contextmanager
+def _refusing(field: str, text: str, valid: str) -> Iterator[None]:
+  """Turns what the file system says into an InputError of that field."""
+  try:
+    yield
+  except OSError as error:
+    below_a_file = isinstance(error, FileExistsError | NotADirectoryError)
+    why = "a file is where a folder should be" if below_a_file else error.strerror
+    raise invalid(field, text, f"{valid} ({why})") from error
+  except (RuntimeError, ValueError) as error:  # A link that leads back to itself, a null byte.
+    raise invalid(field, text, f"{valid} ({error})") from error
+
+
+def _write_and_remove(place: Path) -> None:
+  """Writes a file beside `place`, then removes it and the folders that were made for it."""
+  made = [folder for folder in place.parents if not folder.exists()]  # The innermost first.
+  partial = temporary_beside(place)
+  try:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("wb") as file:
+      file.write(b"\n")
+      file.flush()
+      os.fsync(file.fileno())
+  finally:
+    for remove in (partial.unlink, *(folder.rmdir for folder in made)):
+      with contextlib.suppress(OSError):  # It was never made, or another process uses it.
+        remove()
