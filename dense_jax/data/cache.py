@@ -10,7 +10,6 @@ age, and no others.
 import contextlib
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
