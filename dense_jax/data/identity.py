@@ -39,13 +39,13 @@ def describe(datasets: Datasets) -> dict[str, Any]:
 
 def _files(sources: Iterable[TextSource]) -> dict[str, Any]:
   """The files of sources that share one root: two parts of the same text have each file once."""
-  found = {}
+  found: dict[str, tuple[str, int, str]] = {}
   for source in sources:
     for file, name, held in zip(source.files, source.names, source.digests, strict=True):
-      found[str(file)] = [name, held.size, held.sha256]
+      found[str(file)] = (name, held.size, held.sha256)
   files = [found[file] for file in sorted(found)]
   described = {"count": len(files), "bytes": sum(size for _, size, _ in files)}
-  return described | {"files": files} if len(files) <= _MOST_FILES else described
+  return described if len(files) > _MOST_FILES else {**described, "files": [*map(list, files)]}
 
 
 def explain_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -19,14 +19,15 @@ from typing import IO
 import numpy as np
 
 from dense_jax.config import invalid
-from dense_jax.data.cache import cache_folder, digest
+from dense_jax.data.cache import cache_folder, digest, named_errors, partial_folder
 from dense_jax.data.sources import TextSource
 from dense_jax.data.tokenizer import Tokenizer
-from dense_jax.files import temporary_beside
+from dense_jax.files import parse_json
 
-_FORMAT = 1
+_FORMAT = 2  # A change of how text is read or laid out is another format.
 _BATCH_CHARACTERS = 4 << 20
 _BATCH_DOCUMENTS = 4096
+_IDS_AT_A_TIME = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,9 @@ def build_store(
 ) -> TokenStore:
   """The source's token store, tokenized now unless the cache has it whole.
 
-  It is written beside its place and renamed when complete, so that a writer that is
-  killed, or several writers at once, leave either nothing or a whole store there.
+  It is written into a `partial_folder` and renamed when complete, so that a writer that is
+  killed, or several writers at once, leave either nothing or a whole store there. What killed
+  writers left in the cache is removed.
 
   Args:
     source: the documents.
@@ -96,24 +98,23 @@ def build_store(
     progress: called now and then with the UTF-8 bytes of text tokenized so far.
 
   Raises:
-    InputError: the cache cannot be written; see `TextSource`.
+    InputError: the cache cannot be written (a full disk, say), or the text changed meanwhile;
+      see `TextSource`.
   """
   fingerprint = digest(_FORMAT, source.fingerprint, tokenizer.fingerprint)
   path = cache_folder(cache_dir, "tokens") / fingerprint
   store = _open_store(path, fingerprint)
   if store is not None:
     return store
-  partial = temporary_beside(path)
-  partial.mkdir()
-  try:
-    _write_store(partial, source, tokenizer, progress)
-    # Another writer may have come first; what is not whole makes room.
+  with named_errors(cache_dir), partial_folder(path.parent, path.name) as partial:
+    (partial / "store").mkdir()
+    _write_store(partial / "store", source, tokenizer, progress)
+    source.check_unchanged()
+    # Another writer may have come first; an incomplete store at the target path is deleted.
     if path.exists() and _open_store(path, fingerprint) is None:
       shutil.rmtree(path)
     with contextlib.suppress(OSError):
-      partial.rename(path)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+      (partial / "store").rename(path)
   store = _open_store(path, fingerprint)
   if store is None:
     raise invalid(
@@ -125,7 +126,7 @@ def build_store(
 def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
   """The store in a directory, or None where there is none or a part of it is missing."""
   try:
-    meta = json.loads((path / "meta.json").read_text())
+    meta = parse_json((path / "meta.json").read_bytes())
     shapes = {
         "tokens": (np.dtype(meta["dtype"]), int(meta["tokens"])),
         "starts": (np.dtype("<i8"), int(meta["documents"])),
@@ -137,7 +138,7 @@ def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
       if file.stat().st_size != dtype.itemsize * length:
         return None
       arrays[name] = np.memmap(file, dtype=dtype, mode="r", shape=(length,))
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, OverflowError):
     return None
   return TokenStore(**arrays, fingerprint=fingerprint)
 
@@ -156,15 +157,20 @@ def _write_store(
       for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         starts.append(position)
         document_bytes.append(len(text.encode()))
-        np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tofile(file)
-        position += len(ids) + 2
+        row = np.empty(len(ids) + 2, dtype)
+        row[0], row[-1] = tokenizer.bos_id, tokenizer.eos_id
+        for low in range(0, len(ids), _IDS_AT_A_TIME):  # Signals are heard in between.
+          part = ids[low : low + _IDS_AT_A_TIME]
+          row[1 + low : 1 + low + len(part)] = part
+        file.write(row.data)
+        position += len(row)
         done += document_bytes[-1]
       if progress is not None:
         progress(done)
     _sync(file)
   for name, values in (("starts", starts), ("document_bytes", document_bytes)):
     with (directory / f"{name}.bin").open("wb") as file:
-      np.asarray(values, "<i8").tofile(file)
+      file.write(np.asarray(values, "<i8").tobytes())
       _sync(file)
   meta = {"dtype": dtype.str, "tokens": position, "documents": len(starts)}
   with (directory / "meta.json").open("wb") as file:

@@ -24,6 +24,8 @@ _MAX_WINDOW_BYTES = 128 << 20
 _CHUNK_BYTES = 1 << 20
 # What zstd makes of this much is at most 32,768 times as long, blocks of one repeated byte.
 _ZSTD_BYTES = 1 << 10
+# As floats, integers may have any number of digits.
+_JSON = json.JSONDecoder(parse_int=float)
 # UTF-16's little-endian mark begins UTF-32's.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -67,7 +69,7 @@ def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
     raise invalid(field, str(file), f"a file that can be read ({error})") from error
 
 
-def _chunks(raw: BinaryIO, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
+def _chunks(raw: BinaryIO | gzip.GzipFile, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
   return iter(lambda: raw.read(size), b"")
 
 
@@ -212,8 +214,7 @@ def _json_text(line: bytes, file: Path, number: int, field: str) -> str:
   why = ""
   value: Any = None
   try:
-    # As floats, integers may have any number of digits.
-    value = json.loads(line.decode(), parse_int=float)
+    value = _JSON.decode(line.decode())
   except RecursionError as error:
     valid = f"JSON of fewer levels in every line; line {number} is nested too deeply to be read"
     raise invalid(field, str(file), valid) from error

@@ -89,14 +89,14 @@ class TextSource:
       InputError: a file that cannot be read, a line that is no JSON with a text.
     """
     index = 0
-    for file in self.files:
+    for file, name in zip(self.files, self.names, strict=True):
       for suffix, text in read_texts(file, self.field):
         if not text:
           continue
         taken = self.part.take(index, text) if self.part else text
         index += 1
         if taken:
-          yield Document(_name(self.root, file) + suffix, taken)
+          yield Document(name + suffix, taken)
 
   @functools.cached_property
   def digests(self) -> tuple[FileDigest, ...]:
@@ -105,8 +105,8 @@ class TextSource:
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Each file's path below the root."""
-    return tuple(_name(self.root, file) for file in self.files)
+    r"""Each file's path below the root; what is not UTF-8 in it is written as \xNN."""
+    return tuple(readable(file.relative_to(self.root).as_posix()) for file in self.files)
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -120,9 +120,16 @@ class TextSource:
       parts += [file.suffix, held.sha256]
     return digest("source", str(self.part), *parts)
 
+  def check_unchanged(self) -> None:
+    """Makes sure that the files hold what they held when their digests were taken.
 
-def _name(root: Path, file: Path) -> str:
-  return readable(file.relative_to(root).as_posix())
+    Raises:
+      InputError: naming a file that does not.
+    """
+    now = digest_files(self.files, self.field, self.cache_dir)
+    for name, before, after in zip(self.names, self.digests, now, strict=True):
+      if before != after:
+        raise invalid(self.field, name, "a file that does not change while it is read")
 
 
 def _stdlib_files(field: str) -> tuple[Path, list[Path]]:
