@@ -22,8 +22,8 @@ MAX_LINE_BYTES = 128 << 20
 # A zstd frame may ask for a window of this size, which is what `zstd --long` writes.
 _MAX_WINDOW_BYTES = 128 << 20
 _CHUNK_BYTES = 1 << 20
-# What zstd makes of this much is at most 32,768 times as long, blocks of one repeated byte.
-_ZSTD_BYTES = 1 << 10
+# Of this much zstd makes at most 8 MiB: a block of 4 bytes may be one byte, 131,072 times.
+_ZSTD_BYTES = 1 << 8
 # As floats, integers may have any number of digits.
 _JSON = json.JSONDecoder(parse_int=float)
 # UTF-16's little-endian mark begins UTF-32's.
@@ -69,14 +69,14 @@ def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
     raise invalid(field, str(file), f"a file that can be read ({error})") from error
 
 
-def _chunks(raw: BinaryIO | gzip.GzipFile, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
+def _chunks(raw: BinaryIO | gzip.GzipFile, size: int) -> Iterator[bytes]:
   return iter(lambda: raw.read(size), b"")
 
 
 def _decompressed(raw: BinaryIO, suffix: str) -> Iterator[bytes]:
   if suffix == ".gz":
     return _gzip_chunks(raw)
-  return _zstd_chunks(raw) if suffix == ".zst" else _chunks(raw)
+  return _zstd_chunks(raw) if suffix == ".zst" else _chunks(raw, _CHUNK_BYTES)
 
 
 def _gzip_chunks(raw: BinaryIO) -> Iterator[bytes]:
@@ -87,7 +87,7 @@ def _gzip_chunks(raw: BinaryIO) -> Iterator[bytes]:
     OSError, zlib.error: it is damaged, or no gzip.
   """
   with gzip.open(raw, "rb") as unpacked:
-    yield from _chunks(unpacked)
+    yield from _chunks(unpacked, _CHUNK_BYTES)
   if not raw.tell():
     raise EOFError("it is empty, which no whole gzip file is")
 
@@ -200,14 +200,14 @@ class _Lines(io.RawIOBase):
 
   def _check(self, chunk: bytes) -> None:
     """Looks at no line that begins and ends in one chunk, which is far shorter than the limit."""
-    first, last = chunk.find(b"\n"), chunk.rfind(b"\n")
-    if self._length + (len(chunk) if first < 0 else first) > MAX_LINE_BYTES:
+    ends = chunk.count(b"\n")
+    if self._length + (chunk.find(b"\n") if ends else len(chunk)) > MAX_LINE_BYTES:
       raise invalid(
           self._field, str(self._file),
           f"lines of at most {MAX_LINE_BYTES >> 20:,} MiB; line {self._number} is longer",
       )
-    self._number += chunk.count(b"\n")
-    self._length = len(chunk) - last - 1 if last >= 0 else self._length + len(chunk)
+    self._number += ends
+    self._length = len(chunk) - chunk.rfind(b"\n") - 1 if ends else self._length + len(chunk)
 
 
 def _json_text(line: bytes, file: Path, number: int, field: str) -> str:
