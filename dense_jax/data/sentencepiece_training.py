@@ -3,9 +3,8 @@
 The trainer is C++ that cannot be stopped and that hears no signal. In a process of its own it can
 be killed, and it ends by itself when its parent is gone.
 
-Standard input: one line of JSON, [sentences, the trainer's options], and then nothing until the
-parent ends or has its answer. Standard output: the model (status 0), or what the trainer
-has against the text (status 3).
+Argument: the parent's process id. Standard input: JSON, [sentences, the trainer's options].
+Standard output: the model (status 0), or what the trainer has against the text (status 3).
 """
 
 import io
@@ -14,24 +13,27 @@ import os
 import signal
 import sys
 import threading
+import time
 
 REFUSED = 3
+_POLL_SECONDS = 0.2
 
 
-def _end_with_parent() -> None:
-  sys.stdin.buffer.read()  # Returns when the parent's end of the pipe is closed.
+def _end_with_parent(parent: int) -> None:
+  while os.getppid() == parent:
+    time.sleep(_POLL_SECONDS)
   os._exit(1)
 
 
-def main() -> int:
+def main(parent: int) -> int:
   """Trains; returns the process's status."""
   # A terminal sends these to parent and child alike; the parent decides.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
   import sentencepiece  # After the signals, as it takes a while.
 
-  sentences, options = json.loads(sys.stdin.buffer.readline())
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  sentences, options = json.load(sys.stdin.buffer)
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -45,6 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  status = main()
-  sys.stdout.flush()
-  os._exit(status)  # The thread waits for a parent that waits for the end.
+  sys.exit(main(int(sys.argv[1])))

@@ -6,9 +6,9 @@ line ends and kinds of characters, so that an indentation or a common phrase is 
 """
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from dense_jax.config import DataConfig, invalid
 from dense_jax.data import sentencepiece_training
 from dense_jax.data.cache import cache_folder, digest, named_errors, partial_folder
 from dense_jax.data.sources import TextSource
-from dense_jax.files import make_path, write_atomically
+from dense_jax.files import make_path, parse_json, write_atomically
 from dense_jax.types import InputError
 
 _SAMPLE_BYTES = 4 << 20
@@ -263,23 +263,20 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
   request = json.dumps([_sample(texts), {**_TRAINER_OPTIONS, "vocab_size": vocab_size}])
   with subprocess.Popen(
       # -P: modules beside the script are not taken for libraries of the same name.
-      [sys.executable, "-P", sentencepiece_training.__file__],
+      [sys.executable, "-P", sentencepiece_training.__file__, str(os.getpid())],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
   ) as trainer:
-    assert trainer.stdin and trainer.stdout
     try:
-      with contextlib.suppress(BrokenPipeError):  # It has ended; its status says why.
-        trainer.stdin.write(request.encode() + b"\n")
-        trainer.stdin.flush()
-      answer = trainer.stdout.read()
-      status = trainer.wait()
+      answer, _ = trainer.communicate(request.encode())
     except BaseException:
       trainer.kill()
       raise
-  if status == sentencepiece_training.REFUSED:
+  if trainer.returncode == sentencepiece_training.REFUSED:
     raise _training_error(vocab_size, answer.decode())
-  if status:
-    raise RuntimeError(f"the process that trains the tokenizer ended with status {status}")
+  if trainer.returncode:
+    raise RuntimeError(
+        f"the process that trains the tokenizer ended with status {trainer.returncode}"
+    )
   write_atomically(model_path, answer)
 
 
@@ -338,8 +335,8 @@ def load_saved_tokenizer(directory: epath.Path) -> Tokenizer:
   """
   path = directory / "tokenizer.json"
   try:
-    kind = json.loads(path.read_text())["kind"]
-  except (OSError, ValueError, KeyError) as error:
+    kind = parse_json(path.read_bytes())["kind"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(
         f"no tokenizer in {directory}: expected a tokenizer.json that a training run wrote"
     ) from error
