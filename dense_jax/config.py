@@ -260,7 +260,10 @@ class DataConfig:
 
   Attributes:
     path: "stdlib" (the sources of Python's standard library), or a file, directory or
-      glob of .txt, .jsonl (a `text` field), .jsonl.gz, .jsonl.zst; gs://BUCKET/... is one too.
+      glob of .txt (one document, of at most 1 GiB), .jsonl (a `text` field in each line, of at
+      most 128 MiB), .jsonl.gz, .jsonl.zst; gs://BUCKET/... is one too. In directories and globs,
+      names that begin with a dot are passed over, links are followed, and each real file is read
+      once. Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
     heldout_path: held-out text, in the same forms; empty holds out a part of `path`.
     heldout_every: every n-th file is held out; every n-th document where there are fewer
       than n files; the last 1/n of the text where there are fewer than n documents.
@@ -268,7 +271,8 @@ class DataConfig:
     tokenizer: "train" (SentencePiece, trained on the training text and cached), "bytes",
       or the path of a SentencePiece .model file.
     vocab_size: pieces of a trained tokenizer.
-    cache_dir: where trained tokenizers and tokenized text are kept between runs.
+    cache_dir: where trained tokenizers, tokenized text and digests of text files are kept
+      between runs; a local directory.
   """
 
   path: str = "stdlib"
