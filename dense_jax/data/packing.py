@@ -106,15 +106,17 @@ def build_store(
   store = _open_store(path, fingerprint)
   if store is not None:
     return store
-  with named_errors(cache_dir), partial_folder(path.parent, path.name) as partial:
-    (partial / "store").mkdir()
-    _write_store(partial / "store", source, tokenizer, progress)
+  with partial_folder(cache_dir, "tokens", fingerprint) as partial:
+    for done in _write_store(partial / "store", source, tokenizer, cache_dir):
+      if progress is not None:
+        progress(done)
     source.check_unchanged()
-    # Another writer may have come first; an incomplete store at the target path is deleted.
-    if path.exists() and _open_store(path, fingerprint) is None:
-      shutil.rmtree(path)
-    with contextlib.suppress(OSError):
-      (partial / "store").rename(path)
+    with named_errors(cache_dir):
+      # Another writer may have come first; an incomplete store at the target path is deleted.
+      if path.exists() and _open_store(path, fingerprint) is None:
+        shutil.rmtree(path)
+      with contextlib.suppress(OSError):
+        (partial / "store").rename(path)
   store = _open_store(path, fingerprint)
   if store is None:
     raise invalid(
@@ -144,38 +146,49 @@ def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
 
 
 def _write_store(
-    directory: Path,
-    source: TextSource,
-    tokenizer: Tokenizer,
-    progress: Callable[[int], None] | None,
-) -> None:
+    directory: Path, source: TextSource, tokenizer: Tokenizer, cache_dir: str
+) -> Iterator[int]:
+  """Makes the directory and writes a whole store into it.
+
+  Yields:
+    The UTF-8 bytes of text written so far.
+  """
   dtype = np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
   starts, document_bytes = array.array("q"), array.array("q")
   position = done = 0
-  with (directory / "tokens.bin").open("wb") as file:
-    for texts in _text_batches(source):
-      for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        starts.append(position)
-        document_bytes.append(len(text.encode()))
-        row = np.empty(len(ids) + 2, dtype)
-        row[0], row[-1] = tokenizer.bos_id, tokenizer.eos_id
-        for low in range(0, len(ids), _IDS_AT_A_TIME):  # Signals are heard in between.
-          part = ids[low : low + _IDS_AT_A_TIME]
-          row[1 + low : 1 + low + len(part)] = part
-        file.write(row.data)
-        position += len(row)
-        done += document_bytes[-1]
-      if progress is not None:
-        progress(done)
-    _sync(file)
-  for name, values in (("starts", starts), ("document_bytes", document_bytes)):
-    with (directory / f"{name}.bin").open("wb") as file:
-      file.write(np.asarray(values, "<i8").tobytes())
+  with named_errors(cache_dir):
+    directory.mkdir()
+    with (directory / "tokens.bin").open("wb") as file:
+      for texts in _text_batches(source):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+          starts.append(position)
+          document_bytes.append(len(text.encode()))
+          row = _row(tokenizer, ids, dtype)
+          file.write(row.data)
+          position += len(row)
+          done += document_bytes[-1]
+        yield done
       _sync(file)
-  meta = {"dtype": dtype.str, "tokens": position, "documents": len(starts)}
-  with (directory / "meta.json").open("wb") as file:
-    file.write(json.dumps(meta).encode())
-    _sync(file)
+    if not starts:
+      raise invalid(source.field, str(source.root), "files with text; all of them are empty")
+    for name, values in (("starts", starts), ("document_bytes", document_bytes)):
+      with (directory / f"{name}.bin").open("wb") as file:
+        file.write(np.asarray(values, "<i8").data)
+        _sync(file)
+    meta = {"dtype": dtype.str, "tokens": position, "documents": len(starts)}
+    with (directory / "meta.json").open("wb") as file:
+      file.write(json.dumps(meta).encode())
+      _sync(file)
+
+
+def _row(tokenizer: Tokenizer, ids: list[int], dtype: np.dtype) -> np.ndarray:
+  """A document's part of the stream: [bos] ids [eos]."""
+  row = np.empty(len(ids) + 2, dtype)
+  row[0], row[-1] = tokenizer.bos_id, tokenizer.eos_id
+  for low in range(0, len(ids), _IDS_AT_A_TIME):  # Signals are heard in between.
+    part = ids[low : low + _IDS_AT_A_TIME]
+    row[1 + low : 1 + low + len(part)] = part
+  return row
 
 
 def _sync(file: IO[bytes]) -> None:

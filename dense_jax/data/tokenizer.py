@@ -312,11 +312,13 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
   key = digest(train_source.fingerprint, settings)
   path = cache_folder(config.cache_dir, "tokenizers") / f"{key}.model"
   if not path.exists():
-    with named_errors(config.cache_dir), partial_folder(path.parent, path.name) as partial:
-      texts = (document.text for document in train_source)
-      train_sentencepiece(texts, config.vocab_size, partial / "model")
+    with partial_folder(config.cache_dir, "tokenizers", path.name) as partial:
+      with named_errors(config.cache_dir):
+        texts = (document.text for document in train_source)
+        train_sentencepiece(texts, config.vocab_size, partial / "model")
       train_source.check_unchanged()
-      (partial / "model").rename(path)
+      with named_errors(config.cache_dir):
+        (partial / "model").rename(path)
   return _load_model(path, "config.data.cache_dir", "no other files than this program's")
 
 

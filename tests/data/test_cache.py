@@ -95,14 +95,14 @@ def test_what_a_killed_writer_left_is_removed_and_no_living_ones(tmp_path, text,
   else:
     living.kill()
     living.wait()
-    with cache.partial_folder(tmp_path / "cache" / kind, "x"):
+    with cache.partial_folder(str(tmp_path / "cache"), kind, "x"):
       pass
   assert not _left(tmp_path, kind)
 
 
 def test_a_writer_that_dies_meanwhile_is_tidied_up_at_the_end(tmp_path, text, start):
   writer = start("tokens")
-  with cache.partial_folder(tmp_path / "cache" / "tokens", "other"):
+  with cache.partial_folder(str(tmp_path / "cache"), "tokens", "other"):
     writer.kill()
     writer.wait()
     assert len(_left(tmp_path, "tokens")) == 2
@@ -111,13 +111,34 @@ def test_a_writer_that_dies_meanwhile_is_tidied_up_at_the_end(tmp_path, text, st
 
 def test_leftovers_without_a_lock_are_removed(tmp_path):
   """As earlier versions wrote them, or a kill between making the folder and the lock."""
-  (tmp_path / ".a.0.partial" / "store").mkdir(parents=True)
-  (tmp_path / ".b.model.0.partial").write_text("half a model")
-  (tmp_path / "c.partial").write_text("not ours")
-  (tmp_path / ".d").write_text("not ours")
-  with cache.partial_folder(tmp_path, "x") as partial:
-    assert sorted(tmp_path.iterdir()) == sorted([partial, tmp_path / "c.partial", tmp_path / ".d"])
-  assert sorted(path.name for path in tmp_path.iterdir()) == [".d", "c.partial"]
+  folder = tmp_path / "tokens"
+  (folder / ".a.0.partial" / "store").mkdir(parents=True)
+  (folder / ".b.model.0.partial").write_text("half a model")
+  (folder / "c.partial").write_text("not ours")
+  (folder / ".d").write_text("not ours")
+  with cache.partial_folder(str(tmp_path), "tokens", "x") as partial:
+    assert sorted(folder.iterdir()) == sorted([partial, folder / "c.partial", folder / ".d"])
+  assert sorted(path.name for path in folder.iterdir()) == [".d", "c.partial"]
+
+
+def test_where_a_file_system_has_no_locks_nothing_is_removed(tmp_path, text, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.ENOTSUP, "not supported")
+
+  monkeypatch.setattr(cache.fcntl, "flock", refuse)
+  (tmp_path / "cache" / "tokens" / ".a.0.partial").mkdir(parents=True)
+  _make(tmp_path, text, "tokens")
+  assert [path.name for path in _left(tmp_path, "tokens")] == [".a.0.partial"]
+
+
+def test_what_progress_runs_into_is_not_the_caches_fault(tmp_path, text):
+  def closed(done):
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+  source = sources.find(str(text), "config.data.path")
+  with pytest.raises(BrokenPipeError):
+    packing.build_store(source, tokenizer.ByteTokenizer(), str(tmp_path / "cache"), closed)
+  assert not list((tmp_path / "cache" / "tokens").iterdir())
 
 
 def test_a_signal_leaves_nothing(tmp_path, text):
