@@ -17,10 +17,8 @@ from dense_jax.types import InputError
 
 ConfigT = TypeVar("ConfigT")
 
-# Steps, tokens and sizes are int32 on devices.
-LARGEST = 2**31 - 1
-# jax takes the low 32 bits of a seed: larger ones would be the same as smaller ones.
-LARGEST_SEED = 2**32 - 1
+LARGEST = 2**31 - 1  # Steps, tokens and sizes are int32 on devices.
+LARGEST_SEED = 2**32 - 1  # jax takes a seed's low 32 bits: a larger one would be a smaller one.
 
 
 def _field(default: Any, valid: str, check: Callable[[Any], bool]) -> Any:
@@ -44,12 +42,9 @@ def number(
   """A field whose value is a finite number in [low, high]; an open end is left out."""
   valid = f"a number {'>' if open_low else '>='} {low:g}"
   valid += "" if math.isinf(high) else f" and {'<' if open_high else '<='} {high:g}"
-  return _field(
-      default,
-      valid,
-      lambda v: math.isfinite(v) and (v > low if open_low else v >= low)
-      and (v < high if open_high else v <= high),
-  )
+  above = float.__gt__ if open_low else float.__ge__
+  below = float.__lt__ if open_high else float.__le__
+  return _field(default, valid, lambda v: math.isfinite(v) and above(v, low) and below(v, high))
 
 
 def invalid(key: str, value: Any, valid: str) -> InputError:
@@ -268,15 +263,19 @@ class DataConfig:
 
   Attributes:
     path: "stdlib" (the sources of Python's standard library), or a file, directory or
-      glob of .txt, .jsonl (a `text` field), .jsonl.gz, .jsonl.zst; gs://BUCKET/... is one too.
+      glob of .txt (one document, of at most 1 GiB), .jsonl (a `text` field in each line, of at
+      most 128 MiB), .jsonl.gz, .jsonl.zst; gs://BUCKET/... is one too. In directories and globs,
+      names that begin with a dot are passed over, links are followed, and each real file is read
+      once. Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
     heldout_path: held-out text, in the same forms; empty holds out a part of `path`.
-    heldout_every: every n-th file is held out; every n-th document where there are fewer
-      than n files; the last 1/n of the text where there are fewer than n documents.
+    heldout_every: every n-th file is held out; of fewer than n files every n-th document; of
+      fewer than n documents the last 1/n of the text.
     seq_len: T, tokens a row.
     tokenizer: "train" (SentencePiece, trained on the training text and cached), "bytes",
       or the path of a SentencePiece .model file.
     vocab_size: pieces of a trained tokenizer.
-    cache_dir: where trained tokenizers and tokenized text are kept between runs.
+    cache_dir: where trained tokenizers, tokenized text and digests of text files are kept
+      between runs; a local directory.
   """
 
   path: str = "stdlib"

@@ -108,16 +108,17 @@ def test_configuration_and_tokenizer(folder):
 class Events:
   """In place of TensorBoard's, which has a library of its own for buckets."""
 
-  def __init__(self, folder, purge_step):
-    self.folder = folder
+  def __init__(self, prefix, suffix): ...
 
-  def add_scalar(self, name, value, step): ...
+  def write_event(self, event): ...
+
+  def flush(self): ...
 
   def close(self): ...
 
 
 def test_metrics_go_on_where_a_checkpoint_was(folder, monkeypatch):
-  monkeypatch.setattr("tensorboardX.SummaryWriter", Events)
+  monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter", Events)
   writer = metrics.MetricsWriter(folder, 0)
   for step in (1, 2, 3):
     writer.write(step, {"loss": float(step)})
@@ -132,7 +133,7 @@ def test_metrics_go_on_where_a_checkpoint_was(folder, monkeypatch):
 
 
 def test_metrics_in_a_bucket_are_written_now_and_then(bucket, monkeypatch):
-  monkeypatch.setattr("tensorboardX.SummaryWriter", Events)
+  monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter", Events)
   monkeypatch.setattr(metrics, "_UPLOAD_SECONDS", 0.0)
   folder = files.make_path("gs://bucket/run", "--workdir")
   folder.mkdir(parents=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dense_jax import experiment, sharding
 from dense_jax.cli import aot, common
+from dense_jax.cli.common import scaled
 from dense_jax.config import ExperimentConfig, MeshConfig, field_types, invalid
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.outputs import check_file, write_json
@@ -78,7 +79,7 @@ def _describe(report: aot.Report) -> str:
   cost, bound = report.cost, report.bound
   mesh = sharding.describe_mesh(report.mesh)
   memory = [
-      (name, _scaled(size, "B"))
+      (name, scaled(size, "B"))
       for name, size in dataclasses.asdict(report.memory).items() if size is not None
   ]
   parts = [
@@ -89,20 +90,20 @@ def _describe(report: aot.Report) -> str:
   if cost is not None and bound is not None:
     parts.append(common.table([
         ("work a chip", ""),
-        ("matmuls", _scaled(cost.matmul_flops, "FLOP")),
-        ("all arithmetic", _scaled(cost.flops, "FLOP")),
-        ("exp, log and the like", _scaled(cost.transcendentals, "")),
-        ("HBM traffic", _scaled(cost.bytes_accessed, "B")),
+        ("matmuls", scaled(cost.matmul_flops, "FLOP")),
+        ("all arithmetic", scaled(cost.flops, "FLOP")),
+        ("exp, log and the like", scaled(cost.transcendentals, "")),
+        ("HBM traffic", scaled(cost.bytes_accessed, "B")),
     ]))
-    collectives = [(c.kind, f"{c.count:,}", _scaled(c.bytes, "B")) for c in cost.collectives]
+    collectives = [(c.kind, f"{c.count:,}", scaled(c.bytes, "B")) for c in cost.collectives]
     if collectives:
       parts.append(common.table([("collectives a chip", "count", ""), *collectives]))
     parts.append(common.table([
         ("no run is faster than (a bound, not a time)", ""),
-        ("matmuls at peak bf16 FLOP/s", _scaled(bound.compute, "s")),
-        ("HBM traffic at peak bandwidth", _scaled(bound.memory, "s")),
-        ("collectives at the links' peak bandwidth", _scaled(bound.collectives, "s")),
-        ("the slowest of them", _scaled(bound.seconds, "s")),
+        ("matmuls at peak bf16 FLOP/s", scaled(bound.compute, "s")),
+        ("HBM traffic at peak bandwidth", scaled(bound.memory, "s")),
+        ("collectives at the links' peak bandwidth", scaled(bound.collectives, "s")),
+        ("the slowest of them", scaled(bound.seconds, "s")),
     ]))
   if report.note:
     parts.append(f"note: {report.note}")
@@ -110,19 +111,11 @@ def _describe(report: aot.Report) -> str:
 
 
 def _verdict(report: aot.Report) -> str:
-  peak, capacity = (_scaled(size, "B") for size in (report.memory.peak, report.memory.capacity))
+  peak, capacity = (scaled(size, "B") for size in (report.memory.peak, report.memory.capacity))
   if report.fits:
     return f"fits: {peak} of a chip's {capacity}"
   refused = ", and the compiler refused it" if report.cost is None else ""
   return f"does not fit: it needs {peak} of a chip's {capacity}{refused}"
-
-
-def _scaled(value: float, unit: str) -> str:
-  """Three digits and a decimal prefix, such as 4.83 MB."""
-  for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m")):
-    if value >= 10**power:
-      return f"{value / 10**power:.3g} {prefix}{unit}"
-  return f"{value / 1e-6:.3g} u{unit}" if value else f"0 {unit}"
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def check_memory(config: ExperimentConfig) -> None:
       raise invalid(
           "config.train.batch_size", train.batch_size,
           f"fewer rows, more parts (config.train.accumulate = {train.accumulate}), or a shorter "
-          f"config.data.seq_len than {seq_len}: {what} take {scaled(needed, 'B')}, and there are {scaled(memory, 'B')}",
+          f"config.data.seq_len than {seq_len}: {what} take {scaled(needed, 'B')}, and there are "
+          f"{scaled(memory, 'B')}",
       )
 

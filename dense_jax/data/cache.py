@@ -10,7 +10,6 @@ age, and no others.
 import contextlib
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,21 +63,24 @@ def cache_folder(cache_dir: str, kind: str) -> Path:
 
 
 @contextlib.contextmanager
-def partial_folder(folder: Path, name: str) -> Iterator[Path]:
-  """A new folder inside `folder` to write into; what is whole is renamed out of it.
+def partial_folder(cache_dir: str, kind: str, name: str) -> Iterator[Path]:
+  """A new folder in a `cache_folder` to write into; what is whole is renamed out of it.
 
-  At the beginning and at the end, what writers that are dead by now have left in `folder` is
+  At the beginning and at the end, what writers that are dead by now have left beside it is
   removed.
 
   Args:
-    folder: a `cache_folder`.
+    cache_dir: `config.data.cache_dir`.
+    kind: of the `cache_folder`.
     name: of what is made.
 
   Raises:
-    OSError: it cannot be made.
+    InputError: it cannot be made.
   """
+  folder = cache_folder(cache_dir, kind)
   _remove_leftovers(folder)
-  partial, lock = _make_locked(folder / name)
+  with named_errors(cache_dir):
+    partial, lock = _make_locked(folder / name)
   try:
     yield partial
   finally:
@@ -92,27 +94,26 @@ def _make_locked(path: Path) -> tuple[Path, IO[bytes]]:
     partial = temporary_beside(path)
     partial.mkdir()
     with contextlib.suppress(FileNotFoundError):
-      lock = _lock(partial / _LOCK)
-      # Another may have locked the new folder first, in order to remove it.
-      if lock and (partial / _LOCK).exists():
+      lock = (partial / _LOCK).open("ab")
+      # Another may have locked the new folder first, in order to remove it. Where a file system
+      # has no locks, nobody removes anything.
+      if _try_lock(lock) is not False and (partial / _LOCK).exists():
         return partial, lock
+      lock.close()
 
 
-def _lock(path: Path) -> IO[bytes] | None:
-  """The locked file; None where its maker lives. The file is made where it is missing."""
-  file = path.open("ab")
+def _try_lock(file: IO[bytes]) -> bool | None:
+  """Whether the file is locked now; None where the file system has no locks."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
-    file.close()
-    return None
-  return file
+  except OSError as error:
+    return False if isinstance(error, BlockingIOError) else None
+  return True
 
 
 def _remove_leftovers(folder: Path) -> None:
   for left in folder.glob(".*.partial"):
-    with contextlib.suppress(OSError):
-      lock = _lock(left / _LOCK if left.is_dir() else left)
-      if lock:
+    # A folder without a lock was left before it had one.
+    with contextlib.suppress(OSError), (left / _LOCK if left.is_dir() else left).open("ab") as lock:
+      if _try_lock(lock):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-        lock.close()

@@ -89,7 +89,8 @@ class _KeptDigests:
     return computed
 
   def _path(self, folder: str) -> Path:
-    return cache_folder(self._cache_dir, "digests") / f"{digest(folder)}.jsonl"
+    # A suffix that no text has, as the cache may lie in a folder of text.
+    return cache_folder(self._cache_dir, "digests") / f"{digest(folder)}.digests"
 
   def _read(self, folder: str) -> dict[tuple[str, Stamp], str]:
     if folder not in self._folders:

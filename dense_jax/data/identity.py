@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dense_jax.data.cache import digest
 from dense_jax.data.pipeline import Datasets
 from dense_jax.data.sources import TextSource
 
@@ -22,8 +23,8 @@ def describe(datasets: Datasets) -> dict[str, Any]:
     fingerprint: of the tokens.
     tokenizer: its fingerprint.
     texts: the fingerprints of the training text and of the held-out text.
-    files: by the config field that named them, `count` and `bytes` of the files, and, of at
-      most 10,000, `files`: a list of [name, bytes, SHA-256].
+    files: by the config field that named them, `count`, `bytes` and `digest` of all files, and, of
+      at most 10,000, `files`: a list of [name, bytes, SHA-256].
   """
   sources = (datasets.train_source, datasets.heldout_source)
   fields: dict[str, list[TextSource]] = {}
@@ -39,13 +40,21 @@ def describe(datasets: Datasets) -> dict[str, Any]:
 
 def _files(sources: Iterable[TextSource]) -> dict[str, Any]:
   """The files of sources that share one root: two parts of the same text have each file once."""
-  found = {}
+  found: dict[str, tuple[str, int, str]] = {}
   for source in sources:
     for file, name, held in zip(source.files, source.names, source.digests, strict=True):
-      found[str(file)] = [name, held.size, held.sha256]
+      found[str(file)] = (name, held.size, held.sha256)
   files = [found[file] for file in sorted(found)]
-  described = {"count": len(files), "bytes": sum(size for _, size, _ in files)}
-  return described | {"files": files} if len(files) <= _MOST_FILES else described
+  described = {
+      "count": len(files),
+      "bytes": sum(size for _, size, _ in files),
+      "digest": digest(*(part for name, _, sha256 in files for part in (_suffix(name), sha256))),
+  }
+  return described if len(files) > _MOST_FILES else {**described, "files": [*map(list, files)]}
+
+
+def _suffix(name: str) -> str:
+  return name.rpartition(".")[2]
 
 
 def explain_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -82,17 +91,13 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _file_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  if before["digest"] == now["digest"]:
+    return []
   if "files" not in before or "files" not in now:
-    if before == now:
-      return []
-    return [
-        f"{before['count']:,} files of {before['bytes']:,} bytes are now {now['count']:,} files "
-        f"of {now['bytes']:,} bytes"
-    ]
+    was, now_is = (f"{d['count']:,} files of {d['bytes']:,} bytes" for d in (before, now))
+    return [f"{was} have other contents" if was == now_is else f"{was} are now {now_is}"]
   old = {name: (size, sha256) for name, size, sha256 in before["files"]}
   new = {name: (size, sha256) for name, size, sha256 in now["files"]}
-  if [*old.values()] == [*new.values()]:
-    return []
   gone, added = old.keys() - new.keys(), new.keys() - old.keys()
   # What is new under one name and gone under another was renamed.
   spare = collections.defaultdict(list)

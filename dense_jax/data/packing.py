@@ -19,14 +19,15 @@ from typing import IO
 import numpy as np
 
 from dense_jax.config import invalid
-from dense_jax.data.cache import cache_folder, digest
+from dense_jax.data.cache import cache_folder, digest, named_errors, partial_folder
 from dense_jax.data.sources import TextSource
 from dense_jax.data.tokenizer import Tokenizer
-from dense_jax.files import temporary_beside
+from dense_jax.files import parse_json
 
-_FORMAT = 1
+_FORMAT = 2  # A change of how text is read or laid out is another format.
 _BATCH_CHARACTERS = 4 << 20
 _BATCH_DOCUMENTS = 4096
+_IDS_AT_A_TIME = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,9 @@ def build_store(
 ) -> TokenStore:
   """The source's token store, tokenized now unless the cache has it whole.
 
-  It is written beside its place and renamed when complete, so that a writer that is
-  killed, or several writers at once, leave either nothing or a whole store there.
+  It is written into a `partial_folder` and renamed when complete, so that a writer that is
+  killed, or several writers at once, leave either nothing or a whole store there. What killed
+  writers left in the cache is removed.
 
   Args:
     source: the documents.
@@ -96,24 +98,25 @@ def build_store(
     progress: called now and then with the UTF-8 bytes of text tokenized so far.
 
   Raises:
-    InputError: the cache cannot be written; see `TextSource`.
+    InputError: the cache cannot be written (a full disk, say), or the text changed meanwhile;
+      see `TextSource`.
   """
   fingerprint = digest(_FORMAT, source.fingerprint, tokenizer.fingerprint)
   path = cache_folder(cache_dir, "tokens") / fingerprint
   store = _open_store(path, fingerprint)
   if store is not None:
     return store
-  partial = temporary_beside(path)
-  partial.mkdir()
-  try:
-    _write_store(partial, source, tokenizer, progress)
-    # Another writer may have come first; what is not whole makes room.
-    if path.exists() and _open_store(path, fingerprint) is None:
-      shutil.rmtree(path)
-    with contextlib.suppress(OSError):
-      partial.rename(path)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  with partial_folder(cache_dir, "tokens", fingerprint) as partial:
+    for done in _write_store(partial / "store", source, tokenizer, cache_dir):
+      if progress is not None:
+        progress(done)
+    source.check_unchanged()
+    with named_errors(cache_dir):
+      # Another writer may have come first; an incomplete store at the target path is deleted.
+      if path.exists() and _open_store(path, fingerprint) is None:
+        shutil.rmtree(path)
+      with contextlib.suppress(OSError):
+        (partial / "store").rename(path)
   store = _open_store(path, fingerprint)
   if store is None:
     raise invalid(
@@ -125,7 +128,7 @@ def build_store(
 def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
   """The store in a directory, or None where there is none or a part of it is missing."""
   try:
-    meta = json.loads((path / "meta.json").read_text())
+    meta = parse_json((path / "meta.json").read_bytes())
     shapes = {
         "tokens": (np.dtype(meta["dtype"]), int(meta["tokens"])),
         "starts": (np.dtype("<i8"), int(meta["documents"])),
@@ -137,39 +140,55 @@ def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
       if file.stat().st_size != dtype.itemsize * length:
         return None
       arrays[name] = np.memmap(file, dtype=dtype, mode="r", shape=(length,))
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, OverflowError):
     return None
   return TokenStore(**arrays, fingerprint=fingerprint)
 
 
 def _write_store(
-    directory: Path,
-    source: TextSource,
-    tokenizer: Tokenizer,
-    progress: Callable[[int], None] | None,
-) -> None:
+    directory: Path, source: TextSource, tokenizer: Tokenizer, cache_dir: str
+) -> Iterator[int]:
+  """Makes the directory and writes a whole store into it.
+
+  Yields:
+    The UTF-8 bytes of text written so far.
+  """
   dtype = np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
   starts, document_bytes = array.array("q"), array.array("q")
   position = done = 0
-  with (directory / "tokens.bin").open("wb") as file:
-    for texts in _text_batches(source):
-      for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        starts.append(position)
-        document_bytes.append(len(text.encode()))
-        np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype).tofile(file)
-        position += len(ids) + 2
-        done += document_bytes[-1]
-      if progress is not None:
-        progress(done)
-    _sync(file)
-  for name, values in (("starts", starts), ("document_bytes", document_bytes)):
-    with (directory / f"{name}.bin").open("wb") as file:
-      np.asarray(values, "<i8").tofile(file)
+  with named_errors(cache_dir):
+    directory.mkdir()
+    with (directory / "tokens.bin").open("wb") as file:
+      for texts in _text_batches(source):
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+          starts.append(position)
+          document_bytes.append(len(text.encode()))
+          row = _row(tokenizer, ids, dtype)
+          file.write(row.data)
+          position += len(row)
+          done += document_bytes[-1]
+        yield done
       _sync(file)
-  meta = {"dtype": dtype.str, "tokens": position, "documents": len(starts)}
-  with (directory / "meta.json").open("wb") as file:
-    file.write(json.dumps(meta).encode())
-    _sync(file)
+    if not starts:
+      raise invalid(source.field, str(source.root), "files with text; all of them are empty")
+    for name, values in (("starts", starts), ("document_bytes", document_bytes)):
+      with (directory / f"{name}.bin").open("wb") as file:
+        file.write(np.asarray(values, "<i8").data)
+        _sync(file)
+    meta = {"dtype": dtype.str, "tokens": position, "documents": len(starts)}
+    with (directory / "meta.json").open("wb") as file:
+      file.write(json.dumps(meta).encode())
+      _sync(file)
+
+
+def _row(tokenizer: Tokenizer, ids: list[int], dtype: np.dtype) -> np.ndarray:
+  """A document's part of the stream: [bos] ids [eos]."""
+  row = np.empty(len(ids) + 2, dtype)
+  row[0], row[-1] = tokenizer.bos_id, tokenizer.eos_id
+  for low in range(0, len(ids), _IDS_AT_A_TIME):  # Signals are heard in between.
+    part = ids[low : low + _IDS_AT_A_TIME]
+    row[1 + low : 1 + low + len(part)] = part
+  return row
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -148,7 +148,8 @@ class TrainBatches(Iterator[Batch]):
     """
     for field, value in self._identity.items():
       if state.get(field) != value:
-        raise invalid(field, value, f"{state.get(field)!r}, with which the run began")
+        wanted = "the same text and tokenizer, of fingerprint " if field == "config.data" else ""
+        raise invalid(field, value, f"{wanted}{state.get(field)!r}, with which the run began")
     self.close()
     self._start(state["step"])
 

@@ -4,30 +4,18 @@ A source is read from its files each time it is iterated over, one document afte
 other, so that memory holds one document (a .txt file is one) and never a corpus.
 """
 
-import contextlib
 import dataclasses
 import functools
-import glob
-import gzip
-import io
-import json
-import os
-import re
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
-
-from etils import epath
 
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import digest
 from dense_jax.data.digests import FileDigest, digest_files
-from dense_jax.files import is_remote, make_path
+from dense_jax.data.finding import file_key, find_files, readable
+from dense_jax.data.reading import read_texts
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-_VALID_PATH = f'"stdlib", or a file, directory or glob of {", ".join(SUFFIXES)}'
 _NOT_LIBRARY = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
@@ -39,8 +27,8 @@ class Document:
 
   Attributes:
     name: the file's path below the source's root, with ":line" for a line of a .jsonl.
-    text: not empty. It is the file's text as it stands (line ends, a byte order mark);
-      only what is not valid UTF-8 has become U+FFFD.
+    text: not empty. It is the file's text as it stands (line ends, a byte order mark of UTF-8),
+      but that what is not valid UTF-8 has become U+FFFD; see `read_texts`.
   """
 
   name: str
@@ -101,14 +89,14 @@ class TextSource:
       InputError: a file that cannot be read, a line that is no JSON with a text.
     """
     index = 0
-    for file in self.files:
-      for suffix, text in _texts(file, self.field):
+    for file, name in zip(self.files, self.names, strict=True):
+      for suffix, text in read_texts(file, self.field):
         if not text:
           continue
         taken = self.part.take(index, text) if self.part else text
         index += 1
         if taken:
-          yield Document(_name(self.root, file) + suffix, taken)
+          yield Document(name + suffix, taken)
 
   @functools.cached_property
   def digests(self) -> tuple[FileDigest, ...]:
@@ -117,8 +105,8 @@ class TextSource:
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Each file's path below the root."""
-    return tuple(_name(self.root, file) for file in self.files)
+    r"""Each file's path below the root; what is not UTF-8 in it is written as \xNN."""
+    return tuple(readable(file.relative_to(self.root).as_posix()) for file in self.files)
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -132,138 +120,42 @@ class TextSource:
       parts += [file.suffix, held.sha256]
     return digest("source", str(self.part), *parts)
 
+  def check_unchanged(self) -> None:
+    """Makes sure that the files hold what they held when their digests were taken.
 
-def _name(root: Path, file: Path) -> str:
-  """The file's path below the root; bytes that are not UTF-8 are written as \\xNN."""
-  name = file.relative_to(root).as_posix()
-  return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _resolve(file: Path) -> Path:
-  return file if is_remote(file) else file.resolve()
-
-
-def _texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
-  """Yields (suffix of the document's name, text) for each document of a file."""
-  try:
-    if file.name.endswith((".txt", ".py")):
-      yield "", file.read_bytes().decode("utf-8", errors="replace")
-      return
-    with _open_lines(file, field) as lines:
-      for number, line in enumerate(lines, 1):
-        if not line.isspace():
-          yield f":{number}", _json_text(line, file, number, field)
-  except (OSError, EOFError, zlib.error) as error:
-    raise invalid(field, str(file), f"a file that can be read ({error})") from error
+    Raises:
+      InputError: naming a file that does not.
+    """
+    now = digest_files(self.files, self.field, self.cache_dir)
+    for name, before, after in zip(self.names, self.digests, now, strict=True):
+      if before != after:
+        raise invalid(self.field, name, "a file that does not change while it is read")
 
 
-@contextlib.contextmanager
-def _open_lines(file: Path, field: str) -> Iterator[BinaryIO]:
-  """A .jsonl, .jsonl.gz or .jsonl.zst file, open for reading its lines."""
-  if file.suffix == ".gz":
-    with file.open("rb") as packed, gzip.open(packed, "rb") as lines:
-      yield io.BufferedReader(lines)
-  elif file.suffix == ".zst":
-    with _open_zst(file, field) as lines:
-      yield lines
-  else:
-    with file.open("rb") as lines:
-      yield lines
-
-
-@contextlib.contextmanager
-def _open_zst(file: Path, field: str) -> Iterator[BinaryIO]:
-  import zstandard  # only those who read .zst need it
-
-  try:
-    with file.open("rb") as packed:
-      # A file that was written in parts, or appended to, has several frames.
-      reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-      yield io.BufferedReader(reader)
-  except zstandard.ZstdError as error:
-    raise invalid(field, str(file), f"a file that can be read ({error})") from error
-
-
-def _json_text(line: bytes, file: Path, number: int, field: str) -> str:
-  try:
-    text = json.loads(line.decode("utf-8"))["text"]
-    if not isinstance(text, str):
-      raise TypeError("`text` is not a string")
-  except (ValueError, KeyError, TypeError) as error:
-    raise invalid(
-        field, str(file),
-        f'a JSON object with a string "text" in every line; line {number} is {line[:60]!r}',
-    ) from error
-  # JSON can spell half of a surrogate pair, which is no text.
-  return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
-
-
-def _find_stdlib(field: str, cache_dir: str) -> TextSource:
+def _stdlib_files(field: str) -> tuple[Path, list[Path]]:
   root = Path(sysconfig.get_paths()["stdlib"])
   files = [f for f in root.rglob("*.py") if _NOT_LIBRARY.isdisjoint(f.relative_to(root).parts)]
   if not files:
     raise invalid(field, "stdlib", f"another path: {root} holds no Python sources here")
-  return _sorted_source(root, files, field, cache_dir)
-
-
-def _sorted_source(root: Path, files: list[Path], field: str, cache_dir: str) -> TextSource:
-  files = sorted(files, key=lambda file: file.relative_to(root).as_posix())
-  return TextSource(root, tuple(files), field, cache_dir=cache_dir)
+  return root, files
 
 
 def find(path: str, field: str, cache_dir: str = "") -> TextSource:
   """All documents of a path.
 
   Args:
-    path: "stdlib", the `*.py` of Python's standard library without its tests; or a file,
-      a directory (with those below it; files of other suffixes are passed over) or a glob
-      (`**` goes down) of .txt, .jsonl, .jsonl.gz and .jsonl.zst files. gs://BUCKET/... is any
-      of the three, but for `**`.
+    path: "stdlib", the `*.py` of Python's standard library without its tests; or what
+      `find_files` takes.
     field: the config field the path is from, for error messages.
+    cache_dir: `config.data.cache_dir`, where digests of the files' contents are kept; empty keeps
+      none.
 
   Raises:
     InputError: nothing there, or a file of another kind.
   """
-  if path == "stdlib":
-    return _find_stdlib(field, cache_dir)
-  root, files = _find_remote(path, field) if is_remote(path) else _find_local(path)
-  if not files:
-    raise invalid(field, path, f"{_VALID_PATH}; no such file was found")
-  for file in files:
-    if not file.name.endswith(SUFFIXES):
-      raise invalid(field, path, f"{_VALID_PATH}; {file.name} has another suffix")
-  return _sorted_source(root, files, field, cache_dir)
-
-
-def _find_local(path: str) -> tuple[Path, list[Path]]:
-  place = Path(path).expanduser()
-  if place.is_dir():
-    return place, [f for f in place.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()]
-  matches = [str(place)] if place.is_file() else glob.glob(str(place), recursive=True)
-  files = [Path(match) for match in matches if os.path.isfile(match)]
-  return Path(os.path.commonpath([file.parent for file in files])) if files else place, files
-
-
-def _find_remote(path: str, field: str) -> tuple[epath.Path, list[epath.Path]]:
-  place = make_path(path, field)
-  if "**" in path:
-    raise invalid(field, path, "a glob without ** where the files are in a bucket")
-  root = place
-  while re.search(r"[*?[]", str(root)):
-    root = root.parent
-  if root != place:
-    return root, [f for f in root.glob(str(place.relative_to(root))) if f.is_file()]
-  if place.is_dir():
-    return place, [f for f in _files_below(place) if f.name.endswith(SUFFIXES)]
-  return place.parent, [place] if place.is_file() else []
-
-
-def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
-  for entry in folder.iterdir():
-    if not entry.is_dir():
-      yield entry
-    elif entry != folder:  # A bucket may list a folder in itself.
-      yield from _files_below(entry)
+  root, files = _stdlib_files(field) if path == "stdlib" else find_files(path, field)
+  files = sorted(files, key=lambda file: file.relative_to(root).as_posix())
+  return TextSource(root, tuple(files), field, cache_dir=cache_dir)
 
 
 def split(config: DataConfig) -> tuple[TextSource, TextSource]:
@@ -284,11 +176,12 @@ def split(config: DataConfig) -> tuple[TextSource, TextSource]:
     train, heldout = source, find(
         config.heldout_path, "config.data.heldout_path", config.cache_dir
     )
-    shared = set(map(_resolve, train.files)) & set(map(_resolve, heldout.files))
+    trained_on = {file_key(file) for file in train.files}
+    shared = next((file for file in heldout.files if file_key(file) in trained_on), None)
     if shared:
       raise invalid(
           "config.data.heldout_path", config.heldout_path,
-          f"files that are not in config.data.path as well, as {min(shared)} is",
+          f"files that are not in config.data.path as well, as {readable(str(shared))} is",
       )
   elif len(source.files) >= every:
     held = source.files[::every]

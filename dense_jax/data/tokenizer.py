@@ -5,10 +5,14 @@ normalisation: whatever the text, decode(encode(text)) == text. Pieces may span 
 line ends and kinds of characters, so that an indentation or a common phrase is one token.
 """
 
+import concurrent.futures
 import hashlib
-import io
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +21,15 @@ import sentencepiece
 from etils import epath
 
 from dense_jax.config import DataConfig, invalid
-from dense_jax.data.cache import cache_folder, digest
+from dense_jax.data import sentencepiece_training
+from dense_jax.data.cache import cache_folder, digest, named_errors, partial_folder
 from dense_jax.data.sources import TextSource
 from dense_jax.files import make_path, parse_json, write_atomically
 from dense_jax.types import InputError
 
 _SAMPLE_BYTES = 4 << 20
 _CHUNK = 2000
+_BYTES_AT_A_TIME = 1 << 20
 # SentencePiece writes a space inside a piece as this character.
 _SPACE_MARK = "\u2581"
 _TRAINER_OPTIONS: dict[str, Any] = {
@@ -106,7 +112,11 @@ class ByteTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """The text's UTF-8 bytes."""
-    return list(text.encode())
+    content = text.encode()
+    ids: list[int] = []
+    for start in range(0, len(content), _BYTES_AT_A_TIME):  # Signals are heard in between.
+      ids += content[start : start + _BYTES_AT_A_TIME]
+    return ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """The UTF-8 bytes of each text."""
@@ -164,20 +174,37 @@ class SentencePieceTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """The text's pieces."""
-    if not self._mark_ids or _SPACE_MARK not in text:
-      return self._processor.encode(text)
-    first, *rest = self._processor.encode(text.split(_SPACE_MARK))
+    parts = text.split(_SPACE_MARK) if self._mark_ids else [text]
+    first, *rest = self._encode(parts)
     for ids in rest:
       first += self._mark_ids + ids
     return first
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """The pieces of each text, on all cores."""
-    batch: list[list[int]] = self._processor.encode(list(texts), num_threads=-1)
+    batch = self._encode(texts)
     for index, text in enumerate(texts):
       if self._mark_ids and _SPACE_MARK in text:
         batch[index] = self.encode(text)
     return batch
+
+  def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """The pieces of each text, on all cores.
+
+    Signals are heard meanwhile: Python handles them between two steps of the main thread, which
+    waits here in one that can be broken off. SentencePiece, in another thread, can not; it has let
+    go of the interpreter, and if its result is not waited for, nobody waits for it.
+    """
+    result: concurrent.futures.Future[list[list[int]]] = concurrent.futures.Future()
+
+    def encode() -> None:
+      try:
+        result.set_result(self._processor.encode(list(texts), num_threads=-1))
+      except BaseException as error:
+        result.set_exception(error)
+
+    threading.Thread(target=encode, daemon=True).start()
+    return result.result()
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of the pieces; bytes that are not valid UTF-8 become U+FFFD."""
@@ -256,7 +283,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
   """Trains a lossless tokenizer on a sample of the texts and writes it atomically.
 
   The same texts give the same model. unk, bos and eos are 0, 1 and 2, the 256 bytes 3 to
-  258.
+  258. Training is a process of its own (`sentencepiece_training`), so that an exception that a
+  signal raises here ends it at once.
 
   Args:
     texts: read once, to the end.
@@ -267,17 +295,24 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
     InputError: the texts have too few different pieces, or too many characters, for
       `vocab_size`.
   """
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_sample(texts)),
-        model_writer=model,
-        vocab_size=vocab_size,
-        **_TRAINER_OPTIONS,
+  request = json.dumps([_sample(texts), {**_TRAINER_OPTIONS, "vocab_size": vocab_size}])
+  with subprocess.Popen(
+      # -P: modules beside the script are not taken for libraries of the same name.
+      [sys.executable, "-P", sentencepiece_training.__file__, str(os.getpid())],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+  ) as trainer:
+    try:
+      answer, _ = trainer.communicate(request.encode())
+    except BaseException:
+      trainer.kill()
+      raise
+  if trainer.returncode == sentencepiece_training.REFUSED:
+    raise _training_error(vocab_size, answer.decode())
+  if trainer.returncode:
+    raise RuntimeError(
+        f"the process that trains the tokenizer ended with status {trainer.returncode}"
     )
-  except RuntimeError as error:
-    raise _training_error(vocab_size, str(error)) from error
-  write_atomically(model_path, model.getvalue())
+  write_atomically(model_path, answer)
 
 
 def _training_error(vocab_size: int, message: str) -> InputError:
@@ -312,7 +347,13 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
   key = digest(train_source.fingerprint, settings)
   path = cache_folder(config.cache_dir, "tokenizers") / f"{key}.model"
   if not path.exists():
-    train_sentencepiece((d.text for d in train_source), config.vocab_size, path)
+    with partial_folder(config.cache_dir, "tokenizers", path.name) as partial:
+      with named_errors(config.cache_dir):
+        texts = (document.text for document in train_source)
+        train_sentencepiece(texts, config.vocab_size, partial / "model")
+      train_source.check_unchanged()
+      with named_errors(config.cache_dir):
+        (partial / "model").rename(path)
   return _load_model(path, "config.data.cache_dir", "no other files than this program's")
 
 

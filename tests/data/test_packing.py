@@ -207,6 +207,12 @@ def test_the_second_of_two_writers_takes_the_first_ones_store(tmp_path):
   assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
 
 
+def test_text_without_a_document_is_named(tmp_path):
+  with pytest.raises(InputError, match=r"^config\.data\.path = .*files with text; all of them"):
+    _build(tmp_path, ["", ""])
+  assert not list((tmp_path / "cache" / "tokens").iterdir())
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
   (tmp_path / "cache").write_text("a file")
   with pytest.raises(InputError, match=r"^config\.data\.cache_dir = .*a directory that can be"):

@@ -120,8 +120,9 @@ def test_a_position_in_other_batches_is_refused(field, other):
   state = pipeline.TrainBatches(**arguments).get_state()
   batches = pipeline.TrainBatches(**{**arguments, **other})
   message = f"^{field} = .* is not valid: expected .*{state[field]!r}, with which the run began"
-  with pytest.raises(InputError, match=message.replace(".", r"\.").replace(r"\.*", ".*")):
+  with pytest.raises(InputError, match=message.replace(".", r"\.").replace(r"\.*", ".*")) as error:
     batches.set_state(state)
+  assert ("the same text and tokenizer" in str(error.value)) == (field == "config.data")
   next(batches)
   batches.close()
 

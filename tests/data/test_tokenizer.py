@@ -1,5 +1,11 @@
 """Tokenizers: exact round trips, training, the cache."""
 
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -10,6 +16,7 @@ from dense_jax.config import DataConfig
 from dense_jax.data import sources, tokenizer
 from dense_jax.types import InputError
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = "".join(
     f"def function_{i}(self, value):\n    if value > {i}:\n        return self.call({i * 37})\n\n"
     for i in range(300)
@@ -166,4 +173,81 @@ def test_nothing_saved_is_named(tmp_path):
   tokenizer.ByteTokenizer().save(tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"kind": "sentencepiece"}')
   with pytest.raises(InputError, match=r"^saved tokenizer = .*tokenizer\.model"):
+    tokenizer.load_saved_tokenizer(tmp_path)
+
+
+# Trains or encodes until a signal's handler raises.
+BUSY = """
+import io, signal, sys, time
+from dense_jax.data import tokenizer
+
+def heard(*_):
+  print("heard", flush=True)
+  sys.exit(7)
+
+signal.signal(signal.SIGTERM, heard)
+text = "".join(f"{n}: a line of words, {n * n}, {n**3} and others\\n" for n in range(200_000))
+if sys.argv[1] == "train":
+  print("busy", flush=True)
+  tokenizer.train_sentencepiece([text], 20_000, None)
+else:
+  with open(sys.argv[2], "rb") as file:
+    model = tokenizer.SentencePieceTokenizer(file.read())
+  print("busy", flush=True)
+  model.encode(text * 4) if sys.argv[1] == "encode" else model.encode_batch([text * 4])
+"""
+
+
+@pytest.mark.parametrize("what", ["train", "encode", "encode_batch"])
+def test_signals_are_heard_while_sentencepiece_works(trained, tmp_path, what):
+  trained.save(tmp_path)
+  busy = subprocess.Popen(
+      [sys.executable, "-c", BUSY, what, str(tmp_path / "tokenizer.model")], cwd=ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )
+  assert busy.stdout.readline() == "busy\n"
+  time.sleep(1.0)
+  sent = time.monotonic()
+  busy.send_signal(signal.SIGTERM)
+  assert busy.stdout.readline() == "heard\n"
+  assert time.monotonic() - sent < 2
+  _, errors = busy.communicate(timeout=20)
+  assert (busy.returncode, errors) == (7, "")
+
+
+def _children(process) -> list[int]:
+  found = subprocess.run(
+      ["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True, check=False
+  )
+  return [int(pid) for pid in found.stdout.split()]
+
+
+def test_a_killed_process_leaves_no_trainer(tmp_path):
+  busy = subprocess.Popen(
+      [sys.executable, "-c", BUSY, "train"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  assert busy.stdout.readline() == "busy\n"
+  while not (children := _children(busy.pid)):
+    assert busy.poll() is None
+    time.sleep(0.05)
+  time.sleep(0.5)
+  busy.kill()
+  busy.communicate()
+  deadline = time.monotonic() + 10
+  while any(pathlib.Path(f"/proc/{child}").exists() for child in children):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def test_a_trainer_that_fails_is_no_fault_of_the_text(tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenizer.sys, "executable", "/bin/false")
+  with pytest.raises(RuntimeError, match="ended with status 1"):
+    tokenizer.train_sentencepiece([TEXT * 40], 400, tmp_path / "x.model")  # More than a pipe holds.
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 100_000, "3", '{"kind": [}', "{}"])
+def test_a_damaged_saved_tokenizer_is_named(tmp_path, content):
+  (tmp_path / "tokenizer.json").write_text(content)
+  with pytest.raises(InputError, match="no tokenizer in"):
     tokenizer.load_saved_tokenizer(tmp_path)

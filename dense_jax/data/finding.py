@@ -1,0 +1,180 @@
+"""Where text lies: the files of a path, a folder or a glob, here and in buckets.
+
+One rule for folders and globs. No name that begins with a dot is text, nor is anything in
+such a folder, unless the path itself spells the dot. Links to files and folders are followed.
+Every real file is taken once, by the name that needs no link if it has one, so that loops end and a
+link to what is there anyway changes nothing.
+"""
+
+import collections
+import fnmatch
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from etils import epath
+
+from dense_jax.config import invalid
+from dense_jax.files import is_remote, make_path
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+_VALID_PATH = f'"stdlib", or a file, directory or glob of {", ".join(SUFFIXES)}'
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+  """Logs a warning, and never again in this process: files are found and read several times."""
+  logging.getLogger(__name__).warning(message)
+
+
+def readable(name: str) -> str:
+  r"""A name to be printed: what is not UTF-8 in it is written as \xNN."""
+  return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def file_key(file: Path) -> object:
+  """What two names of one file have in common.
+
+  Raises:
+    OSError: there is no such file.
+  """
+  if is_remote(file):
+    return os.fspath(file)
+  status = file.stat()
+  return status.st_dev, status.st_ino
+
+
+def find_files(path: str, field: str) -> tuple[Path, list[Path]]:
+  """The text files of a path, in no particular order, and the folder below which they are named.
+
+  Args:
+    path: a file; a directory, with those below it, whose files of other suffixes are passed over;
+      or a glob, in which `**` goes down. gs://BUCKET/... is any of the three, but for `**`.
+    field: the config field the path is from, for error messages.
+
+  Raises:
+    InputError: nothing there, a file of another kind, or a folder that cannot be read.
+  """
+  place = make_path(path, field)
+  try:
+    root, files = _find_remote(place, field) if is_remote(place) else _find_local(Path(place))
+  except OSError as error:
+    raise invalid(field, path, f"{_VALID_PATH} that can be read ({error})") from error
+  if not files:
+    raise invalid(field, path, f"{_VALID_PATH}; no such file was found")
+  for file in files:
+    if not file.name.endswith(SUFFIXES):
+      raise invalid(field, path, f"{_VALID_PATH}; {readable(file.name)} has another suffix")
+  return root, files
+
+
+def _find_local(place: Path) -> tuple[Path, list[Path]]:
+  if place.is_file():
+    return place.parent, [place]
+  if place.is_dir():
+    entries = [entry for folder in _walk([place]) for entry in _entries(folder)]
+    return place, _real_files(place, [e for e in entries if e.name.endswith(SUFFIXES)])
+  parts = place.parts
+  fixed = next((i for i, part in enumerate(parts) if _is_pattern(part)), len(parts))
+  root = Path(*parts[:fixed])
+  found = [root]
+  for pattern in parts[fixed:]:
+    found = _walk(found) if pattern == "**" else [e for f in found for e in _match(f, pattern)]
+  if parts[-1] == "**":
+    found = [entry for folder in found for entry in _entries(folder)]
+  return root, _real_files(root, found)
+
+
+def _is_pattern(text: str) -> bool:
+  return re.search(r"[*?[]", text) is not None
+
+
+def _match(folder: Path, pattern: str) -> list[Path]:
+  """What a glob without slashes matches in a folder; nothing where there is no folder."""
+  if not _is_pattern(pattern) or (folder / pattern).exists():
+    return [folder / pattern]
+  if not folder.is_dir():
+    return []
+  return [e for e in _entries(folder, pattern) if fnmatch.fnmatchcase(e.name, pattern)]
+
+
+def _entries(folder: Path, pattern: str = "") -> list[Path]:
+  """A folder's entries in order, without those whose dot the pattern does not spell."""
+  try:
+    names = sorted(os.listdir(folder))
+  except PermissionError:
+    warn_once(f"{readable(str(folder))} may not be read: it is passed over")
+    return []
+  return [folder / n for n in names if pattern.startswith(".") or not n.startswith(".")]
+
+
+def _walk(folders: Iterable[Path]) -> list[Path]:
+  """These folders and all below them, each real one once; links come after all others."""
+  waiting = collections.deque(folder for folder in folders if folder.is_dir())
+  links: collections.deque[Path] = collections.deque()
+  seen, found = set(), []
+  while waiting or links:
+    folder = (waiting or links).popleft()
+    if file_key(folder) in seen:
+      continue
+    seen.add(file_key(folder))
+    found.append(folder)
+    for entry in _entries(folder):
+      if entry.is_dir():
+        (links if entry.is_symlink() else waiting).append(entry)
+  return found
+
+
+def _real_files(root: Path, entries: Iterable[Path]) -> list[Path]:
+  """The files among what was found below `root`, each real one once."""
+  names = collections.defaultdict(list)
+  for entry in entries:
+    if entry.is_file():
+      names[file_key(entry)].append(entry)
+    elif entry.is_symlink() and not entry.exists():
+      warn_once(f"{readable(str(entry))} is a link to nothing: it is passed over")
+
+  def needs_link(entry: Path) -> bool:
+    real = os.path.join(os.path.realpath(root), entry.relative_to(root))
+    return os.path.realpath(entry) != real
+
+  return [
+      min(same, key=lambda entry: (needs_link(entry), entry)) if len(same) > 1 else same[0]
+      for same in names.values()
+  ]
+
+
+def _find_remote(place: epath.Path, field: str) -> tuple[epath.Path, list[epath.Path]]:
+  if "**" in str(place):
+    raise invalid(field, str(place), "a glob without ** where the files are in a bucket")
+  root = place
+  while _is_pattern(str(root)):
+    root = root.parent
+  if root != place:
+    pattern = place.relative_to(root)
+    return root, [
+        file for file in root.glob(str(pattern))
+        if file.is_file() and not _is_hidden(file.relative_to(root).parts, pattern.parts)
+    ]
+  if place.is_dir():
+    return place, [f for f in _remote_files(place) if f.name.endswith(SUFFIXES)]
+  return place.parent, [place] if place.is_file() else []
+
+
+def _is_hidden(names: Iterable[str], patterns: Iterable[str]) -> bool:
+  """Whether a name begins with a dot that its pattern does not spell."""
+  pairs = zip(names, patterns, strict=True)
+  return any(name.startswith(".") and not pattern.startswith(".") for name, pattern in pairs)
+
+
+def _remote_files(folder: epath.Path) -> Iterator[epath.Path]:
+  for entry in folder.iterdir():
+    if entry == folder or entry.name.startswith("."):  # A bucket may list a folder in itself.
+      continue
+    if entry.is_dir():
+      yield from _remote_files(entry)
+    else:
+      yield entry

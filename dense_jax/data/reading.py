@@ -1,0 +1,232 @@
+"""A file's documents: decompressed, decoded, cut into lines; with limits, and complete.
+
+A file is read as a stream of chunks of bounded size, so that what a small compressed file
+unpacks to, or a line that does not end, meets a limit and not the end of memory.
+"""
+
+import codecs
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dense_jax.config import invalid
+from dense_jax.data.finding import readable, warn_once
+
+MAX_TEXT_BYTES = 1 << 30
+MAX_LINE_BYTES = 128 << 20
+# A zstd frame may ask for a window of this size, which is what `zstd --long` writes.
+_MAX_WINDOW_BYTES = 128 << 20
+_CHUNK_BYTES = 1 << 20
+# Of this much zstd makes at most 8 MiB: a block of 4 bytes may be one byte, 131,072 times.
+_ZSTD_BYTES = 1 << 8
+# As floats, integers may have any number of digits.
+_JSON = json.JSONDecoder(parse_int=float)
+# UTF-16's little-endian mark begins UTF-32's.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
+  """Yields (suffix of the document's name, text) for each document of a file.
+
+  A .txt (or .py) is one document, a .jsonl has one in each line that is not blank: the string
+  `text` of a JSON object (the last, if it has several), whatever else is in it. UTF-16 and UTF-32
+  are read where a byte order mark says so. Bytes of a .txt that are no UTF-8 become U+FFFD, and
+  are counted in a warning.
+
+  Args:
+    file: whose suffix says how it is read.
+    field: the config field that named it, for error messages.
+
+  Raises:
+    InputError: naming the file, and the line: what cannot be read or decoded, a compressed file
+      that is cut off, a line of more than 128 MiB, a .txt of more than 1 GiB, a line that is no
+      JSON object with a text.
+  """
+  try:
+    with file.open("rb") as raw:
+      if file.suffix in (".txt", ".py"):
+        yield "", _whole_text(raw, file, field)
+        return
+      lines = _Lines(file, _as_utf8(_decompressed(raw, file.suffix)), field)
+      for number, line in enumerate(io.BufferedReader(lines, _CHUNK_BYTES), 1):
+        line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+          yield f":{number}", _json_text(line, file, number, field)
+  except UnicodeDecodeError as error:
+    valid = f"text in {error.encoding}, as its byte order mark says ({error.reason})"
+    raise invalid(field, str(file), valid) from error
+  except (OSError, EOFError, zlib.error) as error:
+    raise invalid(field, str(file), f"a file that can be read ({error})") from error
+
+
+def _chunks(raw: BinaryIO | gzip.GzipFile, size: int) -> Iterator[bytes]:
+  return iter(lambda: raw.read(size), b"")
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> Iterator[bytes]:
+  if suffix == ".gz":
+    return _gzip_chunks(raw)
+  return _zstd_chunks(raw) if suffix == ".zst" else _chunks(raw, _CHUNK_BYTES)
+
+
+def _gzip_chunks(raw: BinaryIO) -> Iterator[bytes]:
+  """All members, one after the other; zeros may follow them.
+
+  Raises:
+    EOFError: the file is empty or ends inside a member.
+    OSError, zlib.error: it is damaged, or no gzip.
+  """
+  with gzip.open(raw, "rb") as unpacked:
+    yield from _chunks(unpacked, _CHUNK_BYTES)
+  if not raw.tell():
+    raise EOFError("it is empty, which no whole gzip file is")
+
+
+def _zstd_chunks(raw: BinaryIO) -> Iterator[bytes]:
+  """All frames, one after the other, as a file has them that was written in parts.
+
+  Raises:
+    EOFError: the file is empty or ends inside a frame.
+    OSError: it is damaged, or no zstd, or asks for too much memory.
+  """
+  import zstandard  # only those who read .zst need it
+
+  decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+  frame = None
+  number = 0
+  try:
+    for packed in _chunks(raw, _ZSTD_BYTES):
+      while packed:
+        if frame is None:
+          frame = decompressor.decompressobj()
+          number += 1
+        yield frame.decompress(packed)
+        packed = frame.unused_data
+        if frame.eof:
+          frame = None
+  except zstandard.ZstdError as error:
+    raise OSError(str(error)) from error
+  if frame is not None or not number:
+    raise EOFError(
+        f"it ends inside its frame {number}" if number
+        else "it is empty, which no whole zstd file is"
+    )
+
+
+def _marked_encoding(begin: bytes) -> str | None:
+  """What the byte order mark at the beginning of a file says; None without one."""
+  return next((encoding for mark, encoding in _MARKS if begin.startswith(mark)), None)
+
+
+def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
+  """The stream, in UTF-8 where a byte order mark of UTF-16 or UTF-32 begins it.
+
+  Raises:
+    UnicodeDecodeError: it is not what its mark says.
+  """
+  begin = b""
+  while len(begin) < 4 and (chunk := next(chunks, b"")):
+    begin += chunk
+  stream = itertools.chain([begin], chunks)
+  encoding = _marked_encoding(begin)
+  if not encoding:
+    yield from stream
+    return
+  decoder = codecs.getincrementaldecoder(encoding)()
+  for chunk in stream:
+    yield decoder.decode(chunk).encode()
+  yield decoder.decode(b"", final=True).encode()
+
+
+def _whole_text(raw: BinaryIO, file: Path, field: str) -> str:
+  size = raw.seek(0, io.SEEK_END)
+  if size > MAX_TEXT_BYTES:
+    raise invalid(
+        field, str(file), f"a text of at most {MAX_TEXT_BYTES >> 20:,} MiB (it has "
+        f"{size >> 20:,}): cut it into several files, or into documents, the lines of a .jsonl",
+    )
+  raw.seek(0)
+  content = raw.read()
+  encoding = _marked_encoding(content[:4])
+  if encoding:
+    return content.decode(encoding)
+  if content.count(0) > len(content) // 8:
+    raise invalid(
+        field, str(file), "text; it is full of NUL bytes, as UTF-16 and UTF-32 are, but has no "
+        "byte order mark that says so: write it in UTF-8",
+    )
+  try:
+    return content.decode()
+  except UnicodeDecodeError:
+    text = content.decode(errors="replace")
+  # In UTF-8 these three bytes are U+FFFD itself wherever they stand.
+  count = text.count("\ufffd") - content.count("\ufffd".encode())
+  warn_once(f"{readable(str(file))}: what is not UTF-8 in it became U+FFFD, in {count:,} places")
+  return text
+
+
+class _Lines(io.RawIOBase):
+  """A stream of chunks as a file, to be read by line, that refuses a line that grows too long."""
+
+  def __init__(self, file: Path, chunks: Iterator[bytes], field: str) -> None:
+    self._file, self._chunks, self._field = file, chunks, field
+    self._chunk = memoryview(b"")
+    self._number, self._length = 1, 0
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    while not self._chunk:
+      chunk = next(self._chunks, None)
+      if chunk is None:
+        return 0
+      self._check(chunk)
+      self._chunk = memoryview(chunk)
+    count = min(len(buffer), len(self._chunk))
+    buffer[:count] = self._chunk[:count]
+    self._chunk = self._chunk[count:]
+    return count
+
+  def _check(self, chunk: bytes) -> None:
+    """Looks at no line that begins and ends in one chunk, which is far shorter than the limit."""
+    ends = chunk.count(b"\n")
+    if self._length + (chunk.find(b"\n") if ends else len(chunk)) > MAX_LINE_BYTES:
+      raise invalid(
+          self._field, str(self._file),
+          f"lines of at most {MAX_LINE_BYTES >> 20:,} MiB; line {self._number} is longer",
+      )
+    self._number += ends
+    self._length = len(chunk) - chunk.rfind(b"\n") - 1 if ends else self._length + len(chunk)
+
+
+def _json_text(line: bytes, file: Path, number: int, field: str) -> str:
+  why = ""
+  value: Any = None
+  try:
+    value = _JSON.decode(line.decode())
+  except RecursionError as error:
+    valid = f"JSON of fewer levels in every line; line {number} is nested too deeply to be read"
+    raise invalid(field, str(file), valid) from error
+  except UnicodeDecodeError as error:
+    why = f" (byte {error.start + 1} is not UTF-8)"
+  except json.JSONDecodeError as error:
+    why = f" ({error.msg}, at character {error.pos + 1})"
+  text = value.get("text") if isinstance(value, dict) else None
+  if not isinstance(text, str):
+    raise invalid(
+        field, str(file), 'a JSON object with a string "text" in every line; '
+        f"line {number} is {line[:60]!r}{why}",
+    )
+  # JSON can spell half of a surrogate pair, which is no text.
+  return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
