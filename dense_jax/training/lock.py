@@ -31,6 +31,7 @@ _RENEW_SECONDS = 10.0
 _SILENT_SECONDS = 35.0
 # How often the holder looks whether its folder is still there.
 _LOOK_SECONDS = 2.0
+_BYTES = 512
 # A file that was not written for so long is not watched: no two clocks differ by that much.
 _SURELY_SILENT_SECONDS = 600.0
 
@@ -139,7 +140,8 @@ class RunLock:
       self._file.write_bytes(content)
     else:
       # Of one length, so that a reader never sees an old end.
-      os.pwrite(self._handle, content.ljust(512), 0)
+      os.pwrite(self._handle, content.ljust(_BYTES), 0)
+      os.ftruncate(self._handle, _BYTES)
 
   def _keep(self) -> None:
     """The holder's thread: counts, and looks whether the lock is still its own."""

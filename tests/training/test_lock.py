@@ -1,0 +1,203 @@
+"""Who may write into a run's folder, and what becomes of a lock whose holder is gone."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from etils import epath
+
+from dense_jax.training import lock
+from dense_jax.training.lock import LOCK_FILE, RunLock
+from dense_jax.types import InputError
+from tests.helpers import ROOT
+
+HOLD = """
+import sys, time
+from etils import epath
+from dense_jax.training.lock import RunLock
+lock = RunLock(epath.Path(sys.argv[1]), print)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  for name, seconds in (("_RENEW", 0.1), ("_SILENT", 1.0), ("_LOOK", 0.05)):
+    monkeypatch.setattr(lock, f"{name}_SECONDS", seconds)
+
+
+@pytest.fixture
+def take(tmp_path):
+  """Takes the folder's lock, and releases all of them in the end; with what was said."""
+  said, locks = [], []
+
+  def take(folder=tmp_path):
+    locks.append(RunLock(epath.Path(folder), said.append))
+    return locks[-1]
+
+  take.said = said
+  yield take
+  for held in locks:
+    held.release()
+
+
+def hold(folder):
+  """Another process, which holds the lock."""
+  process = subprocess.Popen(
+      [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == "held\n"
+  return process
+
+
+def elsewhere(folder, **content):
+  """A lock of a process on another machine."""
+  described = {"host": "other", "pid": 12, "since": "noon", "token": "x", "alive": 1} | content
+  (folder / LOCK_FILE).write_text(json.dumps(described))
+
+
+def test_a_second_run_is_refused_by_the_name_of_the_first(take, tmp_path):
+  first = take()
+  with pytest.raises(InputError, match=rf"--workdir.* used by process {os.getpid()} on"):
+    take()
+  first.release()
+  assert not (tmp_path / LOCK_FILE).exists()
+  take()
+  assert not take.said
+
+
+def test_of_many_that_begin_together_one_gets_it(tmp_path):
+  taken, refused, gate = [], [], threading.Barrier(8)
+
+  def begin():
+    gate.wait()
+    try:
+      taken.append(RunLock(epath.Path(tmp_path), lambda _: None))
+    except InputError:
+      refused.append(1)
+
+  threads = [threading.Thread(target=begin) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert (len(taken), len(refused)) == (1, 7)
+  taken[0].release()
+
+
+def test_a_killed_holders_lock_is_taken_over_and_said(take, tmp_path):
+  process = hold(tmp_path)
+  with pytest.raises(InputError, match=f"used by process {process.pid} on"):
+    take()
+  process.kill()
+  process.wait()
+  took = time.monotonic()
+  take()
+  assert time.monotonic() - took < 0.5
+  assert take.said == [s for s in take.said if f"process {process.pid} on" in s] and take.said
+
+
+def test_a_stopped_holder_still_holds_it(take, tmp_path):
+  process = hold(tmp_path)
+  process.send_signal(signal.SIGSTOP)
+  with pytest.raises(InputError, match=f"used by process {process.pid} on"):
+    take()
+  process.kill()
+  process.wait()
+
+
+def test_another_machines_lock_is_dead_when_it_stands_still(take, tmp_path):
+  elsewhere(tmp_path)
+  take()
+  assert [s for s in take.said if "took over" in s and "process 12 on other, since noon" in s]
+
+
+def test_another_machines_lock_that_is_old_is_not_waited_for(take, tmp_path):
+  elsewhere(tmp_path)
+  os.utime(tmp_path / LOCK_FILE, (1e9, 1e9))
+  took = time.monotonic()
+  take()
+  assert time.monotonic() - took < 0.5
+
+
+def test_another_machines_lock_is_alive_while_it_counts(take, tmp_path):
+  elsewhere(tmp_path)
+  ended = threading.Event()
+
+  def count():
+    number = 1
+    while not ended.wait(0.1):
+      number += 1
+      elsewhere(tmp_path, alive=number)
+
+  thread = threading.Thread(target=count)
+  thread.start()
+  with pytest.raises(InputError, match="used by process 12 on other"):
+    take()
+  ended.set()
+  thread.join()
+
+
+def test_a_file_system_without_locks_goes_by_the_number(take, tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(lock.fcntl, "flock", refuse)
+  first = take()
+  with pytest.raises(InputError, match=f"used by process {os.getpid()}"):
+    take()
+  first.release()
+  take()
+
+
+@pytest.mark.parametrize("content", ["", "\n", "garbage", "[" * 100_000, "[]", "{}", "\0" * 99])
+def test_a_damaged_lock_is_taken_over(take, tmp_path, content):
+  (tmp_path / LOCK_FILE).write_text(content)
+  take().check()
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced", "taken over"])
+def test_a_folder_that_is_gone_is_noticed(take, tmp_path, how):
+  folder = tmp_path / "run"
+  held = take(folder)
+  held.check()
+  if how == "taken over":
+    elsewhere(folder)
+  else:
+    folder.rename(tmp_path / "aside")
+  if how == "replaced":
+    folder.mkdir()
+    elsewhere(folder)
+  deadline = time.monotonic() + 5
+  while not held.lost:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  with pytest.raises(InputError, match=r"--workdir = '.*' is gone while the run writes into it"):
+    held.check()
+
+
+def test_what_it_made_goes_with_it_unless_it_is_used(take, tmp_path):
+  take(tmp_path / "a" / "b").release()
+  assert not list(tmp_path.iterdir())
+  held = take(tmp_path / "a" / "b")
+  (tmp_path / "a" / "b" / "config.json").touch()
+  held.release()
+  assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
+  (tmp_path / "there").mkdir()
+  take(tmp_path / "there").release()
+  assert (tmp_path / "there").is_dir()
+
+
+@pytest.mark.parametrize("path", ["file", "file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_made_is_named(take, tmp_path, path):
+  (tmp_path / "file").write_text("x")
+  with pytest.raises(InputError, match=r"--workdir = .* a folder that can be made and written"):
+    take(tmp_path / path)
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
