@@ -76,6 +76,7 @@ def test_every_signal_is_obeyed_at_once_where_nothing_is_lost(name):
 
 def test_a_main_thread_that_hears_nothing_is_ended_from_outside():
   process = at_stage(AT_ONCE.format(stage=STUCK, cleanup="pass"))
+  time.sleep(0.3)  # Until it is in the call.
   process.send_signal(signal.SIGTERM)
   status, out, err = end(process, seconds=10)
   assert (status, out) == (1, "")
@@ -110,6 +111,7 @@ def test_what_comes_within_a_second_is_the_same_request():
 @pytest.mark.parametrize("stage", ["time.sleep(60)", STUCK], ids=["sleeping", "stuck"])
 def test_a_second_request_ends_at_once(stage):
   process = at_stage(WAITING.format(stage=stage))
+  time.sleep(0.3)
   process.send_signal(signal.SIGTERM)
   time.sleep(1.3)
   process.send_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """A run's folder: whether a command may go on with it, and what identifies the run in it."""
 
 import json
+import logging
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ from dense_jax.training.lock import LOCK_FILE
 from dense_jax.types import InputError
 
 DATA_FILE = "data.json"
+_LOG = logging.getLogger(__name__)
 # What a writer that was killed left of a file, and what file systems put into an empty folder.
 _PARTIAL = re.compile(r"\..*\.partial")
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -79,10 +81,17 @@ def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None
 
 
 def _check_data(workdir: epath.Path, described: dict[str, Any]) -> None:
+  file = workdir / DATA_FILE
   try:
-    before = parse_json((workdir / DATA_FILE).read_bytes())
-  except (OSError, ValueError):
-    return  # The data's position in the checkpoint holds the fingerprint too.
+    before = parse_json(file.read_bytes())
+    if not isinstance(before, dict) or not isinstance(before.get("fingerprint"), str):
+      raise ValueError("it describes no data")
+  except (OSError, ValueError) as error:
+    _LOG.warning(
+        "%s cannot be read and is written again (%s): the training text is still compared with "
+        "the checkpoint's, the held-out text is not", file, error,
+    )
+    return
   lines = [f"  {line}" for line in identity.explain_difference(before, described)]
   if lines:
     raise InputError(

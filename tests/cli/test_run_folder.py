@@ -1,0 +1,158 @@
+"""Whether training may begin in a folder or go on in it: said before any work is done."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from etils import epath
+
+from dense_jax import experiment
+from dense_jax.cli import run_folder
+from dense_jax.config import DataConfig, build
+from dense_jax.data.pipeline import load_datasets
+from dense_jax.types import InputError
+from tests.helpers import write_text
+
+
+@pytest.fixture
+def config():
+  return experiment.load("experiments/smoke.py:debug")
+
+
+@pytest.fixture
+def run(tmp_path, config):
+  """A run's folder with a checkpoint of step 4, as far as is looked at."""
+  folder = tmp_path / "run"
+  (folder / "checkpoints" / "2").mkdir(parents=True)
+  (folder / "checkpoints" / "4").mkdir()
+  experiment.save(config, epath.Path(folder))
+  return folder
+
+
+def check(folder, config):
+  run_folder.check_config(epath.Path(folder), config)
+
+
+def with_values(config, **groups):
+  return dataclasses.replace(config, **{
+      group: dataclasses.replace(getattr(config, group), **values)
+      for group, values in groups.items()
+  })
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"train": {"steps": 4}}, {"train": {"steps": 9}}, {"optimizer": {"clip_norm": 0.5}},
+    {"optimizer": {"learning_rate": 0.1}}, {"data": {"path": "elsewhere"}},
+    {"data": {"tokenizer": "elsewhere.model"}}, {"model": {"remat": "full"}},
+])
+def test_a_run_goes_on_with_what_may_change(run, config, changes):
+  check(run, with_values(config, **changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train": {"steps": 3}}, "config.train.steps = 3 is not valid: expected an integer >= 4"),
+    ({"optimizer": {"clip_norm": 0.0}}, "config.optimizer.clip_norm: the run has 1.0, now 0.0"),
+    ({"optimizer": {"second_moment_dtype": "bfloat16"}}, "config.optimizer.second_moment_dtype"),
+    ({"optimizer": {"first_moment_dtype": "bfloat16"}}, "config.optimizer.first_moment_dtype"),
+    ({"model": {"width": 24}}, "config.model.width: the run has"),
+    ({"data": {"heldout_every": 7}}, "config.data.heldout_every: the run has"),
+])
+def test_a_run_refuses_what_it_cannot_go_on_with(run, config, changes, message):
+  with pytest.raises(InputError, match=re.escape(message)):
+    check(run, with_values(config, **changes))
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", '{"model": ', "[]", "null", '{"model": []}', '{"model": {"family": []}}',
+    '{"model": {"family": "none"}}', '{"train": 3}', '{"seed": "x"}', "[" * 100_000,
+    '{"seed": ' + "9" * 5000 + "}", '{"unknown": 1}', "\udcff",
+])
+def test_a_damaged_configuration_of_a_run_is_named(run, config, content):
+  (run / "config.json").write_text(content, errors="surrogateescape")
+  with pytest.raises(InputError, match=r"config\.json cannot be read as a run's configuration"):
+    check(run, config)
+
+
+def test_checkpoints_without_a_configuration_are_no_place_to_begin(run, config):
+  (run / "config.json").unlink()
+  with pytest.raises(InputError, match=r"expected a run with config\.json"):
+    check(run, config)
+
+
+@pytest.mark.parametrize("left", [
+    (), ("lock.json",), (".config.json.0123.partial", "lock.json"), (".nfs01",), ("lost+found/",),
+    ("lock.json", "config.json"), ("config.json", "data.json", "metrics.jsonl", "tokenizer/"),
+    ("checkpoints/",), ("checkpoints/0.orbax-checkpoint-tmp/",),
+    ("config.json", "checkpoints/2.orbax-checkpoint-tmp-1/", "tensorboard/"),
+])
+def test_what_a_run_left_before_its_first_checkpoint_is_no_obstacle(tmp_path, config, left):
+  """Also with another configuration: nothing is lost."""
+  folder = tmp_path / "run"
+  folder.mkdir()
+  for name in left:
+    path = folder / name
+    path.mkdir(parents=True) if name.endswith("/") else path.write_text("{")
+  check(folder, config)
+  check(folder, with_values(config, model={"width": 24}))
+
+
+@pytest.mark.parametrize("left", ["thesis.tex", "checkpoints/model.pt", "metrics.jsonl", "4/"])
+def test_a_folder_with_something_else_is_left_alone(tmp_path, config, left):
+  path = tmp_path / "run" / left
+  path.parent.mkdir(parents=True)
+  path.mkdir() if left.endswith("/") else path.touch()
+  with pytest.raises(InputError, match=f"a new or empty folder.*it holds {left.partition('/')[0]}"):
+    check(tmp_path / "run", config)
+
+
+@pytest.fixture
+def text(tmp_path):
+  (tmp_path / "text").mkdir()
+  return write_text(tmp_path / "text")
+
+
+def load(text, cache):
+  values = {"path": str(text), "tokenizer": "bytes", "heldout_every": 2, "cache_dir": str(cache)}
+  return load_datasets(build(DataConfig, values))
+
+
+def test_a_run_begins_with_its_configuration_and_clears_what_a_killed_one_left(
+    tmp_path, text, config
+):
+  folder = epath.Path(tmp_path / "run")
+  (folder / "tokenizer").mkdir(parents=True)
+  for name in (".config.json.01.partial", "tokenizer/.tokenizer.json.02.partial", ".mine"):
+    (folder / name).touch()
+  run_folder.begin(folder, config, load(text, tmp_path / "cache"))
+  root = tmp_path / "run"
+  names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*"))
+  assert names == [".mine", "config.json", "data.json", "tokenizer", "tokenizer/tokenizer.json"]
+  assert experiment.read(folder) == config
+
+
+def test_data_that_moved_are_the_same_and_others_are_described(tmp_path, text, run, config):
+  folder, cache = epath.Path(run), tmp_path / "cache"
+  run_folder.begin(folder, config, load(text, cache))  # The run has nothing to compare with yet.
+  moved = text.rename(tmp_path / "moved")
+  run_folder.begin(folder, config, load(moved, cache))
+  first = sorted(moved.glob("*.txt"))[0]
+  first.rename(first.with_name("0-renamed.txt"))
+  run_folder.begin(folder, config, load(moved, cache))
+  before = (run / "data.json").read_bytes()
+  (moved / "0-renamed.txt").write_text("grown\n" * 999)
+  with pytest.raises(InputError, match=r"made with other data:\n.*0-renamed\.txt has grown from"):
+    run_folder.begin(folder, with_values(config, train={"steps": 99}), load(moved, cache))
+  assert (run / "data.json").read_bytes() == before
+  assert experiment.read(folder) == config
+  assert json.loads(before)["fingerprint"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "{}", "[" * 100_000, '{"fingerprint": 3}'])
+def test_a_damaged_description_of_the_data_is_said_and_written_again(
+    tmp_path, text, run, config, content, caplog
+):
+  (run / "data.json").write_text(content)
+  run_folder.begin(epath.Path(run), config, load(text, tmp_path / "cache"))
+  assert "data.json cannot be read" in caplog.text
+  assert json.loads((run / "data.json").read_text())["fingerprint"]
