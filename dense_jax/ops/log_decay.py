@@ -57,14 +57,14 @@ def summed_log_decay(log_decay_BTH: Array, chunk: int) -> LogDecay:
   """Sums log decays within each chunk.
 
   Args:
-    log_decay_BTH: <= 0; below FLOOR its gradient is zero.
+    log_decay_BTH: <= 0; its gradient is zero from FLOOR down.
     chunk: C, tokens a chunk.
 
   Returns:
     Sums [B, G, C, H] up to and including each token; padding counts as zeros.
   """
   log_decay_BGCH = split_time(log_decay_BTH.astype(jnp.float32), chunk)
-  log_decay_BGCH = jnp.where(log_decay_BGCH < FLOOR, FLOOR, log_decay_BGCH)
+  log_decay_BGCH = jnp.where(log_decay_BGCH <= FLOOR, FLOOR, log_decay_BGCH)
   # The finest unit of which the largest sum is still a multiple that float32 can hold.
   unit = 2.0 ** (math.ceil(math.log2(-FLOOR * chunk)) - _SIGNIFICAND_BITS)
   high_BGCH = jax.lax.stop_gradient(jnp.round(log_decay_BGCH / unit) * unit)
