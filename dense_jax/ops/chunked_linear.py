@@ -6,8 +6,8 @@ In two parts, so that what a deeper layer reads again is paid once. `chunk_state
 the state before each chunk: a matmul a chunk, then a scan over G = T / C chunks.
 `chunk_read` answers any query from those states and the tokens inside the chunk (the
 "chunkwise" form of arXiv 2307.08621, section 2.3). All decays are exponentials of
-differences <= 0; there is no normalisation by chunk, so every chunk length gives the
-same result.
+differences <= 0 (`log_decay.py` says of what); there is no normalisation by chunk, so every
+chunk length gives the same result.
 
 Heads may share keys and queries (arXiv 2405.21060, section 7.2): head h takes those of
 group h // (H / J). What depends on them alone is computed once a group.
