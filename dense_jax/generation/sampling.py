@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from dense_jax.config import invalid
 from dense_jax.types import Array
 
-# Below it, float32 draws are greedy anyway.
-_LEAST_TEMPERATURE = 1e-6
+# Below the first, float32 draws are greedy anyway; above the second they are uniform, and its
+# reciprocal, which compilers multiply by, is still a normal number.
+_LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 1e-6, 1e37
+# A sum of probabilities reaches p if it is p up to float32's rounding.
+_ROUNDING = 2.0**-22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +21,9 @@ class Sampling:
 
   Attributes:
     temperature: logits are divided by it; 0 is greedy.
-    top_k: only the k likeliest tokens; 0 is all.
-    top_p: only the smallest set of likeliest tokens whose probability reaches p.
+    top_k: only the k likeliest tokens; 0 is all. Of equally likely ones the lowest ids come first.
+    top_p: only the smallest set of likeliest tokens whose probability reaches p, at that
+      temperature and of those that `top_k` leaves. Equally likely ones are taken as for it.
   """
 
   temperature: float = 1.0
@@ -36,22 +40,38 @@ class Sampling:
 
 
 def sample(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
-  """Token ids, int32 [B], from float32 logits."""
+  """Token ids, int32 [B], from float32 logits; one of -inf is never drawn."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  # From the likeliest down, so that no temperature can overflow.
-  logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-  logits_BV = logits_BV / max(sampling.temperature, _LEAST_TEMPERATURE)
-  vocab = logits_BV.shape[-1]
-  if 0 < sampling.top_k < vocab:
-    kth_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-    logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+  # -0 and 0 are equally likely, but not to a sort.
+  logits_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)
+  tokens_BV = None
+  if 0 < sampling.top_k < logits_BV.shape[-1]:
+    logits_BV, tokens_BV = jax.lax.top_k(logits_BV, sampling.top_k)  # Equal ones by index.
+  scaled_BV = _scaled(logits_BV, sampling.temperature)
   if sampling.top_p < 1:
-    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    # A token stays if those before it have not reached p: the first always does.
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    last_B1 = jnp.sum(before_BV < sampling.top_p, axis=-1, keepdims=True) - 1
-    least_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
-    logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-  return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+    scaled_BV = jnp.where(_nucleus(logits_BV, sampling), scaled_BV, -jnp.inf)
+  drawn_B = jax.random.categorical(key, scaled_BV)
+  if tokens_BV is not None:
+    drawn_B = jnp.take_along_axis(tokens_BV, drawn_B[:, None], axis=-1)[:, 0]
+  return drawn_B.astype(jnp.int32)
+
+
+def _scaled(logits_BV: Array, temperature: float) -> Array:
+  """Logits at that temperature, from the likeliest down, so that none can overflow."""
+  below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+  return below_BV / min(max(temperature, _LEAST_TEMPERATURE), _GREATEST_TEMPERATURE)
+
+
+def _nucleus(logits_BV: Array, sampling: Sampling) -> Array:
+  """bool [B, V]: the smallest set of likeliest tokens whose probability reaches `top_p`."""
+  sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+  sum_BV = jnp.cumsum(jnp.exp(_scaled(sorted_BV, sampling.temperature)), axis=-1)
+  # A token belongs to the set if those before it do not reach p; the first always does.
+  short_BV = sum_BV < sampling.top_p * (1 - _ROUNDING) * sum_BV[:, -1:]
+  size_B1 = 1 + jnp.sum(short_BV[:, :-1], axis=-1, keepdims=True)
+  least_B1 = jnp.take_along_axis(sorted_BV, size_B1 - 1, axis=-1)
+  # Of those that are as likely as the set's last one, as many as there is room for.
+  likelier_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
+  room_B1 = size_B1 - jnp.sum(likelier_BV, axis=-1, keepdims=True)
+  return likelier_BV | (equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1))

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dense_jax.config import ModelConfig, integer, invalid, number
@@ -27,6 +28,7 @@ from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, normal
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, sequence_parallel
+from dense_jax.ops.rotary import rotation
 from dense_jax.types import Array, InputError, PyTree, Segments
 
 
@@ -92,16 +94,14 @@ def rotate(x: Array, position: Array, theta: float) -> Array:
 
   Args:
     x: [..., heads, N].
-    position: [...], its leading axis may be 1.
+    position: int32 >= 0 [...], its leading axis may be 1.
     theta: angle i is theta^(-2 i / N).
 
   Returns:
-    x's shape and dtype; angles and products are float32.
+    x's shape and dtype; products are float32.
   """
   half = x.shape[-1] // 2
-  angle = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  phase = position.astype(jnp.float32)[..., None, None] * angle.reshape((1,) * (x.ndim - 1) + (-1,))
-  cos, sin = jnp.cos(phase), jnp.sin(phase)
+  cos, sin = rotation(position[..., None], theta ** (-np.arange(half) / half))
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)

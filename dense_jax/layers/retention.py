@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dense_jax.config import ModelConfig, invalid
@@ -19,6 +20,7 @@ from dense_jax.layers.linear import Linear, xavier_uniform
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, reference
 from dense_jax.ops.matmul import materialize
+from dense_jax.ops.rotary import rotation
 from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_matrix
 from dense_jax.ops.token_states import MatrixState
@@ -35,15 +37,13 @@ def rotate(x: Array, position: Array) -> Array:
 
   Args:
     x: [..., H, N].
-    position: [...], its leading axis may be 1.
+    position: int32 >= 0 [...], its leading axis may be 1.
 
   Returns:
     x's shape and dtype. Angles fall from 1 to 1e-4 over the N / 2 pairs.
   """
   half = x.shape[-1] // 2
-  angle = 10000.0 ** -jnp.linspace(0.0, 1.0, half)
-  phase = position.astype(jnp.float32)[..., None, None] * angle.reshape((1,) * (x.ndim - 1) + (-1,))
-  cos, sin = jnp.cos(phase), jnp.sin(phase)
+  cos, sin = rotation(position[..., None], 10000.0 ** -np.linspace(0.0, 1.0, half))
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)

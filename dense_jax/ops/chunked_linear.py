@@ -6,8 +6,8 @@ In two parts, so that what a deeper layer reads again is paid once. `chunk_state
 the state before each chunk: a matmul a chunk, then a scan over G = T / C chunks.
 `chunk_read` answers any query from those states and the tokens inside the chunk (the
 "chunkwise" form of arXiv 2307.08621, section 2.3). All decays are exponentials of
-differences <= 0; there is no normalisation by chunk, so every chunk length gives the
-same result.
+differences <= 0 (`log_decay.py` says of what); there is no normalisation by chunk, so every
+chunk length gives the same result.
 
 Heads may share keys and queries (arXiv 2405.21060, section 7.2): head h takes those of
 group h // (H / J). What depends on them alone is computed once a group.
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops.chunks import chunk_length, split_time
+from dense_jax.ops.log_decay import LogDecay, summed_log_decay
 from dense_jax.types import Array
 
 # Tokens a chunk. In-chunk work grows with C, states kept with 1 / C.
@@ -26,12 +27,12 @@ DEFAULT_CHUNK = 128
 
 def _cumulative(
     log_decay_BTH: Array, resets_BT: Array | None, chunk: int
-) -> tuple[Array, Array | None]:
+) -> tuple[LogDecay, Array | None]:
   """Within each chunk: summed log decay and the number of resets, both inclusive."""
-  cum_BGCH = jnp.cumsum(split_time(log_decay_BTH.astype(jnp.float32), chunk), axis=2)
+  sum_BGCH = summed_log_decay(log_decay_BTH, chunk)
   if resets_BT is None:
-    return cum_BGCH, None
-  return cum_BGCH, jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.int32)
+    return sum_BGCH, None
+  return sum_BGCH, jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.int32)
 
 
 def _weight(mask: Array | None, log_weight: Array) -> Array:
@@ -86,14 +87,18 @@ def chunk_states(
   chex.assert_type([log_decay_BTH, initial_BHPN], jnp.float32)
   chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
   k_BGCJN, v_BGCHP = split_time(k_BTJN, chunk), split_time(v_BTHP, chunk)
-  cum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
+  sum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
 
   same_document = carried = None
   if count_BGC is not None:
     same_document = (count_BGC == count_BGC[:, :, -1:])[..., None]
     carried = (count_BGC[:, :, -1] == 0)[..., None]
-  to_end_BGCH = _weight(same_document, cum_BGCH[:, :, -1:] - cum_BGCH)
-  decay_BGH = _weight(carried, cum_BGCH[:, :, -1])
+  last_BGCH = sum_BGCH[:, :, -1:]
+  # Of the last token all is kept. That is a constant: the two halves of its gradient would
+  # cancel but for rounding, which may be far above the gradients of strong decays.
+  to_end_BGCH = jnp.pad(last_BGCH.since(sum_BGCH[:, :, :-1]), ((0, 0), (0, 0), (0, 1), (0, 0)))
+  to_end_BGCH = _weight(same_document, to_end_BGCH)
+  decay_BGH = _weight(carried, last_BGCH.total()[:, :, 0])
   decay_BGH = jnp.broadcast_to(decay_BGH, (batch, *decay_BGH.shape[1:]))
   weighted_BGCHP = (v_BGCHP * to_end_BGCH[..., None]).astype(v_BTHP.dtype)
   # j: a group of heads, r: a head within it.
@@ -135,17 +140,19 @@ def chunk_read(
   heads, channels = v_BTHP.shape[2:]
   chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
   q_BGCJN, k_BGCJN, v_BGCHP = (split_time(x, chunk) for x in (q_BTJN, k_BTJN, v_BTHP))
-  cum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
+  sum_BGCH, count_BGC = _cumulative(log_decay_BTH, resets_BT, chunk)
 
   # Scores: query position c, key position s; j: a group of heads, r: a head within it.
-  causal = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, None]
+  earlier = jnp.tril(jnp.ones((chunk, chunk), bool), -1)[None, None, None]
   carried = None
   if count_BGC is not None:
     same = count_BGC[:, :, :, None] == count_BGC[:, :, None, :]
-    causal = causal & same[:, :, None]
+    earlier = earlier & same[:, :, None]
     carried = (count_BGC == 0)[..., None]
-  cum_BGHC = jnp.swapaxes(cum_BGCH, 2, 3)
-  decay_BGHCC = _weight(causal, cum_BGHC[..., :, None] - cum_BGHC[..., None, :])
+  sum_BGHC = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), sum_BGCH)
+  log_weight_BGHCC = sum_BGHC[..., :, None].since(sum_BGHC[..., None, :])
+  # A token's weight for itself is a constant too.
+  decay_BGHCC = _weight(earlier, log_weight_BGHCC) + jnp.eye(chunk)[None, None, None]
   scores_BGJCC = jnp.einsum(
       "bgcjn,bgsjn->bgjcs", q_BGCJN, k_BGCJN, preferred_element_type=jnp.float32
   )
@@ -156,7 +163,7 @@ def chunk_read(
       _by_group(v_BGCHP, groups, 3),
       preferred_element_type=jnp.float32,
   )
-  from_start_BGCH = _weight(carried, cum_BGCH)
+  from_start_BGCH = _weight(carried, sum_BGCH.total())
   y = y + _by_group(from_start_BGCH, groups, 3)[..., None] * jnp.einsum(
       "bgcjn,bgjrpn->bgcjrp",
       q_BGCJN,

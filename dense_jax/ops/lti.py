@@ -183,6 +183,14 @@ class DiagonalSystem:
     radius, phase = jnp.exp(j * log_radius[None]), _multiples(j, quarters[None], rest[None])
     return radius * jnp.cos(phase), radius * jnp.sin(phase)
 
+  def _change(self) -> Pair:
+    """The discrete eigenvalues less one, [M, E]."""
+    log_radius, quarters, rest = _log_polar(self._w(), self.discretization)
+    half = 0.5 * _multiples(jnp.ones_like(rest), quarters, rest)
+    shrunk, sin = jnp.expm1(log_radius), jnp.sin(half)
+    radius = 1 + shrunk
+    return shrunk - 2 * radius * sin * sin, 2 * radius * sin * jnp.cos(half)
+
   def _b(self) -> Array:
     """The discrete input map b_NE."""
     w = self._w()
@@ -204,11 +212,11 @@ class DiagonalSystem:
 
   def stepper(self) -> Stepper:
     """(h_BNE, x_BE) -> h_BNE."""
-    eigenvalue, b_NE = self._eigenvalue_powers(np.ones(1)), self._b()
+    (re, im), b_NE = self._change(), self._b()
 
     def step(h_BNE: Array, x_BE: Array) -> Array:
       u_BNE = b_NE[None] * x_BE.astype(jnp.float32)[:, None]
-      return _join(_times(eigenvalue, _pair(h_BNE))) + u_BNE
+      return h_BNE + (_join(_times((re[None], im[None]), _pair(h_BNE))) + u_BNE)
 
     return step
 
@@ -264,7 +272,7 @@ class DplrSystem:
     return DiagonalSystem(self.a_re_ME, self.a_im_ME, self.dt_E, b_NE, "bilinear")
 
   def _discrete(self) -> tuple[Pair, Array, Array, Array]:
-    """Lambda' (pairs [M, E]), g_NE, q_NE and b_NE: A = Lambda' - g q^T."""
+    """Lambda' - I (pairs [M, E]), g_NE, q_NE and b_NE: A = Lambda' - g q^T."""
     dt_1E = self.dt_E[None]
     w = 0.5 * dt_1E * self.a_re_ME, 0.5 * dt_1E * self.a_im_ME
     resolvent = _inverse((1 - w[0], -w[1]))
@@ -275,15 +283,16 @@ class DplrSystem:
     b_NE = _join(_times(resolvent, _pair(self.b_NE)))
     read_1E = jnp.sum(self.p_NE * b_NE, axis=0, keepdims=True)
     b_NE = dt_1E * (b_NE - scale_1E * right_NE * read_1E)
-    return _times((1 + w[0], w[1]), resolvent), 2 * scale_1E * right_NE, left_NE, b_NE
+    change = _times((2 * w[0], 2 * w[1]), resolvent)
+    return change, 2 * scale_1E * right_NE, left_NE, b_NE
 
   def _transposed_step(self) -> Advance:
     """x_NE -> A^T x_NE."""
-    eigenvalue, g_NE, q_NE, _ = self._discrete()
+    change, g_NE, q_NE, _ = self._discrete()
 
     def step(x_NE: Array) -> Array:
       read_1E = jnp.sum(g_NE * x_NE, axis=0, keepdims=True)
-      return _join(_times(_conjugate(eigenvalue), _pair(x_NE))) - q_NE * read_1E
+      return x_NE + (_join(_times(_conjugate(change), _pair(x_NE))) - q_NE * read_1E)
 
     return step
 
@@ -298,8 +307,8 @@ class DplrSystem:
 
   def dense(self) -> tuple[Array, Array]:
     """a_ENN, b_EN."""
-    eigenvalue, g_NE, q_NE, b_NE = self._discrete()
-    return _block_matrix(eigenvalue) - g_NE.T[:, :, None] * q_NE.T[:, None, :], b_NE.T
+    (re, im), g_NE, q_NE, b_NE = self._discrete()
+    return _block_matrix((1 + re, im)) - g_NE.T[:, :, None] * q_NE.T[:, None, :], b_NE.T
 
   def stepper(self) -> Stepper:
     """(h_BNE, x_BE) -> h_BNE."""
@@ -307,8 +316,8 @@ class DplrSystem:
 
     def step(h_BNE: Array, x_BE: Array) -> Array:
       read_B1E = jnp.sum(q_NE[None] * h_BNE, axis=1, keepdims=True)
-      h_BNE = _join(_times((re[None], im[None]), _pair(h_BNE))) - g_NE[None] * read_B1E
-      return h_BNE + b_NE[None] * x_BE.astype(jnp.float32)[:, None]
+      change_BNE = _join(_times((re[None], im[None]), _pair(h_BNE))) - g_NE[None] * read_B1E
+      return h_BNE + (change_BNE + b_NE[None] * x_BE.astype(jnp.float32)[:, None])
 
     return step
 

@@ -12,6 +12,7 @@ from dense_jax.types import InputError
 from tests.builders import normal
 
 V = 11
+INF = float("inf")
 LOGITS = normal(0, 3, V, scale=1.5)
 
 
@@ -81,6 +82,57 @@ def test_top_p_follows_temperature_and_top_k():
     kept = np.where(row >= np.sort(row)[-6], row, -np.inf)
     expected.append(_top_p(kept, 0.8))
   assert _support(_draw(LOGITS, sampling)) == expected
+
+
+# Options -> rows of logits and which tokens they can draw. Each row is filled up with -INF.
+TIES = {
+    Sampling(top_k=1): [([2, 3, 2, 0, 2], {1}), ([-0.0, 0.0], {0})],
+    Sampling(top_k=2): [
+        ([3, 2, 2, 2, 0], {0, 1}), ([1] * 10, {0, 1}), ([-INF, 2, -INF, 2, 2], {1, 3}),
+    ],
+    Sampling(top_k=3): [
+        ([3, 2, 2, 2, 0], {0, 1, 2}), ([0, 2, 2, 3, 2], {1, 2, 3}),
+        ([-0.0, 0.0, -0.0, 0.0, -1], {0, 1, 2}), ([1, -INF, -INF, 1], {0, 3}),
+    ],
+    Sampling(top_k=10): [([1] * 10, set(range(10))), ([3, 2, 2, 2, 0], {0, 1, 2, 3, 4})],
+    Sampling(top_k=12): [([1] * 10, set(range(10))), ([3, 2, 2, 2, 0], {0, 1, 2, 3, 4})],
+    Sampling(top_p=0.25): [([1] * 4, {0}), ([3, 2, 2, 2, 0], {0})],
+    # Probabilities of 3, 2, 2, 2, 0: 0.46, three times 0.17, 0.02.
+    Sampling(top_p=0.5): [
+        ([1] * 4, {0, 1}), ([3, 2, 2, 2, 0], {0, 1}), ([-0.0, 0.0, -0.0, 0.0], {0, 1}),
+    ],
+    Sampling(top_p=0.7): [
+        ([1] * 10, set(range(7))), ([3, 2, 2, 2, 0], {0, 1, 2}), ([2, 0, 2, 3, 2], {0, 2, 3}),
+        ([-INF, 1, -INF, 1], {1, 3}),
+    ],
+    Sampling(top_p=1e-60): [([1] * 3, {0}), ([0, 1, 1], {1})],
+    Sampling(top_k=4, top_p=0.5): [([1] * 5, {0, 1}), ([3, 2, 2, 2, 2], {0, 1})],
+    # Of 3, 2, 2: 0.58 and twice 0.21. Of all it would be two tokens more.
+    Sampling(top_k=3, top_p=0.75): [([3, 2, 2, 2, 0], {0, 1}), ([1] * 5, {0, 1, 2})],
+    # A temperature that makes float32 numbers equal does not make tokens equally likely.
+    Sampling(top_k=2, temperature=1e38): [([1, 2, 3, 4], {2, 3})],
+    Sampling(top_p=0.5, temperature=1e38): [([4, 1, 3, 2], {0, 2})],
+    Sampling(temperature=1e300): [([1, 2, 3, -INF], {0, 1, 2})],
+    Sampling(top_p=0.9, temperature=1e-30): [([2, 2, 1], {0, 1})],
+}
+
+
+@pytest.mark.parametrize(("sampling", "rows"), TIES.items(), ids=map(str, TIES))
+def test_of_equally_likely_tokens_the_lowest_come_first(sampling, rows):
+  logits = jnp.asarray([row + [-INF] * (10 - len(row)) for row, _ in rows], jnp.float32)
+  assert _support(_draw(logits, sampling, draws=500)) == [tokens for _, tokens in rows]
+
+
+@pytest.mark.parametrize(("top_p", "counts"), [
+    (0.1, (10, 50, 1000)), (1 / 3, (3, 9, 600)), (0.7, (10, 90, 1000)), (6 / 7, (7, 14, 70)),
+])
+def test_equal_shares_reach_p_exactly(top_p, counts):
+  logits = jnp.where(jnp.arange(1000)[None] < jnp.asarray(counts)[:, None], 0.0, -INF)
+  tokens = _draw(logits, Sampling(top_p=top_p), draws=5000)
+  for count, drawn in zip(counts, _support(tokens), strict=True):
+    kept = round(top_p * count)
+    assert drawn <= set(range(kept))
+    assert kept > 100 or drawn == set(range(kept))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])

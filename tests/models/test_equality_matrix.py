@@ -8,7 +8,8 @@ and by the initial state.
 
 Plain dense connections of depth 2 (and attention) meet every length with documents, and some
 without; the base model, whose read is one of theirs, meets fewer. Each other option meets one
-document, and with documents a length that changes from family to family. `make test` runs a
+document, and with documents a length that changes from family to family. Families whose tokens
+choose their decays also meet some that nearly clear the state. `make test` runs a
 part, `make test-slow` another, `make test-exhaustive` the rest.
 """
 
@@ -68,18 +69,26 @@ OPTIONS = {
 KERNEL_LENGTHS = {"mamba": (63,), "mamba2": (1, 257), "gau_retnet": (C - 1,)}
 KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
 # (documents and padding, a carried state): without both, an LTI family convolves.
-SCENES = {"documents": (True, True), "one-document": (False, False), "carried": (False, True)}
+SCENES = {
+    "documents": (True, True), "one-document": (False, False), "carried": (False, True),
+    "strong-decays": (True, True),
+}
+SELECTIVE_FAMILIES = ("mamba", "mamba2")  # Whose tokens choose their decays.
 
 
 def _kernels_take_part(family, option, length, scene):
   lengths = KERNEL_LENGTHS.get(family, ()) if option == "m2" else ()
   reads = KERNEL_READS if family == "mamba2" else ()
+  if scene == "strong-decays":
+    return family == "mamba2" and length == 63
   return scene == "documents" and (length in lengths or option in reads)
 
 
 def _marks(family, option, length, scene, number):
   """In `make test` (none), in `.ci/run` too (slow), or in `make test-exhaustive` alone."""
   plain = option == ("m2" if family in STATE_FAMILIES else "base")
+  if scene == "strong-decays":
+    return pytest.mark.slow
   if plain and length == C + 1 and scene == "documents":
     return () if family in (*QUICK_FAMILIES, "transformer") else pytest.mark.slow
   turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
@@ -111,9 +120,11 @@ def _cases():
         lengths = {"documents": LENGTHS, "one-document": (1, C + 1, 63), "carried": (1, C + 1, 63)}
         if family in ("mamba2", "retnet", "gau_retnet", "mamba"):  # The same form as documents.
           lengths |= {"one-document": (63,), "carried": (C + 1,)}
+        if option == "m2" and family in SELECTIVE_FAMILIES:
+          lengths["strong-decays"] = (63, 257) if family == "mamba2" else (63,)
       elif family == "s4":  # Its reads are s4d's, at twice the time.
         lengths = lengths | {"one-document" if number % 2 else "documents": ()}
-      for scene, length in [(name, length) for name in SCENES for length in lengths[name]]:
+      for scene, length in [(name, length) for name in SCENES for length in lengths.get(name, ())]:
         marks = _marks(family, option, length, scene, number)
         name = f"{family}-{option}-{length}-{scene}"
         cases.append(pytest.param(family, option, length, scene, marks=marks, id=name))
@@ -129,6 +140,23 @@ def _forms(family, option, length, scene):
     return ("conv", "recurrent") if scene == "one-document" else ("chunked", "recurrent")
   assert forms[-1] in ("recurrent", "softmax")
   return forms
+
+
+def _with_strong_decays(params):
+  """A selective family's, with step sizes up to 60 in a fifth of the tokens, else near 0."""
+  changed = {}
+  for name, value in params.items():
+    if name.endswith("dt_bias"):
+      value = jnp.full_like(value, -17.0)
+    elif name.endswith("dt_proj.kernel"):
+      value = 20 * value
+    elif name.endswith("bcdt_proj.kernel"):
+      heads = len(params[name.replace("bcdt_proj.kernel", "dt_bias")])
+      value = value.at[:, -heads:].multiply(20)
+    elif name.endswith("a_log"):
+      value = value + 1
+    changed[name] = value
+  return changed
 
 
 def _segments(length):
@@ -179,13 +207,17 @@ def test_every_form_is_the_recurrence(family, option, length, scene):
   # A document's first read, one product q k, may be near zero, and a small epsilon of the norm
   # of retention's heads multiplies its rounding: at 0.01, weights that differ by 1e-7 moved
   # gradients of size 40 by 0.01 (retnet-fused-3-documents); at 1, by less than 1e-5.
-  shape = {"layers": 3, "width": 8, "chunk": C, "norm_eps": 1.0}
+  # Only long chunks have sums of strong decays that are large.
+  chunk = 64 if scene == "strong-decays" else C
+  shape = {"layers": 3, "width": 8, "chunk": chunk, "norm_eps": 1.0}
   config = model_config(family, **shape | OPTIONS[option])
   models = [
       abstract_model(dataclasses.replace(config, implementation=form))
       for form in _forms(family, option, length, scene)
   ]
   params, tokens = random_params(config), random_tokens(1, B, length)
+  if scene == "strong-decays":
+    params = _with_strong_decays(params)
   segments = _segments(length) if has_documents else None
   valid = 1.0 if segments is None else segments.valid_BT[..., None]
   state = random_state(models[0], [3, 0] if has_documents else [3, 5])

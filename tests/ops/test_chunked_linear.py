@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from dense_jax.ops import reference
+from dense_jax.ops.dispatch import INTERPRETED
 from dense_jax.ops.states import scan_matrix
 from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
-from tests.ops.sequences import after_last_valid, documents, everything, one_document
+from tests.ops.sequences import (
+    after_last_valid,
+    documents,
+    everything,
+    matrix_float64,
+    one_document,
+    strong_decays,
+)
 
 B, H, P, N, C = 3, 2, 3, 4, 3
 ROW = [3, *[7] * 9]
@@ -124,3 +132,66 @@ def test_bfloat16_inputs_keep_float32_states(implementation):
   assert [leaf.dtype for leaf in actual] == [jnp.float32, jnp.float32]
   for low_leaf, leaf in zip(actual, expected, strict=True):
     assert_trees_close(low_leaf, leaf, "bfloat16", scale=float(jnp.std(leaf)))
+
+
+@functools.partial(fast_jit, static_argnames=("implementation", "chunk"))
+def _all_of(inputs, segments, weights, implementation, chunk):
+  run = functools.partial(_fast, implementation=implementation, chunk=chunk)
+  return everything(run, inputs, segments, weights)
+
+
+def _size(x):
+  return float(np.sqrt(np.mean(np.square(x))))
+
+
+EACH_FORM = pytest.mark.parametrize(("implementation", "chunk"), [
+    ("recurrent", 0), ("chunked", 16), ("chunked", 128), ("associative", 64),
+    pytest.param(INTERPRETED, 128, marks=pytest.mark.slow),
+])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one-document", "documents"])
+@EACH_FORM
+def test_strong_decays_cost_no_digits(implementation, chunk, packed):
+  inputs = _inputs(200)
+  segments = documents(200, [70, 3, 90, 37]) if packed else one_document(200)
+  weights = normal(6, *inputs["v"].shape), normal(7, B, H, P, N)
+  for size in (5, 20, 60, 200):
+    for share in (0.2, 1.0):
+      inputs["log_decay"] = strong_decays(size, B, 200, H, share=share)
+      actual = _all_of(inputs, segments, weights, implementation, chunk)
+      expected = matrix_float64(inputs, segments, weights)
+      for leaf, right in zip(actual[0], expected[0], strict=True):
+        assert_trees_close(leaf, right, scale=_size(right))
+      scale = max(_size(gradient) for gradient in expected[1].values())
+      assert_trees_close(actual[1], expected[1], scale=scale)
+
+
+@EACH_FORM
+def test_gradients_of_strong_decays_have_digits_however_small_they_are(implementation, chunk):
+  inputs, segments = _inputs(256), one_document(256)
+  weights = normal(6, *inputs["v"].shape), normal(7, B, H, P, N)
+  for size in (5, 20, 60):
+    inputs["log_decay"] = strong_decays(size, B, 256, H, share=1.0)
+    _, actual = _all_of(inputs, segments, weights, implementation, chunk)
+    expected = matrix_float64(inputs, segments, weights)[1]["log_decay"]
+    assert_trees_close(actual["log_decay"], expected, scale=_size(expected))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_decay_of_zero_clears_the_state(implementation):
+  # Its logarithm is -inf; in float32 -104 and -1000 are no different.
+  inputs, segments = _inputs(29), one_document(29)
+  cleared = (jnp.arange(29) % 7 == 3)[None, :, None]
+  weights = normal(6, *inputs["v"].shape), normal(7, B, H, P, N)
+  results = [
+      _all_of(
+          inputs | {"log_decay": jnp.where(cleared, log, inputs["log_decay"])}, segments, weights,
+          implementation, 16,
+      )
+      for log in (-104.0, -1000.0, -jnp.inf)
+  ]
+  for result in results:
+    assert_trees_close(result, results[0])
+    gradient = result[1]["log_decay"]
+    assert np.all(np.where(cleared, gradient, 0.0) == 0.0)

@@ -324,6 +324,33 @@ def test_extreme_steps_stay_finite(kind, form):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_steps_do_not_drift(kind):
+  # Over ten time constants of the slowest mode that models start with, driven as fast as it turns.
+  time, dt = 20000, 1e-3
+  system = _system(kind, noise=0.0, dt=[dt], width=1, size=16)
+  slowest = int(jnp.argmin(jnp.abs(system.a_im_ME[:, 0])))
+  x = np.cos(np.arange(time) * float(system.dt_E[0] * system.a_im_ME[slowest, 0]))
+  x = x.astype(np.float32)
+
+  @fast_jit
+  def run(system, x_T):
+    step = system.stepper()
+
+    def body(h_BNE, x):
+      h_BNE = step(h_BNE, x[None, None])
+      return h_BNE, h_BNE[0, :, 0]
+
+    return jax.lax.scan(body, jnp.zeros((1, 16, 1)), x_T)[1]
+
+  (a,), (b,) = _float64(system)
+  h, expected = np.zeros(16), np.empty((time, 16))
+  for t in range(time):
+    expected[t] = h = a @ h + b * x[t]
+  size = float(np.sqrt(np.mean(expected**2)))
+  assert_trees_close(run(system, jnp.asarray(x)), expected, scale=size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_inputs_keep_float32_states(kind):
   inputs, segments = _inputs(kind, 29), documents(29, ROW)
   low = inputs | {"x": inputs["x"].astype(jnp.bfloat16)}

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dense_jax.ops.chunks import pad_time, split_time
+from dense_jax.ops.log_decay import summed_log_decay
 from dense_jax.ops.pallas.chunked_linear_kernels import (
     SUBLANES,
     Blocks,
@@ -151,7 +152,7 @@ def _stream(plan: _Plan, source: Matrix) -> Stream:
     x_BTHP = jnp.pad(pad_time(x_BTHP, plan.chunk), ((0, 0), (0, 0), (0, 0), (0, extra)))
     return x_BTHP.reshape(*x_BTHP.shape[:2], -1)
 
-  cum_BGCH = jnp.cumsum(split_time(source.log_decay_BTH, plan.chunk), axis=2)
+  sum_BGC2H = jnp.stack(jax.tree.leaves(summed_log_decay(source.log_decay_BTH, plan.chunk)), axis=3)
   channels, state_size = source.initial_BHPN.shape[2:]
   extra = (plan.channels - channels, plan.state_size - state_size)
   initial_BHPN = jnp.pad(source.initial_BHPN, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1])))
@@ -159,7 +160,7 @@ def _stream(plan: _Plan, source: Matrix) -> Stream:
       q_BTK=tokens(source.q_BTJN, plan.state_size),
       k_BTK=tokens(source.k_BTJN, plan.state_size),
       v_BTE=tokens(source.v_BTHP, plan.channels),
-      cum_BHG1C=jnp.transpose(cum_BGCH, (0, 3, 1, 2))[:, :, :, None],
+      sum_BHG2C=jnp.transpose(sum_BGC2H, (0, 4, 1, 3, 2)),
       gate_BTE=None if source.gate_BTHP is None else tokens(source.gate_BTHP, plan.channels),
       initial_BEN=initial_BHPN.reshape(plan.batch, -1, plan.state_size),
   )
@@ -209,13 +210,13 @@ class _Specs:
     def at(g: int) -> int:
       return plan.chunks - 1 - g if reverse else g
 
-    def cum(batch: int) -> pl.BlockSpec:
+    def sums(batch: int) -> pl.BlockSpec:
       return pl.BlockSpec(
-          (None, blocks.heads, None, 1, chunk),
+          (None, blocks.heads, None, 2, chunk),
           lambda b, i, g: (b if batch > 1 else 0, div(i, blocks.parts), at(g), 0, 0),
       )
 
-    self._cum = cum
+    self._sums = sums
     self._keys = pl.BlockSpec(
         (None, chunk, size), lambda b, i, g: (b, at(g), div(i, blocks.per_group))
     )
@@ -228,7 +229,7 @@ class _Specs:
         (None, None, chunk, size),
         lambda b, i, g: (rem(i, blocks.per_group), b, at(g), div(i, blocks.per_group)),
     )
-    self.d_cum = pl.BlockSpec(
+    self.d_sum = pl.BlockSpec(
         (None, None, blocks.heads, None, 1, chunk),
         lambda b, i, g: (rem(i, blocks.parts), b, div(i, blocks.parts), at(g), 0, 0),
     )
@@ -236,7 +237,7 @@ class _Specs:
   def stream(self, stream: Stream) -> Stream:
     return Stream(
         q_BTK=self._keys, k_BTK=self._keys, v_BTE=self.values,
-        cum_BHG1C=self._cum(stream.cum_BHG1C.shape[0]),
+        sum_BHG2C=self._sums(stream.sum_BHG2C.shape[0]),
         gate_BTE=None if stream.gate_BTE is None else self.values, initial_BEN=self.whole,
     )
 
@@ -334,7 +335,7 @@ def _backward(
   specs = _Specs(plan, blocks, reverse=True)
   in_specs = specs.stream(stream)
   out_specs = dataclasses.replace(
-      in_specs, q_BTK=specs.d_keys, k_BTK=specs.d_keys, cum_BHG1C=specs.d_cum
+      in_specs, q_BTK=specs.d_keys, k_BTK=specs.d_keys, sum_BHG2C=specs.d_sum
   )
 
   def shares(x: Array, number: int) -> jax.ShapeDtypeStruct:
@@ -346,7 +347,7 @@ def _backward(
       jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stream),
       q_BTK=shares(stream.q_BTK, blocks.per_group),
       k_BTK=shares(stream.k_BTK, blocks.per_group),
-      cum_BHG1C=shares(stream.cum_BHG1C, blocks.parts),
+      sum_BHG2C=shares(stream.sum_BHG2C[..., 1:, :], blocks.parts),
   )
   gradient = _call(
       backward_kernel, plan, blocks,
@@ -358,14 +359,14 @@ def _backward(
       shapes, out_specs,
       sources=1, matmuls=(3, 3, 5),
   )
-  d_cum_BHG1C = jnp.sum(gradient.cum_BHG1C, axis=0)
-  if stream.cum_BHG1C.shape[0] < plan.batch:
-    d_cum_BHG1C = jnp.sum(d_cum_BHG1C, axis=0, keepdims=True)
+  d_low_BHG1C = jnp.sum(gradient.sum_BHG2C, axis=0)
+  if stream.sum_BHG2C.shape[0] < plan.batch:
+    d_low_BHG1C = jnp.sum(d_low_BHG1C, axis=0, keepdims=True)
   return dataclasses.replace(
       gradient,
       q_BTK=jnp.sum(gradient.q_BTK, axis=0).astype(stream.q_BTK.dtype),
       k_BTK=jnp.sum(gradient.k_BTK, axis=0).astype(stream.k_BTK.dtype),
-      cum_BHG1C=d_cum_BHG1C,
+      sum_BHG2C=jnp.pad(d_low_BHG1C, ((0, 0), (0, 0), (0, 0), (1, 0), (0, 0))),
   )
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dense_jax.ops.log_decay import LogDecay
 from dense_jax.types import Array, PyTree
 
 SUBLANES = 8  # Rows of a float32 tile.
@@ -23,13 +24,14 @@ SUBLANES = 8  # Rows of a float32 tile.
 class Stream:
   """A source as the kernels take it, or what belongs to it: references, specs, gradients.
 
-  K is J * N here. `cum_BHG1C` is the log decay, summed within each chunk.
+  K is J * N here. `sum_BHG2C` is the log decay, summed within each chunk: the rows of a
+  `LogDecay`, high and low. Its gradient has the low row alone.
   """
 
   q_BTK: PyTree
   k_BTK: PyTree
   v_BTE: PyTree
-  cum_BHG1C: PyTree
+  sum_BHG2C: PyTree
   gate_BTE: PyTree
   initial_BEN: PyTree
 
@@ -95,29 +97,34 @@ class _Decays:
     whole_11: how much of the carried state it has.
   """
 
-  def __init__(self, cum_U1C: PyTree, count_1C: Array | None):
-    heads, _, chunk = cum_U1C.shape
-    self._rows = [cum_U1C[head] for head in range(heads)]
+  def __init__(self, sum_U2C: PyTree, count_1C: Array | None):
+    heads, _, chunk = sum_U2C.shape
+    self._rows = [LogDecay(sum_U2C[head, 0:1], sum_U2C[head, 1:2]) for head in range(heads)]
     carried = None if count_1C is None else count_1C == 0
     kept = None if count_1C is None else count_1C == count_1C[:, chunk - 1 :]
-    from_start = [_weight(carried, cum_1C) for cum_1C in self._rows]
-    to_end = [_weight(kept, cum_1C[:, chunk - 1 :] - cum_1C) for cum_1C in self._rows]
+    from_start = [_weight(carried, rows.total()) for rows in self._rows]
+    to_end = [_weight(kept, rows[:, chunk - 1 :].since(rows)) for rows in self._rows]
     self.whole_11 = [weight_1C[:, chunk - 1 :] for weight_1C in from_start]
 
     counts = [] if count_1C is None else [count_1C]
-    columns = _transposed([*self._rows, *from_start, *to_end, *counts])
-    self._columns = columns[:heads]
-    self.from_start_C1 = columns[heads : 2 * heads]
-    self.to_end_C1 = columns[2 * heads : 3 * heads]
-    query = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
-    key = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
-    self._sees = query >= key
+    high_and_low = [row_1C for rows in self._rows for row_1C in (rows.high, rows.low)]
+    columns = _transposed([*high_and_low, *from_start, *to_end, *counts])
+    self._columns = [LogDecay(*columns[i : i + 2]) for i in range(0, 2 * heads, 2)]
+    self.from_start_C1 = columns[2 * heads : 3 * heads]
+    self.to_end_C1 = columns[3 * heads : 4 * heads]
+    self._query = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), 0)
+    self._key = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), 1)
+    self._sees = self._query >= self._key
     if count_1C is not None:
       self._sees &= columns[-1] == count_1C
 
   def within_CC(self, head: int) -> Array:
     """From the key's token (second) to the query's (first)."""
-    return _weight(self._sees, self._columns[head] - self._rows[head])
+    return _weight(self._sees, self._columns[head].since(self._rows[head]))
+
+  def itself_CC(self) -> Array:
+    """bool: the query's token is the key's."""
+    return self._query == self._key
 
 
 def _weight(mask: Array | None, log_weight: Array) -> Array:
@@ -153,7 +160,7 @@ def _forward_source(
     saving.start()
   q_CN, k_CN, v_CX = source.q_BTK[...], source.k_BTK[...], source.v_BTE[...]
   dtype = jnp.result_type(q_CN, k_CN, v_CX)
-  decays = _Decays(source.cum_BHG1C, count_1C)
+  decays = _Decays(source.sum_BHG2C, count_1C)
   scores_CC = _dot(q_CN, k_CN, (1, 1), dtype)
   carried_CX = _dot(q_CN, h_XN[...], (1, 1), dtype)
   reads, kept = [], []
@@ -222,9 +229,11 @@ def backward_kernel(
 ) -> None:
   """One source's gradients in a chunk; chunks come last first. `d_` is a gradient.
 
-  The summed log decay multiplies a token's read (as a factor exp(cum)) and divides its value.
+  The summed log decay multiplies a token's read (as a factor exp(sum)) and divides its value.
   So its gradient is <d_read, read> - <v, d_v> of that token, which takes no product of [C, C]
-  arrays; the last token's sum is also in the state after the chunk.
+  arrays; the last token's sum is also in the state after the chunk. What no decay multiplies (a
+  token's value in its own read, the last one's in that state) would cancel but for its rounding,
+  which may be far above the gradients of strong decays: it is left out of both.
 
   Args:
     blocks: how states are cut.
@@ -251,13 +260,15 @@ def backward_kernel(
 
   q_CN, k_CN, v_CX = source.q_BTK[...], source.k_BTK[...], source.v_BTE[...]
   dtype = jnp.result_type(q_CN, k_CN, v_CX)
-  decays = _Decays(source.cum_BHG1C, None if count_1C is None else count_1C[...])
+  decays = _Decays(source.sum_BHG2C, None if count_1C is None else count_1C[...])
   scores_CC = _dot(q_CN, k_CN, (1, 1), dtype)
   carried_CX = _dot(q_CN, before_XN[...], (1, 1), dtype)
   d_kept_CX = _dot(k_CN, dh_XN[...], (1, 1), dtype)
   is_last_C1 = jax.lax.broadcasted_iota(jnp.int32, (len(q_CN), 1), 0) == len(q_CN) - 1
+  itself_CC = decays.itself_CC()
+  score_C1 = jnp.sum(jnp.where(itself_CC, scores_CC, 0.0), axis=1, keepdims=True)
   d_scores_CC = jnp.zeros_like(scores_CC)
-  d_carried, kept, d_v, d_gate, d_cum = [], [], [], [], []
+  d_carried, kept, d_v, d_gate, d_sum = [], [], [], [], []
   for head in range(blocks.heads):
     v_CP = blocks.of(v_CX, head)
     dy_CP = blocks.of(dy_CX, head)
@@ -267,10 +278,11 @@ def backward_kernel(
     # Rounded once: what both inner products have in common must cancel.
     d_low_CP = d_read_CP.astype(dtype)
     decay_CC = decays.within_CC(head)
-    weights_CC = (scores_CC * decay_CC).astype(dtype)
+    weights_CC = jnp.where(itself_CC, 0.0, scores_CC * decay_CC).astype(dtype)
     read_CP = decays.from_start_C1[head] * blocks.of(carried_CX, head)
     read_CP += _dot(weights_CC, v_CP, (1, 0), dtype)
-    d_kept_CP = decays.to_end_C1[head] * blocks.of(d_kept_CX, head)
+    to_end_CP = decays.to_end_C1[head] * blocks.of(d_kept_CX, head)
+    d_kept_CP = jnp.where(is_last_C1, 0.0, to_end_CP)
     d_v_CP = _dot(weights_CC, d_low_CP, (0, 0), dtype) + d_kept_CP
     d_scores_CC += _dot(d_low_CP, v_CP, (1, 1), dtype) * decay_CC
 
@@ -278,12 +290,12 @@ def backward_kernel(
     rows = pl.ds(head * blocks.width, blocks.width)
     d_last_11 = decays.whole_11[head] * _sum(dh_XN[rows] * before_XN[rows])
     d_last_11 += _sum(v_CP * d_kept_CP)
-    d_cum_C1 = jnp.sum(d_low_CP * read_CP - v_CP * d_v_CP, axis=1, keepdims=True)
-    d_cum.append(d_cum_C1 + jnp.where(is_last_C1, d_last_11, 0.0))
+    d_sum_C1 = jnp.sum(d_low_CP * read_CP - v_CP * d_v_CP, axis=1, keepdims=True)
+    d_sum.append(d_sum_C1 + jnp.where(is_last_C1, d_last_11, 0.0))
     d_carried.append(decays.from_start_C1[head] * d_read_CP)
     kept.append(decays.to_end_C1[head] * v_CP)
-    d_v.append(d_v_CP)
-    d_gate.append(dy_CP * read_CP)
+    d_v.append(d_v_CP + score_C1 * d_low_CP + jnp.where(is_last_C1, to_end_CP, 0.0))
+    d_gate.append(dy_CP * (read_CP + score_C1 * v_CP))
 
   d_carried_CX, kept_CX = _joined(d_carried), _joined(kept)
   d_q_CN = _dot(d_scores_CC, k_CN, (1, 0), dtype)
@@ -294,7 +306,7 @@ def backward_kernel(
   gradient.v_BTE[...] = _joined(d_v).astype(gradient.v_BTE.dtype)
   if gradient.gate_BTE is not None:
     gradient.gate_BTE[...] = _joined(d_gate).astype(gradient.gate_BTE.dtype)
-  _write_rows(d_cum, gradient.cum_BHG1C)
+  _write_rows(d_sum, gradient.sum_BHG2C)
   _absorb(blocks, dh_XN, decays, _dot(d_carried_CX, q_CN, (0, 0), dtype))
 
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)

@@ -12,6 +12,7 @@ from dense_jax.ops.pallas import chunked_linear
 from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
 from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
+from tests.ops.sequences import strong_decays
 
 B, P = 2, 8
 CHUNK = 4  # Which becomes 16.
@@ -30,14 +31,15 @@ class Case:
   decay_rows: int = B
   resets: bool = True
   chunk: int = CHUNK
-  # Of log decays. Sums of large ones over a long chunk have few digits left of a difference.
-  decay: float = 1.0
+  # In a fifth of the tokens the log decay is about minus that; 0 has no such tokens.
+  strong: float = 0.0
 
 
 QUICK = [
     Case(63),
     Case(17, gates=(False, True, True), heads=2, groups=1, state_size=16, decay_rows=1),
     Case(16, gates=(True,), groups=4, resets=False),
+    Case(97, gates=(False,), chunk=64, strong=60.0),
 ]
 SLOW = [
     *(Case(time) for time in (1, 2, 15, 16, 17, 257)),
@@ -47,8 +49,10 @@ SLOW = [
     *(Case(17, gates=gates) for gates in ((False, False, False), (True, True, True))),
     Case(63, gates=(False,), decay_rows=1, resets=False),
     Case(63, gates=(True, False), decay_rows=1),
-    Case(257, gates=(False, True, True), heads=2, groups=1, state_size=16, chunk=0,
-         decay=0.1),
+    Case(257, gates=(False, True, True), heads=2, groups=1, state_size=16, chunk=0),
+    *(Case(257, resets=resets, chunk=0, strong=strong)
+      for strong in (5.0, 200.0) for resets in (False, True)),
+    Case(63, decay_rows=1, strong=20.0),
     Case(257, gates=(False,), chunk=50),
     Case(17, gates=(True,), heads=1, groups=1, channels=3),
 ]
@@ -58,10 +62,17 @@ def _inputs(case):
   """(sources, resets, cotangents); rows begin documents inside chunks and at their borders."""
   shape = B, case.time, case.heads, case.channels
   keys = B, case.time, case.groups, case.state_size
+
+  def log_decay(seed):
+    shape = case.decay_rows, case.time, case.heads
+    if case.strong:
+      return strong_decays(case.strong, *shape, share=0.2)
+    return -jnp.exp(normal(seed, *shape) - 1)
+
   sources = [
       Matrix(
           normal(10 * i, *keys), normal(10 * i + 1, *keys), normal(10 * i + 2, *shape),
-          -case.decay * jnp.exp(normal(10 * i + 3, case.decay_rows, *shape[1:3]) - 1),
+          log_decay(10 * i + 3),
           normal(10 * i + 4, *shape) if gate else None,
           normal(10 * i + 5, B, *shape[2:], case.state_size),
       )
