@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.cli.common import scaled
-from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.models.params import abstract_model, count_params, get_params
 from dense_jax.types import InputError
 
@@ -53,12 +53,15 @@ def check_memory(config: ExperimentConfig) -> None:
     scanned = dataclasses.replace(model, block_layers=0)
     parameters = count_params(get_params(abstract_model(scanned)))
   if parameters * per_parameter > available:
+    sizes = {name: getattr(model, name) for name in ("width", "layers", "vocab_size")}
+    sizes |= {f"mixer.{name}": value for name, value in defaults(model.mixer).items()}
+    named = ", ".join(
+        f"config.model.{name} = {value}" for name, value in sizes.items() if type(value) is int
+    )
     raise InputError(
-        f"the model of config.model.width = {model.width}, layers = {model.layers}, "
-        f"vocab_size = {model.vocab_size} and its mixer's options is not valid here: its "
-        f"{parameters:,} parameters or more, with gradients and optimizer, take "
-        f"{scaled(parameters * per_parameter, 'B')}; expected at most the "
-        f"{scaled(available, 'B')} that the devices have together"
+        f"a model of these sizes is not valid here: {named}. Its {parameters:,} parameters or "
+        f"more, with gradients and optimizer, take {scaled(parameters * per_parameter, 'B')}: "
+        f"expected at most the {scaled(available, 'B')} that the devices have together"
     )
   seq_len, rows = config.data.seq_len, train.batch_size // train.accumulate
   kept = 1 if model.remat == "full" else model.layers

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, found and read: never one that is not finite in a good one's place."""
+"""Which checkpoints are kept, found and read: none that is not finite in a good one's place."""
 
 import math
 import shutil

@@ -1,7 +1,6 @@
-"""metrics.jsonl and TensorBoard's events: what is damaged is said and kept, what was written stays."""
+"""metrics.jsonl and events: what is damaged is said and kept, what was written stays."""
 
 import json
-import os
 import signal
 import struct
 import subprocess
@@ -91,7 +90,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
   for first, last in ((0, 5), (3, 7)):
     killed = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), str(first), str(last)], cwd=ROOT, env=os.environ
+        [sys.executable, "-c", script, str(tmp_path), str(first), str(last)], cwd=ROOT
     )
     assert killed.returncode == -signal.SIGKILL
   values, starts = events(tmp_path)
