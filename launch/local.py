@@ -8,12 +8,13 @@ The processes are those of a cluster: jax.distributed joins them, over the loopb
 gloo carries what they tell each other. Their devices are simulated on the CPU. The command gets
 --coordinator, --processes and --process-id appended.
 
-What process 0 prints is shown as it is, lines of the others as "[1] ...". Ctrl-C and SIGTERM are
-passed on. When a process fails, the others have 20 seconds to notice and to end; then they are
+What process 0 prints is shown as it is, lines of the others as "[1] ...". Ctrl-C, SIGTERM, a
+closed terminal and what schedulers send are passed on. When a process fails, the others have 20 seconds to notice and to end; then they are
 killed. The status is that of the first process that failed, 128 + N after signal N.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -26,6 +27,9 @@ from collections.abc import Sequence
 from types import FrameType
 
 GRACE_SECONDS = 20.0
+# What asks a training process to save and to end.
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
+              signal.SIGUSR2, signal.SIGXCPU)
 
 
 def _integer(text: str) -> int:
@@ -62,7 +66,8 @@ def _show(number: int, child: subprocess.Popen[str]) -> None:
   """Copies a process's output, line by line."""
   assert child.stdout is not None
   for line in child.stdout:
-    print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # Nobody reads; the process must not wait for that.
+      print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
 
 
 def _start(options: argparse.Namespace) -> list[subprocess.Popen[str]]:
@@ -122,8 +127,10 @@ def main(arguments: Sequence[str]) -> int:
     for child in children:
       child.send_signal(number)  # Does nothing where the process has ended.
 
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, pass_on)
+  for number in _PASSED_ON:
+    # nohup ignores SIGHUP, for the processes too.
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, pass_on)
   pids = (f"process {number} is {child.pid}" for number, child in enumerate(children))
   print(", ".join(pids), file=sys.stderr, flush=True)
   readers = [

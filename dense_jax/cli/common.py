@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from dense_jax import distributed, experiment
+from dense_jax.cli.terminal import printable
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
 from dense_jax.files import make_path
@@ -88,7 +89,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     try:
       status = main(sys.argv[1:])
     except InputError as error:
-      print(f"{distributed.name()}error: {error}", file=sys.stderr)
+      print(f"{distributed.name()}error: {printable(str(error))}", file=sys.stderr)
       status = 2
     except KeyboardInterrupt as stopped:
       print(f"\n{distributed.name()}{stopped or 'ended'}", file=sys.stderr)

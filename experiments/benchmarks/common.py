@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -23,16 +22,16 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 
-from dense_jax import experiment, sharding
+from dense_jax import experiment, outputs, sharding
 from dense_jax.config import ExperimentConfig
-from dense_jax.files import write_atomically
 from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import count_params, with_params
 from dense_jax.models.registry import FAMILIES
 from dense_jax.training.step import Trainer
-from dense_jax.types import Batch, Segments
+from dense_jax.types import Batch, InputError, Segments
 
 CaseT = TypeVar("CaseT")
 
@@ -271,7 +270,15 @@ def record(
 
 def write_json(path: str, content: Any) -> None:
   """Writes `content` whole or not at all."""
-  write_atomically(pathlib.Path(path), (json.dumps(content, indent=2) + "\n").encode())
+  outputs.write_json(epath.Path(path), content, "--json")
+
+
+def _writable(path: str) -> str:
+  """The argument of --json, refused before a benchmark takes hours; empty writes nothing."""
+  try:
+    return str(outputs.check_file(path, "--json")) if path else ""
+  except InputError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -291,7 +298,9 @@ def parser(description: str | None, quick: str = "") -> argparse.ArgumentParser:
   command = argparse.ArgumentParser(description=(description or "").splitlines()[0])
   if quick:
     command.add_argument("--quick", action="store_true", help=f"{quick}: a smoke test")
-  command.add_argument("--json", default="", metavar="FILE", help="write the figures there")
+  command.add_argument(
+      "--json", type=_writable, default="", metavar="FILE", help="write the figures there"
+  )
   return command
 
 

@@ -57,7 +57,7 @@ def test_a_killed_process_is_named():
 def test_who_hangs_after_a_failure_is_killed(monkeypatch, capfd):
   monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
   script = NUMBER + "sys.exit(5) if number else time.sleep(60)"
-  before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  before = {number: signal.getsignal(number) for number in local._PASSED_ON}
   try:
     assert local.main(["--processes", "2", "--", sys.executable, "-c", script]) == 5
   finally:
@@ -68,11 +68,13 @@ def test_who_hangs_after_a_failure_is_killed(monkeypatch, capfd):
   assert "process 0 was killed by SIGKILL" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1,
+])
 def test_signals_are_passed_on_once(tmp_path, number):
   script = (
       "got = []\n"
-      "for each in (signal.SIGINT, signal.SIGTERM):\n"
+      "for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):\n"
       "  signal.signal(each, lambda n, _: got.append(n))\n"
       f"open({str(tmp_path)!r} + f'/{{number}}', 'w').close()\n"
       "while not got: time.sleep(0.01)\n"
