@@ -9,8 +9,9 @@ gloo carries what they tell each other. Their devices are simulated on the CPU. 
 --coordinator, --processes and --process-id appended.
 
 What process 0 prints is shown as it is, lines of the others as "[1] ...". Ctrl-C, SIGTERM, a
-closed terminal and what schedulers send are passed on. When a process fails, the others have 20 seconds to notice and to end; then they are
-killed. The status is that of the first process that failed, 128 + N after signal N.
+closed terminal and what schedulers send are passed on. When a process fails, the others have 20
+seconds to notice and to end; then they are killed. The status is that of the first process that
+failed, 128 + N after signal N.
 """
 
 import argparse
