@@ -1,6 +1,7 @@
 """What all command lines share: arguments, exit status, loading a run."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -85,29 +86,39 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
   keep_compiled_programs()
   with Interrupt() as interrupt:
-    try:
-      status = main(sys.argv[1:])
-    except InputError as error:
-      print(f"{distributed.name()}error: {error}", file=sys.stderr)
-      status = 2
-    except KeyboardInterrupt as stopped:
-      print(f"\n{distributed.name()}{stopped or 'ended'}", file=sys.stderr)
-      status = 1
-    except Exception:
-      traceback.print_exc()
-      if distributed.name():
-        print(
-            f"{distributed.name()}ends. If a connection was lost, another process ended before "
-            "it: see there. The same command goes on from the newest checkpoint.",
-            file=sys.stderr,
-        )
-      status = 1
+    status, said = _outcome(main)
+    # What is left to say is said whoever asks now, and the status stays what it is.
+    with contextlib.suppress(KeyboardInterrupt):
+      interrupt.wait(lambda: "its work was over")
+    if said:
+      print(said, file=sys.stderr)
     sys.stdout.flush()
     if not distributed.name():  # One of several processes may yet wait for the others.
       interrupt.done(status)
     if status:
       distributed.end(status)
   sys.exit(status)
+
+
+def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
+  """The status of `main`, and what is to be said of how it ended."""
+  name = distributed.name
+  try:
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    return status, ""
+  except InputError as error:
+    return 2, f"{name()}error: {error}"
+  except KeyboardInterrupt as stopped:
+    return 1, f"\n{name()}{stopped or 'ended'}"
+  except Exception:
+    said = traceback.format_exc()
+    if name():
+      said += (
+          f"{name()}ends. If a connection was lost, another process ended before it: see there. "
+          "The same command goes on from the newest checkpoint."
+      )
+    return 1, said
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ _SILENT_SECONDS = 35.0
 _LOOK_SECONDS = 2.0
 # A file that was not written for so long is not watched: no two clocks differ by that much.
 _SURELY_SILENT_SECONDS = 600.0
+_CONTENT_BYTES = 512
 
 
 class RunLock:
@@ -65,9 +66,10 @@ class RunLock:
       take = self._take_remote if is_remote(workdir) else self._take_local
       take(say)
     except OSError as error:
+      why = f"{LOCK_FILE}: {error.strerror}" if os.path.isdir(workdir) else error.strerror
       self.release()
       raise invalid(
-          "--workdir", str(workdir), f"a folder that can be made and written ({error.strerror})"
+          "--workdir", str(workdir), f"a folder that can be made and written ({why})"
       ) from error
     except BaseException:
       self.release()
@@ -138,8 +140,9 @@ class RunLock:
     if self._handle is None:
       self._file.write_bytes(content)
     else:
-      # Of one length, so that a reader never sees an old end.
-      os.pwrite(self._handle, content.ljust(512), 0)
+      # Of one length, so that a reader never sees an old end, and without that of another writer.
+      os.pwrite(self._handle, content.ljust(_CONTENT_BYTES), 0)
+      os.ftruncate(self._handle, _CONTENT_BYTES)
 
   def _keep(self) -> None:
     """The holder's thread: counts, and looks whether the lock is still its own."""

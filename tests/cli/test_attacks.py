@@ -1,0 +1,79 @@
+"""Command lines in surroundings that nobody meant: no streams, foreign folders, damaged files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dense_jax.cli import train
+from dense_jax.training import lock
+from dense_jax.types import InputError
+from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments
+from tests.helpers import ROOT, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  return write_text(tmp_path_factory.mktemp("text"))
+
+
+def in_shell(redirections, module, *more):
+  """A command line with a shell's redirections; returns status, stdout and stderr."""
+  command = f'exec "$0" -m {module} "$@" {redirections}'
+  done = subprocess.run(
+      ["bash", "-c", command, sys.executable, *map(str, more)], cwd=ROOT,
+      env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_a_run_without_streams_trains_and_writes_only_what_it_means(text, tmp_path, closed):
+  workdir = tmp_path / "run"
+  status, out, err = in_shell(closed, TRAIN, *arguments(text, workdir))
+  assert (status, err) == (0, "")
+  assert bool(out) == (closed == "2>&-")
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert {line["step"] for line in lines} == {1, 2, 3, 4}
+  json.loads((workdir / "config.json").read_text())
+
+
+@pytest.mark.parametrize("lost", ["2>/dev/full", "2>&1 | true"])
+def test_bad_input_is_status_2_where_nobody_can_read_why(text, tmp_path, lost):
+  command = f"{lost}; exit ${{PIPESTATUS[0]}}"
+  done = subprocess.run(
+      ["bash", "-c", f'"$0" -m {TRAIN} "$@" {command}', sys.executable,
+       *map(str, arguments(text, tmp_path / "run", "--config.train.steps=0"))],
+      cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300,
+  )
+  assert done.returncode == 2
+
+
+def test_a_full_disk_behind_the_output_is_called_so(text, tmp_path):
+  status, _, err = in_shell(">/dev/full", TRAIN, *arguments(text, tmp_path / "run"))
+  assert status == 1
+  assert err.strip() == (
+      "output that cannot be written (No space left on device): nothing was saved; the same "
+      "command begins again"
+  )
+
+
+@pytest.mark.parametrize("left", [b"x" * 100_000, b'{"host": "' + b"y" * 2000 + b'"}'])
+def test_a_long_lock_is_taken_over_whole(tmp_path, monkeypatch, left):
+  monkeypatch.setattr(lock, "_SILENT_SECONDS", 0.1)
+  (tmp_path / "lock.json").write_bytes(left)
+  held = lock.RunLock(tmp_path, lambda said: None)
+  try:
+    held.check()  # Reads the lock as its own.
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+  finally:
+    held.release()
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_no_file_is_named(text, tmp_path):
+  (tmp_path / "lock.json").mkdir()
+  with pytest.raises(InputError, match=r"--workdir = .*lock\.json: Is a directory"):
+    train.main(list(map(str, arguments(text, tmp_path))))
