@@ -110,6 +110,7 @@ class Interrupt:
     """
     self._meanwhile, self._waits = meanwhile, False
     if self.requested:
+      self._obeyed = False  # What a library's callback was told ended there.
       self._stop()
 
   def ask(self, who: str) -> None:

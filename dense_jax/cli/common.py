@@ -9,6 +9,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -16,7 +17,7 @@ from dense_jax import distributed, experiment
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
 from dense_jax.files import make_path
-from dense_jax.interrupt import Interrupt, Output
+from dense_jax.interrupt import Interrupt, Output, Stopped
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params
 from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on
@@ -84,6 +85,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
   sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
   logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
+  sys.unraisablehook = _say_unraisable
   keep_compiled_programs()
   with Interrupt() as interrupt:
     status, said = _outcome(main)
@@ -98,6 +100,15 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     if status:
       distributed.end(status)
   sys.exit(status)
+
+
+def _say_unraisable(raised: Any) -> None:
+  """Python's own words for an error in a callback, but for two that say nothing new."""
+  # A signal's: it is heard all the same. And what else of a checkpoint was being read when a part
+  # of it could not be.
+  if isinstance(raised.exc_value, Stopped) or str(raised.exc_value) == "Event loop is closed":
+    return
+  sys.__unraisablehook__(raised)
 
 
 def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:

@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
-from dense_jax.cli import train
+from dense_jax import experiment
+from dense_jax.cli import common, train
+from dense_jax.config import ExperimentConfig, defaults
+from dense_jax.interrupt import Interrupt, Stopped
 from dense_jax.training import lock
 from dense_jax.types import InputError
 from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments
@@ -77,3 +81,45 @@ def test_a_lock_that_is_no_file_is_named(text, tmp_path):
   (tmp_path / "lock.json").mkdir()
   with pytest.raises(InputError, match=r"--workdir = .*lock\.json: Is a directory"):
     train.main(list(map(str, arguments(text, tmp_path))))
+
+
+@pytest.mark.parametrize(("part", "key", "value", "message"), [
+    ("model", "family", None, "config.model.family = None is not valid: expected one of"),
+    ("model", "family", ["mamba"], r"config.model.family = \['mamba'\] is not valid"),
+    ("optimizer", "learning_rate", 10**400, "expected a number that a float can hold"),
+    ("data", "cache_dir", "a\0b", r"config.data.cache_dir = .* expected text without null"),
+])
+def test_a_damaged_configuration_is_named(tmp_path, part, key, value, message):
+  values = defaults(ExperimentConfig())
+  values[part][key] = value
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  with pytest.raises(InputError, match=f"config.json cannot be read .*{message}"):
+    experiment.read(epath.Path(tmp_path))
+
+
+def test_a_request_that_a_callback_swallowed_is_obeyed_at_the_next_stage():
+  interrupt = Interrupt()
+  with pytest.raises(Stopped, match="SIGTERM: nothing is saved"):
+    try:
+      interrupt.obey(lambda: "nothing is saved")
+      interrupt.ask("SIGTERM")
+    except Stopped:  # As a library's destructor does.
+      interrupt.ask("SIGTERM")  # Not again in what cleans up.
+    interrupt.wait(lambda: "nothing is saved")
+
+
+@pytest.mark.parametrize(("error", "is_said"), [
+    (Stopped("SIGTERM: nothing is saved"), False),
+    (RuntimeError("Event loop is closed"), False),
+    (ValueError("anything else"), True),
+])
+def test_errors_in_callbacks_that_are_told_elsewhere_are_not_said(
+    capsys, monkeypatch, error, is_said
+):
+  class Raises:
+    def __del__(self):
+      raise error
+
+  monkeypatch.setattr(sys, "unraisablehook", common._say_unraisable)
+  Raises()
+  assert bool(capsys.readouterr().err) == is_said
