@@ -3,10 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
+import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +29,9 @@ from dense_jax.types import InputError, Params
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 COMPILED = "~/.cache/dense_jax/compiled"
+_DISK_ERRORS = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG
+})
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -84,8 +90,9 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
   """
   sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-  logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
-  sys.unraisablehook = _say_unraisable
+  # orbax warns of what was asked for, and logs the errors that it raises, too.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  sys.unraisablehook, threading.excepthook = _say_unraisable, _say_of_thread
   keep_compiled_programs()
   with Interrupt() as interrupt:
     status, said = _outcome(main)
@@ -111,6 +118,12 @@ def _say_unraisable(raised: Any) -> None:
   sys.__unraisablehook__(raised)
 
 
+def _say_of_thread(raised: Any) -> None:
+  """Python's own words for an error that ends a thread, but for what the main thread says too."""
+  if not _refused_by_disk(raised.exc_value):  # As orbax's do, which save in the background.
+    threading.__excepthook__(raised)
+
+
 def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
   """The status of `main`, and what is to be said of how it ended."""
   name = distributed.name
@@ -122,7 +135,13 @@ def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
     return 2, f"{name()}error: {error}"
   except KeyboardInterrupt as stopped:
     return 1, f"\n{name()}{stopped or 'ended'}"
-  except Exception:
+  except Exception as error:
+    refused = _refused_by_disk(error)
+    if refused:
+      return 2, (
+          f"{name()}error: {refused}. The same command goes on, or begins again, once that is "
+          "mended"
+      )
     said = traceback.format_exc()
     if name():
       said += (
@@ -130,6 +149,23 @@ def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
           "The same command goes on from the newest checkpoint."
       )
     return 1, said
+
+
+def _refused_by_disk(error: BaseException | None) -> str:
+  """What a disk or its permissions refused, and which file; empty for any other error.
+
+  No other start mends it, so that its status is not the one after which launchers try again.
+  """
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+      return f"{error.strerror}: {error.filename or 'a file could not be written'}"
+    # The library below orbax has errors of its own.
+    number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    if number and int(number[1]) in _DISK_ERRORS:
+      file = re.search(r'file "([^"]*)"', str(error))
+      return f"{os.strerror(int(number[1]))}: {file[1] if file else 'a checkpoint'}"
+    error = error.__cause__ or error.__context__
+  return ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,14 @@ from etils import epath
 
 from dense_jax import experiment
 from dense_jax.cli.common import CHECKPOINTS, TOKENIZER
-from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.cli.report import PLOT_FILE
+from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.data import identity
 from dense_jax.data.pipeline import Datasets
 from dense_jax.files import is_remote, parse_json, write_atomically
 from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.lock import LOCK_FILE
+from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 from dense_jax.types import InputError
 
 DATA_FILE = "data.json"
@@ -21,6 +23,8 @@ DATA_FILE = "data.json"
 _PARTIAL = re.compile(r"\..*\.partial")
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
+_FILES = (experiment.CONFIG_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE)
+_FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 
 
 def check_config(workdir: epath.Path, config: ExperimentConfig) -> None:
@@ -40,13 +44,29 @@ def check_config(workdir: epath.Path, config: ExperimentConfig) -> None:
           "config.train.steps", config.train.steps,
           f"an integer >= {steps[-1]}, the steps that the run in --workdir has done",
       )
-  elif workdir.exists() and not (workdir / experiment.CONFIG_FILE).is_file():
+  elif workdir.exists() and not _has_run(workdir):
     foreign = [e.name for e in workdir.iterdir() if e != workdir and not _is_leftover(e)]
     if foreign:
       raise invalid(
           "--workdir", str(workdir),
           f"a new or empty folder, or one with a run; it holds {min(foreign)}",
       )
+  for name in (*_FILES, *_FOLDERS):
+    entry, kind = workdir / name, "folder" if name in _FOLDERS else "file"
+    if entry.exists() and entry.is_dir() != (kind == "folder"):
+      raise invalid("--workdir", str(workdir), f"a folder whose {name} is a {kind}")
+
+
+def _has_run(workdir: epath.Path) -> bool:
+  """Whether the folder is a run's: other programs name a model's configuration alike."""
+  file = workdir / experiment.CONFIG_FILE
+  if not file.is_file():
+    return False
+  try:
+    config = parse_json(file.read_bytes())
+  except ValueError:
+    return True  # A run's, damaged.
+  return isinstance(config, dict) and defaults(ExperimentConfig).keys() <= config.keys()
 
 
 def _is_leftover(entry: epath.Path) -> bool:

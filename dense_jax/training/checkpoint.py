@@ -54,6 +54,22 @@ def _loss(metrics: Mapping[str, float]) -> float:
   return loss if math.isfinite(loss) else math.inf
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which one unreadable held-out loss would keep from opening any of the checkpoints."""
+
+  def metrics(self, step: int) -> Mapping[str, float] | None:
+    """The metrics that were saved with a step; None where there are none that can be read."""
+    try:
+      metrics = super().metrics(step)
+      if metrics is not None:
+        _loss(metrics)
+      return metrics
+    except (OSError, KeyError, TypeError, ValueError) as error:
+      _LOG.warning("the held-out loss of checkpoint %d cannot be read, and ranks nothing (%s)",
+                   step, error)
+      return None
+
+
 def _manager(
     folder: epath.Path, keep_last: int, keep_best: int, read_only: bool
 ) -> ocp.CheckpointManager:
@@ -75,7 +91,7 @@ def _manager(
       cleanup_tmp_directories=not read_only,
       read_only=read_only,
   )
-  return ocp.CheckpointManager(folder, options=options)
+  return _Manager(folder, options=options)
 
 
 class Checkpoints:
@@ -186,11 +202,8 @@ class Checkpoints:
 
   def _rank(self, step: int) -> float:
     """The held-out loss of a checkpoint; infinite where it has none that is finite."""
-    try:
-      metrics = self._manager.metrics(step)
-      return math.inf if metrics is None else _loss(metrics)
-    except (OSError, KeyError, TypeError, ValueError):
-      return math.inf
+    metrics = self._manager.metrics(step)
+    return math.inf if metrics is None else _loss(metrics)
 
   def _read(self, step: int, arguments: Any) -> Any:
     try:
@@ -200,7 +213,8 @@ class Checkpoints:
       raise InputError(
           f"checkpoint {step} in {self._folder} cannot be read: it is damaged, was deleted just "
           f"now, or is of another model ({reason}). Others there: "
-          f"{', '.join(str(s) for s in saved_steps(self._folder) if s != step) or 'none'}"
+          f"{', '.join(str(s) for s in saved_steps(self._folder) if s != step) or 'none'} (without "
+          "this one's folder, training goes on from the newest of them)"
       ) from error
 
   def wait(self) -> None:

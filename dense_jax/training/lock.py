@@ -58,10 +58,11 @@ class RunLock:
     }
     self._lost = ""
     self._handle: int | None = None
-    self._made = _missing_folders(workdir)
+    self._made: list[Path] = []
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
     try:
+      self._made = _missing_folders(workdir)
       workdir.mkdir(parents=True, exist_ok=True)
       take = self._take_remote if is_remote(workdir) else self._take_local
       take(say)
@@ -164,7 +165,7 @@ class RunLock:
       else:
         gone, holder = not _is_at(self._handle, self._file), _read(self._handle)
       if gone or not holder:
-        self._lost = "it was removed or unmounted"
+        self._lost = f"it, or {LOCK_FILE} in it, was removed, replaced or unmounted"
       elif not self._is_own(holder):
         self._lost = f"it was taken over by {_name(holder)}"
     except OSError:

@@ -1,10 +1,12 @@
 """Command lines in surroundings that nobody meant: no streams, foreign folders, damaged files."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from etils import epath
 
@@ -13,6 +15,8 @@ from dense_jax.cli import common, train
 from dense_jax.config import ExperimentConfig, defaults
 from dense_jax.interrupt import Interrupt, Stopped
 from dense_jax.training import lock
+from dense_jax.training.checkpoint import Checkpoints, saved_steps
+from dense_jax.training.step import TrainState
 from dense_jax.types import InputError
 from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments
 from tests.helpers import ROOT, write_text
@@ -123,3 +127,89 @@ def test_errors_in_callbacks_that_are_told_elsewhere_are_not_said(
   monkeypatch.setattr(sys, "unraisablehook", common._say_unraisable)
   Raises()
   assert bool(capsys.readouterr().err) == is_said
+
+
+def test_a_model_of_another_program_is_not_taken_for_a_run(text, tmp_path):
+  config = '{"model_type": "mamba", "hidden_size": 64}'
+  (tmp_path / "config.json").write_text(config)
+  (tmp_path / "model.safetensors").write_bytes(b"weights")
+  with pytest.raises(InputError, match=r"--workdir = .*; it holds config\.json"):
+    train.main(list(map(str, arguments(text, tmp_path))))
+  assert (tmp_path / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("metrics.jsonl", "file"), ("data.json", "file"), ("loss.png", "file"),
+    ("tensorboard", "folder"), ("tokenizer", "folder"), ("checkpoints", "folder"),
+])
+def test_parts_of_a_run_that_cannot_be_written_are_named(text, tmp_path, name, kind):
+  experiment.save(ExperimentConfig(), epath.Path(tmp_path))
+  (tmp_path / name).mkdir() if kind == "file" else (tmp_path / name).write_text("")
+  with pytest.raises(InputError, match=f"a folder whose {name} is a {kind}"):
+    train.main(list(map(str, arguments(text, tmp_path))))
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "/".join(["y" * 200] * 25), "gs:/bucket"])
+def test_a_workdir_that_cannot_be_made_is_named(text, tmp_path, name, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(InputError, match="--workdir"):
+    train.main(["--config", f"{ROOT}/experiments/smoke.py:debug", "--workdir", name])
+  assert not list(tmp_path.iterdir())
+
+
+def full_disk():
+  try:
+    raise OSError(errno.ENOSPC, "No space left on device", "/run/metrics.jsonl")
+  except OSError as error:
+    raise RuntimeError("while writing") from error
+
+
+def full_disk_below_orbax():
+  raise ValueError(
+      'RESOURCE_EXHAUSTED: Error writing local file "/run/checkpoints/5": Failed to write 9 bytes '
+      "to file 18: No space left on device [os_error_code='28'] [source locations='x.cc:1']"
+  )
+
+
+@pytest.mark.parametrize(("raises", "file"), [
+    (full_disk, "/run/metrics.jsonl"), (full_disk_below_orbax, "/run/checkpoints/5"),
+])
+def test_a_full_disk_is_a_sentence_and_no_reason_to_try_again(raises, file):
+  status, said = common._outcome(lambda arguments: raises())
+  assert status == 2
+  assert said == (
+      f"error: No space left on device: {file}. The same command goes on, or begins again, once "
+      "that is mended"
+  )
+
+
+def test_other_errors_keep_their_traceback_and_status_1():
+  status, said = common._outcome(lambda arguments: [][0])
+  assert status == 1
+  assert "IndexError" in said
+
+
+@pytest.mark.parametrize("damaged", [
+    b"", b'{"heldout', b"\xff\xfe\x84", b"[]", b'{"heldout_loss": "low"}', b'{"other": 1}'
+])
+def test_an_unreadable_heldout_loss_ranks_nothing_and_keeps_nothing_from_being_read(
+    tmp_path, damaged
+):
+  folder = epath.Path(tmp_path)
+  checkpoints = Checkpoints(folder, keep_last=1, keep_best=1)
+  for step, loss in ((1, 2.0), (2, 3.0)):
+    params = {"w": jnp.full((2,), step, jnp.float32)}
+    checkpoints.save(TrainState(jnp.int32(step), params, {}), step, {}, loss)
+  checkpoints.close()
+  [file] = folder.glob("2/metrics/metrics")
+  file.write_bytes(damaged)
+  checkpoints = Checkpoints(folder, read_only=True)
+  for which, step in (("latest", 2), ("best", 1), ("2", 2)):
+    found, params = checkpoints.restore_params(params, which)
+    assert (found, params["w"].tolist()) == (step, [step, step])
+  checkpoints.close()
+  # The next run goes on beside it.
+  checkpoints = Checkpoints(folder, keep_last=1, keep_best=1)
+  checkpoints.save(TrainState(jnp.int32(3), params, {}), 3, {}, 4.0)
+  checkpoints.close()
+  assert saved_steps(folder) == [1, 3]
