@@ -2,7 +2,6 @@
 
 import json
 import re
-from typing import Any
 
 from etils import epath
 
@@ -76,36 +75,39 @@ def _is_leftover(entry: epath.Path) -> bool:
   return bool(_NOBODYS.fullmatch(entry.name))
 
 
-def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
-  """Writes what identifies the run, the configuration first; clears what a killed one left.
-
-  A folder that has a config.json is a run's, at whatever moment its process is killed.
+def check_data(workdir: epath.Path, data: Datasets) -> None:
+  """Whether a run that is in the folder can go on with these data.
 
   Raises:
     InputError: the folder has checkpoints of a run on other data; the message says what differs.
       Where the data lie does not matter.
   """
-  described = identity.describe(data)
-  if saved_steps(workdir / CHECKPOINTS):
-    _check_data(workdir, described)
+  if not saved_steps(workdir / CHECKPOINTS):
+    return
+  try:
+    before = parse_json((workdir / DATA_FILE).read_bytes())
+  except (OSError, ValueError):
+    return  # The data's position in the checkpoint holds the fingerprint too.
+  lines = [f"  {line}" for line in identity.explain_difference(before, identity.describe(data))]
+  if lines:
+    raise InputError(
+        "the run in --workdir was made with other data:\n" + "\n".join(lines)
+        + "\nGive the text and the tokenizer that it began with to go on, or another --workdir."
+    )
+
+
+def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
+  """Writes what identifies the run, the configuration first; clears what a killed one left.
+
+  A folder that has a config.json is a run's, at whatever moment its process is killed. One whose
+  checkpoint was not restored with these data and this configuration must not come here: what it
+  knows of its own would be lost.
+  """
   if not is_remote(workdir):
     for folder in (workdir, workdir / TOKENIZER):
       for entry in folder.iterdir() if folder.is_dir() else ():
         if _PARTIAL.fullmatch(entry.name) and entry.is_file():
           entry.unlink()
   experiment.save(config, workdir)
-  write_atomically(workdir / DATA_FILE, json.dumps(described, indent=1).encode())
+  write_atomically(workdir / DATA_FILE, json.dumps(identity.describe(data), indent=1).encode())
   data.tokenizer.save(workdir / TOKENIZER)
-
-
-def _check_data(workdir: epath.Path, described: dict[str, Any]) -> None:
-  try:
-    before = parse_json((workdir / DATA_FILE).read_bytes())
-  except (OSError, ValueError):
-    return  # The data's position in the checkpoint holds the fingerprint too.
-  lines = [f"  {line}" for line in identity.explain_difference(before, described)]
-  if lines:
-    raise InputError(
-        "the run in --workdir was made with other data:\n" + "\n".join(lines)
-        + "\nGive the text and the tokenizer that it began with to go on, or another --workdir."
-    )

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +20,7 @@ from dense_jax.training import lock
 from dense_jax.training.checkpoint import Checkpoints, saved_steps
 from dense_jax.training.step import TrainState
 from dense_jax.types import InputError
-from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments
+from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments, run
 from tests.helpers import ROOT, write_text
 
 
@@ -213,3 +215,44 @@ def test_an_unreadable_heldout_loss_ranks_nothing_and_keeps_nothing_from_being_r
   checkpoints.save(TrainState(jnp.int32(3), params, {}), 3, {}, 4.0)
   checkpoints.close()
   assert saved_steps(folder) == [1, 3]
+
+
+@pytest.fixture(scope="module")
+def whole_run(text, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  assert run(TRAIN, *arguments(text, workdir))[0] == 0
+  return workdir
+
+
+def contents(folder):
+  return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--config.train.batch_size=4"], "config.train.batch_size = 4 is not valid: expected 2, with"),
+    (["--config.seed=5"], "config.seed = 5 is not valid: expected 0, with which the run began"),
+    (["--config.train.steps=3"], "config.train.steps = 3 is not valid: expected an integer >= 4"),
+    (["--config.mesh.data=2"], "config.mesh"),
+])
+def test_a_refused_resume_changes_nothing(text, whole_run, change, message):
+  before = contents(whole_run)
+  with pytest.raises(InputError, match=re.escape(message)):
+    train.main(list(map(str, arguments(text, whole_run, *change))))
+  assert contents(whole_run) == before
+
+
+def test_other_data_do_not_take_the_place_of_a_damaged_description(text, whole_run, tmp_path):
+  workdir, other = tmp_path / "run", tmp_path / "text"
+  shutil.copytree(whole_run, workdir)
+  shutil.copytree(text, other)
+  (other / "1.txt").write_text("something else\n" * 99)
+  (workdir / "data.json").write_text('{"finger')
+  before = contents(workdir)
+  status, _, err = run(TRAIN, *arguments(other, workdir, "--config.train.steps=5"))
+  assert status == 2
+  assert re.search(r"config\.data = .* is not valid: expected the same text", err)
+  assert contents(workdir) == before
+  # The right data heal it.
+  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.train.steps=5"))
+  assert status == 0, err
+  assert json.loads((workdir / "data.json").read_text()).keys() >= {"fingerprint", "files"}
