@@ -256,3 +256,29 @@ def test_other_data_do_not_take_the_place_of_a_damaged_description(text, whole_r
   status, _, err = run(TRAIN, *arguments(text, workdir, "--config.train.steps=5"))
   assert status == 0, err
   assert json.loads((workdir / "data.json").read_text()).keys() >= {"fingerprint", "files"}
+
+
+def test_a_reader_that_is_slower_than_the_writer_takes_what_is_there_then(tmp_path, monkeypatch):
+  folder = epath.Path(tmp_path)
+  params = {"w": jnp.zeros(2)}
+  writer = Checkpoints(folder, keep_last=1, keep_best=0)
+
+  def save(step):
+    writer.save(TrainState(jnp.int32(step), params, {}), step, {}, None)
+    writer.wait()
+
+  save(1)
+  reader = Checkpoints(folder, read_only=True)
+  read, tried = reader._read, []
+
+  def read_late(step, arguments):
+    tried.append(step)
+    if step < 4:
+      save(step + 1)  # Which deletes the one that is about to be read.
+    return read(step, arguments)
+
+  monkeypatch.setattr(reader, "_read", read_late)
+  assert reader.restore_params(params, "latest")[0] == 4
+  assert tried == [1, 2, 3, 4]
+  writer.close()
+  reader.close()
