@@ -169,8 +169,8 @@ def check_same_run(before: ExperimentConfig, now: ExperimentConfig) -> None:
   """Whether a run can go on with another configuration.
 
   Raises:
-    InputError: model or data differ from what the run was made with, or the optimizer keeps
-      other things than it did.
+    InputError: model or data differ from what the run was made with, the optimizer keeps other
+      things than it did, or batches would hold other rows.
   """
   old, new = defaults(before), defaults(now)
   if not now.model.vocab_size:  # Taken from the tokenizer, which the data decide.
@@ -197,3 +197,10 @@ def check_same_run(before: ExperimentConfig, now: ExperimentConfig) -> None:
         + "\n".join(lines)
         + "\nGive the same values to go on with it, or another --workdir."
     )
+  # What the order of the batches depends on; their position in it says so too, but later.
+  for key, began, asked in (
+      ("config.seed", before.seed, now.seed),
+      ("config.train.batch_size", before.train.batch_size, now.train.batch_size),
+  ):
+    if began != asked:
+      raise invalid(key, asked, f"{began}, with which the run began")

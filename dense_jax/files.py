@@ -29,7 +29,7 @@ def make_path(text: str, field: str) -> epath.Path:
   if not text.strip():
     raise InputError(f"{field} = {text!r} is not valid: expected a path; it is empty")
   scheme, separator, _ = text.partition("://")
-  if separator and scheme != "gs":
+  if (separator and scheme != "gs") or (not separator and text.startswith("gs:")):
     raise InputError(f"{field} = {text!r} is not valid: expected a local path or gs://BUCKET/...")
   if separator and not _reads_buckets():
     raise InputError(

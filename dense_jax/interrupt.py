@@ -40,6 +40,23 @@ def _listens_to(number: int) -> bool:
   return number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN
 
 
+def open_closed_streams() -> None:
+  """Standard streams that the process was begun without (`>&-`) read and write nothing.
+
+  Otherwise the next files that are opened, such as a lock or metrics.jsonl, would take their
+  numbers, and what is printed would be written into them.
+  """
+  for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    try:
+      os.fstat(number)
+    except OSError:
+      nowhere = os.open(os.devnull, os.O_RDWR)
+      if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+      setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def end_early() -> None:
   """Until an `Interrupt` takes over, signals end the process with a sentence and status 1."""
 
@@ -93,6 +110,7 @@ class Interrupt:
     """
     self._meanwhile, self._waits = meanwhile, False
     if self.requested:
+      self._obeyed = False  # What a library's callback was told ended there.
       self._stop()
 
   def ask(self, who: str) -> None:
@@ -216,12 +234,15 @@ class Output:
       return None
     try:
       return action()
-    except OSError:
+    except OSError as error:
       self._closed = True
+      who = f"output that cannot be written ({error.strerror})"
+      if isinstance(error, BrokenPipeError):
+        who = "closed output"
       # What is still in the buffer would fail again when the interpreter ends.
       nowhere = os.open(os.devnull, os.O_WRONLY)
       os.dup2(nowhere, self._stream.fileno())
       os.close(nowhere)
     if Interrupt._active:
-      Interrupt._active[-1].ask("closed output")
+      Interrupt._active[-1].ask(who)
     return None

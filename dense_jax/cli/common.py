@@ -1,13 +1,18 @@
 """What all command lines share: arguments, exit status, loading a run."""
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
+import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -16,7 +21,7 @@ from dense_jax.cli.terminal import printable
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
 from dense_jax.files import make_path
-from dense_jax.interrupt import Interrupt, Output
+from dense_jax.interrupt import Interrupt, Output, Stopped
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params
 from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on
@@ -25,6 +30,9 @@ from dense_jax.types import InputError, Params
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 COMPILED = "~/.cache/dense_jax/compiled"
+_DISK_ERRORS = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG
+})
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -83,32 +91,82 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
   """
   sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-  logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what was asked for
+  # orbax warns of what was asked for, and logs the errors that it raises, too.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  sys.unraisablehook, threading.excepthook = _say_unraisable, _say_of_thread
   keep_compiled_programs()
   with Interrupt() as interrupt:
-    try:
-      status = main(sys.argv[1:])
-    except InputError as error:
-      print(f"{distributed.name()}error: {printable(str(error))}", file=sys.stderr)
-      status = 2
-    except KeyboardInterrupt as stopped:
-      print(f"\n{distributed.name()}{stopped or 'ended'}", file=sys.stderr)
-      status = 1
-    except Exception:
-      traceback.print_exc()
-      if distributed.name():
-        print(
-            f"{distributed.name()}ends. If a connection was lost, another process ended before "
-            "it: see there. The same command goes on from the newest checkpoint.",
-            file=sys.stderr,
-        )
-      status = 1
+    status, said = _outcome(main)
+    # What is left to say is said whoever asks now, and the status stays what it is.
+    with contextlib.suppress(KeyboardInterrupt):
+      interrupt.wait(lambda: "its work was over")
+    if said:
+      print(said, file=sys.stderr)
     sys.stdout.flush()
     if not distributed.name():  # One of several processes may yet wait for the others.
       interrupt.done(status)
     if status:
       distributed.end(status)
   sys.exit(status)
+
+
+def _say_unraisable(raised: Any) -> None:
+  """Python's own words for an error in a callback, but for two that say nothing new."""
+  # A signal's: it is heard all the same. And what else of a checkpoint was being read when a part
+  # of it could not be.
+  if isinstance(raised.exc_value, Stopped) or str(raised.exc_value) == "Event loop is closed":
+    return
+  sys.__unraisablehook__(raised)
+
+
+def _say_of_thread(raised: Any) -> None:
+  """Python's own words for an error that ends a thread, but for what the main thread says too."""
+  if not _refused_by_disk(raised.exc_value):  # As orbax's do, which save in the background.
+    threading.__excepthook__(raised)
+
+
+def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
+  """The status of `main`, and what is to be said of how it ended."""
+  name = distributed.name
+  try:
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    return status, ""
+  except InputError as error:
+    return 2, f"{name()}error: {printable(str(error))}"
+  except KeyboardInterrupt as stopped:
+    return 1, f"\n{name()}{stopped or 'ended'}"
+  except Exception as error:
+    refused = _refused_by_disk(error)
+    if refused:
+      return 2, (
+          f"{name()}error: {refused}. The same command goes on, or begins again, once that is "
+          "mended"
+      )
+    said = traceback.format_exc()
+    if name():
+      said += (
+          f"{name()}ends. If a connection was lost, another process ended before it: see there. "
+          "The same command goes on from the newest checkpoint."
+      )
+    return 1, said
+
+
+def _refused_by_disk(error: BaseException | None) -> str:
+  """What a disk or its permissions refused, and which file; empty for any other error.
+
+  No other start mends it, so that its status is not the one after which launchers try again.
+  """
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+      return f"{error.strerror}: {error.filename or 'a file could not be written'}"
+    # The library below orbax has errors of its own.
+    number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    if number and int(number[1]) in _DISK_ERRORS:
+      file = re.search(r'file "([^"]*)"', str(error))
+      return f"{os.strerror(int(number[1]))}: {file[1] if file else 'a checkpoint'}"
+    error = error.__cause__ or error.__context__
+  return ""
 
 
 @dataclasses.dataclass(frozen=True)

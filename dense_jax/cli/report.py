@@ -31,6 +31,7 @@ from dense_jax.types import Params
 _BASELINE_BYTES = 64 * 2**20
 # matplotlib computes with numbers far beyond those that it draws.
 _LARGEST_DRAWN = 1e100
+PLOT_FILE = "loss.png"
 
 
 def parameter_table(params: Params) -> str:
@@ -149,7 +150,7 @@ def plot_loss(workdir: epath.Path) -> epath.Path:
     axes.yaxis.set_major_formatter("{x:g}")
     # Names of the ticks between powers of ten, where there are few of those.
     axes.yaxis.set_minor_formatter("{x:g}" if max(drawn) < 1e3 * min(drawn) else "")
-  file = workdir / "loss.png"
+  file = workdir / PLOT_FILE
   image = io.BytesIO()
   figure.savefig(image, dpi=120)
   pyplot.close(figure)

@@ -3,18 +3,19 @@
 import json
 import logging
 import re
-from typing import Any
 
 from etils import epath
 
 from dense_jax import experiment
 from dense_jax.cli.common import CHECKPOINTS, TOKENIZER
-from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.cli.report import PLOT_FILE
+from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.data import identity
 from dense_jax.data.pipeline import Datasets
 from dense_jax.files import is_remote, parse_json, write_atomically
 from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.lock import LOCK_FILE
+from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 from dense_jax.types import InputError
 
 DATA_FILE = "data.json"
@@ -23,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 _PARTIAL = re.compile(r"\..*\.partial")
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
+_FILES = (experiment.CONFIG_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE)
+_FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 
 
 def check_config(workdir: epath.Path, config: ExperimentConfig) -> None:
@@ -42,13 +45,29 @@ def check_config(workdir: epath.Path, config: ExperimentConfig) -> None:
           "config.train.steps", config.train.steps,
           f"an integer >= {steps[-1]}, the steps that the run in --workdir has done",
       )
-  elif workdir.exists() and not (workdir / experiment.CONFIG_FILE).is_file():
+  elif workdir.exists() and not _has_run(workdir):
     foreign = [e.name for e in workdir.iterdir() if e != workdir and not _is_leftover(e)]
     if foreign:
       raise invalid(
           "--workdir", str(workdir),
           f"a new or empty folder, or one with a run; it holds {min(foreign)}",
       )
+  for name in (*_FILES, *_FOLDERS):
+    entry, kind = workdir / name, "folder" if name in _FOLDERS else "file"
+    if entry.exists() and entry.is_dir() != (kind == "folder"):
+      raise invalid("--workdir", str(workdir), f"a folder whose {name} is a {kind}")
+
+
+def _has_run(workdir: epath.Path) -> bool:
+  """Whether the folder is a run's: other programs name a model's configuration alike."""
+  file = workdir / experiment.CONFIG_FILE
+  if not file.is_file():
+    return False
+  try:
+    config = parse_json(file.read_bytes())
+  except ValueError:
+    return True  # A run's, damaged.
+  return isinstance(config, dict) and defaults(ExperimentConfig).keys() <= config.keys()
 
 
 def _is_leftover(entry: epath.Path) -> bool:
@@ -58,29 +77,15 @@ def _is_leftover(entry: epath.Path) -> bool:
   return bool(_NOBODYS.fullmatch(entry.name))
 
 
-def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
-  """Writes what identifies the run, the configuration first; clears what a killed one left.
-
-  A folder that has a config.json is a run's, at whatever moment its process is killed.
+def check_data(workdir: epath.Path, data: Datasets) -> None:
+  """Whether a run that is in the folder can go on with these data.
 
   Raises:
     InputError: the folder has checkpoints of a run on other data; the message says what differs.
       Where the data lie does not matter.
   """
-  described = identity.describe(data)
-  if saved_steps(workdir / CHECKPOINTS):
-    _check_data(workdir, described)
-  if not is_remote(workdir):
-    for folder in (workdir, workdir / TOKENIZER):
-      for entry in folder.iterdir() if folder.is_dir() else ():
-        if _PARTIAL.fullmatch(entry.name) and entry.is_file():
-          entry.unlink()
-  experiment.save(config, workdir)
-  write_atomically(workdir / DATA_FILE, json.dumps(described, indent=1).encode())
-  data.tokenizer.save(workdir / TOKENIZER)
-
-
-def _check_data(workdir: epath.Path, described: dict[str, Any]) -> None:
+  if not saved_steps(workdir / CHECKPOINTS):
+    return
   file = workdir / DATA_FILE
   try:
     before = parse_json(file.read_bytes())
@@ -92,9 +97,26 @@ def _check_data(workdir: epath.Path, described: dict[str, Any]) -> None:
         "the checkpoint's, the held-out text is not", file, error,
     )
     return
-  lines = [f"  {line}" for line in identity.explain_difference(before, described)]
+  lines = [f"  {line}" for line in identity.explain_difference(before, identity.describe(data))]
   if lines:
     raise InputError(
         "the run in --workdir was made with other data:\n" + "\n".join(lines)
         + "\nGive the text and the tokenizer that it began with to go on, or another --workdir."
     )
+
+
+def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
+  """Writes what identifies the run, the configuration first; clears what a killed one left.
+
+  A folder that has a config.json is a run's, at whatever moment its process is killed. One whose
+  checkpoint was not restored with these data and this configuration must not come here: what it
+  knows of its own would be lost.
+  """
+  if not is_remote(workdir):
+    for folder in (workdir, workdir / TOKENIZER):
+      for entry in folder.iterdir() if folder.is_dir() else ():
+        if _PARTIAL.fullmatch(entry.name) and entry.is_file():
+          entry.unlink()
+  experiment.save(config, workdir)
+  write_atomically(workdir / DATA_FILE, json.dumps(identity.describe(data), indent=1).encode())
+  data.tokenizer.save(workdir / TOKENIZER)

@@ -184,7 +184,7 @@ def _run(config: ExperimentConfig, workdir: epath.Path) -> int:
     _say_what_runs(config, mesh, trainer)
     # Before the first of them writes, all have looked at the folder.
     distributed.check_same({"the configuration": config, "config.data": data.fingerprint})
-    distributed.by_first(lambda: run_folder.begin(workdir, config, data))
+    distributed.by_first(lambda: run_folder.check_data(workdir, data))
     batches = stack.enter_context(contextlib.closing(TrainBatches(
         data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
     )))
@@ -194,6 +194,7 @@ def _run(config: ExperimentConfig, workdir: epath.Path) -> int:
     )))
     distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})
     state = _start(trainer, checkpoints, batches, config.seed)
+    distributed.by_first(lambda: run_folder.begin(workdir, config, data))
     state, evaluation, logger = _train(
         config, workdir, data, trainer, state, batches, checkpoints, lock, interrupt
     )

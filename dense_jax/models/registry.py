@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from dense_jax.config import unknown_key
+from dense_jax.config import invalid, unknown_key
 from dense_jax.layers import attention, retnet, s4
 from dense_jax.layers.attention import Attention, AttentionConfig
 from dense_jax.layers.gau_retnet import GauRetNet, GauRetNetConfig
@@ -50,6 +50,8 @@ def family(name: str) -> Family:
   Raises:
     InputError: there is none.
   """
+  if not isinstance(name, str):  # Of a damaged config.json.
+    raise invalid("config.model.family", name, f"one of {', '.join(FAMILIES)}")
   if name not in FAMILIES:
     near = unknown_key(name, list(FAMILIES))
     raise InputError(f"config.model.family = {name!r} is not valid: {near}")

@@ -1,11 +1,12 @@
 """Checkpoints: parameters, optimizer, step and data position, by orbax."""
 
+import contextlib
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,11 @@ from dense_jax.files import is_remote
 from dense_jax.training.step import TrainState
 from dense_jax.types import InputError, Params, PyTree
 
+T = TypeVar("T")
+
 HELDOUT_LOSS = "heldout_loss"
+# A run may save faster than another process reads.
+_MOST_TRIED = 20
 _LOG = logging.getLogger(__name__)
 
 
@@ -54,6 +59,22 @@ def _loss(metrics: Mapping[str, float]) -> float:
   return loss if math.isfinite(loss) else math.inf
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which one unreadable held-out loss would keep from opening any of the checkpoints."""
+
+  def metrics(self, step: int) -> Mapping[str, float] | None:
+    """The metrics that were saved with a step; None where there are none that can be read."""
+    try:
+      metrics = super().metrics(step)
+      if metrics is not None:
+        _loss(metrics)
+      return metrics
+    except (OSError, KeyError, TypeError, ValueError) as error:
+      _LOG.warning("the held-out loss of checkpoint %d cannot be read, and ranks nothing (%s)",
+                   step, error)
+      return None
+
+
 def _manager(
     folder: epath.Path, keep_last: int, keep_best: int, read_only: bool
 ) -> ocp.CheckpointManager:
@@ -75,7 +96,15 @@ def _manager(
       cleanup_tmp_directories=not read_only,
       read_only=read_only,
   )
-  return ocp.CheckpointManager(folder, options=options)
+  return _Manager(folder, options=options)
+
+
+def _retried(action: Callable[[], T]) -> T:
+  """Its result; it is done again where another process deleted what it was about to look at."""
+  for _ in range(_MOST_TRIED):
+    with contextlib.suppress(FileNotFoundError):
+      return action()
+  return action()
 
 
 class Checkpoints:
@@ -89,7 +118,7 @@ class Checkpoints:
       read_only: bool = False,
   ) -> None:
     self._folder = folder if is_remote(folder) else folder.absolute()
-    self._manager = _manager(self._folder, keep_last, keep_best, read_only)
+    self._manager = _retried(lambda: _manager(self._folder, keep_last, keep_best, read_only))
 
   @property
   def latest(self) -> int | None:
@@ -162,45 +191,60 @@ class Checkpoints:
     Raises:
       InputError: there is no such checkpoint, or none that can be read.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    if which == "best":
-      ranks = {step: self._rank(step) for step in steps}
-      # Of equal ones the newest, as `sorted` keeps their order.
-      candidates = sorted((s for s in steps if ranks[s] < math.inf), key=ranks.__getitem__)
-    else:
-      candidates = steps if which == "latest" else [step for step in steps if str(step) == which]
-    if not candidates:
-      known = ", ".join(map(str, sorted(steps))) or "(there are none)"
-      why = ": none of them has a finite held-out loss" if which == "best" and steps else ""
-      raise InputError(
-          f"checkpoint {which!r} is not in {self._folder}: expected latest, best or one of "
-          f"the steps {known}{why}"
-      )
     arguments = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-    for step in candidates[:-1]:
+    failed: dict[int, InputError] = {}
+    while len(failed) < _MOST_TRIED:
+      candidates = [step for step in self._candidates(which) if step not in failed]
+      if not candidates:
+        break
+      step = candidates[0]
       try:
-        return step, self._read(step, arguments)["params"]
+        params = self._read(step, arguments)["params"]
       except InputError as error:
-        _LOG.warning("%s; another one is taken", error)
-    return candidates[-1], self._read(candidates[-1], arguments)["params"]
+        failed[step] = error
+        _retried(self._manager.reload)  # Another process may have saved and deleted meanwhile.
+        continue
+      for why_not in failed.values():
+        _LOG.warning("%s; checkpoint %d is taken", why_not, step)
+      return step, params
+    if failed:
+      raise [*failed.values()][-1]
+    steps = self._manager.all_steps()
+    known = ", ".join(map(str, sorted(steps))) or "(there are none)"
+    why = ": none of them has a finite held-out loss" if which == "best" and steps else ""
+    raise InputError(
+        f"checkpoint {which!r} is not in {self._folder}: expected latest, best or one of "
+        f"the steps {known}{why}"
+    )
+
+  def _candidates(self, which: str) -> list[int]:
+    """The steps that "latest", "best" or a step's number can mean, the first choice first."""
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    if which == "latest":
+      return steps
+    if which != "best":
+      return [step for step in steps if str(step) == which]
+    ranks = {step: self._rank(step) for step in steps}
+    # Of equal ones the newest, as `sorted` keeps their order.
+    return sorted((step for step in steps if ranks[step] < math.inf), key=ranks.__getitem__)
 
   def _rank(self, step: int) -> float:
     """The held-out loss of a checkpoint; infinite where it has none that is finite."""
-    try:
-      metrics = self._manager.metrics(step)
-      return math.inf if metrics is None else _loss(metrics)
-    except (OSError, KeyError, TypeError, ValueError):
-      return math.inf
+    metrics = self._manager.metrics(step)
+    return math.inf if metrics is None else _loss(metrics)
 
   def _read(self, step: int, arguments: Any) -> Any:
     try:
       return self._manager.restore(step, args=arguments)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except jax.errors.JaxRuntimeError:  # Of a device, such as its memory.
+      raise
+    except Exception as error:  # Orbax has no kind of error of its own for what it cannot read.
       reason = str(error).strip().partition("\n")[0][:200]
       raise InputError(
           f"checkpoint {step} in {self._folder} cannot be read: it is damaged, was deleted just "
           f"now, or is of another model ({reason}). Others there: "
-          f"{', '.join(str(s) for s in saved_steps(self._folder) if s != step) or 'none'}"
+          f"{', '.join(str(s) for s in saved_steps(self._folder) if s != step) or 'none'} (without "
+          "this one's folder, training goes on from the newest of them)"
       ) from error
 
   def wait(self) -> None:

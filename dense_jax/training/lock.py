@@ -31,9 +31,9 @@ _RENEW_SECONDS = 10.0
 _SILENT_SECONDS = 35.0
 # How often the holder looks whether its folder is still there.
 _LOOK_SECONDS = 2.0
-_BYTES = 512
 # A file that was not written for so long is not watched: no two clocks differ by that much.
 _SURELY_SILENT_SECONDS = 600.0
+_CONTENT_BYTES = 512
 
 
 class RunLock:
@@ -58,17 +58,19 @@ class RunLock:
     }
     self._lost = ""
     self._handle: int | None = None
-    self._made = _missing_folders(workdir)
+    self._made: list[Path] = []
     self._ended = threading.Event()
     self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
     try:
+      self._made = _missing_folders(workdir)
       workdir.mkdir(parents=True, exist_ok=True)
       take = self._take_remote if is_remote(workdir) else self._take_local
       take(say)
     except OSError as error:
+      why = f"{LOCK_FILE}: {error.strerror}" if os.path.isdir(workdir) else error.strerror
       self.release()
       raise invalid(
-          "--workdir", str(workdir), f"a folder that can be made and written ({error.strerror})"
+          "--workdir", str(workdir), f"a folder that can be made and written ({why})"
       ) from error
     except BaseException:
       self.release()
@@ -139,9 +141,9 @@ class RunLock:
     if self._handle is None:
       self._file.write_bytes(content)
     else:
-      # Of one length, so that a reader never sees an old end.
-      os.pwrite(self._handle, content.ljust(_BYTES), 0)
-      os.ftruncate(self._handle, _BYTES)
+      # Of one length, so that a reader never sees an old end, and without that of another writer.
+      os.pwrite(self._handle, content.ljust(_CONTENT_BYTES), 0)
+      os.ftruncate(self._handle, _CONTENT_BYTES)
 
   def _keep(self) -> None:
     """The holder's thread: counts, and looks whether the lock is still its own."""
@@ -163,7 +165,7 @@ class RunLock:
       else:
         gone, holder = not _is_at(self._handle, self._file), _read(self._handle)
       if gone or not holder:
-        self._lost = "it was removed or unmounted"
+        self._lost = f"it, or {LOCK_FILE} in it, was removed, replaced or unmounted"
       elif not self._is_own(holder):
         self._lost = f"it was taken over by {_name(holder)}"
     except OSError:

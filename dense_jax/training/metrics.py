@@ -15,6 +15,7 @@ from etils import epath
 from dense_jax.files import is_remote, parse_json, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
 _UPLOAD_SECONDS = 30.0
 _LOG = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class MetricsWriter:
       )
     kept = [record for record in records if record["step"] <= first_step]
     self._lines = _open_lines(file, "".join(json.dumps(line) + "\n" for line in kept))
-    self._events = _Events(workdir / "tensorboard", first_step)
+    self._events = _Events(workdir / EVENTS_FOLDER, first_step)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One line; floats keep all their digits."""
