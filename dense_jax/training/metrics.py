@@ -28,7 +28,7 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
 def _read(file: epath.Path) -> tuple[list[dict[str, float]], int, bytes]:
   """The records of a file, how many of its lines are none, and what it holds.
 
-  A last line without an end is one that a kill cut off, and counts as nothing.
+  A last line without an end is one that a kill cut off, if it begins as one, and counts as nothing.
   """
   content = file.read_bytes() if file.is_file() else b""
   *lines, rest = content.split(b"\n")
@@ -36,6 +36,7 @@ def _read(file: epath.Path) -> tuple[list[dict[str, float]], int, bytes]:
   records = [record for record in parsed if record is not None]
   damaged = len(parsed) - len(records)
   last = _record(rest)
+  damaged += bool(rest) and not rest.startswith(b"{")
   return records + ([last] if last is not None else []), damaged, content
 
 

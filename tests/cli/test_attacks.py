@@ -18,6 +18,7 @@ from dense_jax.config import ExperimentConfig, defaults
 from dense_jax.interrupt import Interrupt, Stopped
 from dense_jax.training import lock
 from dense_jax.training.checkpoint import Checkpoints, saved_steps
+from dense_jax.training.metrics import MetricsWriter
 from dense_jax.training.step import TrainState
 from dense_jax.types import InputError
 from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments, run
@@ -282,3 +283,17 @@ def test_a_reader_that_is_slower_than_the_writer_takes_what_is_there_then(tmp_pa
   assert tried == [1, 2, 3, 4]
   writer.close()
   reader.close()
+
+
+@pytest.mark.parametrize(("rest", "is_kept"), [
+    (b"\0" * 4096, True), (b"<html>", True), (b'{"step": 3, "lo', False), (b'{"step": 3}', False),
+    (b"", False),
+])
+def test_what_ends_a_metrics_file_is_kept_unless_a_kill_left_it(tmp_path, rest, is_kept):
+  file = tmp_path / "metrics.jsonl"
+  content = b'{"step": 2, "loss": 3.5}\n' + rest
+  file.write_bytes(content)
+  MetricsWriter(epath.Path(tmp_path), 2).close()
+  assert file.read_bytes() == b'{"step": 2, "loss": 3.5}\n'
+  beside = tmp_path / "metrics.jsonl.damaged-1"
+  assert (beside.read_bytes() == content) if is_kept else not beside.exists()
