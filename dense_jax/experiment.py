@@ -149,7 +149,10 @@ def read(workdir: epath.Path) -> ExperimentConfig:
   if not file.is_file():
     raise invalid("--workdir", str(workdir), f"a run with {CONFIG_FILE}")
   try:
-    values = parse_json(file.read_bytes())
+    content = file.read_bytes()
+    values = parse_json(content)
+    if b"\\u0000" in content:
+      raise ValueError("it has a null character, which no path can hold")
     if not isinstance(values, dict) or not isinstance(values.get("model", {}), dict):
       raise ValueError("it is no object of groups of keys")
     return resolve(values)

@@ -93,8 +93,8 @@ def test_a_lock_that_is_no_file_is_named(text, tmp_path):
 @pytest.mark.parametrize(("part", "key", "value", "message"), [
     ("model", "family", None, "config.model.family = None is not valid: expected one of"),
     ("model", "family", ["mamba"], r"config.model.family = \['mamba'\] is not valid"),
-    ("optimizer", "learning_rate", 10**400, "expected a number that a float can hold"),
-    ("data", "cache_dir", "a\0b", r"config.data.cache_dir = .* expected text without null"),
+    ("optimizer", "learning_rate", 10**400, "expected a value of type float"),
+    ("data", "cache_dir", "a\0b", "it has a null character"),
 ])
 def test_a_damaged_configuration_is_named(tmp_path, part, key, value, message):
   values = defaults(ExperimentConfig())
