@@ -140,8 +140,8 @@ def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
     refused = _refused_by_disk(error)
     if refused:
       return 2, (
-          f"{name()}error: {refused}. The same command goes on, or begins again, once that is "
-          "mended"
+          f"{name()}error: {printable(refused)}. The same command goes on, or begins again, once "
+          "that is mended"
       )
     said = traceback.format_exc()
     if name():
