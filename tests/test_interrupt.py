@@ -115,7 +115,7 @@ def test_a_second_request_ends_at_once(stage):
   process.send_signal(signal.SIGTERM)
   time.sleep(1.3)
   process.send_signal(signal.SIGTERM)
-  status, out, err = end(process, seconds=5)
+  status, out, err = end(process, seconds=10)
   assert (status, out) == (1, "")
   assert "SIGTERM: step 3 is saved" in err
 

@@ -98,10 +98,9 @@ def test_a_killed_holders_lock_is_taken_over_and_said(take, tmp_path):
     take()
   process.kill()
   process.wait()
-  took = time.monotonic()
   take()
-  assert time.monotonic() - took < 0.5
-  assert take.said == [s for s in take.said if f"process {process.pid} on" in s] and take.said
+  (said,) = take.said  # It is known at once: nothing is said of waiting.
+  assert "took over" in said and f"process {process.pid} on" in said
 
 
 def test_a_stopped_holder_still_holds_it(take, tmp_path):
@@ -122,9 +121,9 @@ def test_another_machines_lock_is_dead_when_it_stands_still(take, tmp_path):
 def test_another_machines_lock_that_is_old_is_not_waited_for(take, tmp_path):
   elsewhere(tmp_path)
   os.utime(tmp_path / LOCK_FILE, (1e9, 1e9))
-  took = time.monotonic()
   take()
-  assert time.monotonic() - took < 0.5
+  (said,) = take.said
+  assert "took over" in said
 
 
 def test_another_machines_lock_is_alive_while_it_counts(take, tmp_path):
