@@ -1,11 +1,13 @@
 """Files that are whole or absent, in a local folder or in a bucket."""
 
+import fcntl
 import importlib.util
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -52,6 +54,10 @@ def is_remote(path: epath.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+# The names that `temporary_beside` makes, as a glob.
+PARTIALS = ".*.partial"
+
+
 def temporary_beside(path: Path) -> Path:
   """A new name in `path`'s folder, so that a rename to `path` is atomic."""
   return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -73,14 +79,34 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
     partial.unlink(missing_ok=True)
 
 
-def parse_json(content: bytes | str) -> Any:
+def try_lock(file: int | IO[bytes]) -> bool | None:
+  """Locks an open file (flock), which ends with the process however that ends.
+
+  Returns:
+    Whether it is locked now; false where another open file has the lock, None where the file
+    system has no locks.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    return False if isinstance(error, BlockingIOError) else None
+  return True
+
+
+def parse_json(
+    content: bytes | str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
   """JSON, as `json.loads` has it, with one kind of error for all that can be wrong with it.
+
+  Args:
+    content: the text.
+    object_pairs_hook: see `json.loads`.
 
   Raises:
     ValueError: it is no JSON, is cut short, is not UTF-8, is nested too deeply to be read, or
       holds an integer of more digits than Python reads; the message says which.
   """
   try:
-    return json.loads(content)
+    return json.loads(content, object_pairs_hook=object_pairs_hook)
   except RecursionError:
     raise ValueError("it is nested too deeply") from None

@@ -12,7 +12,7 @@ from dense_jax.cli.report import PLOT_FILE
 from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.data import identity
 from dense_jax.data.pipeline import Datasets
-from dense_jax.files import is_remote, parse_json, write_atomically
+from dense_jax.files import PARTIALS, is_remote, parse_json, write_atomically
 from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.lock import LOCK_FILE
 from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
@@ -20,8 +20,7 @@ from dense_jax.types import InputError
 
 DATA_FILE = "data.json"
 _LOG = logging.getLogger(__name__)
-# What a writer that was killed left of a file, and what file systems put into an empty folder.
-_PARTIAL = re.compile(r"\..*\.partial")
+# What file systems and killed writers leave in a folder that is otherwise empty.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
 _FILES = (experiment.CONFIG_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE)
@@ -114,8 +113,8 @@ def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None
   """
   if not is_remote(workdir):
     for folder in (workdir, workdir / TOKENIZER):
-      for entry in folder.iterdir() if folder.is_dir() else ():
-        if _PARTIAL.fullmatch(entry.name) and entry.is_file():
+      for entry in folder.glob(PARTIALS) if folder.is_dir() else ():
+        if entry.is_file():
           entry.unlink()
   experiment.save(config, workdir)
   write_atomically(workdir / DATA_FILE, json.dumps(identity.describe(data), indent=1).encode())

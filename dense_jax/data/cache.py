@@ -8,7 +8,6 @@ age, and no others.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from dense_jax.config import invalid
-from dense_jax.files import is_remote, make_path, temporary_beside
+from dense_jax.files import PARTIALS, is_remote, make_path, temporary_beside, try_lock
 
 _LOCK = "lock"
 
@@ -97,23 +96,14 @@ def _make_locked(path: Path) -> tuple[Path, IO[bytes]]:
       lock = (partial / _LOCK).open("ab")
       # Another may have locked the new folder first, in order to remove it. Where a file system
       # has no locks, nobody removes anything.
-      if _try_lock(lock) is not False and (partial / _LOCK).exists():
+      if try_lock(lock) is not False and (partial / _LOCK).exists():
         return partial, lock
       lock.close()
 
 
-def _try_lock(file: IO[bytes]) -> bool | None:
-  """Whether the file is locked now; None where the file system has no locks."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as error:
-    return False if isinstance(error, BlockingIOError) else None
-  return True
-
-
 def _remove_leftovers(folder: Path) -> None:
-  for left in folder.glob(".*.partial"):
+  for left in folder.glob(PARTIALS):
     # A folder without a lock was left before it had one.
     with contextlib.suppress(OSError), (left / _LOCK if left.is_dir() else left).open("ab") as lock:
-      if _try_lock(lock):
+      if try_lock(lock):
         shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -5,9 +5,12 @@ from typing import Any
 
 import sentencepiece
 
-from dense_jax.data.tokenizer import CONVERTED, SentencePieceTokenizer, Tokenizer
-
-_SPACE_MARK = "\u2581"
+from dense_jax.data.tokenizer import (
+    CONVERTED,
+    SPACE_MARK,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
 
 def converted_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -37,7 +40,7 @@ def converted_files(tokenizer: Tokenizer) -> dict[str, bytes]:
       "bos_token": processor.id_to_piece(tokenizer.bos_id),
       "eos_token": processor.id_to_piece(tokenizer.eos_id),
       "unk_token": processor.id_to_piece(processor.unk_id()),
-      "add_prefix_space": processor.encode("a", out_type=str)[0].startswith(_SPACE_MARK),
+      "add_prefix_space": processor.encode("a", out_type=str)[0].startswith(SPACE_MARK),
   }
   return {"tokenizer.model": tokenizer.model, file: _json(values)}
 

@@ -31,7 +31,7 @@ _SAMPLE_BYTES = 4 << 20
 _CHUNK = 2000
 _BYTES_AT_A_TIME = 1 << 20
 # SentencePiece writes a space inside a piece as this character.
-_SPACE_MARK = "\u2581"
+SPACE_MARK = "\u2581"
 _TRAINER_OPTIONS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -166,7 +166,7 @@ class SentencePieceTokenizer:
     that puts a space before the text.
     """
     probe = "  a b \n "
-    pieces = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode()]
+    pieces = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
     ids = [self._processor.piece_to_id(piece) for piece in pieces]
     spelt = all(self._processor.is_byte(i) for i in ids)
     lossless = self.decode(self._processor.encode(probe) * 2) == probe * 2
@@ -174,7 +174,7 @@ class SentencePieceTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """The text's pieces."""
-    parts = text.split(_SPACE_MARK) if self._mark_ids else [text]
+    parts = text.split(SPACE_MARK) if self._mark_ids else [text]
     first, *rest = self._encode(parts)
     for ids in rest:
       first += self._mark_ids + ids
@@ -184,7 +184,7 @@ class SentencePieceTokenizer:
     """The pieces of each text, on all cores."""
     batch = self._encode(texts)
     for index, text in enumerate(texts):
-      if self._mark_ids and _SPACE_MARK in text:
+      if self._mark_ids and SPACE_MARK in text:
         batch[index] = self.encode(text)
     return batch
 
@@ -339,7 +339,7 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
     return ByteTokenizer()
   if config.tokenizer != "train":
     return _load_model(
-        make_path(config.tokenizer, "config.data.tokenizer").expanduser(),
+        make_path(config.tokenizer, "config.data.tokenizer"),
         "config.data.tokenizer",
         '"train", "bytes" or the path of a SentencePiece .model file',
     )

@@ -4,7 +4,6 @@ The files may come from anywhere: whatever is in them, an InputError names the f
 leads nowhere outside its folder.
 """
 
-import json
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -73,8 +72,7 @@ def read_index(index: pathlib.Path) -> dict[str, list[str]]:
 
 def _weight_map(content: bytes) -> dict[str, Any]:
   """The map of an index, which has an entry; raises ValueError."""
-  parse_json(content)  # Tells what may be wrong with it, in one kind of error.
-  values = json.loads(content, object_pairs_hook=_without_repetition)
+  values = parse_json(content, _without_repetition)
   weight_map = values.get("weight_map") if isinstance(values, dict) else None
   if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError("it has none")

@@ -7,7 +7,6 @@ In a bucket, and where the holder is another machine, a lock is dead when its nu
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from dense_jax.config import invalid
-from dense_jax.files import is_remote, parse_json
+from dense_jax.files import is_remote, parse_json, try_lock
 from dense_jax.types import InputError
 
 LOCK_FILE = "lock.json"
@@ -81,7 +80,7 @@ class RunLock:
     while self._handle is None:
       handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
       try:
-        locked = _flock(handle)
+        locked = try_lock(handle)
         if locked and not _is_at(handle, self._file):
           continue  # Its holder released it in between: the name is another file's now.
         holder = _read(handle)
@@ -91,7 +90,7 @@ class RunLock:
         if holder and not (here and locked):
           if time.time() - os.fstat(handle).st_mtime < _SURELY_SILENT_SECONDS:
             self._wait_for_silence(holder, say, functools.partial(_read, handle))
-          if locked is False and not _flock(handle):
+          if locked is False and not try_lock(handle):
             raise self._held(holder)
         if holder:
           say(f"took over the lock of a run that ended without releasing it: {_name(holder)}")
@@ -221,17 +220,6 @@ def _missing_folders(workdir: epath.Path) -> list[Path]:
     missing.append(folder)
     folder = folder.parent
   return missing
-
-
-def _flock(handle: int) -> bool | None:
-  """Locks the file unless another process has; None where a file system knows no such locks."""
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:
-    return None
-  return True
 
 
 def _is_at(handle: int, file: epath.Path) -> bool:

@@ -125,7 +125,7 @@ def test_where_a_file_system_has_no_locks_nothing_is_removed(tmp_path, text, mon
   def refuse(*_):
     raise OSError(errno.ENOTSUP, "not supported")
 
-  monkeypatch.setattr(cache.fcntl, "flock", refuse)
+  monkeypatch.setattr("fcntl.flock", refuse)
   (tmp_path / "cache" / "tokens" / ".a.0.partial").mkdir(parents=True)
   _make(tmp_path, text, "tokens")
   assert [path.name for path in _left(tmp_path, "tokens")] == [".a.0.partial"]

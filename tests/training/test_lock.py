@@ -148,7 +148,7 @@ def test_a_file_system_without_locks_goes_by_the_number(take, tmp_path, monkeypa
   def refuse(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
-  monkeypatch.setattr(lock.fcntl, "flock", refuse)
+  monkeypatch.setattr("fcntl.flock", refuse)
   first = take()
   with pytest.raises(InputError, match=f"used by process {os.getpid()}"):
     take()
