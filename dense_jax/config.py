@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 ConfigT = TypeVar("ConfigT")
 

@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dense_jax.types import Array, InputError, PyTree
+from dense_jax.errors import InputError
+from dense_jax.types import Array, PyTree
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _GOODBYE_SECONDS = 5.0

@@ -16,16 +16,16 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dense_jax.config import (
-    ExperimentConfig,
-    build,
-    defaults,
-    field_types,
-    invalid,
-    unknown_key,
+  ExperimentConfig,
+  build,
+  defaults,
+  field_types,
+  invalid,
+  unknown_key,
 )
+from dense_jax.errors import InputError
 from dense_jax.files import parse_json, write_atomically
 from dense_jax.models.registry import family
-from dense_jax.types import InputError
 
 CONFIG_FILE = "config.json"
 # Keys that change how a run computes, or where it caches, but not what it is. Where text and

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 
 def make_path(text: str, field: str) -> epath.Path:

@@ -15,15 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dense_jax.config import MeshConfig, defaults, invalid
-from dense_jax.types import (
-    BATCH_AXES,
-    SEQUENCE_AXIS,
-    WIDTH_AXIS,
-    Array,
-    InputError,
-    Params,
-    PyTree,
-)
+from dense_jax.errors import InputError
+from dense_jax.types import BATCH_AXES, SEQUENCE_AXIS, WIDTH_AXIS, Array, Params, PyTree
 
 # Logical axis -> mesh axis. What is not here is not split.
 PARAMETERS = {"embed": "fsdp", "vocab": WIDTH_AXIS, "heads": WIDTH_AXIS, "inner": WIDTH_AXIS}

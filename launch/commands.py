@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from dense_jax.cli import common
 from dense_jax.config import invalid
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 
 class CommandError(RuntimeError):

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from jax.sharding import AbstractMesh
 
 from dense_jax import experiment, sharding
-from dense_jax.analysis.chips import CHIPS
 from dense_jax.config import invalid
+from dense_jax.costs.chips import CHIPS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What a name counts: TensorCores, of which a chip has two, or chips.
@@ -29,7 +29,7 @@ class TpuType:
 
   Attributes:
     name: such as v5litepod-16.
-    generation: the chip's name in `dense_jax.analysis.chips`, such as v5e.
+    generation: the chip's name in `dense_jax.costs.chips`, such as v5e.
     chips: their number; each is one jax device.
   """
 

@@ -6,7 +6,7 @@ import subprocess
 import tarfile
 import tempfile
 
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from launch import commands, job, workers
 
 SOURCE = job.ROOT

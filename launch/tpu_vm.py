@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from dense_jax.cli import common
 from dense_jax.config import invalid
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from launch import commands, job, workers
 from launch.queued_resource import (
     ABSENT,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from dense_jax.cli import common
 from dense_jax.config import invalid
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from launch import commands, job
 
 # xpk restarts after 42 and 127-255, which has all signals. 1 is training that was interrupted, or

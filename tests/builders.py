@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_jax.batch import Batch, Segments
 from dense_jax.config import DenseConfig, ModelConfig, field_types
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.models.registry import family as find_family
-from dense_jax.types import Array, Batch, Params, PyTree, Segments
+from dense_jax.types import Array, Params, PyTree
 
 VOCAB = 11
 FAMILIES = ("mamba", "gau_retnet", "mamba2", "s4d", "s4", "retnet", "transformer")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dense_jax import distributed
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 PLACE = {
     "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_PROCESS_ADDRESSES",

@@ -6,10 +6,10 @@ import pytest
 from flax import nnx
 
 from dense_jax import experiment
+from dense_jax.errors import InputError
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, count_params, get_params
 from dense_jax.training.optimizer import decay_mask
-from dense_jax.types import InputError
 from tests.builders import FAMILIES
 from tests.helpers import ROOT
 

@@ -11,8 +11,8 @@ from etils.epath import backend, gpath
 from dense_jax import experiment, files
 from dense_jax.config import DataConfig, ExperimentConfig
 from dense_jax.data import cache, sources, tokenizer
+from dense_jax.errors import InputError
 from dense_jax.training import metrics
-from dense_jax.types import InputError
 
 TEXTS = {"a.txt": "first\n", "b.txt": "second\n", "sub/c.jsonl": '{"text": "third"}\n',
          "sub/readme.md": "no text"}

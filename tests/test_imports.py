@@ -13,35 +13,39 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "dense_jax"
 
-_MODEL = ("models", "layers", "ops", "types", "config", "files", "interrupt", "sharding",
-          "distributed")
+_MODEL = ("models", "layers", "ops", "types", "errors", "batch", "config", "files", "interrupt",
+          "sharding", "distributed")
 # Room -> the other rooms that it may import. `__init__` is dense_jax/__init__.py itself.
 ROOMS = {
-    "__init__": ("types", "config"),
-    "types": (),
-    "config": ("types",),
-    "files": ("types",),
-    "outputs": ("types", "config", "files"),
-    "distributed": ("types",),
+    "__init__": (),
+    "errors": (),
+    "batch": ("types",),
+    "types": ("batch",),
+    "config": ("errors",),
+    "files": ("errors",),
+    "outputs": ("errors", "config", "files"),
+    "distributed": ("errors", "types"),
     "interrupt": (),
-    "sharding": ("types", "config"),
-    "ops": ("types",),
-    "layers": ("ops", "types", "config", "sharding"),
-    "models": ("layers", "ops", "types", "config", "sharding"),
-    "data": ("types", "config", "files"),
+    "sharding": ("errors", "batch", "types", "config"),
+    "ops": ("errors", "batch", "types"),
+    "layers": ("ops", "errors", "batch", "types", "config", "sharding"),
+    "models": ("layers", "ops", "errors", "batch", "types", "config", "sharding"),
+    "data": ("errors", "batch", "config", "files"),
     "training": _MODEL,
     "evaluation": _MODEL,
     "generation": _MODEL,
-    "analysis": _MODEL,
     "interop": (*_MODEL, "outputs"),
-    "experiment": ("models", "config", "types", "files"),
-    "cli": (*_MODEL, "data", "training", "evaluation", "generation", "analysis", "interop",
+    "costs": ("errors",),
+    "experiment": ("models", "errors", "config", "files"),
+    "cli": (*_MODEL, "data", "training", "evaluation", "generation", "costs", "interop",
             "experiment", "outputs"),
 }
 
 # Room -> libraries that it does without.
 BANNED = {
     "types": {"flax"},
+    "errors": {"jax", "flax"},
+    "batch": {"jax", "flax"},
     "interrupt": {"jax", "flax"},
     "config": {"jax", "flax"},
     "ops": {"flax"},

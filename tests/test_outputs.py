@@ -7,8 +7,8 @@ import pathlib
 
 import pytest
 
+from dense_jax.errors import InputError
 from dense_jax.outputs import check_destination, check_file, write_json
-from dense_jax.types import InputError
 
 
 @pytest.fixture

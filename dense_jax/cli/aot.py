@@ -23,16 +23,18 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dense_jax import sharding
-from dense_jax.analysis.chips import CHIPS, Bound, bound
-from dense_jax.analysis.hlo import Cost, program_cost
-from dense_jax.analysis.hlo_text import OpenLoopError
+from dense_jax.batch import Segments
 from dense_jax.config import ExperimentConfig, MeshConfig, defaults, invalid
+from dense_jax.costs.chips import CHIPS, Bound, bound
+from dense_jax.costs.hlo import Cost, program_cost
+from dense_jax.costs.hlo_text import OpenLoopError
+from dense_jax.errors import InputError
 from dense_jax.evaluation.perplexity import Evaluator
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import abstract_model, get_params, logical_axes, with_params
 from dense_jax.ops import dispatch
 from dense_jax.training.step import Trainer
-from dense_jax.types import Array, InputError, Params, PyTree, Segments
+from dense_jax.types import Array, Params, PyTree
 
 PROGRAMS = ("train", "eval", "prefill", "decode")
 KINDS = tuple(name for name, chip in CHIPS.items() if chip.axes)

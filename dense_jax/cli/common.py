@@ -20,12 +20,13 @@ from dense_jax import distributed, experiment
 from dense_jax.cli.terminal import printable
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
+from dense_jax.errors import InputError
 from dense_jax.files import make_path
 from dense_jax.interrupt import Interrupt, Output, Stopped
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params
 from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on
-from dense_jax.types import InputError, Params
+from dense_jax.types import Params
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from dense_jax.cli.common import scaled
 from dense_jax.config import ExperimentConfig, defaults, invalid
+from dense_jax.errors import InputError
 from dense_jax.models.params import abstract_model, count_params, get_params
-from dense_jax.types import InputError
 
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 

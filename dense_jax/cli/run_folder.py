@@ -12,11 +12,11 @@ from dense_jax.cli.report import PLOT_FILE
 from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.data import identity
 from dense_jax.data.pipeline import Datasets
+from dense_jax.errors import InputError
 from dense_jax.files import PARTIALS, is_remote, parse_json, write_atomically
 from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.lock import LOCK_FILE
 from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
-from dense_jax.types import InputError
 
 DATA_FILE = "data.json"
 _LOG = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from dense_jax.batch import Batch, Segments
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import digest
 from dense_jax.data.packing import TokenStore, build_store, pack_window
 from dense_jax.data.sources import TextSource, split
 from dense_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dense_jax.types import Batch, Segments
 
 # Packing holds the interpreter's lock, so that a second thread would gain nothing.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

@@ -24,8 +24,8 @@ from dense_jax.config import DataConfig, invalid
 from dense_jax.data import sentencepiece_training
 from dense_jax.data.cache import cache_folder, digest, named_errors, partial_folder
 from dense_jax.data.sources import TextSource
+from dense_jax.errors import InputError
 from dense_jax.files import make_path, parse_json, write_atomically
-from dense_jax.types import InputError
 
 _SAMPLE_BYTES = 4 << 20
 _CHUNK = 2000

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax import distributed, sharding
+from dense_jax.batch import Batch
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import with_params
-from dense_jax.types import Array, Batch, Params
+from dense_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)

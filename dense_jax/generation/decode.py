@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dense_jax.batch import Segments
+from dense_jax.errors import InputError
 from dense_jax.generation.sampling import Sampling, sample
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import get_params, unrolled, with_params
-from dense_jax.types import Array, InputError, Params, Segments
+from dense_jax.types import Array, Params
 
 # Tokens of one compiled scan: between scans the host sees tokens and may stop.
 _BLOCK = 64

@@ -7,11 +7,11 @@ import dataclasses
 from typing import Any
 
 from dense_jax.config import DenseConfig, ModelConfig, build
+from dense_jax.errors import InputError
 from dense_jax.interop.keys import Keys
 from dense_jax.interop.layout import PLAIN, TRANSPOSED, Config, Layout, Place, llama_like, per_layer
 from dense_jax.layers.gau_retnet import GauRetNetConfig
 from dense_jax.layers.transition import bottleneck
-from dense_jax.types import InputError
 
 NAME = "DenseRetNet (query_key_dim, v_factor and dense_block_layers)"
 

@@ -4,12 +4,12 @@ import pathlib
 from typing import Any
 
 from dense_jax.config import invalid
+from dense_jax.errors import InputError
 from dense_jax.files import is_remote, make_path, parse_json
 from dense_jax.interop.kinds import recognise
 from dense_jax.interop.weights import read_tensors
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params, with_params
-from dense_jax.types import InputError
 
 
 def load_hf(path: str) -> LanguageModel:

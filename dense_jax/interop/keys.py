@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dense_jax.config import LARGEST, invalid
+from dense_jax.errors import InputError
 from dense_jax.interop.layout import Config
-from dense_jax.types import InputError
 
 
 class Keys:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from dense_jax.config import ModelConfig
+from dense_jax.errors import InputError
 from dense_jax.interop import dense, dense_retnet, llama, mamba, mamba2
 from dense_jax.interop.layout import Config, Kind, Layout
-from dense_jax.types import InputError
 
 # DenseRetNet says that it is a llama, and so comes first; what comes last has every model.
 KINDS: tuple[Kind, ...] = (dense_retnet, mamba, mamba2, llama, dense)

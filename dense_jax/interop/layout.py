@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dense_jax.config import ModelConfig
-from dense_jax.types import InputError, Params
+from dense_jax.errors import InputError
+from dense_jax.types import Params
 
 Config = Mapping[str, Any]
 """A `config.json`."""

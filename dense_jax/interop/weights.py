@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dense_jax.errors import InputError
 from dense_jax.files import parse_json
 from dense_jax.interop.layout import shown
-from dense_jax.types import InputError
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, Any]:

@@ -22,14 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import ModelConfig, integer, invalid, number
+from dense_jax.errors import InputError
 from dense_jax.layers.dense_connection import Shared
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, normal
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import dispatch, sequence_parallel
 from dense_jax.ops.rotary import rotation
-from dense_jax.types import Array, InputError, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

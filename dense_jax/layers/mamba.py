@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import ModelConfig, integer
 from dense_jax.layers.dense_connection import DenseConnection, Shared
 from dense_jax.layers.linear import Linear, fan_in_uniform, parameter
@@ -28,7 +29,7 @@ from dense_jax.ops.selective_scan import StepSizes
 from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_diagonal
 from dense_jax.ops.token_states import DiagonalState
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import ModelConfig, integer, invalid, number
 from dense_jax.layers.dense_connection import DenseConnection, Shared
 from dense_jax.layers.linear import Linear, RMSNorm, fan_in_uniform, parameter
@@ -28,7 +29,7 @@ from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_matrix
 from dense_jax.ops.token_states import MatrixState
 from dense_jax.sharding import constrain_tokens
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
+from dense_jax.batch import Segments
 from dense_jax.layers.dense_connection import Shared
 from dense_jax.ops.state_sequence import StateSequence
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.dense_connection import DenseConnection, Shared
 from dense_jax.layers.linear import Linear, xavier_uniform
@@ -24,7 +25,7 @@ from dense_jax.ops.rotary import rotation
 from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.states import scan_matrix
 from dense_jax.ops.token_states import MatrixState
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 def log_decay(heads: int) -> Array:

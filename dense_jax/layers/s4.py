@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import ModelConfig, choice, integer, invalid, number
 from dense_jax.layers.dense_connection import DenseConnection, Shared
 from dense_jax.layers.feed_forward import FeedForward
@@ -32,7 +33,7 @@ from dense_jax.ops.lti_states import scan_lti
 from dense_jax.ops.matmul import spread
 from dense_jax.ops.state_sequence import StateSequence
 from dense_jax.ops.token_states import LtiState
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import integer, invalid, number
 from dense_jax.layers.linear import parameter, uniform
 from dense_jax.ops.short_conv import short_conv, short_conv_step
-from dense_jax.types import Array, Segments
+from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)

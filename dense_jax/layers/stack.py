@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import ModelConfig
 from dense_jax.layers.dense_connection import Shared
 from dense_jax.layers.layer_scan import scan_layers
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.mixer import Mixer, MixerOutput
 from dense_jax.sharding import constrain_tokens
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 MixerFactory = Callable[..., Mixer]
 Bank = tuple[Shared, ...]

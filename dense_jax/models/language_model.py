@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dense_jax.batch import Batch, Segments
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.linear import RMSNorm, normal, parameter
 from dense_jax.layers.stack import Stack
 from dense_jax.models.registry import family
 from dense_jax.ops.cross_entropy import chunked_cross_entropy
 from dense_jax.sharding import constrain, constrain_tokens
-from dense_jax.types import Array, Batch, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from dense_jax.config import invalid, unknown_key
+from dense_jax.errors import InputError
 from dense_jax.layers import attention, retnet, s4
 from dense_jax.layers.attention import Attention, AttentionConfig
 from dense_jax.layers.gau_retnet import GauRetNet, GauRetNetConfig
@@ -13,7 +14,6 @@ from dense_jax.layers.mixer import Mixer
 from dense_jax.layers.retnet import RetNet, RetNetConfig
 from dense_jax.layers.s4 import S4, S4D, S4Config, S4DConfig
 from dense_jax.layers.stack import FeedForwardFactory
-from dense_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 _LOG = logging.getLogger(__name__)
 

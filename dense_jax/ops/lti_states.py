@@ -7,13 +7,14 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
+from dense_jax.batch import Segments
 from dense_jax.ops import reference, sequence_parallel
 from dense_jax.ops.lti import System
 from dense_jax.ops.lti_scan import fft_convolution, lti_read, lti_states
 from dense_jax.ops.state_sequence import Mapped, ReadApart
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.ops.token_states import LtiState
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from dense_jax.errors import InputError
 from dense_jax.ops.chunked_linear import chunk_states
 from dense_jax.ops.lti import System
 from dense_jax.ops.lti_scan import lti_states
 from dense_jax.ops.selective_scan import selective_scan
-from dense_jax.types import SEQUENCE_AXIS, Array, InputError, PyTree
+from dense_jax.types import SEQUENCE_AXIS, Array, PyTree
 
 Join = Callable[[tuple[Array, Array], tuple[Array, Array], int], tuple[Array, Array]]
 """Two runs of tokens as one, the left one first: (A, u) of each, and the right one's devices."""
@@ -42,6 +43,11 @@ def from_left(x: PyTree, distance: int = 1) -> PyTree:
   """x of the device so many places to the left; zero where there is none."""
   pairs = [(source, source + distance) for source in range(shards() - distance)]
   return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, SEQUENCE_AXIS, pairs), x)
+
+
+def mean_over_shards(x: Array) -> Array:
+  """The mean of x over the devices that share rows' tokens, the same on all of them."""
+  return jax.lax.pmean(x, SEQUENCE_AXIS) if shards() > 1 else x
 
 
 def _before(own: tuple[Array, Array], initial: Array, join: Join) -> Array:

@@ -3,9 +3,10 @@
 import chex
 import jax.numpy as jnp
 
+from dense_jax.batch import Segments
 from dense_jax.ops import sequence_parallel
 from dense_jax.ops.matmul import spread
-from dense_jax.types import Array, Segments
+from dense_jax.types import Array
 
 
 def short_conv(

@@ -13,6 +13,7 @@ from typing import Self, cast
 import jax
 import jax.numpy as jnp
 
+from dense_jax.batch import Segments
 from dense_jax.ops import dispatch, reference, sequence_parallel
 from dense_jax.ops.chunked_linear import chunk_read, chunk_states
 from dense_jax.ops.pallas.chunked_linear import Matrix
@@ -22,7 +23,7 @@ from dense_jax.ops.selective_scan import StepSizes, selective_scan
 from dense_jax.ops.state_sequence import GatedRead, Mapped
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.ops.token_states import DiagonalState, MatrixState
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass

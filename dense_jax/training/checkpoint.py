@@ -16,9 +16,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dense_jax import distributed
 from dense_jax.config import invalid
+from dense_jax.errors import InputError
 from dense_jax.files import is_remote
 from dense_jax.training.step import TrainState
-from dense_jax.types import InputError, Params, PyTree
+from dense_jax.types import Params, PyTree
 
 T = TypeVar("T")
 

@@ -21,8 +21,8 @@ from typing import Any
 from etils import epath
 
 from dense_jax.config import invalid
+from dense_jax.errors import InputError
 from dense_jax.files import is_remote, parse_json, try_lock
-from dense_jax.types import InputError
 
 LOCK_FILE = "lock.json"
 _RENEW_SECONDS = 10.0

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 import jax
 
+from dense_jax.batch import Batch
 from dense_jax.distributed import Agreement
+from dense_jax.errors import InputError
 from dense_jax.interrupt import Interrupt
 from dense_jax.training.checkpoint import Checkpoints
 from dense_jax.training.metrics import MetricsWriter, Progress
 from dense_jax.training.step import Metrics, Trainer, TrainState
-from dense_jax.types import Batch, InputError
 
 
 class Batches(Protocol):

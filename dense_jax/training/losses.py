@@ -2,8 +2,9 @@
 
 import jax.numpy as jnp
 
+from dense_jax.batch import Batch
 from dense_jax.models.language_model import LanguageModel
-from dense_jax.types import Array, Batch
+from dense_jax.types import Array
 
 
 def loss_sum(

@@ -11,18 +11,19 @@ import optax
 from jax.sharding import Mesh
 
 from dense_jax import sharding
+from dense_jax.batch import Batch, Segments
 from dense_jax.config import ExperimentConfig
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import (
-    abstract_model,
-    get_params,
-    init_params,
-    logical_axes,
-    with_params,
+  abstract_model,
+  get_params,
+  init_params,
+  logical_axes,
+  with_params,
 )
 from dense_jax.training.losses import loss_sum
 from dense_jax.training.optimizer import learning_rate, make_optimizer
-from dense_jax.types import Array, Batch, Params, PyTree, Segments
+from dense_jax.types import Array, Params, PyTree
 
 Metrics = dict[str, Array]
 

@@ -25,13 +25,14 @@ import tqdm
 from etils import epath
 
 from dense_jax import experiment, outputs, sharding
+from dense_jax.batch import Batch, Segments
 from dense_jax.config import ExperimentConfig
+from dense_jax.errors import InputError
 from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import count_params, with_params
 from dense_jax.models.registry import FAMILIES
 from dense_jax.training.step import Trainer
-from dense_jax.types import Batch, InputError, Segments
 
 CaseT = TypeVar("CaseT")
 

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import ModelConfig
 from dense_jax.layers.dense_connection import Shared
 from dense_jax.layers.mixer import Mixer, MixerOutput
 from dense_jax.layers.s4 import S4, S4D
 from dense_jax.models.registry import FAMILIES
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.types import Array, PyTree
 from experiments.benchmarks import common
 from experiments.benchmarks.common import SSM_FAMILIES, Size, Table
 

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import tqdm
 
+from dense_jax.errors import InputError
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import dispatch
-from dense_jax.types import InputError
 from experiments.benchmarks import common
 from experiments.benchmarks.common import SSM_FAMILIES, Size, TrainStep
 

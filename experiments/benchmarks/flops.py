@@ -14,8 +14,8 @@ import math
 
 import jax
 
-from dense_jax.analysis.chips import CHIPS
 from dense_jax.config import ModelConfig
+from dense_jax.costs.chips import CHIPS
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params
 

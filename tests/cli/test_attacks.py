@@ -15,12 +15,12 @@ from etils import epath
 from dense_jax import experiment
 from dense_jax.cli import common, train
 from dense_jax.config import ExperimentConfig, defaults
+from dense_jax.errors import InputError
 from dense_jax.interrupt import Interrupt, Stopped
 from dense_jax.training import lock
 from dense_jax.training.checkpoint import Checkpoints, saved_steps
 from dense_jax.training.metrics import MetricsWriter
 from dense_jax.training.step import TrainState
-from dense_jax.types import InputError
 from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments, run
 from tests.helpers import ROOT, write_text
 

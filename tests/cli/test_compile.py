@@ -9,11 +9,11 @@ import sys
 import jax
 import pytest
 
-from dense_jax.analysis.chips import CHIPS, bound
-from dense_jax.analysis.hlo import Cost
 from dense_jax.cli import aot, compile
 from dense_jax.config import MeshConfig
-from dense_jax.types import InputError
+from dense_jax.costs.chips import CHIPS, bound
+from dense_jax.costs.hlo import Cost
+from dense_jax.errors import InputError
 from tests.helpers import ROOT, tpu_compiler_environment
 
 SMOKE = ["--config", "experiments/smoke.py:debug"]

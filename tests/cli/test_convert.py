@@ -10,15 +10,15 @@ from flax import nnx
 from dense_jax import experiment
 from dense_jax.cli import common, convert, train
 from dense_jax.data.tokenizer import (
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    load_saved_tokenizer,
-    train_sentencepiece,
+  ByteTokenizer,
+  SentencePieceTokenizer,
+  load_saved_tokenizer,
+  train_sentencepiece,
 )
+from dense_jax.errors import InputError
 from dense_jax.interop import load_hf
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params, unrolled, with_params
-from dense_jax.types import InputError
 
 # What the umask gives a new file.
 os.umask(UMASK := os.umask(0o022))

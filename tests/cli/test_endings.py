@@ -11,7 +11,7 @@ import time
 import pytest
 
 from dense_jax.cli import train
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments, run, start, training_losses
 from tests.helpers import ROOT, write_text
 

@@ -10,10 +10,10 @@ from flax import nnx
 from dense_jax import experiment
 from dense_jax.cli import common, evaluate
 from dense_jax.data.tokenizer import ByteTokenizer
+from dense_jax.errors import InputError
 from dense_jax.evaluation.perplexity import HeldOut
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params, with_params
-from dense_jax.types import InputError
 from tests.helpers import write_text
 
 

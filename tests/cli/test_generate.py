@@ -11,9 +11,9 @@ from dense_jax import experiment
 from dense_jax.cli import common, generate
 from dense_jax.cli.terminal import printable
 from dense_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from dense_jax.errors import InputError
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params
-from dense_jax.types import InputError
 
 TEXT = [f"the cat sat on number {i}, naïve café: def f_{i}(x)" for i in range(200)]
 STYLES = {

@@ -11,7 +11,7 @@ from dense_jax import experiment
 from dense_jax.cli import run_folder
 from dense_jax.config import DataConfig, build
 from dense_jax.data.pipeline import load_datasets
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from tests.helpers import write_text
 
 

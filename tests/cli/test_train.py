@@ -12,7 +12,7 @@ import time
 import pytest
 
 from dense_jax.cli import train
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from tests.helpers import ROOT, write_text
 
 TRAIN = "dense_jax.cli.train"

@@ -13,7 +13,7 @@ import pytest
 
 from dense_jax.config import DataConfig
 from dense_jax.data import cache, digests, packing, pipeline, sources, tokenizer
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = "".join(f"{n}: a line of words, {n * n}, {n**3} and others\n" for n in range(99))

@@ -8,7 +8,7 @@ import pytest
 
 from dense_jax.config import DataConfig
 from dense_jax.data import digests, pipeline, sources
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dense_jax.data import packing, sources
 from dense_jax.data.tokenizer import ByteTokenizer
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id

@@ -12,7 +12,7 @@ import pytest
 from dense_jax.config import DataConfig
 from dense_jax.data import packing, pipeline
 from dense_jax.data.tokenizer import ByteTokenizer
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 T = 8

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from dense_jax.data import reading, sources
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 TEXT = "plain words, na\u00efve caf\u00e9 \u65e5\u672c \U0001f600\r\nend\n"
 

@@ -11,7 +11,7 @@ import zstandard
 
 from dense_jax.config import DataConfig
 from dense_jax.data import sources
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 
 def _jsonl(*texts: str) -> bytes:

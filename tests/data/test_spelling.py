@@ -10,7 +10,7 @@ import sentencepiece
 from dense_jax.data import tokenizer
 from dense_jax.data.converted import converted_files
 from dense_jax.data.tokenizer import SentencePieceTokenizer, load_saved_tokenizer, spell
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 TEXT = [
     f"def function_{i}(self, value): the cat sat on number {i}, naïve → \uff21\uff22 \ufb01ne café"

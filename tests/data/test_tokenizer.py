@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dense_jax.config import DataConfig
 from dense_jax.data import sources, tokenizer
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = "".join(

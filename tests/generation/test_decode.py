@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_jax.errors import InputError
 from dense_jax.generation import decode
 from dense_jax.generation.decode import Generator, pad_prompts
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import unrolled
-from dense_jax.types import InputError
 from tests.builders import (
-    KINDS,
-    VOCAB,
-    each_family,
-    fast_jit,
-    model_config,
-    random_model,
-    with_kinds,
+  KINDS,
+  VOCAB,
+  each_family,
+  fast_jit,
+  model_config,
+  random_model,
+  with_kinds,
 )
 
 BLOCK = 8

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_jax.errors import InputError
 from dense_jax.generation.sampling import Sampling, sample
-from dense_jax.types import InputError
 from tests.builders import normal
 
 V = 11

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dense_jax.errors import InputError
 from dense_jax.interop import load_hf, save_hf
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.ops.cross_entropy import token_cross_entropy
-from dense_jax.types import InputError
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 # Their parameter -> ours, for the gradients that the files hold.

@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from dense_jax.config import defaults
+from dense_jax.errors import InputError
 from dense_jax.interop import load_hf, save_hf
 from dense_jax.interop.kinds import KINDS, choose
 from dense_jax.models.params import get_params, unrolled
 from dense_jax.models.registry import FAMILIES
-from dense_jax.types import InputError
 from tests.builders import fast_jit, model_config, random_model, random_tokens
 
 RELEASED = {"depth": 1, "inject": "inputs", "gate_reduction": 32, "layers": 4}

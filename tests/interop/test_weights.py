@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dense_jax.errors import InputError
 from dense_jax.interop import load_hf, save_hf
 from dense_jax.interop.weights import read_index, read_tensors
 from dense_jax.models.params import get_params
-from dense_jax.types import InputError
 from tests.builders import model_config, random_model
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from dense_jax.cli import common
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from launch import job
 from tests.helpers import ROOT
 

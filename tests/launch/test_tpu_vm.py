@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from launch import queued_resource, tpu_vm, workers
 from launch.commands import CommandError
 from tests.helpers import ROOT

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from dense_jax.types import InputError
+from dense_jax.errors import InputError
 from launch import xpk
 from launch.commands import CommandError
 from tests.helpers import ROOT

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dense_jax.batch import Segments
 from dense_jax.config import DenseConfig, ModelConfig
+from dense_jax.errors import InputError
 from dense_jax.layers.attention import Attention, AttentionConfig, ffn_width
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.models.language_model import LanguageModel
-from dense_jax.types import InputError, Segments
 from tests.builders import fast_jit, normal, packed, tree_dot
 from tests.helpers import assert_trees_close
 

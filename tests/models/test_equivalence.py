@@ -12,30 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_jax.batch import Segments
 from dense_jax.models.language_model import ModelState
 from dense_jax.models.params import (
-    abstract_model,
-    count_params,
-    get_params,
-    with_params,
+  abstract_model,
+  count_params,
+  get_params,
+  with_params,
 )
-from dense_jax.types import Segments
 from tests.builders import (
-    FAMILIES,
-    KINDS,
-    VOCAB,
-    each_kind,
-    fast_jit,
-    kind_name,
-    model_config,
-    normal,
-    packed,
-    random_like,
-    random_model,
-    random_params,
-    random_state,
-    random_tokens,
-    tree_dot,
+  FAMILIES,
+  KINDS,
+  VOCAB,
+  each_kind,
+  fast_jit,
+  kind_name,
+  model_config,
+  normal,
+  packed,
+  random_like,
+  random_model,
+  random_params,
+  random_state,
+  random_tokens,
+  tree_dot,
 )
 from tests.helpers import assert_trees_close
 

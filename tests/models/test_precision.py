@@ -4,25 +4,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dense_jax.batch import Segments
 from dense_jax.models.params import get_params, with_params
 from dense_jax.models.registry import FAMILIES as REGISTRY
 from dense_jax.ops.dispatch import IMPLEMENTATIONS
 from dense_jax.ops.selective_scan import StepSizes
-from dense_jax.types import Segments
 from tests.builders import (
-    KINDS,
-    STATE_FAMILIES,
-    each_kind,
-    each_state_family,
-    fast_jit,
-    model_config,
-    packed,
-    random_batch,
-    random_model,
-    random_state,
-    random_tokens,
-    with_kinds,
-    with_options,
+  KINDS,
+  STATE_FAMILIES,
+  each_kind,
+  each_state_family,
+  fast_jit,
+  model_config,
+  packed,
+  random_batch,
+  random_model,
+  random_state,
+  random_tokens,
+  with_kinds,
+  with_options,
 )
 from tests.helpers import assert_trees_close
 

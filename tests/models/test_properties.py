@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dense_jax.batch import Segments
 from dense_jax.models.language_model import ModelState
-from dense_jax.types import Segments
 from tests.builders import FAMILIES, fast_jit, model_config, random_model, random_tokens
 from tests.helpers import assert_trees_close
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dense_jax.types import Array, PyTree, Segments
+from dense_jax.batch import Segments
+from dense_jax.types import Array, PyTree
 from tests.builders import normal, packed
 
 

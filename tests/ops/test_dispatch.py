@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from dense_jax.config import ModelConfig, field_types
+from dense_jax.errors import InputError
 from dense_jax.ops import dispatch
-from dense_jax.types import InputError
 
 
 @pytest.mark.parametrize(("form", "platform", "expected"), [

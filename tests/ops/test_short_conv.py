@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_jax.batch import Segments
 from dense_jax.ops.short_conv import short_conv, short_conv_step
-from dense_jax.types import Segments
 from tests.builders import fast_jit, normal, packed
 from tests.helpers import assert_trees_close
 

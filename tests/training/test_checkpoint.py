@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from dense_jax.errors import InputError
 from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on, saved_steps
 from dense_jax.training.step import TrainState
-from dense_jax.types import InputError
 
 NAN, INF = math.nan, math.inf
 

@@ -12,9 +12,9 @@ import time
 import pytest
 from etils import epath
 
+from dense_jax.errors import InputError
 from dense_jax.training import lock
 from dense_jax.training.lock import LOCK_FILE, RunLock
-from dense_jax.types import InputError
 from tests.helpers import ROOT
 
 HOLD = """

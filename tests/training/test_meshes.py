@@ -7,25 +7,25 @@ import jax
 import numpy as np
 import pytest
 
-from dense_jax.analysis.hlo import program_cost
 from dense_jax.config import (
-    DataConfig,
-    ExperimentConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrainConfig,
+  DataConfig,
+  ExperimentConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
 )
+from dense_jax.costs.hlo import program_cost
+from dense_jax.errors import InputError
 from dense_jax.sharding import make_mesh
 from dense_jax.training.step import Trainer, TrainState
-from dense_jax.types import InputError
 from tests.builders import (
-    COMPILER_OPTIONS,
-    FAMILIES,
-    TWINS,
-    model_config,
-    packed,
-    random_batch,
-    random_params,
+  COMPILER_OPTIONS,
+  FAMILIES,
+  TWINS,
+  model_config,
+  packed,
+  random_batch,
+  random_params,
 )
 from tests.helpers import assert_trees_close
 

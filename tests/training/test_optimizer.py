@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dense_jax.config import OptimizerConfig
+from dense_jax.errors import InputError
 from dense_jax.models.params import abstract_model, get_params
 from dense_jax.training.optimizer import WEIGHT_DECAY, decay_mask, learning_rate, make_optimizer
-from dense_jax.types import InputError
 from tests.builders import FAMILIES, INPUT_FAMILIES, STATE_FAMILIES, model_config, normal
 from tests.helpers import assert_trees_close
 

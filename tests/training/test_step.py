@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from dense_jax.config import ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
+from dense_jax.errors import InputError
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.sharding import make_mesh
 from dense_jax.training.losses import loss_sum
 from dense_jax.training.step import Trainer, TrainState
-from dense_jax.types import InputError
 from tests.builders import (
-    COMPILER_OPTIONS,
-    fast_jit,
-    model_config,
-    packed,
-    random_batch,
-    random_params,
+  COMPILER_OPTIONS,
+  fast_jit,
+  model_config,
+  packed,
+  random_batch,
+  random_params,
 )
 from tests.helpers import assert_trees_close
 

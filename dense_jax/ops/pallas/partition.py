@@ -12,9 +12,10 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from dense_jax.errors import InputError
 from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
 from dense_jax.ops.pallas.selective_scan import Diagonal, selective_reads
-from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array, InputError
+from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array
 
 
 def _split(*axes: str | tuple[str, ...] | None) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dense_jax.analysis.hlo import program_cost
+from dense_jax.costs.hlo import program_cost
 from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
 from dense_jax.ops.pallas.selective_scan import Diagonal, selective_reads
 from dense_jax.ops.selective_scan import selective_scan

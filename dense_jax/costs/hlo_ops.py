@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from dense_jax.analysis.hlo_text import Computation, HloError, Instruction, Shape
+from dense_jax.costs.hlo_text import Computation, HloError, Instruction, Shape
 
 ARITHMETIC = frozenset({
     "abs", "add", "ceil", "clamp", "divide", "floor", "maximum", "minimum", "multiply", "negate",

@@ -9,7 +9,7 @@ constant. Bounds and beginnings may be passed through outer loops, fusions and c
 import dataclasses
 import re
 
-from dense_jax.analysis.hlo_text import (
+from dense_jax.costs.hlo_text import (
     Computation,
     HloError,
     Instruction,

@@ -26,9 +26,9 @@ import functools
 from collections import Counter
 from collections.abc import Iterable
 
-from dense_jax.analysis import hlo_loops, hlo_ops
-from dense_jax.analysis.hlo_loops import Frame
-from dense_jax.analysis.hlo_text import (
+from dense_jax.costs import hlo_loops, hlo_ops
+from dense_jax.costs.hlo_loops import Frame
+from dense_jax.costs.hlo_text import (
     Computation,
     Instruction,
     Module,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from dense_jax.analysis.hlo import Cost, program_cost
-from dense_jax.analysis.hlo_text import HloError, OpenLoopError, parse_module, parse_shape
+from dense_jax.costs.hlo import Cost, program_cost
+from dense_jax.costs.hlo_text import HloError, OpenLoopError, parse_module, parse_shape
 from dense_jax.models.params import abstract_model, get_params, with_params
 from tests.builders import model_config
 

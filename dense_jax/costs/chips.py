@@ -14,7 +14,7 @@ next batch and other programs.
 
 import dataclasses
 
-from dense_jax.analysis.hlo import Cost
+from dense_jax.costs.hlo import Cost
 
 
 @dataclasses.dataclass(frozen=True)
