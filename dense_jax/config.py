@@ -208,7 +208,7 @@ class ModelConfig:
     remat: what the backward pass computes again: "none"; "minimal", all but matmuls of a
       super-block; "reads", all but each layer's input and what dense connections read of it,
       one layer at a time; "full", all but what enters a super-block, and then in it as "reads".
-    implementation: the recurrence's form, see `dense_jax.ops.dispatch`.
+    implementation: the recurrence's form, see `dense_jax.ops.resolver`.
     chunk: C of the chunked forms; 0 takes the form's own.
     dense: the dense connections.
     mixer: the family's own options.

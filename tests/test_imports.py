@@ -60,7 +60,7 @@ OPTIONAL = {"torch", "safetensors", "zstandard", "matplotlib", "tensorboardX"}
 
 # What tells one platform from another, and the only places that ask.
 PLATFORM_NAMES = {"default_backend", "platform"}
-PLATFORM_FILES = ("dense_jax/ops/dispatch.py", "dense_jax/sharding.py", "dense_jax/cli/")
+PLATFORM_FILES = ("dense_jax/ops/resolver.py", "dense_jax/sharding.py", "dense_jax/cli/")
 
 MAX_LINES = 400
 
@@ -233,7 +233,7 @@ def test_a_planted_violation_is_found(tmp_path, path, text, message):
         ("dense_jax/interop/a.py", "def f():\n  import torch"),
         ("dense_jax/interop/a.py",
          "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  import torch"),
-        ("dense_jax/ops/dispatch.py", "import jax\njax.default_backend()"),
+        ("dense_jax/ops/resolver.py", "import jax\njax.default_backend()"),
         ("dense_jax/data/a.py", "import platform, sys\nplatform.system(), sys.platform"),
         ("dense_jax/cli/train.py", "import dense_jax.data, ml_collections\nfrom . import common"),
         ("experiments/smoke.py", "import ml_collections\nimport matplotlib.pyplot"),

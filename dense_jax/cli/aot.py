@@ -32,7 +32,7 @@ from dense_jax.errors import InputError
 from dense_jax.evaluation.perplexity import Evaluator
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import abstract_model, get_params, logical_axes, with_params
-from dense_jax.ops import dispatch
+from dense_jax.ops import resolver
 from dense_jax.training.step import Trainer
 from dense_jax.types import Array, Params, PyTree
 
@@ -151,7 +151,7 @@ def compile_program(
   begin = time.monotonic()
   say("lowering")
   known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-  with dispatch.compiling_for("tpu"), known:
+  with resolver.compiling_for("tpu"), known:
     lowered = _lower(config, mesh, program)
   say("compiling")
   cost, limits, note = None, None, ""

@@ -22,7 +22,7 @@ from dense_jax.files import make_path
 from dense_jax.interrupt import Interrupt
 from dense_jax.models.params import get_params, with_params
 from dense_jax.models.registry import family
-from dense_jax.ops import dispatch
+from dense_jax.ops import resolver
 from dense_jax.training.checkpoint import Checkpoints, check_name, saved_steps
 from dense_jax.training.lock import RunLock
 from dense_jax.training.loop import Hook, Logger, Moment, checkpoint_hook, train
@@ -61,7 +61,7 @@ def _with_vocab(config: ExperimentConfig, data: Datasets) -> ExperimentConfig:
 def _say_what_runs(config: ExperimentConfig, mesh: Mesh, trainer: Trainer) -> None:
   devices = jax.devices()
   form = family(config.model.family).form
-  implementation = dispatch.resolve(form, config.model.implementation)
+  implementation = resolver.resolve(form, config.model.implementation)
   dense = config.model.dense
   where = f"devices: {len(devices)} x {devices[0].device_kind}"
   if jax.process_count() > 1:

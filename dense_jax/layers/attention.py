@@ -16,22 +16,22 @@ keys and values.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.config import ModelConfig, integer, invalid, number
 from dense_jax.errors import InputError
-from dense_jax.layers.dense_connection import Shared
+from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, normal
 from dense_jax.layers.mixer import MixerOutput
-from dense_jax.ops import dispatch, sequence_parallel
-from dense_jax.ops.rotary import rotation
-from dense_jax.types import Array, PyTree
+from dense_jax.ops import resolver, sequence_parallel
+from dense_jax.ops.rotary import rotate_halves
+from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AttentionConfig:
 
 
 def head_dim(config: ModelConfig) -> int:
-  """N.
+  """Returns N.
 
   Raises:
     InputError: it is left to D / heads, which is not an even integer.
@@ -81,40 +81,33 @@ def head_dim(config: ModelConfig) -> int:
 
 
 def ffn_width(config: ModelConfig) -> int:
-  """The feed-forward layer's width."""
+  """Returns the feed-forward layer's width."""
   options: AttentionConfig = config.mixer
   return options.ffn_width or -(-config.width * 8 // (3 * 64)) * 64
 
 
 def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
-  """The layer that follows the mixer."""
+  """Makes the layer that follows the mixer."""
   return FeedForward(config, ffn_width(config), kind="swiglu", rngs=rngs)
 
 
-def rotate(x: Array, position: Array, theta: float) -> Array:
-  """Rotates feature i of the first half with feature i of the second, by position * angle.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+  """The cache: rotated keys and values, in the model's dtype."""
 
-  Args:
-    x: [..., heads, N].
-    position: int32 >= 0 [...], its leading axis may be 1.
-    theta: angle i is theta^(-2 i / N).
-
-  Returns:
-    x's shape and dtype; products are float32.
-  """
-  half = x.shape[-1] // 2
-  cos, sin = rotation(position[..., None], theta ** (-np.arange(half) / half))
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  k_BCJN: Array
+  v_BCJN: Array
 
 
 class Attention(nnx.Module):
-  """The mixer. Its state: {"k", "v"}, [B, C, J, N] in the model's dtype, keys rotated.
+  """The mixer.
 
   Weights start Gaussian with standard deviation 0.02, that of the output map divided by
   sqrt(2 L).
   """
+
+  form: ClassVar[str] = "attention"
 
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
     options: AttentionConfig = config.mixer
@@ -124,7 +117,7 @@ class Attention(nnx.Module):
           "config.model.dense.depth", config.dense.depth,
           "0 with this family: attention has no states that deeper layers could read",
       )
-    dispatch.resolve("attention", config.implementation)
+    resolver.resolve(self.form, config.implementation)  # Refuses all but its own.
     self.head_dim = head_dim(config)
     self.kv_heads = options.kv_heads or options.heads
     self.theta = options.rope_theta
@@ -147,13 +140,14 @@ class Attention(nnx.Module):
       return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
     q, k = (
-        rotate(by_head(projected), position, self.theta)
+        rotate_halves(by_head(projected), position, self.theta)
         for projected in (self.q_proj(x), self.k_proj(x))
     )
     return q, k, by_head(self.v_proj(x))
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
+      self, x_D: Array, tokens: Segments | Token, state: AttentionState | None,
+      shallow: Sequence[Shared],
   ) -> MixerOutput:
     """See `Mixer`; a `state` of None has no tokens before the rows' first.
 
@@ -166,15 +160,18 @@ class Attention(nnx.Module):
           f"config.mesh.sequence = {parts} is not valid for family=transformer, whose tokens see "
           "all others: expected 1"
       )
-    q_BTHN, k_BTJN, v_BTJN = self._project(x_BTD, segments.positions_BT)
-    y_BTHN = self._attend(q_BTHN, k_BTJN, v_BTJN, segments, state)
-    y_BTD = self.out_proj(y_BTHN.reshape(*x_BTD.shape[:2], -1))
-    before = self.init_state(x_BTD.shape[0]) if state is None else state
-    after = _ring_after(before, {"k": k_BTJN, "v": v_BTJN}, segments, self.context)
-    return MixerOutput(y_BTD, after, None, {})
+    q_HN, k_JN, v_JN = self._project(x_D, tokens.positions)
+    if isinstance(tokens, Token):
+      y_HN, after = self._attend_token(q_HN, k_JN, v_JN, tokens.positions_B, state)
+    else:
+      y_HN = self._attend(q_HN, k_JN, v_JN, tokens, state)
+      before = self.init_state(x_D.shape[0]) if state is None else state
+      after = _ring_after(before, AttentionState(k_JN, v_JN), tokens, self.context)
+    return MixerOutput(self.out_proj(y_HN.reshape(*x_D.shape[:-1], -1)), after, None)
 
   def _attend(
-      self, q_BTHN: Array, k_BTJN: Array, v_BTJN: Array, segments: Segments, state: PyTree
+      self, q_BTHN: Array, k_BTJN: Array, v_BTJN: Array, segments: Segments,
+      state: AttentionState | None,
   ) -> Array:
     """y_BTHN of the rows' tokens and, given a state, the cache's; the softmax is float32."""
     time = q_BTHN.shape[1]
@@ -185,8 +182,8 @@ class Attention(nnx.Module):
       )
     mask_BTS = _row_mask(segments, time, self.context)
     if state is not None:
-      k_BTJN = jnp.concatenate([state["k"], k_BTJN], axis=1)
-      v_BTJN = jnp.concatenate([state["v"], v_BTJN], axis=1)
+      k_BTJN = jnp.concatenate([state.k_BCJN, k_BTJN], axis=1)
+      v_BTJN = jnp.concatenate([state.v_BCJN, v_BTJN], axis=1)
       cache_BTC = _cache_mask(segments, time, self.context)
       batch = max(cache_BTC.shape[0], mask_BTS.shape[0])
       mask_BTS = jnp.concatenate(
@@ -195,27 +192,26 @@ class Attention(nnx.Module):
       )
     return jax.nn.dot_product_attention(q_BTHN, k_BTJN, v_BTJN, mask=mask_BTS[:, None])
 
-  def step(
-      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
-  ) -> MixerOutput:
-    """See `Mixer`."""
-    del shallow
-    q_BHN, k_BJN, v_BJN = self._project(x_BD, position_B)
-    rows, slot_B = jnp.arange(x_BD.shape[0]), position_B % self.context
-    k_BCJN = state["k"].at[rows, slot_B].set(k_BJN, unique_indices=True)
-    v_BCJN = state["v"].at[rows, slot_B].set(v_BJN, unique_indices=True)
+  def _attend_token(
+      self, q_BHN: Array, k_BJN: Array, v_BJN: Array, position_B: Array,
+      state: AttentionState | None,
+  ) -> tuple[Array, AttentionState]:
+    """y_BHN of one token, and the cache with its key and value."""
+    assert state is not None
+    rows, slot_B = jnp.arange(q_BHN.shape[0]), position_B % self.context
+    k_BCJN = state.k_BCJN.at[rows, slot_B].set(k_BJN, unique_indices=True)
+    v_BCJN = state.v_BCJN.at[rows, slot_B].set(v_BJN, unique_indices=True)
     # Slots fill from the first on, and once all are full all are of the window.
     held_BC = jnp.arange(self.context)[None] <= position_B[:, None]
     y_B1HN = jax.nn.dot_product_attention(
         q_BHN[:, None], k_BCJN, v_BCJN, mask=held_BC[:, None, None]
     )
-    y_BD = self.out_proj(y_B1HN.reshape(x_BD.shape[0], -1))
-    return MixerOutput(y_BD, {"k": k_BCJN, "v": v_BCJN}, None, {})
+    return y_B1HN[:, 0], AttentionState(k_BCJN, v_BCJN)
 
-  def init_state(self, batch: int) -> PyTree:
+  def init_state(self, batch: int) -> AttentionState:
     """See `Mixer`."""
     shape = (batch, self.context, self.kv_heads, self.head_dim)
-    return {"k": jnp.zeros(shape, self.dtype), "v": jnp.zeros(shape, self.dtype)}
+    return AttentionState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
 
 def _row_mask(segments: Segments, time: int, context: int) -> Array:
@@ -248,17 +244,19 @@ def _held(last_B1: Array, context: int) -> Array:
   return last_B1 - (last_B1 - jnp.arange(context)[None]) % context
 
 
-def _ring_after(before: PyTree, row: PyTree, segments: Segments, context: int) -> PyTree:
-  """The cache after the rows' last tokens that are not padding.
+def _ring_after(
+    before: AttentionState, row: AttentionState, segments: Segments, context: int
+) -> AttentionState:
+  """Computes the cache after the rows' last tokens that are not padding.
 
   Args:
-    before: the cache before the rows, a tree of [B, C, J, N].
-    row: what the rows add, a tree of [B, T, J, N].
+    before: the cache before the rows.
+    row: the rows' own keys and values, [B, T, J, N].
     segments: the rows' documents.
     context: C.
 
   Returns:
-    `before`'s tree: zero in slots of which the last document has no token, unchanged where
+    The cache: zero in slots of which the last document has no token, unchanged where
     a row is all padding.
   """
   time = segments.positions_BT.shape[1]

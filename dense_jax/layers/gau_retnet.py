@@ -49,13 +49,13 @@ class GauRetNet(Retention):
         self.width // self.heads, axis=None, epsilon=config.norm_eps, rngs=rngs
     )
 
-  def inputs(self, x: Array) -> tuple[Array, dict[str, Array], Array]:
+  def inputs(self, x_D: Array) -> tuple[Array, dict[str, Array], Array]:
     """See `Retention`."""
-    v, gate = jax.nn.silu(self.v_proj(x)), jax.nn.silu(self.gate_proj(x))
+    v, gate = jax.nn.silu(self.v_proj(x_D)), jax.nn.silu(self.gate_proj(x_D))
     scale = (self.key_dim // self.heads) ** -0.5
-    q, k = jax.nn.silu(self.q_proj(x)), jax.nn.silu(self.k_proj(x)) * scale
+    q, k = jax.nn.silu(self.q_proj(x_D)), jax.nn.silu(self.k_proj(x_D)) * scale
     return q, {"k": k, "v": v}, gate
 
-  def normalize(self, y: Array) -> Array:
+  def normalize(self, y_HP: Array) -> Array:
     """See `Retention`."""
-    return self.head_norm(y)
+    return self.head_norm(y_HP)

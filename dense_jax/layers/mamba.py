@@ -12,24 +12,24 @@ projection divided by sqrt(L).
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.config import ModelConfig, integer
-from dense_jax.layers.dense_connection import DenseConnection, Shared
+from dense_jax.layers.dense import make_connection
+from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.linear import Linear, fan_in_uniform, parameter
+from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
-from dense_jax.ops import dispatch, reference
+from dense_jax.ops import resolver
+from dense_jax.ops.diagonal.step_sizes import StepSizes
 from dense_jax.ops.matmul import spread
-from dense_jax.ops.selective_scan import StepSizes
-from dense_jax.ops.state_sequence import StateSequence
-from dense_jax.ops.states import scan_diagonal
-from dense_jax.ops.token_states import DiagonalState
-from dense_jax.types import Array, PyTree
+from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +43,26 @@ class MambaConfig(SelectiveConfig):
   dt_rank: int = integer(0, 0)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MambaState:
+  """The convolution's tail, in the model's dtype, and the recurrence's state, float32."""
+
+  tail_BWE: Array
+  h_BNE: Array
+
+
 class Mamba(nnx.Module):
-  """The mixer. Its state: {"conv": the convolution's tail, "h": h_BNE in float32}."""
+  """The mixer."""
+
+  form: ClassVar[str] = "diagonal"
 
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
     options: MambaConfig = config.mixer
     self.width = options.expand * config.width
     self.state_size = options.state_size
     self.dt_rank = options.dt_rank or math.ceil(config.width / 16)
-    self.implementation = dispatch.resolve("diagonal", config.implementation)
-    self.chunk = config.chunk
+    self.recurrence = resolver.diagonal_form(config.implementation, config.chunk)
 
     def widen() -> Linear:
       return Linear(
@@ -79,59 +89,43 @@ class Mamba(nnx.Module):
         self.width, config.width, axes=("inner", "embed"),
         init=fan_in_uniform(1 / math.sqrt(config.layers)), rngs=rngs,
     )
-    self.dense = DenseConnection(
+    self.dense = make_connection(
         config, sources=sources, rngs=rngs, query=(self.state_size,), channels=self.width,
         inputs={"b": (self.state_size, None), "x": (self.width, "inner")},
     )
 
-  def _selected(self, x: Array) -> tuple[StepSizes, Array, Array]:
-    """dt, B and C of the convolved input, [..., E]."""
-    low, b, c = jnp.split(
-        self.x_proj(x), [self.dt_rank, self.dt_rank + self.state_size], axis=-1
+  def _selected(self, x_E: Array) -> tuple[StepSizes, Array, Array]:
+    """dt, B and C of the convolved input."""
+    low_R, b_N, c_N = jnp.split(
+        self.x_proj(x_E), [self.dt_rank, self.dt_rank + self.state_size], axis=-1
     )
-    return StepSizes(low, self.dt_proj.kernel[...], self.dt_bias[...]), b, c
+    return StepSizes(low_R, self.dt_proj.kernel[...], self.dt_bias[...]), b_N, c_N
 
-  def _output(self, y: Array, x: Array, z: Array) -> Array:
-    y = y + spread(self.d[...], x) * x.astype(jnp.float32)
-    return self.out_proj(y.astype(z.dtype) * jax.nn.silu(z))
+  def _output(self, y_E: Array, x_E: Array, z_E: Array) -> Array:
+    y_E = y_E + spread(self.d[...], x_E) * x_E.astype(jnp.float32)
+    return self.out_proj(y_E.astype(z_E.dtype) * jax.nn.silu(z_E))
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
+      self, x_D: Array, tokens: Segments | Token, state: MambaState | None,
+      shallow: Sequence[Shared],
   ) -> MixerOutput:
     """See `Mixer`."""
-    z_BTE = self.gate_proj(x_BTD)
-    x_BTE, conv = self.conv(self.in_proj(x_BTD), segments, state and state["conv"])
-    dt, b_BTN, c_BTN = self._selected(x_BTE)
-    own = {"b": b_BTN, "x": x_BTE}
-    fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
-    states: StateSequence = scan_diagonal(
-        dt, -jnp.exp(self.a_log[...]), fused["x"], fused["b"], segments, state and state["h"],
-        implementation=self.implementation, chunk=self.chunk,
+    z_E = self.gate_proj(x_D)
+    x_E, tail_BWE = self.conv(self.in_proj(x_D), tokens, state and state.tail_BWE)
+    dt, b_N, c_N = self._selected(x_E)
+    own = {"b": b_N, "x": x_E}
+    fused = self.dense.fuse_inputs(x_D, own, shallow)
+    a_NE = -jnp.exp(self.a_log[...])
+    record_spread("memory_tokens", lambda: -1 / jnp.expm1(dt.dt()[..., None, :] * a_NE))
+    states = self.recurrence(dt, a_NE, fused["x"], fused["b"], tokens, state and state.h_BNE)
+    y_E, h_BNE, states = self.dense.run(x_D, c_N, states, shallow)
+    return MixerOutput(
+        self._output(y_E, x_E, z_E), MambaState(tail_BWE, h_BNE),
+        self.dense.share(own, fused, states),
     )
-    y_BTE, states, shared = self.dense.read(x_BTD, c_BTN, states, shallow)
-    y_BTD = self._output(y_BTE, x_BTE, z_BTE)
-    return MixerOutput(y_BTD, {"conv": conv, "h": states.final()}, shared, inputs)
 
-  def step(
-      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
-  ) -> MixerOutput:
+  def init_state(self, batch: int) -> MambaState:
     """See `Mixer`."""
-    del position_B
-    z_BE = self.gate_proj(x_BD)
-    x_BE, conv = self.conv.step(self.in_proj(x_BD), state["conv"])
-    dt, b_BN, c_BN = self._selected(x_BE)
-    own = {"b": b_BN, "x": x_BE}
-    fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
-    h_BNE = reference.diagonal_step(
-        -jnp.exp(self.a_log[...])[None], state["h"], dt.dt(), fused["x"], fused["b"]
+    return MambaState(
+        self.conv.init_state(batch), jnp.zeros((batch, self.state_size, self.width), jnp.float32)
     )
-    y_BE, _, shared = self.dense.read(x_BD, c_BN, DiagonalState(h_BNE), shallow)
-    y_BD = self._output(y_BE, x_BE, z_BE)
-    return MixerOutput(y_BD, {"conv": conv, "h": h_BNE}, shared, inputs)
-
-  def init_state(self, batch: int) -> PyTree:
-    """See `Mixer`."""
-    return {
-        "conv": self.conv.init_state(batch),
-        "h": jnp.zeros((batch, self.state_size, self.width), jnp.float32),
-    }

@@ -12,24 +12,24 @@ log-uniform in [dt_min, dt_max], D = 1, and the output projection divided by sqr
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.config import ModelConfig, integer, invalid, number
-from dense_jax.layers.dense_connection import DenseConnection, Shared
+from dense_jax.layers.dense import make_connection
+from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.linear import Linear, RMSNorm, fan_in_uniform, parameter
+from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
-from dense_jax.ops import dispatch, reference
-from dense_jax.ops.matmul import materialize, spread
-from dense_jax.ops.state_sequence import StateSequence
-from dense_jax.ops.states import scan_matrix
-from dense_jax.ops.token_states import MatrixState
+from dense_jax.ops import resolver
+from dense_jax.ops.matmul import spread
 from dense_jax.sharding import constrain_tokens
-from dense_jax.types import Array, PyTree
+from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,26 @@ def _init_a_log(key: Array, shape: tuple[int, ...]) -> Array:
   return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1.0, 16.0))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mamba2State:
+  """The convolutions' tails, in the model's dtype, and the recurrence's state, float32.
+
+  Attributes:
+    x_tail_BWE: of x.
+    bc_tail_BWN: of B and C, 2 J N channels.
+    h_BHPN: the state.
+  """
+
+  x_tail_BWE: Array
+  bc_tail_BWN: Array
+  h_BHPN: Array
+
+
 class Mamba2(nnx.Module):
-  """The mixer. Its state: {"x", "bc": the convolutions' tails, "h": h_BHPN in float32}."""
+  """The mixer."""
+
+  form: ClassVar[str] = "matrix"
 
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
     options: Mamba2Config = config.mixer
@@ -79,8 +97,7 @@ class Mamba2(nnx.Module):
           "config.model.mixer.groups", self.groups, f"a divisor of {self.heads}, the heads"
       )
     self.dt_limit = (options.dt_limit_min, options.dt_limit_max or math.inf)
-    self.implementation = dispatch.resolve("matrix", config.implementation)
-    self.chunk = config.chunk
+    self.recurrence = resolver.matrix_form(config.implementation, config.chunk)
 
     bc_width = 2 * self.groups * self.state_size
 
@@ -103,83 +120,62 @@ class Mamba2(nnx.Module):
         self.width, config.width, axes=("inner", "embed"),
         init=fan_in_uniform(1 / math.sqrt(config.layers)), rngs=rngs,
     )
-    self.dense = DenseConnection(
+    self.dense = make_connection(
         config, sources=sources, rngs=rngs, query=(self.groups, self.state_size),
         channels=self.width,
         inputs={"b": (self.groups * self.state_size, None), "x": (self.width, "inner")},
     )
 
-  def _project(self, x: Array) -> tuple[Array, Array, Array, Array]:
-    """z, the convolutions' inputs x and (B, C), and dt [..., H] (float32) of [..., D]."""
+  def _project(self, x_D: Array) -> tuple[Array, Array, Array, Array]:
+    """z, the convolutions' inputs x and (B, C), and dt, float32."""
     # Whole on each device: dt, whose heads are split, would have the compiler split all of it.
-    bcdt = constrain_tokens(self.bcdt_proj(x), None)
-    bc, dt = jnp.split(bcdt, [2 * self.groups * self.state_size], axis=-1)
-    dt = jax.nn.softplus(dt.astype(jnp.float32) + spread(self.dt_bias[...], dt))
-    dt = jnp.clip(dt, *self.dt_limit)
-    return self.gate_proj(x), self.in_proj(x), bc, dt
+    bcdt = constrain_tokens(self.bcdt_proj(x_D), None)
+    bc, dt_H = jnp.split(bcdt, [2 * self.groups * self.state_size], axis=-1)
+    dt_H = jax.nn.softplus(dt_H.astype(jnp.float32) + spread(self.dt_bias[...], dt_H))
+    dt_H = jnp.clip(dt_H, *self.dt_limit)
+    return self.gate_proj(x_D), self.in_proj(x_D), bc, dt_H
 
   def _by_group(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.groups, self.state_size)
 
-  def _by_head(self, x: Array) -> Array:
-    return x.reshape(*x.shape[:-1], self.heads, self.head_dim)
+  def _by_head(self, x_E: Array) -> Array:
+    return x_E.reshape(*x_E.shape[:-1], self.heads, self.head_dim)
 
-  def _recurrence(self, dt: Array, fused: dict[str, Array]) -> tuple[Array, Array, Array]:
-    """log decay (float32), B by group and dt x by head."""
-    a = spread(-jnp.exp(self.a_log[...]), dt)
-    x = self._by_head(fused["x"])
-    return dt * a, self._by_group(fused["b"]), (dt[..., None] * x).astype(x.dtype)
-
-  def _output(self, y: Array, x: Array, z: Array) -> Array:
-    """Skip connection, gated norm and output projection of reads [..., H, P]."""
-    x = self._by_head(x).astype(jnp.float32)
-    y = y + spread(self.d[...][:, None], x) * x
-    y = y.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
-    return self.out_proj(self.norm(y).astype(z.dtype))
+  def _output(self, y_HP: Array, x_E: Array, z_E: Array) -> Array:
+    """Skip connection, gated norm and output projection."""
+    x_HP = self._by_head(x_E).astype(jnp.float32)
+    y_HP = y_HP + spread(self.d[...][:, None], x_HP) * x_HP
+    y_E = y_HP.reshape(z_E.shape) * jax.nn.silu(z_E.astype(jnp.float32))
+    return self.out_proj(self.norm(y_E).astype(z_E.dtype))
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
+      self, x_D: Array, tokens: Segments | Token, state: Mamba2State | None,
+      shallow: Sequence[Shared],
   ) -> MixerOutput:
     """See `Mixer`."""
-    z_BTE, x_BTE, bc, dt_BTH = self._project(x_BTD)
-    x_BTE, x_tail = self.x_conv(x_BTE, segments, state and state["x"])
-    bc, bc_tail = self.bc_conv(bc, segments, state and state["bc"])
+    z_E, x_E, bc, dt_H = self._project(x_D)
+    x_E, x_tail_BWE = self.x_conv(x_E, tokens, state and state.x_tail_BWE)
+    bc, bc_tail_BWN = self.bc_conv(bc, tokens, state and state.bc_tail_BWN)
     b, c = jnp.split(bc, 2, axis=-1)
-    own, c_BTJN = {"b": b, "x": x_BTE}, self._by_group(c)
-    fused, inputs = self.dense.fuse_inputs(x_BTD, own, shallow)
-    log_decay_BTH, b_BTJN, v_BTHP = self._recurrence(dt_BTH, fused)
-    states: StateSequence = scan_matrix(
-        b_BTJN, v_BTHP, log_decay_BTH, segments, state and state["h"],
-        implementation=self.implementation, chunk=self.chunk,
+    own = {"b": b, "x": x_E}
+    fused = self.dense.fuse_inputs(x_D, own, shallow)
+    log_decay_H = dt_H * spread(-jnp.exp(self.a_log[...]), dt_H)
+    record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
+    x_HP = self._by_head(fused["x"])
+    states = self.recurrence(
+        self._by_group(fused["b"]), (dt_H[..., None] * x_HP).astype(x_HP.dtype), log_decay_H,
+        tokens, state and state.h_BHPN,
     )
-    y_BTHP, states, shared = self.dense.read(x_BTD, c_BTJN, states, shallow)
-    y_BTD = self._output(y_BTHP, own["x"], z_BTE)
-    after = {"x": x_tail, "bc": bc_tail, "h": states.final()}
-    return MixerOutput(y_BTD, after, shared, inputs)
-
-  def step(
-      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
-  ) -> MixerOutput:
-    """See `Mixer`."""
-    del position_B
-    z_BE, x_BE, bc, dt_BH = self._project(x_BD)
-    x_BE, x_tail = self.x_conv.step(x_BE, state["x"])
-    bc, bc_tail = self.bc_conv.step(bc, state["bc"])
-    b, c = jnp.split(bc, 2, axis=-1)
-    own, c_BJN = {"b": b, "x": x_BE}, self._by_group(c)
-    fused, inputs = self.dense.fuse_inputs(x_BD, own, shallow)
-    log_decay_BH, b_BJN, v_BHP = self._recurrence(dt_BH, fused)
-    h_BHPN = reference.matrix_step(
-        state["h"], log_decay_BH, materialize(b_BJN), materialize(v_BHP)
+    y_HP, h_BHPN, states = self.dense.run(x_D, self._by_group(c), states, shallow)
+    return MixerOutput(
+        self._output(y_HP, x_E, z_E), Mamba2State(x_tail_BWE, bc_tail_BWN, h_BHPN),
+        self.dense.share(own, fused, states),
     )
-    y_BHP, _, shared = self.dense.read(x_BD, c_BJN, MatrixState(h_BHPN), shallow)
-    y_BD = self._output(y_BHP, own["x"], z_BE)
-    return MixerOutput(y_BD, {"x": x_tail, "bc": bc_tail, "h": h_BHPN}, shared, inputs)
 
-  def init_state(self, batch: int) -> PyTree:
+  def init_state(self, batch: int) -> Mamba2State:
     """See `Mixer`."""
     shape = (batch, self.heads, self.head_dim, self.state_size)
-    return {
-        "x": self.x_conv.init_state(batch), "bc": self.bc_conv.init_state(batch),
-        "h": jnp.zeros(shape, jnp.float32),
-    }
+    return Mamba2State(
+        self.x_conv.init_state(batch), self.bc_conv.init_state(batch),
+        jnp.zeros(shape, jnp.float32),
+    )

@@ -37,7 +37,7 @@ def collecting() -> Iterator[Aux]:
     _AUX.reset(token)
 
 
-def record(name: str, value: Callable[[], Array]) -> None:
+def record(name: str, value: Callable[[], Array]) -> Array | None:
   """Adds the mean of `value()` to the layer's metrics, where they are collected.
 
   Args:
@@ -45,22 +45,34 @@ def record(name: str, value: Callable[[], Array]) -> None:
     value: makes an array of any shape; the mean is taken over all of it (padding counts too)
       and, where a row's tokens are spread over devices, over these.
 
+  Returns:
+    The metric, to make others of; None where none are collected.
+
   Raises:
     ValueError: the layer has a metric of that name already.
   """
-  _add(name, value, lambda mean: mean)
+  return _add(name, value, lambda mean: mean)
 
 
-def record_rms(name: str, value: Callable[[], Array]) -> None:
+def record_rms(name: str, value: Callable[[], Array]) -> Array | None:
   """As `record`, of the root of the mean square of `value()`."""
-  _add(name, lambda: jnp.square(value().astype(jnp.float32)), jnp.sqrt)
+  return _add(name, lambda: jnp.square(value().astype(jnp.float32)), jnp.sqrt)
 
 
-def _add(name: str, value: Callable[[], Array], finish: Callable[[Array], Array]) -> None:
+def record_spread(name: str, value: Callable[[], Array]) -> None:
+  """As `record`, of the mean and the standard deviation of `value()`: <name>_mean, <name>_std."""
+  mean = record(f"{name}_mean", value)
+  record_rms(f"{name}_std", lambda: value().astype(jnp.float32) - mean)
+
+
+def _add(
+    name: str, value: Callable[[], Array], finish: Callable[[Array], Array]
+) -> Array | None:
   aux = _AUX.get()
   if aux is None:
-    return
+    return None
   if name in aux:
     raise ValueError(f"a layer records the metric {name!r} twice")
   mean = jnp.mean(jax.lax.stop_gradient(value()).astype(jnp.float32))
   aux[name] = finish(sequence_parallel.mean_over_shards(mean))
+  return aux[name]

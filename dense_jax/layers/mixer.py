@@ -2,54 +2,46 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from dense_jax.batch import Segments
-from dense_jax.layers.dense_connection import Shared
-from dense_jax.ops.state_sequence import StateSequence
+from dense_jax.batch import Segments, Token
+from dense_jax.layers.dense.connection import Shared
 from dense_jax.types import Array, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class MixerOutput:
-  """What a mixer gives back.
+  """What a mixer gives.
 
   Attributes:
-    y: [B, T, D], or [B, D] in decoding.
+    y: [B, T, D], or [B, D] for one token.
     state: the mixer's state after the last token, as `init_state` shapes it.
-    states: the recurrence's states, for deeper layers to read; None where there is none.
-    inputs: the recurrence's inputs, for deeper layers to fuse.
+    shared: what deeper layers may read; None where there is nothing.
   """
 
   y: Array
   state: PyTree
-  states: StateSequence | None
-  inputs: dict[str, Array]
-
-  def shared(self, inject: str) -> Shared:
-    """What deeper layers get under that injection."""
-    return self.states if inject == "state" else self.inputs
+  shared: Shared
 
 
 class Mixer(Protocol):
-  """A family's mixer: parallel over a sequence, or one token at a time."""
+  """A family's mixer: one path for a sequence in parallel and for one token of decoding."""
+
+  form: ClassVar[str]
+  """The form of its state, a key of `dense_jax.ops.resolver.IMPLEMENTATIONS`."""
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
+      self, x_D: Array, tokens: Segments | Token, state: PyTree | None,
+      shallow: Sequence[Shared],
   ) -> MixerOutput:
-    """A whole sequence.
+    """Mixes a sequence [B, T, D] or one token [B, D].
 
     Args:
-      x_BTD: the layer's input after its norm.
-      segments: the documents.
-      state: the state before the first token; None is a fresh one.
+      x_D: the layer's input after its norm.
+      tokens: the sequence's documents, or the one token.
+      state: the state before the first token; None means a fresh one, of a sequence.
       shallow: what the layers below share, nearest first.
     """
 
-  def step(
-      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
-  ) -> MixerOutput:
-    """One token, at `position_B` of its document."""
-
   def init_state(self, batch: int) -> PyTree:
-    """The state before the first token."""
+    """Returns the state before the first token of a document."""

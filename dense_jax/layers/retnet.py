@@ -38,7 +38,7 @@ class RetNetConfig:
 
 
 def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
-  """The layer that follows the mixer."""
+  """Makes the layer that follows the mixer."""
   return FeedForward(config, config.mixer.ffn_width or 2 * config.width, kind="gelu", rngs=rngs)
 
 
@@ -55,12 +55,13 @@ class RetNet(Retention):
     self.gate_proj = self.project(config, self.width, "inner", rngs)
     self.epsilon = config.norm_eps
 
-  def inputs(self, x: Array) -> tuple[Array, dict[str, Array], Array]:
+  def inputs(self, x_D: Array) -> tuple[Array, dict[str, Array], Array]:
     """See `Retention`."""
-    k = self.k_proj(x) * (self.key_dim // self.heads) ** -0.5
-    return self.q_proj(x), {"k": k, "v": self.v_proj(x)}, jax.nn.silu(self.gate_proj(x))
+    k = self.k_proj(x_D) * (self.key_dim // self.heads) ** -0.5
+    return self.q_proj(x_D), {"k": k, "v": self.v_proj(x_D)}, jax.nn.silu(self.gate_proj(x_D))
 
-  def normalize(self, y: Array) -> Array:
+  def normalize(self, y_HP: Array) -> Array:
     """See `Retention`."""
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+    y_HP = y_HP - jnp.mean(y_HP, axis=-1, keepdims=True)
+    variance_H1 = jnp.mean(y_HP * y_HP, axis=-1, keepdims=True)
+    return y_HP * jax.lax.rsqrt(variance_H1 + self.epsilon)

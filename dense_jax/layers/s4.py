@@ -15,25 +15,26 @@ of the own states or of a shallow layer's, one convolution.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.config import ModelConfig, choice, integer, invalid, number
-from dense_jax.layers.dense_connection import DenseConnection, Shared
+from dense_jax.layers.dense import make_connection
+from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
+from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
-from dense_jax.ops import dispatch, hippo
-from dense_jax.ops.lti import DiagonalSystem, DplrSystem, System
-from dense_jax.ops.lti_states import scan_lti
+from dense_jax.ops import resolver
+from dense_jax.ops.lti import hippo
+from dense_jax.ops.lti.system import DiagonalSystem, DplrSystem, System
 from dense_jax.ops.matmul import spread
-from dense_jax.ops.state_sequence import StateSequence
-from dense_jax.ops.token_states import LtiState
-from dense_jax.types import Array, PyTree
+from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +75,22 @@ class S4DConfig(S4Config):
 
 
 def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
-  """The layer that follows the mixer."""
+  """Makes the layer that follows the mixer."""
   return FeedForward(config, config.mixer.ffn_width or 4 * config.width, kind="gelu", rngs=rngs)
 
 
-class S4D(nnx.Module):
-  """The mixer. Its state: {"h": h_BNE in float32, real parts first}."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class S4State:
+  """The systems' state, float32: real parts first, then imaginary parts."""
 
+  h_BNE: Array
+
+
+class S4D(nnx.Module):
+  """The mixer."""
+
+  form: ClassVar[str] = "lti"
   log_a: nnx.Param
   a_imag: nnx.Param
   b: nnx.Param
@@ -88,8 +98,7 @@ class S4D(nnx.Module):
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
     options: S4Config = config.mixer
     self.width, self.state_size = config.width, options.state_size
-    self.implementation = dispatch.resolve("lti", config.implementation)
-    self.chunk = config.chunk
+    self.recurrence = resolver.lti_form(config.implementation, config.chunk)
 
     def constant(values: np.ndarray) -> nnx.Param:
       """Of a state's numbers, the same in each channel."""
@@ -115,7 +124,7 @@ class S4D(nnx.Module):
     self.out_proj = Linear(
         self.width, 2 * config.width, axes=("inner", "embed"), init=fan_in_uniform(), rngs=rngs
     )
-    self.dense = DenseConnection(
+    self.dense = make_connection(
         config, sources=sources, rngs=rngs, query=(self.state_size,), channels=self.width,
         inputs={}, fixed_query=True,
     )
@@ -139,38 +148,32 @@ class S4D(nnx.Module):
         self.discretization,
     )
 
-  def _output(self, y: Array, x: Array) -> Array:
-    """Skip connection, activation and gated output projection of reads [..., E]."""
-    y = y + spread(self.d[...], x) * x.astype(jnp.float32)
-    y = jax.nn.gelu(y, approximate=False).astype(x.dtype)
-    a, b = jnp.split(self.out_proj(y), 2, axis=-1)
-    return a * jax.nn.sigmoid(b)
+  def _output(self, y_E: Array, x_E: Array) -> Array:
+    """Skip connection, activation and gated output projection."""
+    y_E = y_E + spread(self.d[...], x_E) * x_E.astype(jnp.float32)
+    y_E = jax.nn.gelu(y_E, approximate=False).astype(x_E.dtype)
+    a_D, b_D = jnp.split(self.out_proj(y_E), 2, axis=-1)
+    return a_D * jax.nn.sigmoid(b_D)
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
+      self, x_D: Array, tokens: Segments | Token, state: S4State | None,
+      shallow: Sequence[Shared],
   ) -> MixerOutput:
     """See `Mixer`."""
-    c_EN = self.c[...]
-    states: StateSequence = scan_lti(
-        self.system(), x_BTD, segments, state and state["h"],
-        implementation=self.implementation, chunk=self.chunk,
+    system = self.system()
+    # Of the continuous diagonal part: |exp(dt a)| = exp(dt Re a).
+    record_spread(
+        "memory_tokens", lambda: -1 / jnp.expm1(system.dt_E[None] * system.a_re_ME)
     )
-    y_BTE, states, shared = self.dense.read(x_BTD, c_EN, states, shallow)
-    return MixerOutput(self._output(y_BTE, x_BTD), {"h": states.final()}, shared, {})
+    states = self.recurrence(system, x_D, tokens, state and state.h_BNE)
+    y_E, h_BNE, states = self.dense.run(x_D, self.c[...], states, shallow)
+    return MixerOutput(
+        self._output(y_E, x_D), S4State(h_BNE), self.dense.share({}, {}, states)
+    )
 
-  def step(
-      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
-  ) -> MixerOutput:
+  def init_state(self, batch: int) -> S4State:
     """See `Mixer`."""
-    del position_B
-    c_EN = self.c[...]
-    h_BNE = self.system().stepper()(state["h"], x_BD)
-    y_BE, _, shared = self.dense.read(x_BD, c_EN, LtiState(h_BNE), shallow)
-    return MixerOutput(self._output(y_BE, x_BD), {"h": h_BNE}, shared, {})
-
-  def init_state(self, batch: int) -> PyTree:
-    """See `Mixer`."""
-    return {"h": jnp.zeros((batch, self.state_size, self.width), jnp.float32)}
+    return S4State(jnp.zeros((batch, self.state_size, self.width), jnp.float32))
 
 
 class S4(S4D):

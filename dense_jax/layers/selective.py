@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.config import integer, invalid, number
 from dense_jax.layers.linear import parameter, uniform
 from dense_jax.ops.short_conv import short_conv, short_conv_step
@@ -65,19 +65,18 @@ class ShortConv(nnx.Module):
     self.tail_shape, self.dtype = (options.conv_width - 1, width), jnp.dtype(dtype)
 
   def __call__(
-      self, x_BTE: Array, segments: Segments, tail_BWE: Array | None
+      self, x_E: Array, tokens: Segments | Token, tail_BWE: Array | None
   ) -> tuple[Array, Array]:
-    """The convolved input, and the tail to carry on from; a tail of None is zero."""
+    """Returns the convolved input and the tail to carry on from; None means a tail of zeros."""
     if tail_BWE is None:
-      tail_BWE = self.init_state(x_BTE.shape[0])
-    x_BTE, tail_BWE = short_conv(x_BTE, self.kernel[...], self.bias[...], segments, tail_BWE)
-    return jax.nn.silu(x_BTE), tail_BWE
-
-  def step(self, x_BE: Array, tail_BWE: Array) -> tuple[Array, Array]:
-    """One token of `__call__`."""
-    x_BE, tail_BWE = short_conv_step(x_BE, self.kernel[...], self.bias[...], tail_BWE)
-    return jax.nn.silu(x_BE), tail_BWE
+      tail_BWE = self.init_state(x_E.shape[0])
+    kernel_WE, bias_E = self.kernel[...], self.bias[...]
+    if isinstance(tokens, Token):
+      x_E, tail_BWE = short_conv_step(x_E, kernel_WE, bias_E, tail_BWE)
+    else:
+      x_E, tail_BWE = short_conv(x_E, kernel_WE, bias_E, tokens, tail_BWE)
+    return jax.nn.silu(x_E), tail_BWE
 
   def init_state(self, batch: int) -> Array:
-    """The tail before the first token."""
+    """Returns the tail before the first token."""
     return jnp.zeros((batch, *self.tail_shape), self.dtype)

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.config import ModelConfig
-from dense_jax.layers.dense_connection import Shared
+from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.layer_scan import scan_layers
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.mixer import Mixer, MixerOutput
@@ -73,7 +73,7 @@ class Layer(nnx.Module):
       self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
   ) -> tuple[Array, MixerOutput]:
     """One token of `__call__`."""
-    return self._join(x_BD, self.mixer.step(self.norm(x_BD), position_B, state, shallow))
+    return self._join(x_BD, self.mixer(self.norm(x_BD), Token(position_B), state, shallow))
 
 
 def pattern_length(config: ModelConfig) -> int:
@@ -165,7 +165,7 @@ class Stack(nnx.Module):
             graph: Any = graph,
         ) -> tuple[Array, PyTree, Shared]:
           x, output = call(nnx.merge(graph, params), x, context, layer_state, bank)
-          return x, output.state if keep_state else None, output.shared(self.inject)
+          return x, output.state if keep_state else None, output.shared
 
         x, layer_state, shared = remat(apply)(params, x, context, layer_state, bank)
         after.append(layer_state)

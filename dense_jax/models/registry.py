@@ -1,7 +1,6 @@
 """The families of models: one line each."""
 
 import dataclasses
-from collections.abc import Callable
 
 from dense_jax.config import invalid, unknown_key
 from dense_jax.errors import InputError
@@ -23,24 +22,27 @@ class Family:
   Attributes:
     config: the class of its own options, `config.model.mixer`.
     mixer: its mixer.
-    form: its state's form, a key of `dense_jax.ops.dispatch.IMPLEMENTATIONS`.
     feed_forward: what follows the mixer in each layer, if anything.
   """
 
   config: type
-  mixer: Callable[..., Mixer]
-  form: str
+  mixer: type[Mixer]
   feed_forward: FeedForwardFactory | None = None
+
+  @property
+  def form(self) -> str:
+    """The form of its state, a key of `dense_jax.ops.resolver.IMPLEMENTATIONS`."""
+    return self.mixer.form
 
 
 FAMILIES = {
-    "mamba": Family(MambaConfig, Mamba, "diagonal"),
-    "mamba2": Family(Mamba2Config, Mamba2, "matrix"),
-    "gau_retnet": Family(GauRetNetConfig, GauRetNet, "matrix"),
-    "retnet": Family(RetNetConfig, RetNet, "matrix", retnet.feed_forward),
-    "s4d": Family(S4DConfig, S4D, "lti", s4.feed_forward),
-    "s4": Family(S4Config, S4, "lti", s4.feed_forward),
-    "transformer": Family(AttentionConfig, Attention, "attention", attention.feed_forward),
+    "mamba": Family(MambaConfig, Mamba),
+    "mamba2": Family(Mamba2Config, Mamba2),
+    "gau_retnet": Family(GauRetNetConfig, GauRetNet),
+    "retnet": Family(RetNetConfig, RetNet, retnet.feed_forward),
+    "s4d": Family(S4DConfig, S4D, s4.feed_forward),
+    "s4": Family(S4Config, S4, s4.feed_forward),
+    "transformer": Family(AttentionConfig, Attention, attention.feed_forward),
 }
 
 

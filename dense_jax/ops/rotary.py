@@ -46,3 +46,39 @@ def _phase(position: Array, angles_M: np.ndarray) -> Array:
   # Products of 16 bits have 32. That of both low digits is less than a unit.
   carried = high * first + (low * first >> 16) + (high * second >> 16)
   return position * whole + carried
+
+
+def rotate_neighbours(x_HN: Array, position: Array) -> Array:
+  """Rotates neighbouring pairs of the last axis by position * angle (retention).
+
+  Args:
+    x_HN: [..., H, N].
+    position: int32 >= 0 [...], its leading axis may be 1.
+
+  Returns:
+    x's shape and dtype; products are float32. Angles fall from 1 to 1e-4 over the N / 2 pairs.
+  """
+  half = x_HN.shape[-1] // 2
+  cos, sin = rotation(position[..., None], 10000.0 ** -np.linspace(0.0, 1.0, half))
+  pairs = x_HN.astype(jnp.float32).reshape(*x_HN.shape[:-1], half, 2)
+  even, odd = pairs[..., 0], pairs[..., 1]
+  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+  return turned.reshape(x_HN.shape).astype(x_HN.dtype)
+
+
+def rotate_halves(x_HN: Array, position: Array, theta: float) -> Array:
+  """Rotates feature i of the first half with feature i of the second (attention, LLaMA).
+
+  Args:
+    x_HN: [..., heads, N].
+    position: int32 >= 0 [...], its leading axis may be 1.
+    theta: angle i is theta^(-2 i / N).
+
+  Returns:
+    x's shape and dtype; products are float32.
+  """
+  half = x_HN.shape[-1] // 2
+  cos, sin = rotation(position[..., None], theta ** (-np.arange(half) / half))
+  first, second = jnp.split(x_HN.astype(jnp.float32), 2, axis=-1)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(turned, axis=-1).astype(x_HN.dtype)

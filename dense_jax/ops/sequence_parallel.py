@@ -15,14 +15,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from dense_jax.errors import InputError
-from dense_jax.ops.chunked_linear import chunk_states
-from dense_jax.ops.lti import System
-from dense_jax.ops.lti_scan import lti_states
-from dense_jax.ops.selective_scan import selective_scan
 from dense_jax.types import SEQUENCE_AXIS, Array, PyTree
 
 Join = Callable[[tuple[Array, Array], tuple[Array, Array], int], tuple[Array, Array]]
-"""Two runs of tokens as one, the left one first: (A, u) of each, and the right one's devices."""
+"""Composes affine maps h -> A h + u of two runs of tokens, the left one first.
+
+Its last argument is how many devices the right run spans."""
 
 
 def shards() -> int:
@@ -50,8 +48,8 @@ def mean_over_shards(x: Array) -> Array:
   return jax.lax.pmean(x, SEQUENCE_AXIS) if shards() > 1 else x
 
 
-def _before(own: tuple[Array, Array], initial: Array, join: Join) -> Array:
-  """The state before this device's tokens.
+def before_shard(own: tuple[Array, Array], initial: Array, join: Join) -> Array:
+  """Computes the state before this device's tokens.
 
   Args:
     own: (A, u) of the tokens; on the first device u is the state after them.
@@ -65,7 +63,7 @@ def _before(own: tuple[Array, Array], initial: Array, join: Join) -> Array:
   return jnp.where(is_first(), initial, run[1])
 
 
-def _elementwise(
+def elementwise(
     left: tuple[Array, Array], right: tuple[Array, Array], devices: int
 ) -> tuple[Array, Array]:
   """Joins runs whose A multiplies each number of a state."""
@@ -73,67 +71,17 @@ def _elementwise(
   return left[0] * right[0], right[0] * left[1] + right[1]
 
 
-def _on_first(initial: Array) -> Array:
+def on_first_shard(initial: Array) -> Array:
+  """The rows' first state on the first device, and zero on all others."""
   return jnp.where(is_first(), initial, 0.0)
 
 
-def _unless_reset(decay: Array, resets_BT: Array | None) -> Array:
+def unless_reset(decay: Array, resets_BT: Array | None) -> Array:
   """A of tokens that may clear the state; [B, ...]."""
   if resets_BT is None:
     return decay
   cleared_B = jnp.any(resets_BT, axis=1).reshape(-1, *(1,) * (decay.ndim - 1))
   return jnp.where(cleared_B, 0.0, decay)
-
-
-def matrix_before(
-    k_BTJN: Array, v_BTHP: Array, log_decay_BTH: Array, resets_BT: Array | None,
-    initial_BHPN: Array, *, chunk: int,
-) -> Array:
-  """The state before this device's tokens; arguments as `chunk_states`'s, `initial` the rows'."""
-  _, u_BHPN = chunk_states(
-      k_BTJN, v_BTHP, log_decay_BTH, resets_BT, _on_first(initial_BHPN),
-      implementation="chunked", chunk=chunk,
-  )
-  decay_BH = jnp.exp(jnp.sum(log_decay_BTH, axis=1))
-  decay_BH11 = jnp.broadcast_to(decay_BH, u_BHPN.shape[:2])[..., None, None]
-  return _before((_unless_reset(decay_BH11, resets_BT), u_BHPN), initial_BHPN, _elementwise)
-
-
-def diagonal_before(
-    dt_BTE: Array, a_NE: Array, x_BTE: Array, b_BTN: Array, resets_BT: Array | None,
-    initial_BNE: Array, *, implementation: str, chunk: int,
-) -> Array:
-  """The state before this device's tokens; arguments as `selective_scan`'s."""
-  _, u_BNE = selective_scan(
-      dt_BTE, a_NE, x_BTE, b_BTN, b_BTN, resets_BT, _on_first(initial_BNE),
-      implementation=implementation, chunk=chunk,
-  )
-  dt_BE = jnp.sum(dt_BTE.astype(jnp.float32), axis=1)
-  decay_BNE = jnp.exp(dt_BE[:, None] * a_NE[None])
-  return _before((_unless_reset(decay_BNE, resets_BT), u_BNE), initial_BNE, _elementwise)
-
-
-def lti_before(
-    system: System, x_BTE: Array, resets_BT: Array | None, initial_BNE: Array, *, chunk: int
-) -> Array:
-  """The state before this device's tokens; arguments as `lti_states`'s.
-
-  All devices have the same A, a power of the system's matrix: (cleared or not, u) is exchanged.
-  Padding counts as tokens: behind it there are none, and what is read there means nothing.
-  """
-  batch, time, _ = x_BTE.shape
-  _, u_BNE = lti_states(
-      system, x_BTE, resets_BT, None, _on_first(initial_BNE), chunk=chunk
-  )
-  kept_B = _unless_reset(jnp.ones(batch, jnp.float32), resets_BT)
-
-  def join(
-      left: tuple[Array, Array], right: tuple[Array, Array], devices: int
-  ) -> tuple[Array, Array]:
-    carried_BNE = system.advance(time * devices)(left[1])
-    return left[0] * right[0], right[0][:, None, None] * carried_BNE + right[1]
-
-  return _before((kept_B, u_BNE), initial_BNE, join)
 
 
 def tail_before(x_BTE: Array, resets_BT: Array | None, tail_BWE: Array) -> Array:

@@ -27,14 +27,18 @@ def split_chunks(inputs_BT: PyTree, chunk: int) -> PyTree:
   return jax.tree.map(split, inputs_BT)
 
 
-def join_chunks(y_GCB: Array, time: int) -> Array:
-  """[G, C, B, ...] -> [B, T, ...], without the padding."""
-  return jnp.moveaxis(y_GCB.reshape(-1, *y_GCB.shape[2:]), 0, 1)[:, :time]
+def join_chunks(y_GCB: PyTree, time: int) -> PyTree:
+  """Each [G, C, B, ...] -> [B, T, ...], without the padding."""
+
+  def join(x: Array) -> Array:
+    return jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 0, 1)[:, :time]
+
+  return jax.tree.map(join, y_GCB)
 
 
 def token_scan(
     step: Callable[..., Array],
-    read: Callable[[Array, PyTree], Array],
+    read: Callable[[Array, PyTree], PyTree],
     initial: Array,
     inputs_BT: tuple[Array, ...],
     queries_BT: PyTree,
@@ -43,18 +47,18 @@ def token_scan(
     *,
     chunk: int = 0,
     unroll: int = 1,
-) -> tuple[Array, Array]:
-  """h_t = step(h_{t-1}, *inputs_t), y_t = read(h_t, queries_t).
+) -> tuple[PyTree, Array]:
+  """Computes h_t = step(h_{t-1}, *inputs_t) and y_t = read(h_t, queries_t).
 
   Args:
     step: one step, on arrays without the time axis. Inputs of zero must leave the state as
       it is, unless `valid_BT` is given.
-    read: what is kept of a state.
+    read: what is kept of a state; None, or any tree of arrays.
     initial: float32 state before the first token, [B, ...].
     inputs_BT: the step's inputs, [B, T, ...] each; a B of 1 is shared by all rows.
     queries_BT: any tree of [B, T, ...].
     resets_BT: bool, clears the state before a token; None never does.
-    valid_BT: bool, false leaves the state as it is; None is all true.
+    valid_BT: bool, false leaves the state as it is; None means all true.
     chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
     unroll: steps compiled as one: XLA fuses those of a small state, and keeps it out of
       memory between them, for a longer compilation.
@@ -65,7 +69,7 @@ def token_scan(
   time = inputs_BT[0].shape[1]
   chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
 
-  def body(h: Array, token: PyTree) -> tuple[Array, Array]:
+  def body(h: Array, token: PyTree) -> tuple[Array, PyTree]:
     inputs, query, reset_B, valid_B = token
 
     def where(mask_B: Array, yes: Array | float, no: Array) -> Array:
@@ -76,7 +80,7 @@ def token_scan(
     h = after if valid_B is None else where(valid_B, after, h)
     return h, read(h, query)
 
-  def in_chunk(h: Array, tokens: PyTree) -> tuple[Array, Array]:
+  def in_chunk(h: Array, tokens: PyTree) -> tuple[Array, PyTree]:
     return jax.lax.scan(body, h, tokens, unroll=min(chunk, unroll))
 
   tokens = split_chunks((inputs_BT, queries_BT, resets_BT, valid_BT), chunk)

@@ -22,7 +22,7 @@ import tqdm
 
 from dense_jax.errors import InputError
 from dense_jax.models.registry import FAMILIES
-from dense_jax.ops import dispatch
+from dense_jax.ops import resolver
 from experiments.benchmarks import common
 from experiments.benchmarks.common import SSM_FAMILIES, Size, TrainStep
 
@@ -104,7 +104,7 @@ def markdown(first: str, rows: dict[str, Measured | None]) -> str:
 
 def running(families: Sequence[str]) -> str:
   """Which implementation runs, by the resolver."""
-  chosen = {name: dispatch.resolve(FAMILIES[name].form, "auto") for name in families}
+  chosen = {name: resolver.resolve(FAMILIES[name].form, "auto") for name in families}
   # Rows hold documents, which a convolution cannot.
   parts = [f"{name} {'chunked' if form == 'conv' else form}" for name, form in chosen.items()]
   return f"implementations on {jax.default_backend()}: " + ", ".join(parts)

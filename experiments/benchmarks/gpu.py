@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dense_jax.models.registry import FAMILIES
-from dense_jax.ops import dispatch
+from dense_jax.ops import resolver
 from experiments.benchmarks import common, fla_rival
 from experiments.benchmarks.gpu_case import Case
 from experiments.benchmarks.gpu_tables import tables
@@ -117,7 +117,7 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
         rival = Rival(family, plan.tokens // length, length)
         yield rank + later, f"rival/{family}/base/T{length}", rival
     # Of matrix states a token at a time is the specification, and no rival of any.
-    for form in dispatch.IMPLEMENTATIONS[FAMILIES[family].form]:
+    for form in resolver.IMPLEMENTATIONS[FAMILIES[family].form]:
       if form != "recurrent" or FAMILIES[family].form == "diagonal":
         length = plan.mode_length
         case = _train(family, plan, "base", length, implementation=form)

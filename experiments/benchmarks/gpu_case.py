@@ -15,7 +15,7 @@ import jax
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig
 from dense_jax.models.registry import FAMILIES
-from dense_jax.ops import dispatch
+from dense_jax.ops import resolver
 from experiments.benchmarks import common, flops
 
 TRAIN_REPEATS, DECODE_REPEATS = 5, 9
@@ -93,7 +93,7 @@ def run(case: Case) -> dict[str, Any]:
     return experiment.load(str(common.ROOT / case.spec), list(overrides.items()))
 
   model = settings(case.remat[0]).model
-  chosen = dispatch.resolve(FAMILIES[model.family].form, model.implementation)
+  chosen = resolver.resolve(FAMILIES[model.family].form, model.implementation)
   if model.implementation not in ("auto", chosen):  # Kernels for TPUs, interpreted.
     return {"skipped": f"runs as {chosen} here"}
   if case.kind == "decode":

@@ -24,7 +24,7 @@ import pytest
 from dense_jax.models.language_model import ModelState
 from dense_jax.models.params import abstract_model, with_params
 from dense_jax.models.registry import FAMILIES as REGISTRY
-from dense_jax.ops.dispatch import IMPLEMENTATIONS
+from dense_jax.ops.resolver import IMPLEMENTATIONS
 from tests.builders import (
     FAMILIES,
     INPUT_FAMILIES,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops.chunks import chunk_length, split_time
-from dense_jax.ops.log_decay import LogDecay, summed_log_decay
+from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay
 from dense_jax.types import Array
 
 # Tokens a chunk. In-chunk work grows with C, states kept with 1 / C.
@@ -60,10 +60,10 @@ def chunk_states(
     resets_BT: Array | None,
     initial_BHPN: Array,
     *,
-    implementation: str,
+    associative: bool = False,
     chunk: int = 0,
 ) -> tuple[Array, Array]:
-  """The states between chunks.
+  """Computes the states between chunks.
 
   Args:
     k_BTJN: keys.
@@ -71,8 +71,7 @@ def chunk_states(
     log_decay_BTH: float32, <= 0; its B may be 1 (a decay that all rows share).
     resets_BT: bool, clears the state before a token; None never does.
     initial_BHPN: float32 state before the first token.
-    implementation: how chunks are joined: "chunked" (`lax.scan`) or "associative"
-      (`jax.lax.associative_scan`).
+    associative: joins chunks by `jax.lax.associative_scan`, not by `jax.lax.scan`.
     chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
 
   Returns:
@@ -109,7 +108,7 @@ def chunk_states(
       preferred_element_type=jnp.float32,
   ).reshape(batch, -1, heads, channels, state_size)
 
-  if implementation == "associative":
+  if associative:
     decay_BGH, sum_BGHPN = jax.lax.associative_scan(_compose, (decay_BGH, added_BGHPN), axis=1)
     after_BGHPN = decay_BGH[..., None, None] * initial_BHPN[:, None] + sum_BGHPN
     before_BGHPN = jnp.concatenate([initial_BHPN[:, None], after_BGHPN[:, :-1]], axis=1)

@@ -2,7 +2,7 @@
 
     h_t = a_t h_{t-1} + v_t k_t^T        y_t = sum over sources of gate_t * (h_t q_t)
 
-The arithmetic is that of `dense_jax.ops.chunked_linear` (chunkwise form, arXiv 2307.08621,
+The arithmetic is that of `dense_jax.ops.matrix.chunked` (chunkwise form, arXiv 2307.08621,
 section 2.3; heads that share keys, arXiv 2405.21060, section 7.2). What differs is where
 things live: chunks are steps of a grid, states stay in VMEM from one chunk to the next, and
 neither scores nor a source's own read are ever written to memory. Only differentiation saves
@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dense_jax.ops.chunks import pad_time, split_time
-from dense_jax.ops.log_decay import summed_log_decay
-from dense_jax.ops.pallas.chunked_linear_kernels import (
+from dense_jax.ops.matrix.log_decay import summed_log_decay
+from dense_jax.ops.matrix.tpu_kernels import (
     SUBLANES,
     Blocks,
     Stream,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dense_jax.ops.log_decay import LogDecay
+from dense_jax.ops.matrix.log_decay import LogDecay
 from dense_jax.types import Array, PyTree
 
 SUBLANES = 8  # Rows of a float32 tile.

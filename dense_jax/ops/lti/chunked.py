@@ -1,9 +1,7 @@
-"""Sequence forms of time-invariant systems: a convolution by FFT, a recurrence by chunks.
+"""Time-invariant systems by chunks, float32: exact with documents and carried states.
 
-The convolution reads one query over whole rows that are one document and begin without a
-state. The chunked form knows resets and carried states, in two parts as
-`dense_jax.ops.chunked_linear`: `lti_states` finds the state before each chunk, `lti_read`
-answers any query from those and the tokens inside the chunk. All of it is float32.
+In two parts, as `dense_jax.ops.matrix.chunked`: `lti_chunk_states` finds the state before each
+chunk, `lti_chunk_read` answers any query from those and the tokens inside the chunk.
 """
 
 import chex
@@ -11,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops.chunks import chunk_length, split_time
-from dense_jax.ops.lti import System
+from dense_jax.ops.lti.system import System
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array
 
@@ -21,70 +19,11 @@ from dense_jax.types import Array
 DEFAULT_CHUNK = 32
 
 
-def fft_length(minimum: int) -> int:
-  """The shortest length of at least `minimum` that has no prime factor above 5."""
-  length = minimum
-  while True:
-    rest = length
-    for factor in (2, 3, 5):
-      while rest % factor == 0:
-        rest //= factor
-    if rest == 1:
-      return length
-    length += 1
-
-
-def _spectrum(x_BTE: Array, length: int) -> tuple[Array, Array]:
-  """Real and imaginary part of the zero-padded transform over time, [B, E, F]."""
-  spectrum = jnp.fft.rfft(jnp.swapaxes(x_BTE, 1, 2).astype(jnp.float32), n=length)
-  return spectrum.real, spectrum.imag
-
-
-def _signal(re: Array, im: Array, length: int, time: int) -> Array:
-  """The inverse of `_spectrum`, cut to `time`."""
-  return jnp.swapaxes(jnp.fft.irfft(jax.lax.complex(re, im), n=length)[..., :time], 1, 2)
-
-
-@jax.custom_vjp
-def fft_convolution(x_BTE: Array, k_TE: Array) -> Array:
-  """y_t = sum over j <= t of k_j x_{t-j}, float32.
-
-  Its gradient transforms x and k again, instead of keeping spectra of twice their padded
-  size, and needs real transforms only.
-  """
-  chex.assert_shape(k_TE, x_BTE.shape[1:])
-  time = x_BTE.shape[1]
-  length = fft_length(2 * time - 1)
-  (x_re, x_im), (k_re, k_im) = _spectrum(x_BTE, length), _spectrum(k_TE[None], length)
-  return _signal(x_re * k_re - x_im * k_im, x_re * k_im + x_im * k_re, length, time)
-
-
-def _forward(x_BTE: Array, k_TE: Array) -> tuple[Array, tuple[Array, Array]]:
-  return fft_convolution(x_BTE, k_TE), (x_BTE, k_TE)
-
-
-def _backward(saved: tuple[Array, Array], gradient_BTE: Array) -> tuple[Array, Array]:
-  x_BTE, k_TE = saved
-  time = x_BTE.shape[1]
-  length = fft_length(2 * time - 1)
-  (x_re, x_im), (k_re, k_im) = _spectrum(x_BTE, length), _spectrum(k_TE[None], length)
-  g_re, g_im = _spectrum(gradient_BTE, length)
-  # Correlations: the other factor's spectrum is conjugated.
-  x_gradient = _signal(g_re * k_re + g_im * k_im, g_im * k_re - g_re * k_im, length, time)
-  k_re = jnp.sum(g_re * x_re + g_im * x_im, axis=0, keepdims=True)
-  k_im = jnp.sum(g_im * x_re - g_re * x_im, axis=0, keepdims=True)
-  k_gradient = _signal(k_re, k_im, length, time)[0]
-  return x_gradient.astype(x_BTE.dtype), k_gradient.astype(k_TE.dtype)
-
-
-fft_convolution.defvjp(_forward, _backward)
-
-
 def _contract(formula: str, *arrays: Array) -> Array:
   return jnp.einsum(formula, *arrays, precision=jax.lax.Precision.HIGHEST)
 
 
-def lti_states(
+def lti_chunk_states(
     system: System,
     x_BTE: Array,
     resets_BT: Array | None,
@@ -93,14 +32,14 @@ def lti_states(
     *,
     chunk: int = 0,
 ) -> tuple[Array, Array]:
-  """The states between chunks.
+  """Computes the states between chunks.
 
   Args:
     system: the discretised systems.
     x_BTE: inputs.
     resets_BT: bool, clears the state before a token; None never does.
-    valid_BT: bool, false at padding, which may only follow a row's last token; None where
-      there is none.
+    valid_BT: bool, false at padding, which may only follow a row's last token; None means
+      that there is none.
     initial_BNE: float32 state before the first token.
     chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
 
@@ -215,7 +154,7 @@ def _inside(k_CE: Array, x_BGCE: Array, count_BGC: Array | None) -> Array:
   return jnp.moveaxis(y_EBGQ, 0, 3)
 
 
-def lti_read(
+def lti_chunk_read(
     system: System,
     c_EN: Array,
     x_BTE: Array,
@@ -224,9 +163,9 @@ def lti_read(
     *,
     chunk: int = 0,
 ) -> Array:
-  """y_BTE = c h_t, float32, from the states between chunks (arguments as `lti_states`'s).
+  """Computes y_BTE = c h_t, float32, from the states between chunks.
 
-  Its values at padding mean nothing.
+  The arguments are those of `lti_chunk_states`; values at padding mean nothing.
   """
   batch, time, width = x_BTE.shape
   chunk = chunk_length(chunk, DEFAULT_CHUNK, time)

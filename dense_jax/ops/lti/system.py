@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dense_jax.ops.cauchy import truncated_kernel
+from dense_jax.ops.lti.cauchy import truncated_kernel
 from dense_jax.types import Array
 
 Pair: TypeAlias = tuple[Array, Array]

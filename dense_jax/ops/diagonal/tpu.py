@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dense_jax.ops.chunks import pad_time
-from dense_jax.ops.pallas.selective_kernels import (
+from dense_jax.ops.diagonal.tpu_kernels import (
     GROUP,
     Diagonal,
     backward_kernel,

@@ -1,0 +1,51 @@
+"""Gates of dense connections: low-rank maps from a layer's input."""
+
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from dense_jax.config import ModelConfig
+from dense_jax.layers.linear import Linear, xavier_uniform, zeros
+from dense_jax.types import Array
+
+
+def bottleneck(config: ModelConfig) -> int:
+  """Returns R, the rank of every map that dense connections make from a layer's input."""
+  return max(1, config.width // config.dense.gate_reduction)
+
+
+class Gate(nnx.Module):
+  """silu(silu(x W1) W2) of the layer's input (released DenseRetNet).
+
+  Args:
+    config: the model.
+    width: channels of the gate.
+    axis: their logical axis.
+  """
+
+  def __init__(self, config: ModelConfig, width: int, axis: str | None, rngs: nnx.Rngs) -> None:
+    rank = bottleneck(config)
+    # Started at zero the gate is zero, yet it learns: silu has slope 1/2 there.
+    last = zeros if config.dense.gate_init == "zeros" else xavier_uniform(2**-2.5)
+    self.down = Linear(
+        config.width, rank, axes=("embed", None), init=xavier_uniform(2**-2.5), rngs=rngs
+    )
+    self.up = Linear(rank, width, axes=(None, axis), init=last, rngs=rngs)
+
+  def __call__(self, x_D: Array) -> Array:
+    """Maps [..., D] to [..., width]."""
+    return jax.nn.silu(self.up(jax.nn.silu(self.down(x_D))))
+
+
+def make_gates(
+    config: ModelConfig, sources: int, width: int, axis: str | None, rngs: nnx.Rngs
+) -> nnx.List:
+  """Makes one gate for all sources, or one for each, nearest first."""
+  count = 1 if config.dense.gate_sharing == "shared" else sources
+  return nnx.List([Gate(config, width, axis, rngs) for _ in range(count)])
+
+
+def of_source(gates: Sequence[Gate], source: int) -> Gate:
+  """Returns the gate of a source, where one may stand for all."""
+  return gates[source if len(gates) > 1 else 0]

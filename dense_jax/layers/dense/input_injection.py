@@ -1,0 +1,73 @@
+"""Input injection (released DenseRetNet): shallow inputs enter a layer's recurrence."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from flax import nnx
+
+from dense_jax.config import ModelConfig
+from dense_jax.layers.dense.connection import Inputs, Shared
+from dense_jax.layers.dense.gate import make_gates, of_source
+from dense_jax.layers.linear import RMSNorm
+from dense_jax.layers.metrics import record_rms, record_spread
+from dense_jax.ops.recurrence import Recurrence
+from dense_jax.types import Array
+
+
+class InputInjection(nnx.Module):
+  """Equation (5): each input k of the recurrence becomes
+
+      k' = RMSNorm(k + sum_i gate_k(x) * k_i)
+
+  with k_i the same input of the i-th layer below, before that layer's own fusion (or, with
+  `source="fused"`, after it).
+
+  Args:
+    config: the model.
+    sources: S, the layers that are read.
+    inputs: name -> (width, logical axis) of the recurrence's inputs.
+  """
+
+  def __init__(
+      self, config: ModelConfig, *, sources: int,
+      inputs: Mapping[str, tuple[int, str | None]], rngs: nnx.Rngs,
+  ) -> None:
+    self.share_fused = config.dense.source == "fused"
+    if config.dense.gate != "none":
+      self.gates = nnx.Dict({
+          name: make_gates(config, sources, width, axis, rngs)
+          for name, (width, axis) in inputs.items()
+      })
+    self.norms = nnx.Dict({
+        name: RMSNorm(width, axis=axis, epsilon=config.norm_eps, rngs=rngs)
+        for name, (width, axis) in inputs.items()
+        if config.dense.input_norm
+    })
+
+  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
+    """See `Connection`."""
+    fused = {}
+    for name, total in own.items():
+      record_rms(f"{name}_rms", lambda total=total: total)
+      for index, source in enumerate(shallow):
+        read = cast(Inputs, source)[name]
+        if hasattr(self, "gates"):
+          gate = of_source(self.gates[name], index)(x_D)
+          record_spread(f"{name}_gate_{index + 1}", lambda gate=gate: gate)
+          read = gate * read
+        record_rms(f"{name}_source_{index + 1}_rms", lambda read=read: read)
+        total = total + read
+      fused[name] = self.norms[name](total) if name in self.norms else total
+    return fused
+
+  def run(
+      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared]
+  ) -> tuple[Array, Array, Recurrence]:
+    """See `Connection`: equation (2), on the fused inputs."""
+    del x_D, shallow
+    return *states.run(query), states
+
+  def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
+    """See `Connection`."""
+    del states
+    return fused if self.share_fused else own

@@ -1,0 +1,73 @@
+"""State injection (arXiv 2403.00818, section 3): a layer reads the states of those below it."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from flax import nnx
+
+from dense_jax.config import ModelConfig
+from dense_jax.layers.dense.connection import Inputs, Shared
+from dense_jax.layers.dense.fused_states import fused_states
+from dense_jax.layers.dense.fusion import FUSIONS
+from dense_jax.layers.dense.transition import ReadShape, Transition
+from dense_jax.layers.metrics import record, record_rms, record_spread
+from dense_jax.ops.recurrence import Read, Recurrence
+from dense_jax.types import Array
+
+
+class StateInjection(nnx.Module):
+  """Equations (3) and (4), for the layer's own states h and those h_i of the i-th layer below:
+
+      h' = Fuse(h, phi_1(h_1), ..., phi_S(h_S))        y = C h'
+
+  h' is read and never carried on, so that each layer's recurrence stays as it is. No state is
+  stored either: as far as phi and Fuse are linear in states, reading h' is reading h and each
+  h_i with a query of its own, and the reads are added.
+
+  Args:
+    config: the model.
+    reads: what is read.
+  """
+
+  def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:
+    self.transition = Transition(config, reads, rngs)
+    self.fusion = FUSIONS[config.dense.fusion](config, reads, rngs)
+    self.share_fused = config.dense.source == "fused"
+    self.recompute = config.remat in ("reads", "full")
+
+  def run(
+      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared]
+  ) -> tuple[Array, Array, Recurrence]:
+    """See `Connection`."""
+    sources = [cast(Recurrence, source) for source in shallow]
+    phis = [self.transition(x_D, index) for index in range(len(sources))]
+    own_query, *queries = self.fusion.queries(query)
+    reads = [
+        phi.as_read(source, source_query, dtype=x_D.dtype, recompute=self.recompute)
+        for phi, source, source_query in zip(phis, sources, queries, strict=True)
+    ]
+    _record(states, own_query, reads)
+    y, final = self.fusion(x_D, states, own_query, reads)
+    if self.share_fused:  # One source, for then each layer's h' holds all those below it.
+      states = fused_states(states, sources[0], phis[0])
+    return y, final, states
+
+  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
+    """See `Connection`: the layer's own inputs as they are."""
+    del x_D, shallow
+    return own
+
+  def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
+    """See `Connection`."""
+    del own, fused
+    return states
+
+
+def _record(states: Recurrence, own_query: Array, reads: Sequence[Read]) -> None:
+  """Records the size of the own read and, for each source, of its gate and its gated read."""
+  own = record_rms("own_read_rms", lambda: states.read(own_query))
+  for number, read in enumerate(reads, 1):
+    if read.gate is not None:
+      record_spread(f"gate_{number}", lambda read=read: read.gate)
+    source = record_rms(f"source_{number}_read_rms", read.value)
+    record(f"source_{number}_ratio", lambda source=source: source / own)

@@ -1,0 +1,173 @@
+"""The selective transition phi: what a layer makes of a shallower layer's states.
+
+    phi(h) = g_E * g_N * W h
+
+with gates made from the reading layer's own input. Where W is linear, reading phi(h) with a
+query is reading h with another query, so that no state is ever stored.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dense_jax.config import ModelConfig
+from dense_jax.layers.dense.gate import make_gates, of_source
+from dense_jax.layers.linear import normal, parameter
+from dense_jax.ops.recurrence import Read, Recurrence
+from dense_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadShape:
+  """What a layer reads of shallower layers' states.
+
+  Attributes:
+    sources: S, the layers that are read.
+    query: trailing shape of the mixer's query, (N,) or (J, N).
+    channels: E, the width of a read.
+    fixed_query: whether the query is a parameter [E, N], not a function of the token.
+  """
+
+  sources: int
+  query: tuple[int, ...]
+  channels: int
+  fixed_query: bool
+
+
+def project_query(query_N: Array, matrix: Array) -> Array:
+  """Returns W^T q: [..., N] with W [N, N], or [..., J, N] with one W for each group of heads."""
+  rule = "...jn,jnm->...jm" if matrix.ndim == 3 else "...n,nm->...m"
+  return jnp.einsum(rule, query_N, matrix.astype(query_N.dtype))
+
+
+def identity_matrices(rngs: nnx.Rngs, count: int, query: tuple[int, ...]) -> nnx.Param:
+  """Makes `count` maps over the state axis, for queries of that trailing shape: identities."""
+  return parameter(
+      rngs, (count, *query, query[-1]),
+      (None, "heads", None, None) if len(query) == 2 else (None, None, None),
+      lambda _, shape: jnp.broadcast_to(jnp.eye(shape[-1], dtype=jnp.float32), shape),
+  )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projection:
+  """g_N * W h as a function of one token's states.
+
+  Attributes:
+    matrix: W if it is linear, [N, N] or [J, N, N]; None means the identity.
+    low_rank: V [N, R] and U [R, N] of h + U silu(V h), added to W; None means neither.
+  """
+
+  matrix: Array | None
+  low_rank: tuple[Array, Array] | None
+
+  def __call__(self, h_N: Array, gate_N: Array | None) -> Array:
+    """Maps one token's states [B, ..., N] to the same shape; `gate_N` is [B, N]."""
+    if self.matrix is not None and self.matrix.ndim == 3:
+      matrix_HNN = jnp.repeat(self.matrix, h_N.shape[1] // self.matrix.shape[0], axis=0)
+      h_N = jnp.einsum("bhpm,hnm->bhpn", h_N, matrix_HNN)
+    elif self.matrix is not None:
+      h_N = jnp.einsum("...m,nm->...n", h_N, self.matrix)
+    if self.low_rank is not None:
+      down_NR, up_RN = self.low_rank
+      h_N = h_N + jnp.dot(jax.nn.silu(jnp.dot(h_N, down_NR)), up_RN)
+    if gate_N is not None:
+      shape = (gate_N.shape[0], *(1,) * (h_N.ndim - 2), -1)
+      h_N = h_N * gate_N.astype(h_N.dtype).reshape(shape)
+    return h_N
+
+
+def gate_states(gate_E: Array | None, h_EN: Array) -> Array:
+  """Multiplies states [..., E, N] or [..., H, P, N] by a gate of channels [..., E]; float32."""
+  h_EN = h_EN.astype(jnp.float32)
+  if gate_E is None:
+    return h_EN
+  return gate_E.astype(jnp.float32).reshape(*h_EN.shape[:-1], 1) * h_EN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Phi:
+  """The transition of one source, at the tokens at hand.
+
+  Attributes:
+    gate_E: of channels, [..., E]; None means 1.
+    gate_N: of the state axis, [..., N]; None means 1.
+    projection: W.
+    fixed_query: whether the family's query is a parameter [E, N].
+  """
+
+  gate_E: Array | None
+  gate_N: Array | None
+  projection: Projection
+  fixed_query: bool = dataclasses.field(metadata={"static": True})
+
+  def as_read(
+      self, source: Recurrence, query: Array, *, dtype: jnp.dtype = jnp.dtype("float32"),
+      recompute: bool = False,
+  ) -> Read:
+    """Returns the read of phi(h) with a query; `dtype` and `recompute` are those of `Read`.
+
+    It asks h another query where there is one, and maps the states token by token else: where
+    W is not linear, or g_N depends on the token and the query does not.
+    """
+    matrix, gate_N = self.projection.matrix, self.gate_N
+    if self.projection.low_rank is not None or (gate_N is not None and self.fixed_query):
+      return Read(
+          source, query, self.gate_E, gate_N, self.projection, dtype=dtype, recompute=recompute
+      )
+    if gate_N is not None:
+      between = (1,) * (query.ndim - gate_N.ndim)
+      query = query * gate_N.reshape(*gate_N.shape[:-1], *between, -1)
+    if matrix is not None:
+      query = project_query(query, matrix)
+    return Read(source, query, self.gate_E, dtype=dtype, recompute=recompute)
+
+  def __call__(self, h_EN: Array) -> Array:
+    """Returns phi(h) of one token's states, [B, E, N] or [B, H, P, N]; float32."""
+    return gate_states(self.gate_E, self.projection(h_EN, self.gate_N))
+
+
+class Transition(nnx.Module):
+  """The parameters of phi for all sources of a layer.
+
+  Args:
+    config: the model.
+    reads: what is read.
+  """
+
+  def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:
+    dense, state_size = config.dense, reads.query[-1]
+    self.projection, self.fixed_query = dense.transition, reads.fixed_query
+    if dense.gate != "none":
+      self.channel_gates = make_gates(config, reads.sources, reads.channels, "inner", rngs)
+    if dense.gate == "channel_state":
+      self.state_gates = make_gates(config, reads.sources, state_size, None, rngs)
+    if self.projection == "linear":
+      self.linear = identity_matrices(rngs, reads.sources, reads.query)
+    elif self.projection == "mlp":
+      rank = dense.transition_rank
+      self.down = parameter(
+          rngs, (reads.sources, state_size, rank), (None, None, None), normal(state_size**-0.5)
+      )
+      self.up = parameter(
+          rngs, (reads.sources, rank, state_size), (None, None, None),
+          lambda _, shape: jnp.zeros(shape),
+      )
+
+  def __call__(self, x_D: Array, source: int) -> Phi:
+    """Returns phi of a source (0 is the nearest) at the layer's input [..., D]."""
+    gate_E = gate_N = matrix = low_rank = None
+    if hasattr(self, "channel_gates"):
+      gate_E = of_source(self.channel_gates, source)(x_D)
+    if hasattr(self, "state_gates"):
+      # Around one: were both gates zero at the start, neither would learn.
+      gate_N = 1 + of_source(self.state_gates, source)(x_D)
+    if self.projection == "linear":
+      matrix = self.linear[...][source]
+    elif self.projection == "mlp":
+      low_rank = self.down[...][source], self.up[...][source]
+    return Phi(gate_E, gate_N, Projection(matrix, low_rank), self.fixed_query)

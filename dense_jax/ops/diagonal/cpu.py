@@ -1,0 +1,47 @@
+"""Diagonal states on XLA's CPU backend: a workaround for a batch of one row."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.diagonal.chunked import token_by_token
+from dense_jax.ops.diagonal.sequence import RecurrentDiagonal
+from dense_jax.types import Array
+
+
+def _halves(x: Array) -> Array:
+  """[1, T, E] -> [2, T, E / 2]: half the channels a row."""
+  return jnp.moveaxis(x.reshape(x.shape[1], 2, -1), 1, 0)
+
+
+def _joined(x: Array) -> Array:
+  """The inverse of `_halves`."""
+  return jnp.moveaxis(x, 0, 1).reshape(1, x.shape[1], -1)
+
+
+def _twice(x: Array) -> Array:
+  return jnp.concatenate([x, x])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CpuRecurrentDiagonal(RecurrentDiagonal):
+  """Token by token; one row runs as two rows of half the channels.
+
+  Channels do not meet, so that the result is the same. XLA's CPU backend compiles the unrolled
+  steps of a single row into code that is up to 11 times as slow (4096 tokens, E 256, N 16,
+  forward and backward: 207 us a token against 19, two cores).
+  """
+
+  def _scan(self, c_BTN: Array) -> tuple[Array, Array]:
+    batch, _, width = self.x_BTE.shape
+    if batch > 1 or width % 2:
+      return super()._scan(c_BTN)
+    y, final = token_by_token(
+        _halves(self.dt_BTE()), _halves(self.a_NE[None]), _halves(self.x_BTE),
+        _twice(self.b_BTN), _twice(c_BTN),
+        None if self.resets_BT is None else _twice(self.resets_BT),
+        _halves(self.before_first()), chunk=self.chunk,
+    )
+    return _joined(y), _joined(final)

@@ -1,0 +1,33 @@
+"""Step sizes of the selective recurrence, kept as what they are made from."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.matmul import matmul, spread
+from dense_jax.types import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepSizes:
+  """dt = softplus(low W + bias), as what it is made from: R numbers a token, not E.
+
+  Attributes:
+    low_BTR: the low-rank step sizes; in decoding low_BR.
+    kernel_RE: float32 map W.
+    bias_E: float32.
+    valid_BT: bool, false where dt is zero (padding); None means all true.
+  """
+
+  low_BTR: Array
+  kernel_RE: Array
+  bias_E: Array
+  valid_BT: Array | None = None
+
+  def dt(self) -> Array:
+    """Computes dt_BTE, float32."""
+    dt = matmul(self.low_BTR, self.kernel_RE).astype(jnp.float32)
+    dt = jax.nn.softplus(dt + spread(self.bias_E, dt))
+    return dt if self.valid_BT is None else jnp.where(self.valid_BT[..., None], dt, 0)

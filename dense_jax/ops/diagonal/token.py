@@ -1,0 +1,41 @@
+"""A diagonal state at one token of decoding, as a recurrence."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.diagonal.reference import diagonal_read
+from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DiagonalToken:
+  """The state h_BNE, float32, after one token."""
+
+  h_BNE: Array
+
+  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
+    """See `Recurrence`: c_BN -> y_BE, h_BNE."""
+    return add_reads(self.read(query), reads), self.h_BNE
+
+  def read(self, query: Array) -> Array:
+    """See `Recurrence`: c_BN -> y_BE."""
+    return diagonal_read(self.h_BNE, query)
+
+  def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
+    """See `Recurrence`: c_BN -> y_BE."""
+    h_BEN = function(self.materialize(), inputs)
+    return jnp.einsum("ben,bn->be", h_BEN, query.astype(jnp.float32))
+
+  def materialize(self) -> Array:
+    """See `Recurrence`: h_BEN."""
+    return jnp.swapaxes(self.h_BNE, 1, 2)
+
+  def plus(self, h: Array) -> Self:
+    """See `TokenRecurrence`."""
+    return dataclasses.replace(self, h_BNE=self.h_BNE + jnp.swapaxes(h, 1, 2))

@@ -1,0 +1,122 @@
+"""States of time-invariant systems over whole sequences, as recurrences."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.lti.chunked import lti_chunk_read, lti_chunk_states
+from dense_jax.ops.lti.convolution import fft_convolution
+from dense_jax.ops.lti.reference import lti_read, lti_states
+from dense_jax.ops.lti.system import System
+from dense_jax.ops.lti.token import LtiToken
+from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.ops.token_scan import token_scan
+from dense_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LtiSequence:
+  """States h_BTNE of time-invariant systems, as the systems and their inputs.
+
+  The base class of the implementations: each says in `_scan` how one query is answered.
+
+  Attributes:
+    system: the discretised systems, one a channel.
+    x_BTE: inputs.
+    resets_BT: bool, clears the state before a token; None never does.
+    valid_BT: bool, false at padding; None means that there is none.
+    initial_BNE: float32 state before the first token; None means zero.
+    chunk: tokens a chunk; 0 takes the implementation's own.
+  """
+
+  system: System
+  x_BTE: Array
+  resets_BT: Array | None
+  valid_BT: Array | None
+  initial_BNE: Array | None
+  chunk: int = dataclasses.field(metadata={"static": True})
+
+  def before_first(self) -> Array:
+    """Returns the state before the first token, h_BNE."""
+    if self.initial_BNE is not None:
+      return self.initial_BNE
+    batch, _, width = self.x_BTE.shape
+    return jnp.zeros((batch, self.system.b_NE.shape[0], width), jnp.float32)
+
+  def _scan(self, c_EN: Array) -> tuple[Array, Array]:
+    """y_BTE and the state after the last token, h_BNE; float32."""
+    raise NotImplementedError
+
+  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
+    """See `Recurrence`: c_EN -> y_BTE, h_BNE."""
+    y_BTE, final_BNE = self._scan(query)
+    return add_reads(y_BTE, reads), final_BNE
+
+  def read(self, query: Array) -> Array:
+    """See `Recurrence`: c_EN -> y_BTE."""
+    return self._scan(query)[0]
+
+  def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
+    """See `Recurrence`: c_EN -> y_BTE."""
+    return self._by_token(
+        lambda h_BNE, token: LtiToken(h_BNE).read_mapped(query, function, token), inputs
+    )[0]
+
+  def _by_token(
+      self, read: Callable[[Array, PyTree], Array], queries: PyTree
+  ) -> tuple[Array, Array]:
+    valid_BT = self.valid_BT
+    if valid_BT is None:  # An input of zero does not leave these states as they are.
+      valid_BT = jnp.ones(self.x_BTE.shape[:2], bool)
+    return token_scan(
+        self.system.stepper(), read, self.before_first(), (self.x_BTE,), queries, self.resets_BT,
+        valid_BT, chunk=self.chunk,
+    )
+
+  def materialize(self) -> Array:
+    """See `Recurrence`: h_BTEN, float32."""
+    states, _ = lti_states(
+        *self.system.dense(), self.x_BTE, self.resets_BT, self.before_first()
+    )
+    return jnp.swapaxes(states, 2, 3)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentLti(LtiSequence):
+  """Token by token, by `jax.lax.scan` inside rematerialised chunks."""
+
+  def _scan(self, c_EN: Array) -> tuple[Array, Array]:
+    return self._by_token(lambda h_BNE, _: lti_read(h_BNE, c_EN), None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkedLti(LtiSequence):
+  """By matmuls over chunks."""
+
+  def _scan(self, c_EN: Array) -> tuple[Array, Array]:
+    before_BGNE, final_BNE = lti_chunk_states(
+        self.system, self.x_BTE, self.resets_BT, self.valid_BT, self.before_first(),
+        chunk=self.chunk,
+    )
+    y_BTE = lti_chunk_read(
+        self.system, c_EN, self.x_BTE, self.resets_BT, before_BGNE, chunk=self.chunk
+    )
+    return y_BTE, final_BNE
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConvolvedLti(ChunkedLti):
+  """By convolutions of rows that are one document from its beginning; by chunks of others."""
+
+  def _scan(self, c_EN: Array) -> tuple[Array, Array]:
+    y_BTE, final_BNE = super()._scan(c_EN)
+    if self.initial_BNE is None and self.resets_BT is None:
+      kernel_TE = self.system.kernel(c_EN, self.x_BTE.shape[1])
+      y_BTE = fft_convolution(self.x_BTE, kernel_TE)  # The chunks' own read is not computed.
+    return y_BTE, final_BNE

@@ -1,0 +1,40 @@
+"""The state of time-invariant systems at one token of decoding, as a recurrence."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.lti.reference import lti_read
+from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LtiToken:
+  """The state h_BNE, float32, after one token; its query is one for all tokens."""
+
+  h_BNE: Array
+
+  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
+    """See `Recurrence`: c_EN -> y_BE, h_BNE."""
+    return add_reads(self.read(query), reads), self.h_BNE
+
+  def read(self, query: Array) -> Array:
+    """See `Recurrence`: c_EN -> y_BE."""
+    return lti_read(self.h_BNE, query)
+
+  def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
+    """See `Recurrence`: c_EN -> y_BE."""
+    return jnp.einsum("ben,en->be", function(self.materialize(), inputs), query)
+
+  def materialize(self) -> Array:
+    """See `Recurrence`: h_BEN."""
+    return jnp.swapaxes(self.h_BNE, 1, 2)
+
+  def plus(self, h: Array) -> Self:
+    """See `TokenRecurrence`."""
+    return dataclasses.replace(self, h_BNE=self.h_BNE + jnp.swapaxes(h, 1, 2))

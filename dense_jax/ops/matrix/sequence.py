@@ -1,0 +1,121 @@
+"""Matrix states of whole sequences, as recurrences."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.matrix.chunked import chunk_read, chunk_states
+from dense_jax.ops.matrix.reference import matrix_read, matrix_states, matrix_step
+from dense_jax.ops.matrix.token import MatrixToken
+from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.ops.token_scan import token_scan
+from dense_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MatrixSequence:
+  """States h_BTHPN of a matrix-state recurrence, as the inputs that make them.
+
+  The base class of the implementations: each says in `_scan` how one query is answered.
+
+  Attributes:
+    k_BTJN: keys, zero at padding; head h takes those of group h // (H / J).
+    v_BTHP: values, of the keys' dtype.
+    log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
+    resets_BT: bool, clears the state before a token; None never does.
+    initial_BHPN: float32 state before the first token; None means zero.
+    chunk: tokens a chunk; 0 takes the implementation's own.
+  """
+
+  k_BTJN: Array
+  v_BTHP: Array
+  log_decay_BTH: Array
+  resets_BT: Array | None
+  initial_BHPN: Array | None
+  chunk: int = dataclasses.field(metadata={"static": True})
+
+  def before_first(self) -> Array:
+    """Returns the state before the first token, h_BHPN."""
+    if self.initial_BHPN is not None:
+      return self.initial_BHPN
+    batch, _, heads, channels = self.v_BTHP.shape
+    return jnp.zeros((batch, heads, channels, self.k_BTJN.shape[-1]), jnp.float32)
+
+  def _scan(self, q_BTJN: Array) -> tuple[Array, Array]:
+    """y_BTHP and the state after the last token, h_BHPN; float32."""
+    raise NotImplementedError
+
+  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
+    """See `Recurrence`: q_BTJN -> y_BTHP, h_BHPN."""
+    y_BTHP, final_BHPN = self._scan(query)
+    return add_reads(y_BTHP, reads), final_BHPN
+
+  def read(self, query: Array) -> Array:
+    """See `Recurrence`: q_BTJN -> y_BTHP."""
+    return self._scan(query)[0]
+
+  def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
+    """See `Recurrence`: q_BTJN -> y_BTHP."""
+
+    def read(h_BHPN: Array, token: PyTree) -> Array:
+      return MatrixToken(h_BHPN).read_mapped(token[0], function, token[1])
+
+    return self._by_token(read, (query, inputs))[0]
+
+  def _by_token(
+      self, read: Callable[[Array, PyTree], Array], queries: PyTree
+  ) -> tuple[Array, Array]:
+    def step(h_BHPN: Array, k_BJN: Array, v_BHP: Array, log_decay_BH: Array) -> Array:
+      return matrix_step(h_BHPN, log_decay_BH, k_BJN, v_BHP)
+
+    return token_scan(
+        step, read, self.before_first(), (self.k_BTJN, self.v_BTHP, self.log_decay_BTH), queries,
+        self.resets_BT, chunk=self.chunk,
+    )
+
+  def materialize(self) -> Array:
+    """See `Recurrence`: h_BTHPN, float32."""
+    states, _ = matrix_states(
+        self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self.before_first()
+    )
+    return states
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentMatrix(MatrixSequence):
+  """Token by token, by `jax.lax.scan` inside rematerialised chunks."""
+
+  def _scan(self, q_BTJN: Array) -> tuple[Array, Array]:
+    return self._by_token(matrix_read, q_BTJN)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkedMatrix(MatrixSequence):
+  """By matmuls over chunks, and a `jax.lax.scan` over the states between them."""
+
+  associative: ClassVar[bool] = False
+
+  def _scan(self, q_BTJN: Array) -> tuple[Array, Array]:
+    before_BGHPN, final_BHPN = chunk_states(
+        self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self.before_first(),
+        associative=self.associative, chunk=self.chunk,
+    )
+    y_BTHP = chunk_read(
+        q_BTJN, self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, before_BGHPN,
+        chunk=self.chunk,
+    )
+    return y_BTHP, final_BHPN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AssociativeMatrix(ChunkedMatrix):
+  """By matmuls over chunks, and a `jax.lax.associative_scan` over the states between them."""
+
+  associative: ClassVar[bool] = True

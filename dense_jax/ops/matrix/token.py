@@ -1,0 +1,39 @@
+"""A matrix state at one token of decoding, as a recurrence."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Self
+
+import jax
+
+from dense_jax.ops.matrix.reference import matrix_read
+from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MatrixToken:
+  """The state h_BHPN, float32, after one token."""
+
+  h_BHPN: Array
+
+  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
+    """See `Recurrence`: q_BJN -> y_BHP, h_BHPN."""
+    return add_reads(self.read(query), reads), self.h_BHPN
+
+  def read(self, query: Array) -> Array:
+    """See `Recurrence`: q_BJN -> y_BHP."""
+    return matrix_read(self.h_BHPN, query)
+
+  def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
+    """See `Recurrence`: q_BJN -> y_BHP."""
+    return matrix_read(function(self.h_BHPN, inputs), query)
+
+  def materialize(self) -> Array:
+    """See `Recurrence`: h_BHPN."""
+    return self.h_BHPN
+
+  def plus(self, h: Array) -> Self:
+    """See `TokenRecurrence`."""
+    return dataclasses.replace(self, h_BHPN=self.h_BHPN + h)

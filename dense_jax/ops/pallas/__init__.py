@@ -1,1 +1,0 @@
-"""TPU kernels, each beside nothing but its own tuning knobs."""
