@@ -12,7 +12,8 @@ Arrays carry their axes as a suffix: ``x_BTD`` is batch, time, model width.
     R  rank of a low-rank map    J  groups of heads that share keys and queries
     M  conjugate pairs of a complex state, N / 2
 
-A scalar axis of size one that broadcasts keeps its letter.
+An axis of size one that broadcasts keeps its letter. In code that serves whole sequences and one
+token alike, suffixes name the trailing axes only: ``x_D`` is [B, T, D] or [B, D].
 """
 
 import dataclasses

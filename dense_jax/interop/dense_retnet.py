@@ -10,8 +10,8 @@ from dense_jax.config import DenseConfig, ModelConfig, build
 from dense_jax.errors import InputError
 from dense_jax.interop.keys import Keys
 from dense_jax.interop.layout import PLAIN, TRANSPOSED, Config, Layout, Place, llama_like, per_layer
+from dense_jax.layers.dense.gate import bottleneck
 from dense_jax.layers.gau_retnet import GauRetNetConfig
-from dense_jax.layers.transition import bottleneck
 
 NAME = "DenseRetNet (query_key_dim, v_factor and dense_block_layers)"
 

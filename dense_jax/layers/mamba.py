@@ -110,14 +110,15 @@ class Mamba(nnx.Module):
       shallow: Sequence[Shared],
   ) -> MixerOutput:
     """See `Mixer`."""
+    tail_BWE, h_BNE = (None, None) if state is None else (state.tail_BWE, state.h_BNE)
     z_E = self.gate_proj(x_D)
-    x_E, tail_BWE = self.conv(self.in_proj(x_D), tokens, state and state.tail_BWE)
+    x_E, tail_BWE = self.conv(self.in_proj(x_D), tokens, tail_BWE)
     dt, b_N, c_N = self._selected(x_E)
     own = {"b": b_N, "x": x_E}
     fused = self.dense.fuse_inputs(x_D, own, shallow)
     a_NE = -jnp.exp(self.a_log[...])
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(dt.dt()[..., None, :] * a_NE))
-    states = self.recurrence(dt, a_NE, fused["x"], fused["b"], tokens, state and state.h_BNE)
+    states = self.recurrence(dt, a_NE, fused["x"], fused["b"], tokens, h_BNE)
     y_E, h_BNE, states = self.dense.run(x_D, c_N, states, shallow)
     return MixerOutput(
         self._output(y_E, x_E, z_E), MambaState(tail_BWE, h_BNE),

@@ -153,9 +153,12 @@ class Mamba2(nnx.Module):
       shallow: Sequence[Shared],
   ) -> MixerOutput:
     """See `Mixer`."""
+    x_tail_BWE = bc_tail_BWN = h_BHPN = None
+    if state is not None:
+      x_tail_BWE, bc_tail_BWN, h_BHPN = state.x_tail_BWE, state.bc_tail_BWN, state.h_BHPN
     z_E, x_E, bc, dt_H = self._project(x_D)
-    x_E, x_tail_BWE = self.x_conv(x_E, tokens, state and state.x_tail_BWE)
-    bc, bc_tail_BWN = self.bc_conv(bc, tokens, state and state.bc_tail_BWN)
+    x_E, x_tail_BWE = self.x_conv(x_E, tokens, x_tail_BWE)
+    bc, bc_tail_BWN = self.bc_conv(bc, tokens, bc_tail_BWN)
     b, c = jnp.split(bc, 2, axis=-1)
     own = {"b": b, "x": x_E}
     fused = self.dense.fuse_inputs(x_D, own, shallow)
@@ -164,7 +167,7 @@ class Mamba2(nnx.Module):
     x_HP = self._by_head(fused["x"])
     states = self.recurrence(
         self._by_group(fused["b"]), (dt_H[..., None] * x_HP).astype(x_HP.dtype), log_decay_H,
-        tokens, state and state.h_BHPN,
+        tokens, h_BHPN,
     )
     y_HP, h_BHPN, states = self.dense.run(x_D, self._by_group(c), states, shallow)
     return MixerOutput(

@@ -1,9 +1,9 @@
 """Numbers that leave a layer, to be plotted: `record` in a layer, `collecting` around it.
 
-A layer says `record("gate_mean", lambda: gate)`, and that is all: the stack collects what each
+A layer says `record("gate_mean", gate)`, and that is all: the stack collects what each
 of its layers records, the train step returns it beside the loss, and the loop writes it down
-(`config.train.layer_metrics_every`). In all other steps `record` does nothing and the value is
-not computed, so that the compiled program is the same as without it.
+(`config.train.layer_metrics_every`). In all other steps `record` does nothing and what
+would be computed for it is not, so that the compiled program is the same as without it.
 """
 
 import contextlib
@@ -18,6 +18,9 @@ from dense_jax.types import Array
 
 Aux = dict[str, Array]
 """The metrics of one layer: name -> float32 scalar."""
+
+Value = Array | Callable[[], Array]
+"""An array that the layer has anyway, or what makes one for the metric alone."""
 
 _AUX: contextvars.ContextVar[Aux | None] = contextvars.ContextVar("aux", default=None)
 
@@ -37,13 +40,13 @@ def collecting() -> Iterator[Aux]:
     _AUX.reset(token)
 
 
-def record(name: str, value: Callable[[], Array]) -> Array | None:
-  """Adds the mean of `value()` to the layer's metrics, where they are collected.
+def record(name: str, value: Value) -> Array | None:
+  """Adds the mean of a value to the layer's metrics, where they are collected.
 
   Args:
     name: the metric's, unique within a layer.
-    value: makes an array of any shape; the mean is taken over all of it (padding counts too)
-      and, where a row's tokens are spread over devices, over these.
+    value: an array of any shape, or what makes one; the mean is taken over all of it (padding
+      counts too) and, where a row's tokens are spread over devices, over these.
 
   Returns:
     The metric, to make others of; None where none are collected.
@@ -54,25 +57,27 @@ def record(name: str, value: Callable[[], Array]) -> Array | None:
   return _add(name, value, lambda mean: mean)
 
 
-def record_rms(name: str, value: Callable[[], Array]) -> Array | None:
-  """As `record`, of the root of the mean square of `value()`."""
-  return _add(name, lambda: jnp.square(value().astype(jnp.float32)), jnp.sqrt)
+def record_rms(name: str, value: Value) -> Array | None:
+  """As `record`, of the root of the mean square."""
+  return _add(name, lambda: jnp.square(_float32(value)), jnp.sqrt)
 
 
-def record_spread(name: str, value: Callable[[], Array]) -> None:
-  """As `record`, of the mean and the standard deviation of `value()`: <name>_mean, <name>_std."""
+def record_spread(name: str, value: Value) -> None:
+  """As `record`, of the mean and the standard deviation: <name>_mean, <name>_std."""
   mean = record(f"{name}_mean", value)
-  record_rms(f"{name}_std", lambda: value().astype(jnp.float32) - mean)
+  record_rms(f"{name}_std", lambda: _float32(value) - mean)
 
 
-def _add(
-    name: str, value: Callable[[], Array], finish: Callable[[Array], Array]
-) -> Array | None:
+def _float32(value: Value) -> Array:
+  return (value() if callable(value) else value).astype(jnp.float32)
+
+
+def _add(name: str, value: Value, finish: Callable[[Array], Array]) -> Array | None:
   aux = _AUX.get()
   if aux is None:
     return None
   if name in aux:
     raise ValueError(f"a layer records the metric {name!r} twice")
-  mean = jnp.mean(jax.lax.stop_gradient(value()).astype(jnp.float32))
+  mean = jnp.mean(jax.lax.stop_gradient(_float32(value)))
   aux[name] = finish(sequence_parallel.mean_over_shards(mean))
   return aux[name]

@@ -118,9 +118,8 @@ class Retention(nnx.Module):
         (1, *x_D.shape[1:-1], self.heads),
     )
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
-    states = self.recurrence(
-        k_HN, self._by_head(fused["v"]), log_decay_H, tokens, state and state.h_BHPN
-    )
+    before_BHPN = None if state is None else state.h_BHPN
+    states = self.recurrence(k_HN, self._by_head(fused["v"]), log_decay_H, tokens, before_BHPN)
     y_HP, h_BHPN, states = self.dense.run(x_D, q_HN, states, shallow)
     return MixerOutput(
         self._output(y_HP, position, gate_E), RetentionState(h_BHPN),

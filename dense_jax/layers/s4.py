@@ -160,12 +160,13 @@ class S4D(nnx.Module):
       shallow: Sequence[Shared],
   ) -> MixerOutput:
     """See `Mixer`."""
-    system = self.system()
     # Of the continuous diagonal part: |exp(dt a)| = exp(dt Re a).
     record_spread(
-        "memory_tokens", lambda: -1 / jnp.expm1(system.dt_E[None] * system.a_re_ME)
+        "memory_tokens",
+        lambda: -1 / jnp.expm1(-jnp.exp(self.log_dt[...][None] + self.log_a[...])),
     )
-    states = self.recurrence(system, x_D, tokens, state and state.h_BNE)
+    before_BNE = None if state is None else state.h_BNE
+    states = self.recurrence(self.system(), x_D, tokens, before_BNE)
     y_E, h_BNE, states = self.dense.run(x_D, self.c[...], states, shallow)
     return MixerOutput(
         self._output(y_E, x_D), S4State(h_BNE), self.dense.share({}, {}, states)

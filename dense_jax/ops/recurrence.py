@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from dense_jax.types import Array, PyTree
 
+FLOAT32 = jnp.dtype("float32")
+
 StateMap = Callable[[Array, PyTree], Array]
 """A function of one token's states, [B, ..., N] to the same shape, and of that token's inputs."""
 
@@ -26,7 +28,7 @@ StateMap = Callable[[Array, PyTree], Array]
 class Recurrence(Protocol):
   """The states h of one layer, over a sequence or at one token: an immutable pytree.
 
-      h_t = a_t h_{t-1} + u_t    (1)        y_t = C_t h_t    (2)
+  h_t = a_t h_{t-1} + u_t    (1)        y_t = C_t h_t    (2)
   """
 
   def run(self, query: Array, reads: Sequence["Read"] = ()) -> tuple[Array, Array]:
@@ -78,7 +80,8 @@ class Read:
     query: C.
     gate: in the size of the read; None means 1.
     inputs: of `function`.
-    function: f, where no query of h reads f(h); None means the identity.
+    function: f, a pytree that can be called, where no query of h reads f(h); None means the
+      identity.
     dtype: the dtype to which the read is rounded before the gate, in which the backward pass
       keeps it.
     recompute: whether the backward pass computes the read again, alone, instead of keeping
@@ -89,10 +92,8 @@ class Read:
   query: Array
   gate: Array | None = None
   inputs: PyTree = None
-  function: StateMap | None = dataclasses.field(default=None, metadata={"static": True})
-  dtype: jnp.dtype = dataclasses.field(
-      default=jnp.dtype("float32"), metadata={"static": True}
-  )
+  function: StateMap | None = None
+  dtype: jnp.dtype = dataclasses.field(default=FLOAT32, metadata={"static": True})
   recompute: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def ungated(self) -> Array:

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.config import ModelConfig
-from dense_jax.layers.dense_connection import Shared
+from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.mixer import Mixer, MixerOutput
-from dense_jax.layers.s4 import S4, S4D
+from dense_jax.layers.s4 import S4, S4D, S4State
 from dense_jax.models.registry import FAMILIES
 from dense_jax.types import Array, PyTree
 from experiments.benchmarks import common
@@ -79,12 +79,12 @@ class ScannedS4D(S4D):
   """S4D's mixer, its read by one associative scan."""
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
+      self, x_D: Array, tokens: Segments | Token, state: S4State | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
     """See `Mixer`; of rows that begin without a state, and without a state after."""
     scanned = scanned_s4 if isinstance(self, S4) else scanned_s4d
-    y_BTE = scanned(*self.system().dense(), self.c[...], x_BTD)
-    return MixerOutput(self._output(y_BTE, x_BTD), {}, None, {})
+    y_BTE = scanned(*self.system().dense(), self.c[...], x_D)
+    return MixerOutput(self._output(y_BTE, x_D), None, None)
 
 
 class ScannedS4(ScannedS4D, S4):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dense_jax.layers.dense_connection import DenseConnection
+from dense_jax.layers.dense import make_connection
 from dense_jax.models.params import abstract_model, get_params, with_params
-from dense_jax.ops.states import scan_diagonal, scan_matrix
-from dense_jax.ops.token_states import DiagonalState, MatrixState
+from dense_jax.ops import resolver
+from dense_jax.ops.diagonal.token import DiagonalToken
+from dense_jax.ops.matrix.token import MatrixToken
 from tests.builders import (
     INPUT_FAMILIES,
     STATE_FAMILIES,
@@ -32,7 +33,7 @@ SEGMENTS = packed([[3, 4], [5]], time=T, first=[2, 0])
 def _connection(inject, sources, query=(N,), **options):
   """A connection of depth 2 whose parameters are all random; they are returned too."""
   config = model_config("mamba", **{"depth": 2, "inject": inject, "layers": 4} | options)
-  module = DenseConnection(
+  module = make_connection(
       config, sources=sources, inputs={"b": (N, None), "x": (E, "inner")}, query=query,
       channels=E, rngs=nnx.Rngs(0),
   )
@@ -47,17 +48,17 @@ def _gate(gate, x):
 
 
 def _diagonal_states(seed):
-  return scan_diagonal(
+  return resolver.diagonal_form("recurrent", 3)(
       jax.nn.softplus(normal(seed, B, T, E)), -jnp.exp(normal(seed + 1, N, E)),
       normal(seed + 2, B, T, E), normal(seed + 3, B, T, N), SEGMENTS,
-      normal(seed + 4, B, N, E), implementation="recurrent", chunk=3,
+      normal(seed + 4, B, N, E),
   )
 
 
 def _matrix_states(seed):
-  return scan_matrix(
+  return resolver.matrix_form("chunked", 3)(
       normal(seed, B, T, H, N), normal(seed + 1, B, T, H, P), -jnp.exp(normal(seed + 2, B, T, H)),
-      SEGMENTS, normal(seed + 3, B, H, P, N), implementation="chunked", chunk=3,
+      SEGMENTS, normal(seed + 3, B, H, P, N),
   )
 
 
@@ -146,14 +147,14 @@ def test_state_injection_is_equations_3_and_4(form, options, sources):
     make = {"diagonal": _diagonal_states, "matrix": _matrix_states}[form]
     states = [make(10 * index) for index in range(1 + sources)]
     expected = _by_hand(connection, fusion, x_BTD, states, query)
-    sequence, _, shared = connection.read(x_BTD, query, states[0], states[1:])
+    sequence, _, shared = connection.run(x_BTD, query, states[0], states[1:])
     assert shared.materialize().shape == states[0].materialize().shape
     # One token of decoding is the same.
     token = {
-        "diagonal": lambda h: DiagonalState(jnp.swapaxes(h, 1, 2)), "matrix": MatrixState,
+        "diagonal": lambda h: DiagonalToken(jnp.swapaxes(h, 1, 2)), "matrix": MatrixToken,
     }[form]
     last = [token(state.materialize()[:, 2]) for state in states]
-    one, _, _ = connection.read(x_BTD[:, 2], query[:, 2], last[0], last[1:])
+    one, _, _ = connection.run(x_BTD[:, 2], query[:, 2], last[0], last[1:])
     return sequence, one, expected
 
   sequence, one, expected = both(connection)
@@ -179,16 +180,16 @@ def test_fused_states_are_a_chain_of_lazy_reads(form, options):
     states = [make(10 * index) for index in range(4)]
     shared, h = states[0], states[0].materialize()
     for connection, own in zip(connections, states[1:], strict=True):
-      y, _, shared = connection.read(x_BTD, query, own, [shared])
+      y, _, shared = connection.run(x_BTD, query, own, [shared])
       h = own.materialize() + _phi_by_hand(connection, x_BTD, h, 0)
     # Decoding adds the states of one token instead.
     token = {
-        "diagonal": lambda h: DiagonalState(jnp.swapaxes(h, 1, 2)), "matrix": MatrixState,
+        "diagonal": lambda h: DiagonalToken(jnp.swapaxes(h, 1, 2)), "matrix": MatrixToken,
     }[form]
     one, first_x, first_q = token(states[0].materialize()[:, 2]), x_BTD[:, 2], query[:, 2]
     for connection, own in zip(connections, states[1:], strict=True):
       own = token(own.materialize()[:, 2])
-      _, _, one = connection.read(first_x, first_q, own, [one])
+      _, _, one = connection.run(first_x, first_q, own, [one])
     expected = jnp.einsum("bthpn,bthn->bthp" if form == "matrix" else "bten,btn->bte", h, query)
     mapped = shared.read_mapped(query, lambda h, _: 2 * h, None)
     return (y, shared.read(query), mapped / 2), shared.materialize(), one.materialize(), expected, h
@@ -220,11 +221,11 @@ def test_input_injection_is_equation_5(sources, input_norm):
       scale = connection.norms[name].scale[...][None, None]
       total = total / jnp.sqrt(mean_square + 1e-5) * scale
     expected[name] = total
-  actual, shared = connection.fuse_inputs(x_BTD, own, shallow)
+  actual = connection.fuse_inputs(x_BTD, own, shallow)
   assert_trees_close(actual, expected)
-  assert shared is own
+  assert connection.share(own, actual, STATES) is own
   # The other injection's place in a mixer does nothing.
-  read = connection.read(x_BTD, own["b"], STATES, shallow)[0]
+  read = connection.run(x_BTD, own["b"], STATES, shallow)[0]
   assert_trees_close(read, STATES.read(own["b"]))
 
 
@@ -233,8 +234,9 @@ def test_no_sources_is_the_identity_without_parameters(inject):
   connection = _connection(inject, 0)
   assert not jax.tree.leaves(nnx.state(connection))
   own = {"b": normal(0, B, T, N)}
-  assert connection.fuse_inputs(normal(1, B, T, D), own, ())[0] is own
-  read = connection.read(normal(1, B, T, D), own["b"], STATES, ())[0]
+  assert connection.fuse_inputs(normal(1, B, T, D), own, ()) is own
+  assert connection.share(own, own, STATES) is (STATES if inject == "state" else own)
+  read = connection.run(normal(1, B, T, D), own["b"], STATES, ())[0]
   assert_trees_close(read, STATES.read(own["b"]))
 
 
@@ -322,16 +324,16 @@ def test_zero_gates_leave_the_base_model_and_still_learn(family, inject, depth):
 @pytest.mark.parametrize("inject", ["state", "inputs"])
 def test_gates_start_as_configured_and_zero_is_exactly_nothing(inject, init):
   config = model_config("mamba", 1, inject, gate_init=init, input_norm=False)
-  connection = DenseConnection(
+  connection = make_connection(
       config, sources=1, inputs={"x": (E, "inner")}, query=(N,), channels=E, rngs=nnx.Rngs(0)
   )
   x_BTD, c_BTN, own = normal(0, B, T, D), normal(1, B, T, N), normal(2, B, T, E)
   if inject == "state":
     states = _diagonal_states(5)
     own = states.read(c_BTN)
-    fused = connection.read(x_BTD, c_BTN, states, [_diagonal_states(0)])[0]
+    fused = connection.run(x_BTD, c_BTN, states, [_diagonal_states(0)])[0]
   else:
-    fused = connection.fuse_inputs(x_BTD, {"x": own}, [{"x": normal(3, B, T, E)}])[0]["x"]
+    fused = connection.fuse_inputs(x_BTD, {"x": own}, [{"x": normal(3, B, T, E)}])["x"]
   assert np.array_equal(fused, own) == (init == "zeros")
 
 

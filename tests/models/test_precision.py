@@ -7,8 +7,8 @@ import pytest
 from dense_jax.batch import Segments
 from dense_jax.models.params import get_params, with_params
 from dense_jax.models.registry import FAMILIES as REGISTRY
-from dense_jax.ops.resolver import IMPLEMENTATIONS
 from dense_jax.ops.diagonal.step_sizes import StepSizes
+from dense_jax.ops.resolver import IMPLEMENTATIONS
 from tests.builders import (
   KINDS,
   STATE_FAMILIES,

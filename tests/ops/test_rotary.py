@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.layers import attention, retention
-from dense_jax.ops.rotary import rotation
+from dense_jax.ops.rotary import rotate_halves, rotate_neighbours, rotation
 from tests.builders import fast_jit, normal
 
 PI = Fraction(3141592653589793238462643383279502884197, 10**39)
@@ -60,8 +59,8 @@ def _attention_turned(x, cos, sin):
 
 @pytest.mark.parametrize("end", [2048, 2**20, 2**30])
 @pytest.mark.parametrize(("rotate", "turned", "angles"), [
-    (retention.rotate, _retention_turned, RETENTION),
-    (lambda x, position: attention.rotate(x, position, 500000.0), _attention_turned,
+    (rotate_neighbours, _retention_turned, RETENTION),
+    (lambda x, position: rotate_halves(x, position, 500000.0), _attention_turned,
      ANGLES["attention"]),
 ], ids=["retention", "attention"])
 def test_layers_rotate_as_well_far_into_a_document(rotate, turned, angles, end):
@@ -82,9 +81,9 @@ def test_layers_rotate_as_well_far_into_a_document(rotate, turned, angles, end):
 
 def test_a_row_of_positions_may_be_shared():
   x, positions = normal(0, 2, 5, 3, 2 * M), jnp.arange(5)[None] + 2**24 + 1
-  actual = fast_jit(retention.rotate)(x, positions)
-  np.testing.assert_array_equal(actual, fast_jit(retention.rotate)(x, jnp.tile(positions, (2, 1))))
+  actual = fast_jit(rotate_neighbours)(x, positions)
+  np.testing.assert_array_equal(actual, fast_jit(rotate_neighbours)(x, jnp.tile(positions, (2, 1))))
   # Beyond 2^24 float32 has no odd numbers: neighbours must differ as they do at the start.
-  start = fast_jit(retention.rotate)(x, jnp.arange(5)[None])
+  start = fast_jit(rotate_neighbours)(x, jnp.arange(5)[None])
   inner = [np.einsum("bshn,bthn->bhst", rotated, rotated) for rotated in (actual, start)]
   np.testing.assert_allclose(inner[0], inner[1], atol=1e-5)

@@ -36,6 +36,7 @@ def make_connection(
     query: trailing shape of the mixer's query, (N,) or (J, N).
     channels: E, the width of a read.
     fixed_query: whether the query is a parameter [E, N], not a function of the token.
+    rngs: for the parameters.
 
   Raises:
     InputError: the injection is "inputs", and there are none.

@@ -15,7 +15,7 @@ from dense_jax.types import Array
 
 
 class InputInjection(nnx.Module):
-  """Equation (5): each input k of the recurrence becomes
+  """Equation (5), for each input k of the recurrence.
 
       k' = RMSNorm(k + sum_i gate_k(x) * k_i)
 
@@ -48,14 +48,14 @@ class InputInjection(nnx.Module):
     """See `Connection`."""
     fused = {}
     for name, total in own.items():
-      record_rms(f"{name}_rms", lambda total=total: total)
+      record_rms(f"{name}_rms", total)
       for index, source in enumerate(shallow):
         read = cast(Inputs, source)[name]
         if hasattr(self, "gates"):
           gate = of_source(self.gates[name], index)(x_D)
-          record_spread(f"{name}_gate_{index + 1}", lambda gate=gate: gate)
+          record_spread(f"{name}_gate_{index + 1}", gate)
           read = gate * read
-        record_rms(f"{name}_source_{index + 1}_rms", lambda read=read: read)
+        record_rms(f"{name}_source_{index + 1}_rms", read)
         total = total + read
       fused[name] = self.norms[name](total) if name in self.norms else total
     return fused

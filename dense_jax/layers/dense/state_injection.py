@@ -1,8 +1,10 @@
 """State injection (arXiv 2403.00818, section 3): a layer reads the states of those below it."""
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
+import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.config import ModelConfig
@@ -16,7 +18,7 @@ from dense_jax.types import Array
 
 
 class StateInjection(nnx.Module):
-  """Equations (3) and (4), for the layer's own states h and those h_i of the i-th layer below:
+  """Equations (3) and (4), for the layer's own states h and those h_i of the i-th layer below.
 
       h' = Fuse(h, phi_1(h_1), ..., phi_S(h_S))        y = C h'
 
@@ -68,6 +70,7 @@ def _record(states: Recurrence, own_query: Array, reads: Sequence[Read]) -> None
   own = record_rms("own_read_rms", lambda: states.read(own_query))
   for number, read in enumerate(reads, 1):
     if read.gate is not None:
-      record_spread(f"gate_{number}", lambda read=read: read.gate)
+      record_spread(f"gate_{number}", read.gate)
     source = record_rms(f"source_{number}_read_rms", read.value)
-    record(f"source_{number}_ratio", lambda source=source: source / own)
+    if own is not None and source is not None:
+      record(f"source_{number}_ratio", functools.partial(jnp.divide, source, own))

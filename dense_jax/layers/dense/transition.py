@@ -15,7 +15,7 @@ from flax import nnx
 from dense_jax.config import ModelConfig
 from dense_jax.layers.dense.gate import make_gates, of_source
 from dense_jax.layers.linear import normal, parameter
-from dense_jax.ops.recurrence import Read, Recurrence
+from dense_jax.ops.recurrence import FLOAT32, Read, Recurrence
 from dense_jax.types import Array
 
 
@@ -106,7 +106,7 @@ class Phi:
   fixed_query: bool = dataclasses.field(metadata={"static": True})
 
   def as_read(
-      self, source: Recurrence, query: Array, *, dtype: jnp.dtype = jnp.dtype("float32"),
+      self, source: Recurrence, query: Array, *, dtype: jnp.dtype = FLOAT32,
       recompute: bool = False,
   ) -> Read:
     """Returns the read of phi(h) with a query; `dtype` and `recompute` are those of `Read`.

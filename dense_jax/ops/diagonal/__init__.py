@@ -1,0 +1,6 @@
+"""Diagonal states, one decay for each of E x N numbers: the selective recurrence of Mamba.
+
+`reference.py` is the specification, `sequence.py` and `token.py` are the recurrences that layers
+make by `form.py`, and the other files are what they run; `tpu*.py` and `cpu.py` are for those
+platforms only.
+"""

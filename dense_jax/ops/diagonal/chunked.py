@@ -61,12 +61,7 @@ def token_by_token(
 ) -> tuple[Array, Array]:
   """Answers one query by a `lax.scan` over tokens, which does the least arithmetic.
 
-  Args:
-    dt_BTE, x_BTE, b_BTN, c_BTN, resets_BT, initial_BNE, chunk: as of `associative_scan`.
-    a_BNE: float32 decay rates <= 0; its B may be 1.
-
-  Returns:
-    As `associative_scan`.
+  Arguments and results are those of `associative_scan`, but for `a_BNE`, whose B may be 1.
   """
   _check(dt_BTE, a_BNE[0], x_BTE, b_BTN, c_BTN, initial_BNE)
 

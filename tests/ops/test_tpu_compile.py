@@ -30,7 +30,7 @@ TEMPORARIES = {
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
 def test_recurrences_compile_for_every_tpu_and_need_little_memory():
-  script = ROOT / "tests" / "ops" / "pallas" / "tpu_kernels.py"
+  script = ROOT / "tests" / "ops" / "tpu_kernels.py"
   result = subprocess.run(
       [sys.executable, script], env=tpu_compiler_environment(),
       capture_output=True, text=True, timeout=1500, check=False,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.ops import reference
-from dense_jax.ops.pallas import chunked_linear
-from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
+from dense_jax.ops.matrix import tpu
+from dense_jax.ops.matrix.reference import matrix_read, matrix_states
+from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
 from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
 from tests.ops.sequences import strong_decays
@@ -92,10 +92,10 @@ def _specification(sources, resets):
   y, finals = 0.0, []
   for source in sources:
     log_decay = jnp.broadcast_to(source.log_decay_BTH, source.v_BTHP.shape[:3])
-    states, final = reference.matrix_states(
+    states, final = matrix_states(
         source.k_BTJN, source.v_BTHP, log_decay, resets, source.initial_BHPN
     )
-    read = jax.vmap(reference.matrix_read, in_axes=1, out_axes=1)(states, source.q_BTJN)
+    read = jax.vmap(matrix_read, in_axes=1, out_axes=1)(states, source.q_BTJN)
     y += read if source.gate_BTHP is None else read * source.gate_BTHP
     finals.append(final)
   return y, finals[0]
@@ -147,7 +147,7 @@ def test_without_a_gradient_the_outputs_are_the_same():
 @pytest.mark.parametrize(("heads", "groups", "channels"), [(2, 2, 256), (4, 1, 64), (2, 1, 256)])
 def test_what_blocks_of_rows_share_is_summed(heads, groups, channels, monkeypatch):
   # The smallest blocks there are: of one head's rows a part, and of a group's heads some.
-  monkeypatch.setattr(chunked_linear, "VMEM_BYTES", 0)
+  monkeypatch.setattr(tpu, "VMEM_BYTES", 0)
   case = Case(17, gates=(True,), heads=heads, groups=groups, channels=channels)
   inputs = _inputs(case)
   expected = _everything(_specification, *inputs)

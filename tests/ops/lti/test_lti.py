@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from dense_jax.ops import hippo, reference
-from dense_jax.ops.lti import DiagonalSystem, DplrSystem
-from dense_jax.ops.lti_scan import fft_convolution, fft_length, lti_read, lti_states
+from dense_jax.ops.lti import hippo
+from dense_jax.ops.lti.chunked import lti_chunk_read, lti_chunk_states
+from dense_jax.ops.lti.convolution import fft_convolution, fft_length
+from dense_jax.ops.lti.reference import lti_read, lti_states, lti_step
+from dense_jax.ops.lti.system import DiagonalSystem, DplrSystem
 from tests.builders import fast_jit, normal, packed
 from tests.helpers import assert_trees_close
 from tests.ops.sequences import after_last_valid, documents, everything, one_document
@@ -130,7 +132,7 @@ def test_powers_are_those_of_the_dense_matrix(kind):
       np.einsum("enk,bke->bne", a, h) + u,
   )
   assert_trees_close(run(system, c), expected)
-  assert_trees_close(fast_jit(reference.lti_step)(h, *system.dense(), x), expected[3])
+  assert_trees_close(fast_jit(lti_step)(h, *system.dense(), x), expected[3])
 
 
 @pytest.mark.parametrize(
@@ -189,11 +191,11 @@ def _inputs(kind, time, initial=True):
 
 
 def _chunked(inputs, segments, chunk):
-  before, final = lti_states(
+  before, final = lti_chunk_states(
       inputs["system"], inputs["x"], segments.resets_BT, segments.valid_BT, inputs["initial"],
       chunk=chunk,
   )
-  y = lti_read(
+  y = lti_chunk_read(
       inputs["system"], inputs["c"], inputs["x"], segments.resets_BT, before, chunk=chunk
   )
   return y, final
@@ -202,8 +204,8 @@ def _chunked(inputs, segments, chunk):
 def _specification(inputs, segments):
   """Reads of the reference's states; the last state is that of the last valid token."""
   a, b = inputs["system"].dense()
-  states, _ = reference.lti_states(a, b, inputs["x"], segments.resets_BT, inputs["initial"])
-  y = jax.vmap(reference.lti_read, in_axes=(1, None), out_axes=1)(states, inputs["c"])
+  states, _ = lti_states(a, b, inputs["x"], segments.resets_BT, inputs["initial"])
+  y = jax.vmap(lti_read, in_axes=(1, None), out_axes=1)(states, inputs["c"])
   return y, after_last_valid(states, inputs["initial"], segments)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dense_jax.config import ModelConfig, field_types
 from dense_jax.errors import InputError
-from dense_jax.ops import dispatch
+from dense_jax.ops import resolver
 
 
 @pytest.mark.parametrize(("form", "platform", "expected"), [
@@ -19,51 +19,51 @@ from dense_jax.ops import dispatch
     ("matrix", "gpu", "chunked"),
 ])
 def test_auto(form, platform, expected):
-  with dispatch.compiling_for(platform):
-    assert dispatch.resolve(form, "auto") == expected
+  with resolver.compiling_for(platform):
+    assert resolver.resolve(form, "auto") == expected
 
 
-@pytest.mark.parametrize("form", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", resolver.IMPLEMENTATIONS)
 def test_auto_looks_at_the_platform_that_runs(form):
-  with dispatch.compiling_for(jax.default_backend()):
-    expected = dispatch.resolve(form, "auto")
-  assert dispatch.resolve(form, "auto") == expected
+  with resolver.compiling_for(jax.default_backend()):
+    expected = resolver.resolve(form, "auto")
+  assert resolver.resolve(form, "auto") == expected
 
 
 def test_another_platform_is_compiled_for_inside_only():
-  before = dispatch.resolve("diagonal", "auto")
+  before = resolver.resolve("diagonal", "auto")
   other = "cpu" if jax.default_backend() == "gpu" else "gpu"
-  with pytest.raises(RuntimeError), dispatch.compiling_for(other):
-    assert dispatch.resolve("diagonal", "auto") != before
+  with pytest.raises(RuntimeError), resolver.compiling_for(other):
+    assert resolver.resolve("diagonal", "auto") != before
     raise RuntimeError
-  assert dispatch.resolve("diagonal", "auto") == before
+  assert resolver.resolve("diagonal", "auto") == before
 
 
 def test_a_request_is_what_runs_everywhere():
-  for form, options in dispatch.IMPLEMENTATIONS.items():
+  for form, options in resolver.IMPLEMENTATIONS.items():
     for requested in options:
       for platform in ("cpu", "gpu", "tpu"):
-        with dispatch.compiling_for(platform):
+        with resolver.compiling_for(platform):
           expected = requested
           if requested == "pallas" and platform != "tpu":
-            expected = dispatch.INTERPRETED
-          assert dispatch.resolve(form, requested) == expected
+            expected = resolver.INTERPRETED
+          assert resolver.resolve(form, requested) == expected
 
 
 @pytest.mark.parametrize(("form", "requested"), [("diagonal", "chunked"), ("matrix", "conv")])
 def test_a_bad_request_names_the_field_the_value_and_the_options(form, requested):
   with pytest.raises(InputError) as error:
-    dispatch.resolve(form, requested)
+    resolver.resolve(form, requested)
   for part in ("config.model.implementation", repr(requested), form, "auto",
-               *dispatch.IMPLEMENTATIONS[form]):
+               *resolver.IMPLEMENTATIONS[form]):
     assert part in str(error.value)
 
 
 def test_the_choice_is_logged_once(caplog):
-  dispatch._choose.cache_clear()
-  with caplog.at_level(logging.INFO, logger=dispatch.__name__), dispatch.compiling_for("tpu"):
+  resolver._choose.cache_clear()
+  with caplog.at_level(logging.INFO, logger=resolver.__name__), resolver.compiling_for("tpu"):
     for _ in range(3):
-      dispatch.resolve("matrix", "auto")
+      resolver.resolve("matrix", "auto")
   assert [record.getMessage() for record in caplog.records] == [
       "implementation of matrix states on tpu: chunked"
   ]
@@ -75,6 +75,6 @@ def test_every_form_takes_only_what_the_configuration_knows():
       if field.name == "implementation"
   ).metadata["valid"]
   assert "implementation" in field_types(ModelConfig)
-  for options in dispatch.IMPLEMENTATIONS.values():
+  for options in resolver.IMPLEMENTATIONS.values():
     for name in options:
       assert name in valid

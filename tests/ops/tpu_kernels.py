@@ -16,9 +16,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dense_jax.costs.hlo import program_cost
-from dense_jax.ops.pallas.chunked_linear import Matrix, matrix_reads
-from dense_jax.ops.pallas.selective_scan import Diagonal, selective_reads
-from dense_jax.ops.selective_scan import selective_scan
+from dense_jax.ops import resolver
+from dense_jax.ops.diagonal.tpu import selective_reads
+from dense_jax.ops.diagonal.tpu_kernels import Diagonal
+from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
 from dense_jax.types import Array, PyTree
 
 # TPU -> the smallest topology that it comes in.
@@ -73,10 +74,10 @@ def selective_form(implementation: str) -> Program:
       recurrences: tuple[Diagonal, ...], resets_BT: Array | None
   ) -> tuple[Array, ...]:
     (own,) = recurrences
-    return selective_scan(
-        own.dt_BTE, own.a_NE, own.x_BTE, own.b_BTN, own.c_BTN, resets_BT, own.initial_BNE,
-        implementation=implementation,
+    states = resolver.diagonal_form(implementation, 0).sequence(
+        own.dt_BTE, own.a_NE, own.x_BTE, own.b_BTN, resets_BT, own.initial_BNE, 0
     )
+    return states.run(own.c_BTN)
 
   _, (recurrences, resets, cotangents) = selective(1, packed=True, gradient=True)
   return _with_gradients(reads), (recurrences, resets, cotangents)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dense_jax.ops import hippo
+from dense_jax.ops.lti import hippo
 from tests.helpers import assert_trees_close
 
 SIZES = [2, 4, 16, 64]

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.ops import reference
-from dense_jax.ops.selective_scan import selective_scan
-from dense_jax.ops.states import scan_diagonal
+from dense_jax.ops import resolver
+from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
+from dense_jax.ops.diagonal.form import DiagonalForm
+from dense_jax.ops.diagonal.reference import diagonal_read, diagonal_states
+from dense_jax.ops.diagonal.sequence import AssociativeDiagonal, RecurrentDiagonal
 from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
 from tests.ops.sequences import after_last_valid, documents, everything, one_document
@@ -19,7 +21,7 @@ ROW = [3, *[7] * 9]
 # (length, with documents): without them the code is the same but for the masks.
 CASES = [(time, True) for time in sorted({1, 2, C - 1, C, C + 1, 29})]
 CASES += [(time, False) for time in (C, 29)]
-IMPLEMENTATIONS = ["associative", "recurrent"]
+IMPLEMENTATIONS = [AssociativeDiagonal, RecurrentDiagonal, CpuRecurrentDiagonal]
 
 
 def _inputs(time, initial=True):
@@ -33,20 +35,20 @@ def _inputs(time, initial=True):
   }
 
 
-def _fast(inputs, segments, implementation):
-  y, states = scan_diagonal(
-      inputs["dt"], inputs["a"], inputs["x"], inputs["b"], segments, inputs["initial"],
-      implementation=implementation, chunk=C,
-  ).read_with(inputs["c"])
-  return y, states.final()
+def _fast(inputs, segments, implementation, chunk=C):
+  form = DiagonalForm(implementation, chunk)
+  states = form(
+      inputs["dt"], inputs["a"], inputs["x"], inputs["b"], segments, inputs["initial"]
+  )
+  return states.run(inputs["c"])
 
 
 def _specification(inputs, segments):
   """Reads of the reference's states; the last state is that of the last valid token."""
-  states, _ = reference.diagonal_states(
+  states, _ = diagonal_states(
       inputs["dt"], inputs["a"], inputs["x"], inputs["b"], segments.resets_BT, inputs["initial"]
   )
-  y = jax.vmap(reference.diagonal_read, in_axes=1, out_axes=1)(states, inputs["c"])
+  y = jax.vmap(diagonal_read, in_axes=1, out_axes=1)(states, inputs["c"])
   return y, after_last_valid(states, inputs["initial"], segments)
 
 
@@ -69,7 +71,7 @@ def test_outputs_final_state_and_gradients_are_the_references(time, packed):
 
 @pytest.mark.parametrize("width", [E, E - 1])
 def test_one_row_alone_is_the_same(width):
-  """Which is scanned as two rows where its channels are an even number."""
+  """On a CPU it is scanned as two rows where its channels are an even number."""
   inputs = {
       name: x if name in "bc" else x[..., :width] for name, x in _inputs(29).items()
   }
@@ -82,18 +84,32 @@ def test_one_row_alone_is_the_same(width):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_chunk_length_changes_nothing(implementation):
-  inputs, resets = _inputs(29), documents(29, ROW).resets_BT
+  inputs, segments = _inputs(29), documents(29, ROW)
 
   @functools.partial(fast_jit, static_argnames="chunk")
   def run(inputs, chunk):
-    return selective_scan(
-        inputs["dt"], inputs["a"], inputs["x"], inputs["b"], inputs["c"], resets,
-        inputs["initial"], implementation=implementation, chunk=chunk,
-    )
+    return _fast(inputs, segments, implementation, chunk)
 
   expected = run(inputs, 100)
   for chunk in (0, 7):
     assert_trees_close(run(inputs, chunk), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_state_after_the_last_token_alone(implementation):
+  inputs, segments = _inputs(29), documents(29, ROW)
+  states = DiagonalForm(implementation, C)(
+      inputs["dt"], inputs["a"], inputs["x"], inputs["b"], segments, inputs["initial"]
+  )
+  alone = fast_jit(lambda states: states.after_last())(states)
+  assert_trees_close(alone, fast_jit(lambda states: states.run(inputs["c"])[1])(states))
+
+
+def test_the_workaround_for_one_row_is_a_cpus_alone():
+  with resolver.compiling_for("tpu"):
+    assert resolver.diagonal_form("recurrent", 0) == DiagonalForm(RecurrentDiagonal, 0)
+  with resolver.compiling_for("cpu"):
+    assert resolver.diagonal_form("recurrent", 0) == DiagonalForm(CpuRecurrentDiagonal, 0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.ops import reference
-from dense_jax.ops.dispatch import INTERPRETED
-from dense_jax.ops.states import scan_matrix
+from dense_jax.ops import resolver
+from dense_jax.ops.matrix.reference import matrix_read, matrix_states
 from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
 from tests.ops.sequences import (
@@ -40,20 +39,18 @@ def _inputs(time, initial=True, rows=B, groups=H):
 
 
 def _fast(inputs, segments, implementation, chunk=C):
-  states = scan_matrix(
-      inputs["k"], inputs["v"], inputs["log_decay"], segments, inputs["initial"],
-      implementation=implementation, chunk=chunk,
-  )
-  return states.read(inputs["q"]), states.final()
+  form = resolver.matrix_form(implementation, chunk)
+  states = form(inputs["k"], inputs["v"], inputs["log_decay"], segments, inputs["initial"])
+  return states.run(inputs["q"])
 
 
 def _specification(inputs, segments):
   """Reads of the reference's states; the last state is that of the last valid token."""
   log_decay = jnp.broadcast_to(inputs["log_decay"], inputs["v"].shape[:3])
-  states, _ = reference.matrix_states(
+  states, _ = matrix_states(
       inputs["k"], inputs["v"], log_decay, segments.resets_BT, inputs["initial"]
   )
-  y = jax.vmap(reference.matrix_read, in_axes=1, out_axes=1)(states, inputs["q"])
+  y = jax.vmap(matrix_read, in_axes=1, out_axes=1)(states, inputs["q"])
   return y, after_last_valid(states, inputs["initial"], segments)
 
 
@@ -146,7 +143,7 @@ def _size(x):
 
 EACH_FORM = pytest.mark.parametrize(("implementation", "chunk"), [
     ("recurrent", 0), ("chunked", 16), ("chunked", 128), ("associative", 64),
-    pytest.param(INTERPRETED, 128, marks=pytest.mark.slow),
+    pytest.param("pallas", 128, marks=pytest.mark.slow),
 ])
 
 

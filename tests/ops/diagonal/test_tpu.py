@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.ops import reference
-from dense_jax.ops.pallas.selective_scan import Diagonal, selective_reads
+from dense_jax.ops.diagonal.reference import diagonal_read, diagonal_states
+from dense_jax.ops.diagonal.tpu import selective_reads
+from dense_jax.ops.diagonal.tpu_kernels import Diagonal
 from tests.builders import COMPILER_OPTIONS, normal
 from tests.helpers import assert_trees_close
 from tests.ops.sequences import after_last_valid, documents, everything, one_document
@@ -72,11 +73,11 @@ def _specification(inputs, segments):
   sources = _masked(inputs, segments)
   y, finals = 0.0, []
   for source in sources:
-    states, _ = reference.diagonal_states(
+    states, _ = diagonal_states(
         source.dt_BTE, source.a_NE, source.x_BTE, source.b_BTN, segments.resets_BT,
         source.initial_BNE,
     )
-    read = jax.vmap(reference.diagonal_read, in_axes=1, out_axes=1)(states, source.c_BTN)
+    read = jax.vmap(diagonal_read, in_axes=1, out_axes=1)(states, source.c_BTN)
     y += read if source.gate_BTE is None else read * source.gate_BTE
     finals.append(after_last_valid(states, source.initial_BNE, segments))
   return y, finals[0]
