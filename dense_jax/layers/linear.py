@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.ops.matmul import matmul, spread
+from dense_jax.ops import resolver
+from dense_jax.ops.cpu import spread
 from dense_jax.types import Array
 
 Initializer = Callable[[Array, tuple[int, ...]], Array]
@@ -67,10 +68,11 @@ class Linear(nnx.Module):
       self, width_in: int, width_out: int, *, axes: Axes, init: Initializer, rngs: nnx.Rngs
   ) -> None:
     self.kernel = parameter(rngs, (width_in, width_out), axes, init)
+    self.matmul = resolver.matmul_function()
 
   def __call__(self, x: Array) -> Array:
-    """[..., in] -> [..., out], in x's dtype."""
-    return matmul(x, self.kernel[...])
+    """Maps [..., in] to [..., out], in x's dtype."""
+    return self.matmul(x, self.kernel[...])
 
 
 class RMSNorm(nnx.Module):
@@ -86,7 +88,7 @@ class RMSNorm(nnx.Module):
     self.epsilon, self.groups = epsilon, groups
 
   def __call__(self, x: Array) -> Array:
-    """[..., width] -> the same shape, in x's dtype."""
+    """Maps [..., width] to the same shape, in x's dtype."""
     x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
     return ((x32 * inverse).reshape(x.shape) * spread(self.scale[...], x)).astype(x.dtype)

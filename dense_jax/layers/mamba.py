@@ -27,8 +27,8 @@ from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
+from dense_jax.ops.cpu import spread
 from dense_jax.ops.diagonal.step_sizes import StepSizes
-from dense_jax.ops.matmul import spread
 from dense_jax.types import Array
 
 
@@ -99,7 +99,10 @@ class Mamba(nnx.Module):
     low_R, b_N, c_N = jnp.split(
         self.x_proj(x_E), [self.dt_rank, self.dt_rank + self.state_size], axis=-1
     )
-    return StepSizes(low_R, self.dt_proj.kernel[...], self.dt_bias[...]), b_N, c_N
+    dt = StepSizes(
+        low_R, self.dt_proj.kernel[...], self.dt_bias[...], matmul=self.dt_proj.matmul
+    )
+    return dt, b_N, c_N
 
   def _output(self, y_E: Array, x_E: Array, z_E: Array) -> Array:
     y_E = y_E + spread(self.d[...], x_E) * x_E.astype(jnp.float32)

@@ -27,7 +27,7 @@ from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
-from dense_jax.ops.matmul import spread
+from dense_jax.ops.cpu import spread
 from dense_jax.sharding import constrain_tokens
 from dense_jax.types import Array
 

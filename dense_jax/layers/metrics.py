@@ -65,7 +65,8 @@ def record_rms(name: str, value: Value) -> Array | None:
 def record_spread(name: str, value: Value) -> None:
   """As `record`, of the mean and the standard deviation: <name>_mean, <name>_std."""
   mean = record(f"{name}_mean", value)
-  record_rms(f"{name}_std", lambda: _float32(value) - mean)
+  if mean is not None:
+    record_rms(f"{name}_std", lambda: _float32(value) - mean)
 
 
 def _float32(value: Value) -> Array:

@@ -31,9 +31,9 @@ from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
 from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
+from dense_jax.ops.cpu import spread
 from dense_jax.ops.lti import hippo
 from dense_jax.ops.lti.system import DiagonalSystem, DplrSystem, System
-from dense_jax.ops.matmul import spread
 from dense_jax.types import Array
 
 

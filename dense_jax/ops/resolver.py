@@ -8,11 +8,12 @@ import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
 from dense_jax.errors import InputError
+from dense_jax.ops.cpu import cpu_matmul
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
 from dense_jax.ops.diagonal.sequence import (
@@ -23,6 +24,7 @@ from dense_jax.ops.diagonal.sequence import (
 from dense_jax.ops.diagonal.tpu_sequence import InterpretedDiagonal, KernelDiagonal
 from dense_jax.ops.lti.form import LtiForm
 from dense_jax.ops.lti.sequence import ChunkedLti, ConvolvedLti, LtiSequence, RecurrentLti
+from dense_jax.ops.matmul import matmul
 from dense_jax.ops.matrix.cpu import cpu_matrix_step
 from dense_jax.ops.matrix.form import MatrixForm
 from dense_jax.ops.matrix.reference import matrix_step
@@ -33,6 +35,7 @@ from dense_jax.ops.matrix.sequence import (
     RecurrentMatrix,
 )
 from dense_jax.ops.matrix.tpu_sequence import InterpretedMatrix, KernelMatrix
+from dense_jax.types import Array
 
 _LOG = logging.getLogger(__name__)
 
@@ -99,6 +102,11 @@ def lti_form(requested: str, chunk: int) -> LtiForm:
   """Returns what makes recurrences of time-invariant systems; see `diagonal_form`."""
   name = resolve("lti", requested)
   return LtiForm(_LTI[name], chunk)
+
+
+def matmul_function() -> Callable[[Array, Array], Array]:
+  """Returns `matmul`, or a function of the same contract that suits the platform."""
+  return cpu_matmul if _platform() == "cpu" else matmul
 
 
 def resolve(form: str, requested: str) -> str:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from dense_jax.batch import Segments
 from dense_jax.ops import sequence_parallel
-from dense_jax.ops.matmul import spread
+from dense_jax.ops.cpu import spread
 from dense_jax.types import Array
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.config import DenseConfig, ModelConfig
 from dense_jax.errors import InputError
-from dense_jax.layers.attention import Attention, AttentionConfig, ffn_width
+from dense_jax.layers.attention import Attention, AttentionConfig, AttentionState, ffn_width
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.models.language_model import LanguageModel
 from tests.builders import fast_jit, normal, packed, tree_dot
@@ -50,7 +50,7 @@ def _layer(**options):
 
 def _state(seed=1):
   shape = (B, CONTEXT, KV_HEADS, HEAD_DIM)
-  return {"k": normal(seed, *shape), "v": normal(seed + 1, *shape)}
+  return AttentionState(normal(seed, *shape), normal(seed + 1, *shape))
 
 
 @fast_jit
@@ -205,7 +205,7 @@ def test_steps_equal_the_sequence_beyond_the_context_and_its_padded_parts():
   def steps(layer, x, state, position):
     def body(carry, x_BD):
       position, state = carry
-      output = layer.step(x_BD, position, state, ())
+      output = layer(x_BD, Token(position), state, ())
       return (position + 1, output.state), (output.y, output.state)
 
     _, (y, states) = jax.lax.scan(body, (position, state), jnp.swapaxes(x, 0, 1))
@@ -214,7 +214,7 @@ def test_steps_equal_the_sequence_beyond_the_context_and_its_padded_parts():
   y, states = steps(layer, x, layer.init_state(B), jnp.zeros(B, jnp.int32))
   whole, after = _call(layer, x, Segments(jnp.arange(T)[None]), None)
   assert_trees_close((y, jax.tree.map(lambda leaf: leaf[-1], states)), (whole, after))
-  assert after["k"].shape == (B, CONTEXT, KV_HEADS, HEAD_DIM)
+  assert after.k_BCJN.shape == (B, CONTEXT, KV_HEADS, HEAD_DIM)
 
   # Prompts of their own lengths, padded on the right; then the rest step by step.
   lengths = [3, 7, 11]
@@ -240,7 +240,7 @@ def test_bfloat16_is_near_and_its_softmax_is_float32():
   x, segments = normal(0, B, T, D), Segments(jnp.arange(T)[None])
   y, after = _call(layer, x.astype(jnp.bfloat16), segments, layer.init_state(B))
   expected, _ = _call(_layer(), x, segments, None)
-  assert y.dtype == after["k"].dtype == after["v"].dtype == jnp.bfloat16
+  assert y.dtype == after.k_BCJN.dtype == after.v_BCJN.dtype == jnp.bfloat16
   distance = jnp.sqrt(jnp.mean((y.astype(jnp.float32) - expected) ** 2)) / jnp.std(expected)
   assert_trees_close(distance, 0.0, "bfloat16")
   for state in (None, layer.init_state(B)):
@@ -254,16 +254,17 @@ def test_bfloat16_is_near_and_its_softmax_is_float32():
 def test_the_layer_around_it():
   """x + attention(norm(x)), and then x + swiglu(norm(x)); for a sequence and for a token."""
   model = _randomized(LanguageModel(_config(layers=1, ffn_width=24), rngs=nnx.Rngs(0)))
-  (layer,), x = model.stack.head, normal(0, B, T, D)
+  (layer,), x = model.stack.prefix_layers, normal(0, B, T, D)
   segments = Segments(jnp.arange(T)[None])
   between = x + layer.mixer(layer.norm(x), segments, None, ()).y
   inner = layer.ffn_norm(between)
   parts = layer.feed_forward
   gate, up = inner @ parts.gate_proj.kernel[...], inner @ parts.up_proj.kernel[...]
   expected = between + (gate * jax.nn.sigmoid(gate) * up) @ parts.down_proj.kernel[...]
-  actual, _ = model.stack(x, segments, {"head": [None], "blocks": []})
+  actual, _ = model.stack(x, segments, None)
   assert_trees_close(actual, expected)
-  token, _ = model.stack.step(x[:, 0], jnp.zeros(B, jnp.int32), model.stack.init_state(B))
+  first = Token(jnp.zeros(B, jnp.int32))
+  token, _ = model.stack(x[:, 0], first, model.stack.init_state(B))
   assert_trees_close(token, expected[:, 0])
 
 

@@ -8,6 +8,8 @@ import pytest
 from dense_jax.config import ModelConfig, field_types
 from dense_jax.errors import InputError
 from dense_jax.ops import resolver
+from dense_jax.ops.cpu import cpu_matmul
+from dense_jax.ops.matrix.cpu import cpu_matrix_step
 
 
 @pytest.mark.parametrize(("form", "platform", "expected"), [
@@ -78,3 +80,10 @@ def test_every_form_takes_only_what_the_configuration_knows():
   for options in resolver.IMPLEMENTATIONS.values():
     for name in options:
       assert name in valid
+
+
+def test_workarounds_for_a_cpu_run_on_a_cpu_alone():
+  for platform, workaround in (("cpu", True), ("gpu", False), ("tpu", False)):
+    with resolver.compiling_for(platform):
+      assert (resolver.matmul_function() is cpu_matmul) == workaround
+      assert (resolver.matrix_form("auto", 0).step is cpu_matrix_step) == workaround

@@ -1,11 +1,13 @@
 """Step sizes of the selective recurrence, kept as what they are made from."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops.matmul import matmul, spread
+from dense_jax.ops.cpu import spread
+from dense_jax.ops.matmul import matmul
 from dense_jax.types import Array
 
 
@@ -19,15 +21,19 @@ class StepSizes:
     kernel_RE: float32 map W.
     bias_E: float32.
     valid_BT: bool, false where dt is zero (padding); None means all true.
+    matmul: the product, `matmul` or one that suits the platform.
   """
 
   low_BTR: Array
   kernel_RE: Array
   bias_E: Array
   valid_BT: Array | None = None
+  matmul: Callable[[Array, Array], Array] = dataclasses.field(
+      default=matmul, metadata={"static": True}
+  )
 
   def dt(self) -> Array:
     """Computes dt_BTE, float32."""
-    dt = matmul(self.low_BTR, self.kernel_RE).astype(jnp.float32)
+    dt = self.matmul(self.low_BTR, self.kernel_RE).astype(jnp.float32)
     dt = jax.nn.softplus(dt + spread(self.bias_E, dt))
     return dt if self.valid_BT is None else jnp.where(self.valid_BT[..., None], dt, 0)
