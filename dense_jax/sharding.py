@@ -204,18 +204,12 @@ def constrain_tokens(x: Array, axis: str | None) -> Array:
 
 
 def sum_over_sequence(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """Wraps a function of a batch to run on each device's own tokens, and sums the results.
+  """function(whole, batch), summed over the parts of the rows' tokens, on the mesh in use.
 
   Args:
-    function: called as function(whole, batch), where `whole` is a tree that is the same on all
-      devices of the mesh axis `sequence`, and `batch` a tree of [B, T], of which each of those
-      devices holds its own tokens. Its results must add up over tokens. Inside it,
-      `ops.sequence_parallel` passes states between the devices; everything else runs as on one
-      device.
-
-  Returns:
-    A function of the global (whole, batch). If the current mesh does not split the sequence, it
-    calls `function` directly.
+    function: of anything that is the same on all devices of `sequence`, and of a tree of [B, T],
+      of which each has its own tokens. Inside, `ops.sequence_parallel` knows what has to pass
+      between them; all else is as on one device.
   """
 
   def summed(whole: PyTree, batch: PyTree) -> PyTree:
