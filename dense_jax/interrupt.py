@@ -22,7 +22,7 @@ SIGNALS = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if hasattr(signal, name)
 )
-# How long the main thread may take to obey at once, before the watcher thread ends the process.
+# If the main thread has not obeyed a request after so long, the watcher thread ends the process.
 _GRACE_SECONDS = 3.0
 # A launcher and a terminal may both pass on one request: a signal that follows so soon is the
 # same request.

@@ -29,7 +29,7 @@ LOCK_FILE = "lock.json"
 _RENEW_SECONDS = 10.0
 # A holder whose number has not changed for so long is dead.
 _SILENT_SECONDS = 35.0
-# How often the holder checks that its folder is still there.
+# The interval at which the holder checks that its folder is still there.
 _LOOK_SECONDS = 2.0
 # A holder that has not written for so long is dead: no two machines' clocks differ by that much.
 _SURELY_SILENT_SECONDS = 600.0

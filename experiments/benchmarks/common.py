@@ -351,5 +351,5 @@ def bar(least: float | None) -> str:
 
 
 def figures(**values: float | None) -> dict[str, float]:
-  """Returns the given figures without those that are None, i.e. were not measured."""
+  """Returns the given figures; None means that one was not measured, and leaves it out."""
   return {name: value for name, value in values.items() if value is not None}
