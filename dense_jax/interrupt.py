@@ -82,11 +82,11 @@ class Interrupt:
   def __init__(
       self, meanwhile: Callable[[], str] = lambda: "ended before its work was done"
   ) -> None:
-    """Prepares the context; once entered, it obeys requests at once until `wait` is called.
+    """Hears nothing before it is entered; then it obeys at once.
 
     Args:
-      meanwhile: returns a sentence that says what is saved and how to go on, if the process ends
-        now. It may be called from another thread.
+      meanwhile: says what is saved and how to go on, if the process ends now. It may be called
+        from another thread.
     """
     self.requested = ""
     self._meanwhile = meanwhile

@@ -98,7 +98,7 @@ MixerFactory = Callable[..., Mixer]
 def rival(
     family: str, config: ModelConfig, length: int
 ) -> tuple[MixerFactory, ModelConfig, str]:
-  """Returns the rival's mixer, its configuration, and a description for the table.
+  """The rival's mixer, its configuration, and what it is.
 
   Args:
     family: a key of FAMILIES.
@@ -120,7 +120,7 @@ def rival(
 def passes(
     mixer: MixerFactory, config: ModelConfig, x_BTD: Array
 ) -> tuple[Array, Callable[[], object]]:
-  """Returns a mixer's output for rows of one document, and a call of its forward and backward."""
+  """A mixer's output for rows of one document, and its forward and backward pass."""
   graph, params = nnx.split(mixer(config, sources=0, rngs=nnx.Rngs(0)))
   segments = Segments(jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None])
 

@@ -103,9 +103,9 @@ def markdown(first: str, rows: dict[str, Measured | None]) -> str:
 
 
 def running(families: Sequence[str]) -> str:
-  """Describes which implementation of each family runs here."""
+  """Which implementation runs, by the resolver."""
   chosen = {name: dispatch.resolve(FAMILIES[name].form, "auto") for name in families}
-  # Rows hold several documents, which the convolution does not support.
+  # Rows hold documents, which a convolution cannot.
   parts = [f"{name} {'chunked' if form == 'conv' else form}" for name, form in chosen.items()]
   return f"implementations on {jax.default_backend()}: " + ", ".join(parts)
 

@@ -116,7 +116,7 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
       for rank, length in enumerate(plan.lengths, 1):
         rival = Rival(family, plan.tokens // length, length)
         yield rank + later, f"rival/{family}/base/T{length}", rival
-    # For matrix states, the recurrent form is only the specification: too slow to compare.
+    # Of matrix states a token at a time is the specification, and no rival of any.
     for form in dispatch.IMPLEMENTATIONS[FAMILIES[family].form]:
       if form != "recurrent" or FAMILIES[family].form == "diagonal":
         length = plan.mode_length
