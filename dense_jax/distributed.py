@@ -1,7 +1,7 @@
-"""Several processes as one program: how they join, agree, gather and end.
+"""Runs several processes as one program: joins them, and lets them agree, gather and end.
 
-Each process has some of the devices, and all of them run the same steps. Where there is one
-process, nothing here touches the network or waits.
+Each process has some of the devices, and all processes run the same steps. In a program of one
+process, nothing here uses the network or waits.
 """
 
 import contextlib
@@ -26,33 +26,34 @@ from dense_jax.types import Array, PyTree
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _GOODBYE_SECONDS = 5.0
 _MESSAGE_BYTES = 4096
-# At the end the others wait for the first, which scores, samples and plots.
+# At the end, the other processes wait for process 0, which scores, samples and plots.
 _SHUTDOWN_SECONDS = 3600
 
 
 def initialize(
     coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
 ) -> None:
-  """Joins the other processes, if there are any; before anything asks jax for its devices.
+  """Joins the other processes, if there are any.
 
-  Without arguments the environment says: a Slurm or Open MPI job with several tasks, or a TPU
-  slice with several hosts (GKE or Cloud TPU VMs).
+  Must be called before anything asks jax for its devices. Without arguments, the processes are
+  found in the environment: a Slurm or Open MPI job with several tasks, or a TPU slice with
+  several hosts (GKE or Cloud TPU VMs).
 
   Args:
-    coordinator: HOST:PORT of process 0, which the others can reach.
-    processes: their number.
-    process_id: this one's, from 0.
+    coordinator: HOST:PORT of process 0, an address that the others can reach.
+    processes: the number of processes.
+    process_id: this process's number, from 0.
 
   Raises:
-    InputError: arguments that are not all there or not valid, or an environment of several
-      processes that jax cannot read.
+    InputError: some of the arguments are missing or not valid, or the environment has several
+      processes but jax cannot tell which one this is.
   """
   given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
   missing = [name for name, value in given.items() if value is None]
   if coordinator is not None and processes is not None and process_id is not None:
     _check(coordinator, processes, process_id)
     if processes > 1:
-      # jax gives up after five minutes, and does not say for whom it waited.
+      # jax gives up after five minutes, and does not say for whom it has been waiting.
       print(f"process {process_id} meets the other {processes - 1} at {coordinator}",
             file=sys.stderr, flush=True)
       jax.distributed.initialize(
@@ -92,18 +93,18 @@ def _check(coordinator: str, processes: int, process_id: int) -> None:
 
 
 def _processes_of_environment() -> int:
-  """How many processes the environment speaks of."""
+  """Returns the number of processes that the environment announces; 1 if it announces none."""
   # The step's tasks, not the job's: a shell inside a job of many tasks is one process.
   tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
   if tasks:
     return int(tasks)
-  # jax itself has put it there, on a machine with TPU chips and libtpu.
+  # jax sets this itself on a machine with TPU chips and libtpu.
   platforms: str = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
   return _tpu_hosts() if "tpu" in platforms else 1
 
 
 def _tpu_hosts() -> int:
-  """Hosts of all slices: by GKE's environment, else by what Cloud TPU VMs are told."""
+  """Returns the number of hosts of all slices, from GKE's environment or the VM's metadata."""
   hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
   slices = os.environ.get("MEGASCALE_NUM_SLICES")
   if hosts is None and "TPU_SKIP_MDS_QUERY" not in os.environ:
@@ -114,7 +115,7 @@ def _tpu_hosts() -> int:
 
 
 def _metadata(attribute: str) -> str:
-  """An attribute of this virtual machine; empty where there is none."""
+  """Returns a metadata attribute of this virtual machine; "" if it cannot be read."""
   request = urllib.request.Request(_METADATA + attribute, headers={"Metadata-Flavor": "Google"})
   try:
     with urllib.request.urlopen(request, timeout=5) as response:
@@ -124,20 +125,20 @@ def _metadata(attribute: str) -> str:
 
 
 def name() -> str:
-  """Such as `process 1 of 4: `, for messages; empty where there is one process."""
+  """Returns a prefix for messages, such as `process 1 of 4: `; "" if there is one process."""
   if not jax.distributed.is_initialized():
     return ""
   return f"process {jax.process_index()} of {jax.process_count()}: "
 
 
 def is_first() -> bool:
-  """Whether this is the process that writes and prints."""
+  """Returns whether this is process 0, the one that writes and prints."""
   return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def only_first_prints() -> Iterator[None]:
-  """Inside, standard output is that of the first process; errors are anyone's."""
+  """Discards the standard output of all processes but the first; standard error stays."""
   if is_first():
     yield
     return
@@ -146,20 +147,20 @@ def only_first_prints() -> Iterator[None]:
 
 
 def to_host(tree: PyTree) -> PyTree:
-  """Arrays as whole numpy arrays, the same in all processes; all of them must call it."""
+  """Gathers a tree's arrays to whole numpy arrays in every process; all processes must call it."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def check_same(values: Mapping[str, object]) -> None:
-  """Waits for all processes, and compares what must not differ between them.
+  """Waits for all processes and checks that they have the same values.
 
   Args:
-    values: by the names of the fields that they are from.
+    values: field name -> a value whose `repr` is compared.
 
   Raises:
-    InputError: in all processes alike, if one has another value than process 0.
+    InputError: a process has another value than process 0; raised in all processes.
   """
   if jax.process_count() == 1:
     return
@@ -175,10 +176,10 @@ def check_same(values: Mapping[str, object]) -> None:
 
 
 def by_first(action: Callable[[], None]) -> None:
-  """Runs `action` in the first process, and waits for it in all of them.
+  """Runs `action` in the first process, while the others wait for it.
 
   Raises:
-    InputError: in all processes alike, where `action` raises one.
+    InputError: `action` raised one; it is raised in all processes.
   """
   if jax.process_count() == 1:
     action()
@@ -198,10 +199,11 @@ def by_first(action: Callable[[], None]) -> None:
 
 
 class Agreement:
-  """Whether any process says yes: the same answer in all of them at the same call.
+  """Tells every process, at the same call, whether any process has said yes.
 
-  The answer is that to the call before, so that no call but the first waits for the devices:
-  each costs one all-reduce of a number, which runs behind the step that was sent before it.
+  Each call is one all-reduce of a number, queued on the devices behind the step that was sent
+  before it. To avoid waiting for the devices, a call returns the result of the call before; only
+  the first waits for its own.
   """
 
   def __init__(self) -> None:
@@ -212,7 +214,10 @@ class Agreement:
       self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def __call__(self, flag: bool) -> bool:
-    """Says yes or no. With one process, the answer is `flag` itself."""
+    """Contributes `flag`, and returns whether any flag of the call before was true.
+
+    The first call, and every call of a single process, returns its own result.
+    """
     if jax.process_count() == 1:
       return flag
     own = np.asarray([flag], np.int32)
@@ -224,10 +229,11 @@ class Agreement:
 
 
 def end(status: int) -> NoReturn:
-  """Ends a process that stops before its work is done.
+  """Ends a process that stops before its work is done, and does not return.
 
-  The others either end too, for the same reason, or wait for this one and would do so for
-  minutes: after a moment for the former it ends alone, which the latter notice.
+  Tries an orderly shutdown with the other processes for 5 s, which succeeds if they are ending
+  too. Then exits hard, so that processes that still wait for this one fail at once instead of
+  after minutes.
   """
   if jax.distributed.is_initialized():
     goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, in a local folder or in a bucket."""
+"""Paths, atomic writes, locks and JSON, for local files and for files in a bucket."""
 
 import fcntl
 import importlib.util
@@ -15,18 +15,18 @@ from dense_jax.errors import InputError
 
 
 def make_path(text: str, field: str) -> epath.Path:
-  """A path that a user gave: a local one, or gs://BUCKET/... (which pathlib would garble).
+  """Parses a path given by a user: a local one, or gs://BUCKET/..., which pathlib would garble.
 
-  A leading ~ or ~USER is that home directory, wherever the path was given: a shell leaves it as
-  it is after an equals sign.
+  A leading ~ or ~USER is expanded to the home directory, because a shell does not expand it
+  after an equals sign.
 
   Args:
     text: the path.
-    field: where it was given, for error messages.
+    field: the field or option it was given for, for error messages.
 
   Raises:
-    InputError: an empty path (a variable that is not set), a home directory that does not
-      exist, another scheme, or a bucket without the library that reads it.
+    InputError: the path is empty (an unset variable), its home directory does not exist, its
+      scheme is not gs, or it is in a bucket and gcsfs is not installed.
   """
   if not text.strip():
     raise InputError(f"{field} = {text!r} is not valid: expected a path; it is empty")
@@ -50,23 +50,23 @@ def _reads_buckets() -> bool:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-  """Whether a path is in a bucket."""
+  """Returns whether a path is in a bucket."""
   return "://" in os.fspath(path)
 
 
-# The names that `temporary_beside` makes, as a glob.
+# A glob that matches the names of `temporary_beside`.
 PARTIALS = ".*.partial"
 
 
 def temporary_beside(path: Path) -> Path:
-  """A new name in `path`'s folder, so that a rename to `path` is atomic."""
+  """Returns an unused path in `path`'s folder, from which a rename to `path` is atomic."""
   return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def write_atomically(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file that other processes see whole or not at all."""
+  """Writes a file so that other processes see all of the new content or none of it."""
   if is_remote(path):
-    epath.Path(path).write_bytes(content)  # A bucket shows an object when it has all of it.
+    epath.Path(path).write_bytes(content)  # A bucket shows an object only when it is complete.
     return
   partial = temporary_beside(Path(path))
   try:
@@ -80,11 +80,11 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
 
 
 def try_lock(file: int | IO[bytes]) -> bool | None:
-  """Locks an open file (flock), which ends with the process however that ends.
+  """Tries to lock an open file (flock); the lock ends with the process, even if that is killed.
 
   Returns:
-    Whether it is locked now; false where another open file has the lock, None where the file
-    system has no locks.
+    True if the file is locked now, false if it is locked through another open file, and None if
+    the file system does not support locks.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,15 +96,15 @@ def try_lock(file: int | IO[bytes]) -> bool | None:
 def parse_json(
     content: bytes | str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-  """JSON, as `json.loads` has it, with one kind of error for all that can be wrong with it.
+  """Parses JSON like `json.loads`, but raises ValueError for everything that can be wrong.
 
   Args:
-    content: the text.
+    content: the JSON text.
     object_pairs_hook: see `json.loads`.
 
   Raises:
-    ValueError: it is no JSON, is cut short, is not UTF-8, is nested too deeply to be read, or
-      holds an integer of more digits than Python reads; the message says which.
+    ValueError: the text is not JSON, is cut short, is not UTF-8, is nested too deeply, or holds
+      an integer of more digits than Python parses; the message says which.
   """
   try:
     return json.loads(content, object_pairs_hook=object_pairs_hook)

@@ -1,9 +1,9 @@
-"""How a process hears that it must end, what it saves first, and what it says.
+"""Ends a process on request: by a signal, or because nobody reads its output any more.
 
-Signals, and an output that nobody reads any more, are requests to end. A command obeys one at
-once, by the exception `Stopped`, while it has nothing to lose; while it trains, the request waits
-until the step is done and saved. A thread of its own sees to it that the process ends either way:
-Python runs signal handlers between bytecodes alone, and a compilation can take minutes.
+A command that has nothing to lose obeys a request at once, by raising `Stopped`. A command that
+trains finishes and saves the step first. A watcher thread makes sure that the process ends in
+either case: Python runs signal handlers only between bytecodes of the main thread, and a
+compilation can keep that busy for minutes.
 """
 
 import os
@@ -16,35 +16,36 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, NoReturn
 
-# What people, terminals and schedulers send, and what would otherwise end the process.
+# The signals that people, terminals and schedulers send to end a process.
 SIGNALS = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if hasattr(signal, name)
 )
-# How long the main thread may take to obey at once, before the process is ended from outside it.
+# If the main thread has not obeyed a request after so long, the watcher thread ends the process.
 _GRACE_SECONDS = 3.0
-# A launcher and a terminal may both pass one request on: what follows so soon is the same one.
+# A launcher and a terminal may both pass on one request: a signal that follows so soon is the
+# same request.
 _SAME_REQUEST_SECONDS = 1.0
 _GOODBYE_SECONDS = 3.0
 _STATUS = 1
-_NO_MORE = b"\0"  # No signal has this number.
+_NO_MORE = b"\0"  # Stops the watcher thread; no signal has the number 0.
 
 
 class Stopped(KeyboardInterrupt):
-  """The process was asked to end, and ends; the message says who asked and what is saved."""
+  """Raised to end the process on request; the message says who asked and what is saved."""
 
 
 def _listens_to(number: int) -> bool:
-  """Whether that signal is a request: nohup ignores SIGHUP for the commands that it starts."""
+  """Returns whether a signal is handled: all but a SIGHUP that is ignored, as nohup sets it."""
   return number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN
 
 
 def open_closed_streams() -> None:
-  """Standard streams that the process was begun without (`>&-`) read and write nothing.
+  """Connects the standard streams that the process was started without (`>&-`) to the null device.
 
-  Otherwise the next files that are opened, such as a lock or metrics.jsonl, would take their
-  numbers, and what is printed would be written into them.
+  Otherwise the next files to be opened, such as a lock or metrics.jsonl, would get their file
+  descriptors, and printed output would be written into those files.
   """
   for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
     try:
@@ -58,7 +59,7 @@ def open_closed_streams() -> None:
 
 
 def end_early() -> None:
-  """Until an `Interrupt` takes over, signals end the process with a sentence and status 1."""
+  """Lets signals end the process with a message and status 1, until an `Interrupt` takes over."""
 
   def end(number: int, frame: FrameType | None) -> None:
     del frame
@@ -70,10 +71,10 @@ def end_early() -> None:
 
 
 class Interrupt:
-  """Turns signals into a request to end; a context, of which the innermost hears them.
+  """A context manager that turns signals into a request to end; the innermost one handles them.
 
   Attributes:
-    requested: who asked first, such as "SIGTERM"; empty if nobody has.
+    requested: who asked first, such as "SIGTERM"; "" if nobody has.
   """
 
   _active: ClassVar["list[Interrupt]"] = []
@@ -94,7 +95,10 @@ class Interrupt:
     self._before: dict[int, Any] = {}
 
   def wait(self, meanwhile: Callable[[], str]) -> None:
-    """From here on a request waits for who reads `requested`; a second one ends the process.
+    """Defers requests from now on: the caller must read `requested`; a second one ends the process.
+
+    Args:
+      meanwhile: as in the constructor, from now on.
 
     Raises:
       Stopped: there is a request already.
@@ -103,31 +107,42 @@ class Interrupt:
     self._waits = True
 
   def obey(self, meanwhile: Callable[[], str]) -> None:
-    """From here on a request is obeyed at once.
+    """Obeys requests at once from now on.
+
+    Args:
+      meanwhile: as in the constructor, from now on.
 
     Raises:
-      Stopped: there is one already.
+      Stopped: there is a request already.
     """
     self._meanwhile, self._waits = meanwhile, False
     if self.requested:
-      self._obeyed = False  # What a library's callback was told ended there.
+      # A `Stopped` that was raised inside a library's callback may have been swallowed there.
+      self._obeyed = False
       self._stop()
 
   def ask(self, who: str) -> None:
-    """Asks the process to end, in the main thread's name.
+    """Requests the end of the process.
+
+    Args:
+      who: who asks, for messages.
 
     Raises:
-      Stopped: where requests are obeyed at once; only once, so that what cleans up can do so.
+      Stopped: requests are obeyed at once, and this is the main thread. It is raised only once,
+        so that clean-up is not interrupted.
     """
     self.requested = self.requested or who
     if not self._waits and threading.current_thread() is threading.main_thread():
       self._stop()
 
   def done(self, status: int) -> None:
-    """Says that the process has nothing more to do or say, and ends with `status`.
+    """Declares the process's work done: signals are ignored, and it ends within 3 s.
 
-    Signals are not heard any more. Where a thread of some library keeps the interpreter from
-    ending, as one does that prepares a huge batch, the process ends without waiting for it.
+    If a library's thread keeps the interpreter from ending, such as one that prepares a huge
+    batch, the process exits hard without waiting for it.
+
+    Args:
+      status: the exit status of a hard exit.
     """
     for number in self._before:
       self._before[number] = signal.SIG_IGN
@@ -175,7 +190,10 @@ class Interrupt:
     os.close(self._write)
 
   def _watch(self) -> None:
-    """Ends the process where the main thread does not, or where it is asked twice."""
+    """Runs in the watcher thread: ends the process if the main thread does not, or if asked twice.
+
+    The signals' numbers arrive through the wake-up pipe, without the help of the main thread.
+    """
     asked = deadline = float("inf")
     while True:
       left = max(deadline - time.monotonic(), 0) if deadline < float("inf") else None
@@ -198,7 +216,7 @@ class Interrupt:
       os.write(2, f"\n{self.requested}: {self._meanwhile()}\n".encode(errors="replace"))
       sys.stdout.flush()
 
-    # A terminal that hangs, or a main thread that holds a lock, must not keep it from ending.
+    # Neither a terminal that hangs nor a main thread that holds a lock may keep it from ending.
     goodbye = threading.Thread(target=say, daemon=True)
     goodbye.start()
     goodbye.join(_GOODBYE_SECONDS)
@@ -206,24 +224,24 @@ class Interrupt:
 
 
 class Output:
-  """A standard stream that outlives its reader, and shows what its encoding lacks as "?".
+  """A standard stream that survives the loss of its reader, and prints "?" for unencodable text.
 
-  A pipe that was closed (`| head`), or a terminal that is gone, is a request to end. What is
-  written after it goes nowhere.
+  A closed pipe (`| head`) or a terminal that is gone counts as a request to end. Anything
+  written after that is discarded.
   """
 
   def __init__(self, stream: Any) -> None:
-    """Takes the stream's place; a real one's encoding is told to replace characters."""
+    """Wraps a stream, and sets its encoding to replace characters if it is a real one."""
     self._stream, self._closed = stream, False
     if hasattr(stream, "reconfigure"):
       stream.reconfigure(errors="replace")
 
   def write(self, text: str) -> int:
-    """Writes, unless nobody reads."""
+    """Writes `text`, unless the stream is closed; returns the number of characters."""
     return self._unless_closed(lambda: self._stream.write(text)) or len(text)
 
   def flush(self) -> None:
-    """Flushes, unless nobody reads."""
+    """Flushes the stream, unless it is closed."""
     self._unless_closed(self._stream.flush)
 
   def __getattr__(self, name: str) -> Any:
@@ -239,7 +257,7 @@ class Output:
       who = f"output that cannot be written ({error.strerror})"
       if isinstance(error, BrokenPipeError):
         who = "closed output"
-      # What is still in the buffer would fail again when the interpreter ends.
+      # The text left in the buffer would fail again when the interpreter ends.
       nowhere = os.open(os.devnull, os.O_WRONLY)
       os.dup2(nowhere, self._stream.fileno())
       os.close(nowhere)

@@ -1,8 +1,8 @@
-"""Where results are written: a place that cannot be written to is refused before any work is done.
+"""Checks, before any work is done, that results can be written; writes results as JSON.
 
-A command line asks `check_file` or `check_destination` first. They write to the place and remove
-what they wrote, because permissions alone do not tell: root may write anywhere but to a read-only
-disk or to /proc.
+A command calls `check_file` or `check_destination` first. They write to the destination and
+remove what they wrote, because permissions alone do not tell: root has every permission, but
+cannot write to a read-only disk or to /proc.
 """
 
 import contextlib
@@ -20,12 +20,15 @@ from dense_jax.files import is_remote, make_path, temporary_beside, write_atomic
 
 
 def check_file(text: str, field: str) -> epath.Path:
-  """The file that a path names, which can be written now; nothing of it is left behind.
+  """Checks that a file can be written at a path, and leaves nothing behind.
 
   Args:
-    text: the path. Folders that do not exist are made when the file is written; a symbolic link
-      is written through; in a bucket (gs://) nothing is tried.
-    field: where it was given, for error messages.
+    text: the path. Its folders need not exist: they are made when the file is written. A
+      symbolic link is followed. A path in a bucket (gs://) is not tried.
+    field: the field or option it was given for, for error messages.
+
+  Returns:
+    The path, with links resolved.
 
   Raises:
     InputError: the path is that of a folder or a device, or no file can be written there.
@@ -45,15 +48,18 @@ def check_file(text: str, field: str) -> epath.Path:
 
 
 def check_destination(text: str, field: str) -> Path:
-  """The folder that a path names, which is new or empty and can be made now.
+  """Checks that a path is a new or empty folder that can be written.
 
   Args:
-    text: the path, of this machine. A symbolic link is followed.
-    field: where it was given, for error messages.
+    text: the path, on this machine. A symbolic link is followed.
+    field: the field or option it was given for, for error messages.
+
+  Returns:
+    The path, with links resolved.
 
   Raises:
-    InputError: the folder has something in it, is a file, a mount point (it cannot be replaced
-      by a rename) or in a bucket, or cannot be made.
+    InputError: the folder is not empty, is a file, is a mount point (which a rename cannot
+      replace), is in a bucket, or cannot be made.
   """
   path = make_path(text, field)
   valid = "a folder that is empty or does not exist yet"
@@ -69,16 +75,16 @@ def check_destination(text: str, field: str) -> Path:
 
 
 def write_json(file: epath.Path, content: Any, field: str) -> None:
-  """Writes a file of JSON, whole or not at all, and makes its folder.
+  """Writes a JSON file atomically, and makes its folder if necessary.
 
   Args:
-    file: of `check_file`.
-    content: what `json` knows. A number that is not finite, which JSON has no way to say,
-      becomes null.
-    field: where the file was named, for error messages.
+    file: the path, from `check_file`.
+    content: anything that `json` can encode. A number that is not finite, which JSON cannot
+      represent, becomes null.
+    field: the field or option that named the file, for error messages.
 
   Raises:
-    InputError: it cannot be written after all, as on a full disk.
+    InputError: the file cannot be written after all, for example because the disk is full.
   """
   text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
   with _refusing(field, str(file), "a file that can be written"):
@@ -87,7 +93,7 @@ def write_json(file: epath.Path, content: Any, field: str) -> None:
 
 
 def _finite(content: Any) -> Any:
-  """The content with None for each number that is not finite."""
+  """Returns the content with None in place of each number that is not finite."""
   if isinstance(content, float):
     return content if math.isfinite(content) else None
   if isinstance(content, Mapping):
@@ -99,7 +105,7 @@ def _finite(content: Any) -> Any:
 
 @contextlib.contextmanager
 def _refusing(field: str, text: str, valid: str) -> Iterator[None]:
-  """Turns what the file system says into an InputError of that field."""
+  """Turns errors of the file system into an InputError that names `field`."""
   try:
     yield
   except OSError as error:

@@ -1,8 +1,9 @@
-"""Meshes, and where parameters, batches and activations live on them.
+"""Device meshes, and the shardings of parameters, batches and activations on them.
 
-Parameters and activations name their logical axes, and two tables map those to mesh axes, one
-for each. That the tables differ is all there is to FSDP: a matrix is kept in parts of its
-`embed` axis, and used whole beside rows that are split over the same devices.
+Parameters and activations have logical axes, and two tables, `PARAMETERS` and `ACTIVATIONS`, map
+those to mesh axes. FSDP is nothing more than a difference between the tables: a matrix is stored
+split along its `embed` axis, but is gathered for use, while the rows of the batch are split over
+the same devices.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from dense_jax.config import MeshConfig, defaults, invalid
 from dense_jax.errors import InputError
 from dense_jax.types import BATCH_AXES, SEQUENCE_AXIS, WIDTH_AXIS, Array, Params, PyTree
 
-# Logical axis -> mesh axis. What is not here is not split.
+# Logical axis -> mesh axis. An axis that is not listed is not split.
 PARAMETERS = {"embed": "fsdp", "vocab": WIDTH_AXIS, "heads": WIDTH_AXIS, "inner": WIDTH_AXIS}
 ACTIVATIONS = {
     "batch": BATCH_AXES, "length": SEQUENCE_AXIS, "heads": WIDTH_AXIS, "inner": WIDTH_AXIS,
@@ -26,10 +27,15 @@ ACTIVATIONS = {
 
 
 def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, int]:
-  """The size of each axis of the mesh of `config`, over so many devices in so many slices.
+  """Returns the size of each axis of the mesh that `config` describes.
+
+  Args:
+    config: sizes by axis; a size of -1 takes the remaining devices, `slices` = 0 all slices.
+    devices: the number of devices of all slices.
+    slices: the number of TPU slices that the devices belong to.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes are not valid, or their product is not the number of devices.
   """
   sizes = defaults(config)
   if sizes["slices"] and slices > 1 and sizes["slices"] != slices:
@@ -47,10 +53,14 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, i
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-  """The mesh of `config` over all devices (or the given ones).
+  """Makes the mesh that `config` describes.
+
+  Args:
+    config: sizes by axis; see `mesh_sizes`.
+    devices: the devices to use; None means all.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes are not valid, or their product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -63,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def _on_chips(shape: tuple[int, ...], devices: list[jax.Device], slices: int) -> np.ndarray:
-  """The devices in that shape, neighbours along an axis being neighbours in the torus."""
+  """Arranges TPU devices so that neighbours along a mesh axis are neighbours in the torus."""
   if slices > 1:
     within, between = (1, *shape[1:]), (slices, *(1 for _ in shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(
@@ -75,7 +85,11 @@ def _on_chips(shape: tuple[int, ...], devices: list[jax.Device], slices: int) ->
 def check_batch(
     batch_size: int, seq_len: int, accumulate: int, mesh: Mesh | AbstractMesh
 ) -> None:
-  """Raises InputError where the mesh does not divide an accumulation step's batch or its rows."""
+  """Checks that the mesh divides the batch of one accumulation step, and the rows' length.
+
+  Raises:
+    InputError: `seq_len` or `batch_size` is not a multiple of what the mesh requires.
+  """
   if seq_len % mesh.shape[SEQUENCE_AXIS]:
     raise invalid(
         "config.data.seq_len", seq_len,
@@ -93,10 +107,15 @@ def check_batch(
 def param_shardings(
     axes: dict[str, tuple[str | None, ...]], shapes: dict[str, tuple[int, ...]], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-  """Each parameter's sharding.
+  """Returns the sharding of each parameter.
+
+  Args:
+    axes: parameter name -> its logical axes; None for an axis that is never split.
+    shapes: parameter name -> shape.
+    mesh: the mesh.
 
   Raises:
-    InputError: a dimension is not divisible by its mesh axis; it names both.
+    InputError: the size of a dimension is not a multiple of its mesh axis; the error names both.
   """
   shardings = {}
   for name, logical in axes.items():
@@ -112,27 +131,34 @@ def param_shardings(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays [B, T]."""
+  """Returns the sharding of arrays [B, T]."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES, SEQUENCE_AXIS))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays whose first axis is the batch, and which have no tokens' axis."""
+  """Returns the sharding of arrays [B, ...] that have no axis of tokens."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def local_rows(placed: NamedSharding, shape: tuple[int, int]) -> slice:
-  """The rows of a global (B, T) array that this process's devices need."""
+  """Returns the range of rows of a global [B, T] array that this process's devices hold."""
   parts = placed.addressable_devices_indices_map(shape).values()
   ranges = [part[0].indices(shape[0]) for part in parts if part is not None]
   return slice(min(low for low, _, _ in ranges), max(high for _, high, _ in ranges))
 
 
 def put_rows(rows_BT: np.ndarray, rows: slice, batch_size: int, placed: NamedSharding) -> Array:
-  """A global array of `batch_size` rows, of which this process has `rows`, whole ones."""
+  """Makes a global array [batch_size, T] from the rows that each process has.
+
+  Args:
+    rows_BT: this process's rows, at their full length T.
+    rows: their range in the global array, from `local_rows`.
+    batch_size: the number of global rows.
+    placed: the global array's sharding.
+  """
 
   def part(index: tuple[slice, ...] | None) -> np.ndarray:
-    assert index is not None  # It is of an own device, which has some of every array.
+    assert index is not None  # A local device, which holds a part of every array.
     low, high, _ = index[0].indices(batch_size)
     return rows_BT[(slice(low - rows.start, high - rows.start), *index[1:])]
 
@@ -141,7 +167,7 @@ def put_rows(rows_BT: np.ndarray, rows: slice, batch_size: int, placed: NamedSha
 
 @contextlib.contextmanager
 def mesh_of(params: Params) -> Iterator[None]:
-  """Programs that are traced inside know the mesh on which the parameters are; kernels ask."""
+  """Makes the parameters' mesh the abstract mesh of programs traced inside; kernels look it up."""
   placed = next(iter(params.values())).sharding
   if not isinstance(placed, NamedSharding):
     yield
@@ -151,10 +177,15 @@ def mesh_of(params: Params) -> Iterator[None]:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-  """x, split as ACTIVATIONS says for its logical axes, on the mesh in use, if there is one.
+  """Constrains x to the sharding that `ACTIVATIONS` gives its logical axes on the current mesh.
 
-  Parameters are split over `fsdp` too. Where activations do not say that they keep their rows,
-  the compiler may leave a matrix in its parts and move the activations instead.
+  Without a mesh, or on one device, returns x unchanged. Parameters are split over `fsdp` as well
+  as rows: unless activations are constrained to keep their rows, the compiler may leave a matrix
+  split and move the activations instead.
+
+  Args:
+    x: an activation.
+    *axes: its logical axes, one for each dimension; None for one that is not split.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -162,13 +193,13 @@ def constrain(x: Array, *axes: str | None) -> Array:
   split = [ACTIVATIONS.get(axis) if axis else None for axis in axes]
   manual = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
             if kind == AxisType.Manual}
-  # Inside `sum_over_sequence` a device's tokens are all there are.
+  # Inside `sum_over_sequence`, x holds one device's tokens only: that mesh axis is manual.
   spec = PartitionSpec(*(None if axis in manual else axis for axis in split))
   return jax.lax.with_sharding_constraint(x, spec)
 
 
 def constrain_tokens(x: Array, axis: str | None) -> Array:
-  """`constrain` of [B, T, width], or of one token's [B, width], by the width's logical axis."""
+  """Constrains x, [B, T, width] or one token's [B, width]; `axis` is the width's logical axis."""
   return constrain(x, "batch", *("length",) * (x.ndim - 2), axis)
 
 
@@ -195,11 +226,11 @@ def sum_over_sequence(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The same on every device."""
+  """Returns the sharding of an array that every device holds in full."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def describe_mesh(shape: Mapping[str, int]) -> str:
-  """A mesh's axes that split something, such as `data 4 x fsdp 2`."""
+  """Returns a mesh's axes of more than one device, such as `data 4 x fsdp 2`, for messages."""
   split = [f"{axis} {size}" for axis, size in shape.items() if size > 1]
   return " x ".join(split) or "one device"

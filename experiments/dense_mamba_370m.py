@@ -5,7 +5,7 @@ Command   python -m dense_jax.cli.train --config experiments/dense_mamba_370m.py
               --config.data.tokenizer=llama/tokenizer.model
 Hardware  the train step is compiled for a TPU v5e 2x2 by a test
 Size      376,136,704 parameters: D 1024, 48 layers, N 16, V 50280, tied head (arXiv
-          2312.00752, table 12), and in each layer but the first a gate of rank D / 32 onto
+          2312.00752, table 12); every layer but the first also has a gate of rank D / 32 for
           its 2048 channels
 Recipe    length 2048, 0.5M tokens a batch, AdamW 1.5e-3 with betas 0.9 and 0.95, weight
           decay 0.1, clipping at 1, cosine decay to 1e-5 (arXiv 2312.00752, section E.2)
@@ -18,7 +18,7 @@ from dense_jax.experiment import check_argument, default_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """`:debug` shrinks it to a smoke test on bytes of Python's standard library."""
+  """Returns the experiment; `:debug` shrinks it to a smoke test on Python's standard library."""
   config = default_config("mamba")
   config.model.update(
       vocab_size=50280, width=1024, layers=48, dtype="bfloat16", remat="full", block_layers=9

@@ -18,7 +18,7 @@ from dense_jax import experiment
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """`:debug` shrinks it to a smoke test on bytes of Python's standard library."""
+  """Returns the experiment; `:debug` shrinks it to a smoke test on Python's standard library."""
   smaller = pathlib.Path(__file__).with_name("dense_retnet_350m.py")
   config = experiment.get_config(smaller, arg)
   if not arg:

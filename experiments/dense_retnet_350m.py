@@ -3,7 +3,7 @@
 Command   python -m dense_jax.cli.train --config experiments/dense_retnet_350m.py \
               --workdir runs/dense_retnet_350m --config.data.path='pile/*.jsonl.zst' \
               --config.data.tokenizer=llama/tokenizer.model
-Hardware  the train step fits a TPU v5e (16 GB) at 4 sequences a chip; a pod is a matter of
+Hardware  the train step fits a TPU v5e (16 GB) with 4 sequences per chip; for a pod, set
           --config.mesh.data and --config.mesh.fsdp
 Size      367,630,080 parameters: D 1536, K 768, 2 heads, 16 layers, V 32000, untied head
 Recipe    15B tokens of The Pile, length 2048, AdamW 6e-4, beta2 0.98, weight decay 0.01,
@@ -19,7 +19,7 @@ TOKENS = 15_000_000_000
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """`:debug` shrinks it to a smoke test on bytes of Python's standard library."""
+  """Returns the experiment; `:debug` shrinks it to a smoke test on Python's standard library."""
   config = default_config("gau_retnet")
   config.model.update(
       vocab_size=32000, width=1536, layers=16, tie_embeddings=False, norm_eps=1e-6,

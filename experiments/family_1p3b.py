@@ -1,4 +1,4 @@
-"""State space families at about 1.3B parameters, base or dense: the larger published sizes.
+"""State space models of about 1.3B parameters, base or dense: the larger published sizes.
 
 Command   python -m dense_jax.cli.train --config experiments/family_1p3b.py:mamba2 \
               --workdir runs/mamba2_1p3b --config.model.dense.depth=1 \
@@ -6,9 +6,9 @@ Command   python -m dense_jax.cli.train --config experiments/family_1p3b.py:mamb
               --config.data.tokenizer=llama/tokenizer.model \
               --config.mesh.data=1 --config.mesh.fsdp=-1
 Hardware  a TPU pod slice; `python -m experiments.benchmarks.tpu_matrix` says which ones it fits
-Size      mamba 1,372,178,432, mamba2 1,343,740,928, retnet 1,311,033,344 parameters, base: D 2048,
-          48 layers (retnet 24, with heads of 256), V 50280, tied head; dense_retnet_1p3b.py is
-          the authors' DenseRetNet
+Size      base parameters: mamba 1,372,178,432, mamba2 1,343,740,928, retnet 1,311,033,344.
+          D 2048, 48 layers (retnet: 24, with heads of 256), V 50280, tied head. For the authors'
+          DenseRetNet, see dense_retnet_1p3b.py
 Recipe    as family_350m, with half its learning rate
 Expected  not trained here
 """
@@ -23,7 +23,7 @@ FAMILIES = ("mamba", "mamba2", "retnet")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """`:FAMILY` picks the family (mamba2); `:FAMILY-debug` shrinks it to a smoke test on bytes."""
+  """Returns the experiment of `:FAMILY` (default mamba2); `:FAMILY-debug` is a smoke test."""
   known = ["debug", *(name + ending for name in FAMILIES for ending in ("", "-debug"))]
   debug = experiment.check_argument(arg, *known).endswith("debug")
   smaller = pathlib.Path(__file__).with_name("family_350m.py")

@@ -1,4 +1,4 @@
-"""All families at one size, about 350M parameters, base or dense: what the paper compares.
+"""All families at about 350M parameters, base or dense, as compared in the paper.
 
 Command   python -m dense_jax.cli.train --config experiments/family_350m.py:mamba2 \
               --workdir runs/mamba2_350m --config.model.dense.depth=2 \
@@ -6,9 +6,9 @@ Command   python -m dense_jax.cli.train --config experiments/family_350m.py:mamb
               --config.data.tokenizer=llama/tokenizer.model
 Hardware  every family's train step, base and dense, is compiled for a TPU v5e (16 GB) by a
           test: 4 sequences of 2048 tokens on one chip
-Size      344M to 372M parameters; V 50280 and a tied head for all but gau_retnet, which is
-          the authors' (V 32000, untied)
-Recipe    15B tokens, length 2048, 0.5M tokens a batch, AdamW 1e-3 with betas 0.9 and 0.95,
+Size      344M to 372M parameters; V 50280 and a tied head, except gau_retnet, which is as the
+          authors train it (V 32000, untied)
+Recipe    15B tokens, length 2048, 0.5M tokens per batch, AdamW 1e-3 with betas 0.9 and 0.95,
           weight decay 0.1, cosine decay to a tenth
 Expected  not trained here
 """
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from dense_jax.experiment import check_argument, default_config
 
 TOKENS = 15_000_000_000
-# D and L; the rest of each family's shape is its default or below.
+# Family -> D and the number of layers; other options are in MIXERS, or are the family's defaults.
 SIZES = {
     "mamba": (1024, 48), "mamba2": (1024, 48), "s4": (1024, 28), "s4d": (1024, 28),
     "retnet": (1024, 24), "gau_retnet": (1536, 16), "transformer": (1024, 24),
@@ -31,7 +31,7 @@ MIXERS = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """`:FAMILY` picks the family (mamba2); `:FAMILY-debug` shrinks it to a smoke test on bytes."""
+  """Returns the experiment of `:FAMILY` (default mamba2); `:FAMILY-debug` is a smoke test."""
   known = ["debug", *(name + ending for name in SIZES for ending in ("", "-debug"))]
   debug = check_argument(arg, *known).endswith("debug")
   family = arg.removesuffix("debug").removesuffix("-") or "mamba2"
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
   width, layers = SIZES[family]
   config.model.update(
       vocab_size=50280, width=width, layers=layers, dtype="bfloat16", remat="full",
-      # Of super-blocks: near sqrt(L), and few layers are left over, at any m up to 3.
+      # Near sqrt(L), and such that few layers are left over at any m up to 3.
       block_layers={48: 5, 28: 5, 24: 7, 16: 7}[layers],
   )
   config.model.mixer.update(MIXERS.get(family, {}))

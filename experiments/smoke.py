@@ -1,4 +1,4 @@
-"""The main job: a small DenseMamba on Python's own standard library.
+"""A small DenseMamba, trained on the source code of Python's standard library.
 
 Command   make train, or
           python -m dense_jax.cli.train --config experiments/smoke.py --workdir runs/smoke
@@ -12,7 +12,7 @@ from dense_jax.experiment import check_argument, default_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """`:debug` trains a few steps of a tiny model on bytes."""
+  """Returns the experiment; `:debug` shrinks it to a few steps of a tiny model on bytes."""
   config = default_config("mamba")
   config.model.width = 192
   config.model.layers = 6

@@ -1,4 +1,4 @@
-"""What the launchers share: commands that are shown before they run, or only shown."""
+"""Code shared by the launchers: showing and running commands, and checking common arguments."""
 
 import argparse
 import re
@@ -15,10 +15,10 @@ from dense_jax.errors import InputError
 
 
 class CommandError(RuntimeError):
-  """A command of another program failed.
+  """Raised if a command of another program failed.
 
   Attributes:
-    stderr: what it wrote there, if that was read.
+    stderr: its standard error, if that was captured; else "".
   """
 
   def __init__(self, message: str, stderr: str = "") -> None:
@@ -27,9 +27,9 @@ class CommandError(RuntimeError):
 
 
 class Runner:
-  """Runs commands, each of which is shown first; in a dry run they are only shown.
+  """Prints commands and runs them; in a dry run, only prints them.
 
-  Commands begin with `$`, everything else with `#`: what is shown can be pasted into a shell.
+  Commands are printed after `$`, and remarks after `#`, as in a shell session.
   """
 
   def __init__(self, *, dry_run: bool) -> None:
@@ -37,11 +37,11 @@ class Runner:
     self._asked: set[str] = set()
 
   def say(self, text: str) -> None:
-    """A remark."""
+    """Prints a remark."""
     print(f"# {text}", flush=True)
 
   def run(self, command: Sequence[str]) -> None:
-    """Runs a command, whose output is shown.
+    """Prints and runs a command, with this process's input and output.
 
     Raises:
       InputError: the program is not installed.
@@ -52,13 +52,17 @@ class Runner:
       execute(command)
 
   def output(self, command: Sequence[str], if_dry: str) -> str:
-    """Runs a command that only asks, and returns what it prints; `if_dry` in a dry run.
+    """Runs a command that changes nothing, and returns its standard output.
 
-    It is shown the first time alone.
+    The command is printed only the first time.
+
+    Args:
+      command: the program and its arguments.
+      if_dry: returned in a dry run, instead of running the command.
 
     Raises:
       InputError: the program is not installed.
-      CommandError: its status is not 0; with its `stderr`.
+      CommandError: its status is not 0; the error has its `stderr`.
     """
     if shlex.join(command) not in self._asked:
       self.show(command)
@@ -74,12 +78,12 @@ class Runner:
     return result.stdout
 
   def sleep(self, seconds: float) -> None:
-    """Waits; not in a dry run."""
+    """Waits for some seconds, except in a dry run."""
     if not self.dry_run:
       time.sleep(seconds)
 
   def show(self, command: Sequence[str]) -> None:
-    """Shows a command, as it can be pasted."""
+    """Prints a command, quoted for a shell."""
     print(f"$ {shlex.join(command)}", flush=True)
 
 
@@ -102,10 +106,10 @@ def _found(command: Sequence[str]) -> Sequence[str]:
 
 
 def check_name(field: str, value: str) -> str:
-  """The value, if it can name a cloud resource.
+  """Returns `value` if it is a valid name of a cloud resource.
 
   Raises:
-    InputError: it cannot.
+    InputError: it is not; the error names `field`.
   """
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", value):
     raise invalid(
@@ -115,7 +119,7 @@ def check_name(field: str, value: str) -> str:
 
 
 def add_place_arguments(parser: argparse.ArgumentParser) -> None:
-  """--project, --zone and --dry-run."""
+  """Adds --project, --zone and --dry-run."""
   parser.add_argument("--project", required=True, help="the Google Cloud project")
   parser.add_argument("--zone", required=True, help="such as us-east5-b")
   parser.add_argument("--dry-run", action="store_true", help="show the commands; run none")
@@ -125,9 +129,9 @@ def check_place(options: argparse.Namespace) -> None:
   """Checks --project and --zone.
 
   Raises:
-    InputError: one of them cannot be a project or a zone.
+    InputError: one of them is not a valid project ID or zone.
   """
-  # Old projects have a domain's name before a colon.
+  # The IDs of old projects begin with a domain name and a colon.
   if not re.fullmatch(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]*", options.project):
     raise invalid("--project", options.project, "a project's ID, such as my-project-123")
   if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z0-9]+", options.zone):
@@ -135,7 +139,7 @@ def check_place(options: argparse.Namespace) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-  """Ends the process with main's status: 2 on bad input, 1 where a command failed."""
+  """Runs `main` and exits with its status; 2 on bad input, 1 if a command failed."""
 
   def without_traceback(arguments: Sequence[str]) -> int:
     try:

@@ -1,4 +1,4 @@
-"""What is launched: a training command for TPU slices, checked before anything is paid for."""
+"""A training command for TPU slices, checked before anything costs money."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,8 @@ from dense_jax.config import invalid
 from dense_jax.costs.chips import CHIPS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# What a name counts: TensorCores, of which a chip has two, or chips.
+# Prefix of a TPU type's name -> (generation, units per chip): the number in the name counts
+# TensorCores, of which a chip has two, or chips.
 _GENERATIONS = {"v4": ("v4", 2), "v5litepod": ("v5e", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 _FLAT_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 _TYPES = (
@@ -25,12 +26,12 @@ _TYPES = (
 
 @dataclasses.dataclass(frozen=True)
 class TpuType:
-  """A slice, as Cloud TPU names it.
+  """A type of TPU slice.
 
   Attributes:
-    name: such as v5litepod-16.
+    name: Cloud TPU's name of it, such as v5litepod-16.
     generation: the chip's name in `dense_jax.costs.chips`, such as v5e.
-    chips: their number; each is one jax device.
+    chips: the number of chips, each of which is one jax device.
   """
 
   name: str
@@ -39,15 +40,15 @@ class TpuType:
 
   @property
   def topology(self) -> str:
-    """As `dense_jax.cli.compile` takes it, such as v5e:4x4; empty where the size has no such one.
+    """The topology for `dense_jax.cli.compile`, such as v5e:4x4; "" if it is not known.
 
-    Slices are as near to a square or a cube as powers of two can be.
+    It is known for powers of two, which are arranged as nearly in a square or a cube as possible.
     """
     doublings = self.chips.bit_length() - 1
     if 1 << doublings != self.chips:
       return ""
     axes = CHIPS[self.generation].axes
-    # The last axes are the longest.
+    # If the axes differ, the last ones are the longest.
     exponents = [(doublings + axis) // axes for axis in range(axes)]
     if self.chips == 4 and axes == 3:
       exponents = [1, 1, 0]
@@ -55,10 +56,10 @@ class TpuType:
 
 
 def parse_tpu_type(name: str) -> TpuType:
-  """A slice by its name.
+  """Parses Cloud TPU's name of a type of slice, such as v5litepod-16.
 
   Raises:
-    InputError: there is no such slice.
+    InputError: there is no such type.
   """
   prefix, _, count = name.partition("-")
   if prefix in _GENERATIONS and re.fullmatch(r"[1-9]\d*", count):
@@ -72,16 +73,16 @@ def parse_tpu_type(name: str) -> TpuType:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A training command, the same on every worker.
+  """A training command, which is the same on every worker.
 
   Attributes:
-    experiment: FILE.py[:ARG], the file relative to the project's folder.
-    workdir: gs://BUCKET/..., which all workers share.
-    overrides: dotted keys without "config.", and their text.
-    environment: variables to be set.
-    tpu_type: what each slice is.
-    slices: their number.
-    batch_size: rows of a step, in all slices together.
+    experiment: FILE.py[:ARG], with the file relative to the project's folder.
+    workdir: gs://BUCKET/..., shared by all workers.
+    overrides: pairs of a dotted key without "config." and its value as text.
+    environment: environment variables to set on the workers.
+    tpu_type: the type of each slice.
+    slices: the number of slices.
+    batch_size: rows of a training step, of all slices together.
   """
 
   experiment: str
@@ -94,20 +95,24 @@ class Job:
 
   @property
   def arguments(self) -> list[str]:
-    """Of `dense_jax.cli.train`."""
+    """The arguments of `dense_jax.cli.train`."""
     changes = [f"--config.{key}={value}" for key, value in self.overrides]
     return ["--config", self.experiment, "--workdir", self.workdir, *changes]
 
   def command(self, python: str) -> str:
-    """The shell's command line for a worker, in the project's folder there.
+    """Returns the shell command line that trains, to be run in a worker's copy of the project.
 
     Args:
-      python: how a shell finds the interpreter; not quoted.
+      python: the interpreter, as shell text that is not quoted.
     """
     return f"{python} -m dense_jax.cli.train {shlex.join(self.arguments)}"
 
   def compile_command(self) -> str:
-    """What tells whether a slice's part fits, without a TPU; empty where nothing can."""
+    """Returns a command that checks, without a TPU, whether training fits a slice's memory.
+
+    The command compiles the part of a step that runs on one slice. "" means that the topology is
+    not known.
+    """
     if not self.tpu_type.topology:
       return ""
     changes = [f"--config.{key}={value}" for key, value in self.overrides]
@@ -120,19 +125,19 @@ class Job:
 
 
 def add_tpu_type_argument(parser: argparse.ArgumentParser) -> None:
-  """--tpu-type."""
+  """Adds --tpu-type."""
   parser.add_argument("--tpu-type", required=True, metavar="TYPE",
                       help="what each slice is, such as v6e-16, v5litepod-64, v5p-128")
 
 
 def add_slices_argument(parser: argparse.ArgumentParser) -> None:
-  """--slices."""
+  """Adds --slices."""
   parser.add_argument("--slices", type=int, default=1, metavar="N",
                       help="slices that train together (default 1)")
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-  """The training command's arguments, and --env."""
+  """Adds --config, --workdir and --env."""
   parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
   parser.add_argument("--workdir", required=True, metavar="gs://BUCKET/...",
                       help="where the run is kept")
@@ -141,10 +146,10 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_slices(slices: int) -> int:
-  """The number of slices.
+  """Returns the number of slices.
 
   Raises:
-    InputError: it is none.
+    InputError: it is below 1.
   """
   if slices < 1:
     raise invalid("--slices", slices, "an integer >= 1")
@@ -152,14 +157,15 @@ def check_slices(slices: int) -> int:
 
 
 def parse_job(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Job:
-  """The job of a command line, with all that can be known of it without a TPU checked.
+  """Makes the job that a command line describes, and checks everything that needs no TPU.
 
   Args:
-    options: of a parser with all three of the above.
-    overrides: of the configuration: dotted key without "config.", text.
+    options: the options of a parser with the arguments of all three functions above.
+    overrides: changes of the configuration: pairs of a dotted key without "config." and text.
 
   Raises:
-    InputError: what is not valid, why, and what would be.
+    InputError: the TPU type, slices, experiment, overrides, mesh, batch, workdir, paths of data
+      or environment variables are not valid.
   """
   tpu_type = parse_tpu_type(options.tpu_type)
   slices = check_slices(options.slices)
@@ -185,7 +191,7 @@ def parse_job(options: argparse.Namespace, overrides: Sequence[tuple[str, str]])
 
 
 def _check_everywhere(field: str, value: str, *words: str) -> None:
-  """Raises InputError for a path that only this machine has."""
+  """Raises InputError for a path that may exist on this machine only."""
   if value not in words and not re.match(r"gs://[^/]|/", value):
     known = ", ".join(word for word in words if word)
     raise invalid(
@@ -195,7 +201,7 @@ def _check_everywhere(field: str, value: str, *words: str) -> None:
 
 
 def _relative(spec: str) -> str:
-  """The experiment, as it is named in the project's folder on a worker."""
+  """Returns an experiment's FILE.py[:ARG] with the file relative to the project's folder."""
   name, colon, argument = spec.partition(":")
   file = pathlib.Path(name).resolve()
   if not file.is_relative_to(ROOT):
@@ -207,7 +213,7 @@ def _environment(pairs: Sequence[str]) -> dict[str, str]:
   environment = {}
   for pair in pairs:
     name, equals, value = pair.partition("=")
-    # Quotes and backslashes would end the quotes that other programs put around a value.
+    # Quotes and backslashes would break the quoting that other programs put around a value.
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name) or not value.isprintable() or (
         set(value) & set("\"'\\")
     ):

@@ -4,14 +4,15 @@
     python launch/local.py --processes 2 --devices-per-process 4 -- \
         python -m dense_jax.cli.train --config experiments/smoke.py:debug --workdir runs/two
 
-The processes are those of a cluster: jax.distributed joins them, over the loopback device, and
-gloo carries what they tell each other. Their devices are simulated on the CPU. The command gets
---coordinator, --processes and --process-id appended.
+The processes work together as on a cluster: jax.distributed joins them over the loopback
+interface, and they communicate with gloo. Their devices are simulated on the CPU. The options
+--coordinator, --processes and --process-id are appended to the command.
 
-What process 0 prints is shown as it is, lines of the others as "[1] ...". Ctrl-C, SIGTERM, a
-closed terminal and what schedulers send are passed on. When a process fails, the others have 20
-seconds to notice and to end; then they are killed. The status is that of the first process that
-failed, 128 + N after signal N.
+The output of process 0 is shown unchanged, that of the others on standard error, with the number
+of the process before each line, as "[1] ...". Ctrl-C, SIGTERM, a closed terminal and the signals
+of schedulers are passed on. When a process fails, the others have 20 seconds to notice and to
+end; then they are killed. The exit status is that of the first process that failed, or 128 + N
+if signal N ended it.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 GRACE_SECONDS = 20.0
-# What asks a training process to save and to end.
+# The signals that ask a training process to save and to end.
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
               signal.SIGUSR2, signal.SIGXCPU)
 
@@ -56,7 +57,7 @@ def _free_port() -> int:
 
 
 def _environment(devices: int) -> dict[str, str]:
-  """This one's, with so many simulated devices."""
+  """Returns this process's environment, changed to simulate a number of CPU devices."""
   count = "--xla_force_host_platform_device_count"
   flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(count)]
   flags.append(f"{count}={devices}")
@@ -64,10 +65,10 @@ def _environment(devices: int) -> dict[str, str]:
 
 
 def _show(number: int, child: subprocess.Popen[str]) -> None:
-  """Copies a process's output, line by line."""
+  """Copies a process's output to standard error, line by line."""
   assert child.stdout is not None
   for line in child.stdout:
-    with contextlib.suppress(OSError):  # Nobody reads; the process must not wait for that.
+    with contextlib.suppress(OSError):  # If nobody reads, go on: the process must not block.
       print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
 
 
@@ -84,7 +85,8 @@ def _start(options: argparse.Namespace) -> list[subprocess.Popen[str]]:
             stderr=subprocess.STDOUT if number else None,
             text=True,
             errors="replace",
-            # A terminal's Ctrl-C would reach them twice, and the second is obeyed at once.
+            # Otherwise a terminal's Ctrl-C would reach them twice, and a second one is obeyed
+            # at once, without saving.
             start_new_session=True,
         )
     )
@@ -92,7 +94,7 @@ def _start(options: argparse.Namespace) -> list[subprocess.Popen[str]]:
 
 
 def _wait(children: Sequence[subprocess.Popen[str]]) -> int:
-  """Waits for all; returns the status of the first that failed."""
+  """Waits for all processes; returns the status of the first that failed, or 0."""
   running = dict(enumerate(children))
   status, deadline = 0, math.inf
   while running:
@@ -108,7 +110,7 @@ def _wait(children: Sequence[subprocess.Popen[str]]) -> int:
       if not status:
         status, deadline = code if code > 0 else 128 - code, time.monotonic() + GRACE_SECONDS
     if running and time.monotonic() > deadline:
-      # Not SIGTERM, which asks for a checkpoint: without the one that failed there is none.
+      # Not SIGTERM, which asks for a checkpoint: without the failed process none can be saved.
       print(f"killing {', '.join(map(str, running))}: still there after {GRACE_SECONDS:g} s",
             file=sys.stderr, flush=True)
       for child in running.values():
@@ -119,17 +121,17 @@ def _wait(children: Sequence[subprocess.Popen[str]]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the command; returns the status."""
+  """Runs the command; returns the exit status."""
   options = _parse(arguments)
   children = _start(options)
 
   def pass_on(number: int, frame: FrameType | None) -> None:
     del frame
     for child in children:
-      child.send_signal(number)  # Does nothing where the process has ended.
+      child.send_signal(number)  # Does nothing if the process has ended.
 
   for number in _PASSED_ON:
-    # nohup ignores SIGHUP, for the processes too.
+    # Under nohup SIGHUP is ignored, and must stay so for the processes too.
     if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, pass_on)
   pids = (f"process {number} is {child.pid}" for number, child in enumerate(children))

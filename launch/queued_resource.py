@@ -1,4 +1,4 @@
-"""A queued resource of Cloud TPU and the workers of its slices, by way of gcloud."""
+"""Controls a queued resource of Cloud TPU, and the workers of its slices, through gcloud."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from dense_jax.errors import InputError
 from launch import commands, job, workers
 
 SOURCE = job.ROOT
-# States, as the API names them; it knows others on the way to them.
+# The API's names of states; it has others in between. ABSENT means that there is no resource.
 ACTIVE = "ACTIVE"
 PREEMPTED = ("SUSPENDING", "SUSPENDED")
 FAILED = "FAILED"
@@ -20,14 +20,14 @@ ABSENT = ""
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-  """What is asked for.
+  """The capacity that a queued resource asks for.
 
   Attributes:
-    tpu_type: of each slice.
-    spot: preemptible capacity.
-    reserved: capacity of a reservation.
-    runtime: the software of the virtual machines.
-    service_account: what they act as; empty for the project's default.
+    tpu_type: the type of each slice.
+    spot: whether to use preemptible capacity.
+    reserved: whether to use the capacity of a reservation.
+    runtime: the software version of the virtual machines.
+    service_account: the account that they act as; "" means the project's default.
   """
 
   tpu_type: job.TpuType
@@ -40,7 +40,7 @@ class Capacity:
 class QueuedResource:
   """One queued resource.
 
-  Its methods raise CommandError where gcloud fails, and InputError where it is not installed.
+  Its methods raise CommandError if gcloud fails, and InputError if it is not installed.
   """
 
   def __init__(
@@ -53,13 +53,13 @@ class QueuedResource:
 
   @property
   def nodes(self) -> list[str]:
-    """The slices' names."""
+    """The names of the slices."""
     if self.slices == 1:
       return [self.name]
     return [f"{self.name}-{index}" for index in range(self.slices)]
 
   def create(self, capacity: Capacity) -> None:
-    """Asks for it; it may wait for hours before it is active."""
+    """Requests the resource; it may take hours until it is active."""
     nodes = ([f"--node-id={self.name}"] if self.slices == 1
              else [f"--node-count={self.slices}", f"--node-prefix={self.name}"])
     self.runner.run([
@@ -70,7 +70,7 @@ class QueuedResource:
     ])
 
   def state(self, if_dry: str = ACTIVE) -> str:
-    """Its state, as the API names it; empty where there is no such resource."""
+    """Returns the resource's state by the API's name; `ABSENT` if there is no such resource."""
     command = [*self._resource("describe"), "--format=value(state.state)"]
     try:
       return self.runner.output(command, if_dry).strip()
@@ -80,7 +80,7 @@ class QueuedResource:
       raise
 
   def wait(self) -> str:
-    """Waits until it is active, or will not be; returns its state."""
+    """Waits until the resource is active, failed, preempted or absent; returns its state."""
     before = None
     while (state := self.state()) not in (ACTIVE, ABSENT, FAILED, *PREEMPTED):
       if state != before:
@@ -91,16 +91,16 @@ class QueuedResource:
     return state
 
   def reason(self) -> str:
-    """What the API says of the state, for messages."""
+    """Returns the API's description of the state, for messages."""
     described = self.runner.output([*self._resource("describe"), "--format=yaml(state)"], "")
     return " ".join(described.split())
 
   def delete(self) -> None:
-    """Deletes it and its slices."""
+    """Deletes the resource and its slices."""
     self.runner.run([*self._resource("delete"), "--force", "--quiet"])
 
   def sync(self) -> None:
-    """Puts this folder's files on all workers, without what git ignores, and installs them."""
+    """Copies the project, without files that git ignores, to all workers, and installs it there."""
     with tempfile.TemporaryDirectory() as folder:
       archive = f"{folder}/{workers.ARCHIVE}"
       count = _pack(archive)
@@ -112,15 +112,15 @@ class QueuedResource:
     self._on_workers(workers.install())
 
   def start(self, work: job.Job) -> None:
-    """Starts training on all workers, except where it is running."""
+    """Starts training on all workers that do not run it already."""
     self._on_workers(workers.start(work.command(workers.PYTHON), work.environment))
 
   def stop(self) -> None:
-    """Sees to it that training has ended on all workers."""
+    """Waits until training has ended on all workers, and kills it if that takes too long."""
     self._on_workers(workers.stop())
 
   def statuses(self, if_dry: str = "0") -> list[str]:
-    """How training is on each worker: an exit status, or a word of `workers`."""
+    """Returns the state of training on each worker: an exit status, or a word of `workers`."""
     found = []
     for node in self.nodes:
       command = [*self._vm("ssh"), node, "--worker=all", f"--command={workers.status()}"]
@@ -130,14 +130,20 @@ class QueuedResource:
     return found
 
   def logs(self, lines: int, *, worker: str, follow: bool) -> None:
-    """Shows the log of some workers of the first slice."""
+    """Shows the log of one worker, or of all workers, of the first slice.
+
+    Args:
+      lines: how many past lines to show.
+      worker: a worker's number, or "all".
+      follow: whether to go on showing new lines.
+    """
     command = workers.tail(lines, follow=follow)
     self.runner.run(
         [*self._vm("ssh"), self.nodes[0], f"--worker={worker}", f"--command={command}"]
     )
 
   def pause(self) -> None:
-    """Waits for as long as it takes to be worth asking again."""
+    """Waits for the polling interval."""
     self.runner.sleep(self._poll_seconds)
 
   def _on_workers(self, command: str) -> None:
@@ -152,7 +158,7 @@ class QueuedResource:
 
 
 def _pack(archive: str) -> int:
-  """Packs the files that git knows or would add; returns their number."""
+  """Packs the project's tracked and addable files into an archive; returns their number."""
   listed = subprocess.run(
       ["git", "-C", str(SOURCE), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
       capture_output=True, text=True,

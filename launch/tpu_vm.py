@@ -1,13 +1,13 @@
-"""Trains on Cloud TPU VMs: asks for a queued resource, puts the code there, trains, comes back.
+"""Trains on Cloud TPU VMs: requests a queued resource, copies the code to it, trains, cleans up.
 
     python -m launch.tpu_vm train --name retnet --project my-project --zone us-east5-b \
         --tpu-type v6e-16 --spot --config experiments/dense_retnet_1p3b.py \
         --workdir gs://my-bucket/retnet --config.mesh.data=1 --config.mesh.fsdp=-1 --dry-run
 
-`train` does everything and watches until training has ended: after a preemption it asks for the
-resource again, after a failure it starts training again, and in the end it deletes the resource.
-When it is interrupted itself, training goes on; the same command goes on watching. The other
-subcommands are its parts.
+`train` does everything, and watches until training has ended. After a preemption it requests the
+resource again, after a failure it restarts training, and in the end it deletes the resource. If
+`train` itself is interrupted, training continues; run the same command again to resume watching.
+The other subcommands are the single steps of `train`.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from launch.queued_resource import (
     QueuedResource,
 )
 
-# The software of a TPU VM, by the chips' generation.
+# The software version of a TPU VM, by generation of the chips.
 _RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5",
              "v6e": "v2-alpha-tpuv6e"}
-# Times in a row that a poll may fail: this machine's network may be down for a while.
+# After so many failed polls in a row, give up: this machine's network may be down for a while.
 _FAILED_POLLS = 10
 _LOG_LINES = 40
 
@@ -48,7 +48,7 @@ class _Outcome(enum.Enum):
 
 
 def _gone(state: str) -> _Outcome:
-  """How training has ended with the resource; somebody who deletes it wants no other."""
+  """Returns the outcome of a resource that is gone; one that was deleted is not requested again."""
   return _Outcome.DELETED if state in (ABSENT, DELETING) else _Outcome.PREEMPTED
 
 
@@ -104,10 +104,10 @@ def _capacity(options: argparse.Namespace) -> Capacity:
 
 
 def _wait(resource: QueuedResource, *others: str) -> str:
-  """Waits until the resource is active, or in one of the other states; returns the state.
+  """Waits until the resource is active or in one of the states `others`; returns the state.
 
   Raises:
-    CommandError: it is not there, or has failed.
+    CommandError: the resource does not exist, or ended up in another state.
   """
   state = resource.wait()
   if state not in (ACTIVE, *others):
@@ -117,7 +117,7 @@ def _wait(resource: QueuedResource, *others: str) -> str:
 
 
 def _activate(resource: QueuedResource, capacity: Capacity) -> str:
-  """Asks for the resource if there is none that can be used; returns the state it gets to."""
+  """Requests the resource unless there is a usable one, and waits for it; returns its state."""
   state = resource.state(if_dry=ABSENT)
   if state == DELETING:
     state = resource.wait()
@@ -130,7 +130,7 @@ def _activate(resource: QueuedResource, capacity: Capacity) -> str:
 
 
 def _watch(resource: QueuedResource, work: job.Job) -> _Outcome:
-  """Starts training if it is not running, and waits until it has ended."""
+  """Starts training unless it is running, and waits until it has ended; returns how it ended."""
   statuses = resource.statuses(if_dry=workers.ABSENT)
   if any(status != workers.RUNNING for status in statuses):
     if workers.RUNNING in statuses:
@@ -166,7 +166,7 @@ def _watch(resource: QueuedResource, work: job.Job) -> _Outcome:
 def _train(
     resource: QueuedResource, capacity: Capacity, work: job.Job, max_restarts: int, keep: bool
 ) -> int:
-  """All of it; returns the status: 0 when all steps are done, 2 on bad input, else 1."""
+  """Runs the subcommand `train`; returns 0 if all steps are done, 2 on bad input, else 1."""
   for restarts in range(max_restarts + 1):
     if restarts:
       resource.runner.say(f"restart {restarts} of at most {max_restarts}")
@@ -175,7 +175,7 @@ def _train(
       try:
         outcome = _watch(resource, work)
       except commands.CommandError:
-        # What was going on when it went away?
+        # A command also fails if the resource went away under it.
         if (state := resource.state()) == ACTIVE:
           raise
         outcome = _gone(state)
@@ -197,10 +197,13 @@ def _subcommand(name: str, resource: QueuedResource) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs a subcommand; returns 0, for `train` 2 or 1 where training ended so.
+  """Runs a subcommand; returns the exit status.
+
+  Returns:
+    0; but from `train`, 2 if training ended because of bad input, and 1 if it failed.
 
   Raises:
-    InputError: bad input, found before anything is done.
+    InputError: an argument is not valid; raised before anything is done.
     CommandError: gcloud failed.
   """
   options, overrides = _parse(arguments)

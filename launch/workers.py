@@ -1,8 +1,8 @@
-"""What the workers of a TPU VM do: shell commands for `gcloud compute tpus tpu-vm ssh`.
+"""Shell commands for the workers of a TPU VM, for use with `gcloud compute tpus tpu-vm ssh`.
 
-In a worker's home there are the project's files, an environment beside them, so that new files
-do not install it again, and the job's folder: its log, the number of its process group, and its
-exit status once it has ended.
+A worker's home directory contains three folders: the project's files; the Python environment,
+which is separate so that new files do not require a new installation; and the job's folder, with
+its log, its process group's id and, once it has ended, its exit status.
 """
 
 import shlex
@@ -11,23 +11,23 @@ ARCHIVE = "dense_jax.tar.gz"
 _SOURCE = "~/dense_jax"
 _VENV = "~/dense_jax_venv"
 _JOB = "~/dense_jax_job"
-# As jax needs; the workers' own Python is older.
+# Required by jax; the workers' own Python is older.
 _PYTHON_VERSION = "3.12"
 PYTHON = f"{_VENV}/bin/python"
 LOG = f"{_JOB}/log"
 
-# What `status` may say beside an exit status.
+# The words that `status` may print in place of an exit status.
 RUNNING = "running"
 KILLED = "killed"
 ABSENT = "absent"
 
 _ALIVE = f'kill -0 -- "-$(cat {_JOB}/pid 2>/dev/null)" 2>/dev/null'
-# A worker whose peer has failed finds out within two minutes, and ends by itself.
+# A worker whose peer has failed notices within two minutes, and ends by itself.
 _END_SECONDS = 150
 
 
 def install() -> str:
-  """Unpacks the archive in the worker's home, and installs what it needs."""
+  """Returns a command that unpacks the archive in the home directory and installs the project."""
   return " && ".join([
       f"rm -rf {_SOURCE}",
       f"mkdir -p {_SOURCE}",
@@ -40,13 +40,18 @@ def install() -> str:
 
 
 def start(command: str, environment: dict[str, str]) -> str:
-  """Starts a command line, which goes on when the connection ends; not where one is running.
+  """Returns a command that starts a job in the background, unless one is running already.
 
-  It leads a process group of its own. Its output is appended to the log.
+  The job keeps running when the connection ends. It leads its own process group, and its output
+  is appended to the log.
+
+  Args:
+    command: the job's command line, for a shell in the project's folder.
+    environment: variables to set for it.
   """
   settings = [shlex.quote(f"{name}={value}") for name, value in environment.items()]
   line = f"cd {_SOURCE} && exec {' '.join(['env', *settings, command])}"
-  # A shell outside the group outlives it, and writes down how it ended.
+  # A shell outside the process group outlives it, and records its exit status.
   script = (f"setsid bash -c {shlex.quote(line)} & echo $! > {_JOB}/pid; "
             f"wait $!; echo $? > {_JOB}/status")
   return (
@@ -59,7 +64,7 @@ def start(command: str, environment: dict[str, str]) -> str:
 
 
 def stop() -> str:
-  """Waits until the job has ended by itself, and kills it if it has not."""
+  """Returns a command that waits up to 150 s for the job to end by itself, and then kills it."""
   return (
       f"for second in $(seq {_END_SECONDS}); do {_ALIVE} || break; sleep 1; done; "
       f"if {_ALIVE}; then kill -KILL -- -$(cat {_JOB}/pid); fi"
@@ -67,10 +72,10 @@ def stop() -> str:
 
 
 def status() -> str:
-  """Prints one line, `status=` and the exit status or one of the words above."""
+  """Returns a command that prints `status=` and the exit status, or one of the words above."""
   return (
       f"if {_ALIVE}; then echo status={RUNNING}; exit; fi; "
-      # One that has ended just now: its status comes at once.
+      # If it has ended just now, its status is about to be written.
       f"if [ -f {_JOB}/pid ] && [ ! -f {_JOB}/status ]; then sleep 1; fi; "
       f"if [ -f {_JOB}/status ]; then echo status=$(cat {_JOB}/status); "
       f"elif [ -f {_JOB}/pid ]; then echo status={KILLED}; "
@@ -79,5 +84,5 @@ def status() -> str:
 
 
 def tail(lines: int, *, follow: bool) -> str:
-  """Prints the log's last lines, and with `follow` those that come."""
+  """Returns a command that prints the last lines of the log, and with `follow` all new ones."""
   return f"tail -n {lines} {'-F ' if follow else ''}{LOG}"

@@ -1,13 +1,13 @@
-"""Trains on TPU slices of a GKE cluster: makes an xpk workload of an experiment, and submits it.
+"""Trains on TPU slices of a GKE cluster: submits an experiment as a workload of xpk.
 
     python -m launch.xpk --name retnet --cluster my-cluster --project my-project \
         --zone us-east5-b --tpu-type v6e-16 --image my-registry/my-project/dense_jax:1 \
         --config experiments/dense_retnet_1p3b.py --workdir gs://my-bucket/retnet \
         --config.mesh.data=1 --config.mesh.fsdp=-1 --dry-run
 
-xpk (https://github.com/AI-Hypercomputer/xpk) writes the JobSet. This sets what training needs of
-it: workers that fail or are preempted are restarted and go on from the newest checkpoint, bad
-input (status 2) ends the job, and a worker that must go has time to save.
+xpk (https://github.com/AI-Hypercomputer/xpk) writes the JobSet. This launcher sets the options
+that training needs: workers that fail or are preempted are restarted and resume from the newest
+checkpoint, bad input (status 2) ends the job, and a worker that is evicted has time to save.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from dense_jax.config import invalid
 from dense_jax.errors import InputError
 from launch import commands, job
 
-# xpk restarts after 42 and 127-255, which has all signals. 1 is training that was interrupted, or
-# that failed; 2, bad input, would only be bad again.
+# By default xpk restarts after status 42 and after 127-255, which covers all signals. Status 1
+# means that training failed or was interrupted. Status 2 is bad input, which would fail again.
 _RESTART_ON = "1"
 
 
@@ -56,7 +56,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str
 
 
 def _check(options: argparse.Namespace) -> None:
-  """Raises InputError for what xpk would pass on to a shell, or to Kubernetes, as it is."""
+  """Raises InputError for values that xpk would pass on, unchecked, to a shell or to Kubernetes."""
   commands.check_name("--name", options.name)
   commands.check_name("--cluster", options.cluster)
   commands.check_place(options)
@@ -73,10 +73,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def find_xpk() -> str:
-  """The xpk program: the one on PATH, or the one that `make xpk` installs.
+  """Finds the xpk program: the one on PATH, or the one that `make xpk` installs.
 
   Raises:
-    InputError: there is none.
+    InputError: xpk is not installed.
   """
   beside = pathlib.Path(sys.prefix) / "xpk" / "bin" / "xpk"
   found = shutil.which("xpk") or (str(beside) if beside.is_file() else None)
@@ -89,8 +89,8 @@ def find_xpk() -> str:
 
 
 def workload_command(options: argparse.Namespace, work: job.Job) -> list[str]:
-  """The arguments of xpk that create the workload, without --dry-run."""
-  # `exec`: the shell that xpk puts around a command sends SIGTERM to the command itself.
+  """Returns the arguments of xpk that create the workload, without --dry-run."""
+  # `exec` replaces the shell that xpk puts around a command, so that SIGTERM reaches the command.
   command = ["workload", "create", f"--workload={options.name}", f"--cluster={options.cluster}",
              f"--project={options.project}", f"--zone={options.zone}",
              f"--tpu-type={work.tpu_type.name}", f"--num-slices={work.slices}",
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
   """Submits the workload, or with --dry-run shows all that would be done; returns 0.
 
   Raises:
-    InputError: bad input, found before anything is submitted.
+    InputError: an argument is not valid, or xpk is not installed; raised before the submission.
     CommandError: xpk failed.
   """
   options, overrides = _parse(arguments)

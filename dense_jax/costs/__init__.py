@@ -1,1 +1,1 @@
-"""What a model does: what compiled programs cost a chip."""
+"""Costs of compiled programs on a chip: operations, bytes and collectives."""

@@ -1,15 +1,15 @@
-"""Published figures of chips, and the bounds that they set.
+"""Published figures of chips, and the lower bounds on time that follow from them.
 
-TPUs: the vendor's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU
-documentation, table "Key specifications": peak compute a chip (bf16), HBM capacity and
-bandwidth, bidirectional inter-chip interconnect (ICI) bandwidth. Its page of v4 has no ICI
-bandwidth; six links of 50 GB/s in each direction are those of arXiv 2304.01433, table 4.
-GPUs: the vendor's data sheets of H100 SXM and H200 SXM, dense bf16 (without sparsity);
-their link is NVLink.
+TPUs: table "Key specifications" of the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" in the
+Cloud TPU documentation: peak compute per chip (bf16), HBM capacity and bandwidth, bidirectional
+inter-chip interconnect (ICI) bandwidth. The page of v4 gives no ICI bandwidth; its six links of
+50 GB/s in each direction are from arXiv 2304.01433, table 4.
+GPUs: the vendor's data sheets of H100 SXM and H200 SXM, dense bf16 (without sparsity); their
+link is NVLink.
 
-Capacities are decimal gigabytes, as published, although some of the vendor's figures are
-GiB: the few percent between the two are left to what else lives on a chip, such as the
-next batch and other programs.
+Capacities are decimal gigabytes, as published, although some of the vendor's figures are really
+GiB. The few percent in between are a reserve for whatever else is in a chip's memory, such as
+the next batch and other programs.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from dense_jax.costs.hlo import Cost
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip, which is one jax device (v4 and v5p: both cores together).
+  """One chip, which is one jax device (on v4 and v5p, both cores together).
 
   Attributes:
-    flops: bf16 matmul operations a second, at most.
-    memory: bytes of main memory (HBM).
-    memory_bandwidth: its bytes a second.
-    link_bandwidth: bytes a second to other chips, over all links and both directions
-      together.
-    axes: dimensions of a topology; 0 for GPUs.
+    flops: peak bf16 matmul operations per second.
+    memory: capacity of main memory (HBM), in bytes.
+    memory_bandwidth: peak bandwidth of main memory, in bytes per second.
+    link_bandwidth: bandwidth to other chips, in bytes per second, summed over all links and both
+      directions.
+    axes: the number of dimensions of the TPU topology; 0 for GPUs.
   """
 
   flops: float
@@ -49,12 +49,12 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """Seconds that a program takes at least, if one thing alone held it up.
+  """Lower bounds on the seconds that a program takes, one for each resource.
 
   Attributes:
     compute: its matmuls at the chip's peak.
-    memory: its bytes at the memory's bandwidth.
-    collectives: their bytes at the links' bandwidth.
+    memory: its bytes of main memory at the memory's bandwidth.
+    collectives: its collectives' bytes at the links' bandwidth.
   """
 
   compute: float
@@ -63,16 +63,16 @@ class Bound:
 
   @property
   def seconds(self) -> float:
-    """The largest of them: no run is faster. It is no estimate of a run's time."""
+    """The largest of the bounds, in seconds. No run is faster, but most are slower."""
     return max(self.compute, self.memory, self.collectives)
 
 
 def bound(cost: Cost, chip: Chip) -> Bound:
-  """What the published peaks of a chip allow at most.
+  """Returns the lower bounds on a program's time that follow from a chip's published peaks.
 
-  A collective whose larger side has n bytes takes in and sends out n together, or more,
-  among two chips or more; so n at the links' bandwidth in both directions is a bound for
-  every kind.
+  Among two or more chips, a collective whose larger side (operand or result) has n bytes moves
+  at least n bytes in and out of each chip together. So n divided by the links' bandwidth in both
+  directions bounds the time of every kind of collective.
   """
   return Bound(
       cost.matmul_flops / chip.flops,

@@ -1,24 +1,24 @@
-"""What one run of a compiled program costs a chip: operations, bytes, collectives.
+"""Counts what one run of a compiled program costs a chip: operations, bytes, collectives.
 
-`compiled.cost_analysis()` counts a loop's body once, however often it runs. Here the
-program's own text is read (`hlo_text.py`), and everything in a loop counts as often as the
-loop runs (`hlo_loops.py`).
+`compiled.cost_analysis()` counts the body of a loop once, regardless of how often it runs. This
+module reads the text of the program instead (`hlo_text.py`), and counts everything in a loop as
+often as the loop runs (`hlo_loops.py`).
 
-- Operations: see `hlo_ops.py`; a fusion's are those of the instructions in it.
-- Bytes: what is read from and written to the device's main memory (HBM): operands and
-  results of every instruction that is not fused into another. Buffers that the compiler
-  keeps on the chip (memory space S(1), VMEM) are free, and so a copy between the two counts
-  its one side in HBM. Padding of layouts and buffers that are read more than once by one
-  instruction are not counted: it is the least that the program moves.
-- Of a slice or gather, only what is sliced counts, inside fusions too. An update in place
-  (dynamic-update-slice) counts the update: read and written; inside a fusion it is written
-  only.
-- Collectives: by kind, how many and their bytes: of the operand or the result, whichever
-  is larger on a chip.
+- Operations: see `hlo_ops.py`. A fusion has those of the instructions in it.
+- Bytes: those read from and written to the device's main memory (HBM), which are the operands
+  and results of every instruction that is not fused into another. Buffers that the compiler
+  keeps on the chip (memory space S(1), VMEM) are free, so a copy between HBM and VMEM counts
+  once. The padding of layouts, and repeated reads of a buffer by one instruction, are not
+  counted: the result is the least that the program moves.
+- Slices and gathers count only the elements that they take, inside fusions too. An update in
+  place (dynamic-update-slice) counts the update as read and written; inside a fusion, as
+  written only.
+- Collectives: their number and bytes by kind. The bytes are those of the operand or the result
+  on one chip, whichever is larger.
 - A conditional counts its most expensive branch.
-- A Pallas kernel counts what its author's `cost_estimate` says: its operations are no
-  matmul's, as the estimate does not tell. A custom call without one moves its operands and
-  results.
+- A Pallas kernel counts the `cost_estimate` of its author. None of its operations count as
+  matmul operations, because the estimate does not tell them apart. A custom call without an
+  estimate counts the bytes of its operands and results.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )
-# Neither computes nor moves. Async pairs are counted at their start.
+# Instructions that neither compute nor move anything. Async pairs are counted at their start.
 _FREE = frozenset({
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain",
     "partition-id", "replica-id", "opt-barrier", "add-dependency",
@@ -56,7 +56,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """All collectives of one kind: how many run, and their bytes together."""
+  """All collectives of one kind: the number that run, and their total bytes."""
 
   kind: str
   count: int
@@ -65,14 +65,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What a program, or a part of it, costs a chip.
+  """The cost of a program, or of a part of it, on one chip.
 
   Attributes:
     flops: floating-point operations, without transcendental functions.
-    matmul_flops: those of them in dots and convolutions.
-    transcendentals: values of exp, log, tanh, rsqrt and their like.
-    bytes_accessed: of main memory.
-    counts, sizes: collectives and their bytes, by kind.
+    matmul_flops: the part of `flops` in dots and convolutions.
+    transcendentals: evaluations of exp, log, tanh, rsqrt and similar functions.
+    bytes_accessed: bytes read from and written to main memory.
+    counts, sizes: the number and the bytes of collectives, by kind.
   """
 
   flops: float = 0
@@ -84,27 +84,28 @@ class Cost:
 
   @property
   def collectives(self) -> tuple[Collective, ...]:
-    """By kind."""
+    """The collectives, sorted by kind."""
     return tuple(Collective(k, self.counts[k], self.sizes[k]) for k in sorted(self.counts))
 
 
 def program_cost(text: str, *, open_trips: int | None = None) -> Cost:
-  """The cost of one run of the program in `compiled.as_text()`, on one chip.
+  """Returns the cost of one run of a compiled program on one chip.
 
   Args:
-    text: the program.
-    open_trips: how often loops run whose length is data; None makes them an error.
+    text: the program, from `compiled.as_text()`.
+    open_trips: the number of iterations assumed for loops whose length depends on data; None
+      makes such a loop an error.
 
   Raises:
-    OpenLoopError: the text does not tell how often a loop runs, and `open_trips` is None.
-    HloError: the text has a form that is not understood.
+    OpenLoopError: the text does not determine how often a loop runs, and `open_trips` is None.
+    HloError: the text has an unknown form.
   """
   module = parse_module(text)
   return _Walk(module, open_trips).cost(Frame(module.computations[module.entry]))
 
 
 def _sum(parts: Iterable[tuple[Cost, int]]) -> Cost:
-  """The sum of costs times numbers."""
+  """Returns the sum of cost * number over the pairs."""
   names = ("flops", "matmul_flops", "transcendentals", "bytes_accessed")
   totals: Counter[str] = Counter()
   counts: Counter[str] = Counter()
@@ -119,15 +120,15 @@ def _sum(parts: Iterable[tuple[Cost, int]]) -> Cost:
 
 
 class _Walk:
-  """Adds up a module, from its entry."""
+  """Adds up the costs of a module's instructions, following calls and loops."""
 
   def __init__(self, module: Module, open_trips: int | None) -> None:
     self._module, self._open_trips = module, open_trips
-    # Without what depends on the caller.
+    # Can be cached, because the operations of a fused computation do not depend on its caller.
     self._fused = functools.cache(self._fused_cost)
 
   def cost(self, frame: Frame) -> Cost:
-    """Of a computation that is not fused."""
+    """Returns the cost of one run of a computation that is not fused."""
     return _sum(
         (self._instruction_cost(frame, instruction), 1)
         for instruction in frame.computation.instructions.values()
@@ -142,7 +143,7 @@ class _Walk:
       return Cost()
     if opcode == "while":
       trips = self._trips(frame, instruction)
-      # The condition is asked once more than the body runs.
+      # The condition is evaluated once more than the body runs.
       return _sum([
           (self._called(frame, instruction, "body"), trips),
           (self._called(frame, instruction, "condition"), trips + 1),
@@ -177,7 +178,7 @@ class _Walk:
     ]
 
   def _fused_cost(self, name: str) -> Cost:
-    """Of a fused computation: all but bytes."""
+    """Returns the cost of a fused computation, without its bytes."""
     computation = self._module.computations[name]
     parts = []
     for instruction in computation.instructions.values():
@@ -191,7 +192,7 @@ class _Walk:
   def _fusion_bytes(
       self, computation: Computation, fusion: Instruction, inner: Computation
   ) -> int:
-    """What a fusion moves: the slices of its operands that it uses, and its results."""
+    """Returns the bytes a fusion moves: those of its operands that it reads, and its results."""
     total = self._written(inner, inner.root, _result(fusion))
     for operand, parameter in zip(fusion.operands, inner.parameters, strict=True):
       source = computation.instructions[operand].shape
@@ -199,12 +200,12 @@ class _Walk:
     return total
 
   def _read(self, inner: Computation, value: Instruction) -> int:
-    """Bytes of a fused computation's value that the instructions in it read."""
+    """Returns how many bytes of `value` the instructions of a fused computation read."""
     total = 0
     for user in inner.users[value.name]:
       opcode = user.opcode
       if opcode in ("tuple", *_FREE - {"bitcast"}) or _is_middle_of_async(inner, user):
-        continue  # It passes through.
+        continue  # The value is passed on, not read.
       if opcode == "bitcast":
         total += self._read(inner, user)
       elif opcode in _SLICES and user.operands.index(value.name) == 0:
@@ -220,7 +221,10 @@ class _Walk:
     return min(total, value.shape.bytes)
 
   def _written(self, inner: Computation, name: str, shape: Shape) -> int:
-    """Bytes of main memory that a fused computation's result writes; `shape` says where."""
+    """Returns the bytes of main memory that a fused computation writes for its result `name`.
+
+    `shape` is the result's shape outside the fusion, which has the memory spaces.
+    """
     instruction = inner.instructions[name]
     opcode = instruction.opcode
     if opcode == "tuple":
@@ -240,8 +244,8 @@ class _Walk:
     return shape.main_bytes
 
 
-# A collective that the TPU compiler spreads over several fusions appears in each of them.
-# It is counted, and moves its bytes, where it starts.
+# The TPU compiler can spread a collective over several fusions, and it appears in each of them.
+# Only the one that starts it is counted.
 _START = '"AsyncCollectiveStart"'
 _DONE = '"AsyncCollectiveDone"'
 
@@ -258,7 +262,7 @@ def _is_middle_of_async(computation: Computation, instruction: Instruction) -> b
 
 
 def _own_cost(computation: Computation, instruction: Instruction) -> Cost:
-  """An instruction's operations, and itself where it is a collective."""
+  """Returns an instruction's operations, or its count and size if it is a collective."""
   kind = instruction.opcode.removesuffix("-start")
   if kind in COLLECTIVES:
     if _is_middle_of_async(computation, instruction):
@@ -267,7 +271,7 @@ def _own_cost(computation: Computation, instruction: Instruction) -> Cost:
         _result(instruction).bytes,
         sum(computation.instructions[name].shape.bytes for name in instruction.operands),
     )
-    # On TPUs a reduce-scatter is a fusion of this name: an all-reduce and a slice.
+    # On TPUs, a reduce-scatter is a fusion of this name that contains an all-reduce and a slice.
     if computation.name.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"
     return Cost(counts=Counter({kind: 1}), sizes=Counter({kind: size}))
@@ -276,7 +280,7 @@ def _own_cost(computation: Computation, instruction: Instruction) -> Cost:
 
 
 def _result(instruction: Instruction) -> Shape:
-  """The result's shape; that of an async start is within a tuple."""
+  """Returns the shape of an instruction's result, which for an async start is part of a tuple."""
   opcode, shape = instruction.opcode, instruction.shape
   if opcode == "copy-start":
     return shape.parts[0]
@@ -286,12 +290,12 @@ def _result(instruction: Instruction) -> Shape:
 
 
 def _in_main(shape: Shape, size: int) -> int:
-  """`size` bytes of an array if it is in main memory, else 0."""
+  """Returns `size` if an array of this shape is in main memory, else 0."""
   return 0 if shape.space else size
 
 
 def _moved(computation: Computation, instruction: Instruction) -> int:
-  """Bytes that an instruction outside fusions reads from and writes to main memory."""
+  """Returns the bytes of main memory that an instruction outside fusions reads and writes."""
   operands = [computation.instructions[name].shape for name in instruction.operands]
   opcode, result = instruction.opcode.removesuffix("-start"), _result(instruction)
   if opcode in _SLICES:

@@ -1,9 +1,10 @@
-"""How often the loops of a compiled program run.
+"""Determines how often each loop of a compiled program runs.
 
-XLA notes a loop's trips where it knows them (`known_trip_count`), but not every compiler
-keeps the note. Without it the count follows from the text: the condition compares a number
-of the carry with a bound, the body adds a constant to it, and the carry starts from a
-constant. Bounds and beginnings may be passed through outer loops, fusions and calls.
+XLA annotates a loop with its trip count if it knows that (`known_trip_count`), but not every
+compiler keeps the annotation. Without it, the count is derived from the text: the condition
+compares an element of the loop's carry with a bound, the body adds a constant to that element,
+and its initial value is a constant. Bounds and initial values may be passed in through outer
+loops, fusions and calls.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from dense_jax.costs.hlo_text import (
 )
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# What leaves a scalar's value, or a tuple's elements, as they are.
+# Operations that change neither the value of a scalar nor the elements of a tuple.
 _IDENTITIES = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "opt-barrier")
 _CALLS = ("fusion", "call")
 _FLIPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "EQ"}
@@ -26,13 +27,13 @@ _FLIPPED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE", "EQ": "E
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """A computation where it is called.
+  """A computation together with the place that it is called from.
 
   Attributes:
-    computation: what is called.
-    caller: where from; None for the entry.
-    arguments: the caller's instructions that its parameters stand for.
-    loop: the `while` instruction whose body or condition it is.
+    computation: the computation that is called.
+    caller: the frame that calls it; None for the entry computation.
+    arguments: the names of the caller's instructions that are passed as its parameters.
+    loop: the `while` instruction whose body or condition it is; None for other calls.
   """
 
   computation: Computation
@@ -41,7 +42,7 @@ class Frame:
   loop: Instruction | None = None
 
 
-# A number that is `offset`, or an element of the loop's carry plus `offset`.
+# The number `offset`, or, if `element` is given, that element of the loop's carry plus `offset`.
 @dataclasses.dataclass(frozen=True)
 class _Number:
   offset: int
@@ -49,10 +50,15 @@ class _Number:
 
 
 def trip_count(module: Module, frame: Frame, loop: Instruction) -> int:
-  """How often the body of `loop`, an instruction of the frame's computation, runs.
+  """Returns how often the body of a loop runs.
+
+  Args:
+    module: the program.
+    frame: the computation that contains the loop, and where it is called from.
+    loop: a `while` instruction of that computation.
 
   Raises:
-    OpenLoopError: the text does not tell.
+    OpenLoopError: the text does not determine the count.
   """
   known = _KNOWN.search(loop.attributes)
   if known:
@@ -84,7 +90,7 @@ def _count(reader: "_Reader", frame: Frame, loop: Instruction) -> int | None:
 
 
 def _steps(first: int, step: int, bound: int, direction: str) -> int | None:
-  """How often `first + n step` compares with the bound before it first does not."""
+  """Returns the first n >= 0 for which `first + n * step` does not compare with the bound."""
   if direction in ("GT", "GE"):
     first, step, bound = -first, -step, -bound
   distance = bound - first + (direction in ("LE", "GE"))
@@ -96,13 +102,13 @@ def _steps(first: int, step: int, bound: int, direction: str) -> int | None:
 
 
 class _Reader:
-  """Follows scalars through a program's text."""
+  """Finds the values of scalars by following them through a program's text."""
 
   def __init__(self, module: Module) -> None:
     self._module = module
 
   def comparison(self, frame: Frame) -> tuple[_Number, _Number, str]:
-    """Both sides of the condition's result, and how they are compared."""
+    """Returns both sides of the comparison that a loop's condition makes, and its direction."""
     inner, name = frame, frame.computation.root
     while (instruction := inner.computation.instructions[name]).opcode in (*_CALLS, *_IDENTITIES):
       if instruction.opcode in _CALLS:
@@ -116,17 +122,17 @@ class _Reader:
     return left, right, instruction.attribute("direction")
 
   def invariant(self, body: Frame, index: int) -> bool:
-    """Whether the body leaves that element of the carry as it is."""
+    """Returns whether the body leaves element `index` of the loop's carry unchanged."""
     try:
       return self.element(body, body.computation.root, index, body) == _Number(0, index)
     except HloError:
       return False
 
   def number(self, frame: Frame, name: str, loop: Frame | None) -> _Number:
-    """A scalar; elements of `loop`'s carry stay symbols.
+    """Returns the value of the scalar instruction `name`; elements of `loop`'s carry stay symbols.
 
     Raises:
-      HloError: it is computed otherwise than by constants and additions.
+      HloError: it is computed by anything but constants and additions.
     """
     instruction = frame.computation.instructions[name]
     opcode, operands = instruction.opcode, instruction.operands
@@ -151,7 +157,7 @@ class _Reader:
     raise HloError(f"the value of {name}, {opcode}, in {frame.computation.name} cannot be told")
 
   def element(self, frame: Frame, name: str, index: int, loop: Frame | None) -> _Number:
-    """An element of a tuple, as `number` gives it."""
+    """Returns the value of an element of the tuple instruction `name`; see `number`."""
     instruction = frame.computation.instructions[name]
     opcode = instruction.opcode
     if opcode == "tuple":
@@ -173,18 +179,25 @@ class _Reader:
     raise HloError(f"element {index} of {name}, {opcode}, cannot be told")
 
   def _passes(self, frame: Frame, index: int) -> bool:
-    """Whether an element of the frame's parameter is that of its argument, in every trip."""
+    """Returns whether element `index` of a frame's parameter is that of the argument, always."""
     if frame.loop is None or frame.caller is None:
       return True
     return self.invariant(self.enter(frame.caller, frame.loop, "body"), index)
 
   def enter(self, frame: Frame, instruction: Instruction, attribute: str = "") -> Frame:
-    """As the function of that name."""
+    """Calls the function `enter` with this reader's module."""
     return enter(self._module, frame, instruction, attribute)
 
 
 def enter(module: Module, frame: Frame, instruction: Instruction, attribute: str = "") -> Frame:
-  """The computation that an instruction of the frame calls (a fusion, a call, a loop's part)."""
+  """Returns the frame of the computation that an instruction of `frame` calls.
+
+  Args:
+    module: the program.
+    frame: the computation that contains the instruction.
+    instruction: a fusion, a call or a loop.
+    attribute: the attribute that names the callee, such as "body"; "" for a fusion or a call.
+  """
   names = instruction.called(*((attribute,) if attribute else ("calls", "to_apply")))
   loop = instruction if instruction.opcode == "while" else None
   return Frame(module.computations[names[0]], frame, instruction.operands, loop)

@@ -1,9 +1,10 @@
-"""What one XLA instruction computes: its floating-point operations.
+"""Counts the floating-point operations of single XLA instructions.
 
-The counts are those of the mathematics, not of any hardware: 2 M N K of a matmul, one
-operation an element of arithmetic, one an input element of a reduction. A windowed one
-counts the same: compilers write cumulative sums, and sums that are broadcast at once, as
-windows as wide as the array. Numbers that only move, integers and comparisons count nothing.
+The counts are those of the mathematics, not of any hardware: 2 M N K for a matmul, one operation
+per result element of an arithmetic instruction, one per input element of a reduction. A windowed
+reduction counts the same as a plain one, because compilers write cumulative sums, and sums that
+are broadcast at once, as windows as wide as the array. Data movement, integers and comparisons
+count nothing.
 """
 
 import dataclasses
@@ -29,12 +30,12 @@ _FIELD = re.compile(r'"(\w+)":"?(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-  """Floating-point operations.
+  """Numbers of floating-point operations.
 
   Attributes:
-    flops: all but transcendental functions.
-    matmul_flops: those of them that are in dots and convolutions.
-    transcendentals: values of exp, log, tanh, rsqrt and their like.
+    flops: all operations but transcendental functions.
+    matmul_flops: the part of `flops` in dots and convolutions.
+    transcendentals: evaluations of exp, log, tanh, rsqrt and similar functions.
   """
 
   flops: float = 0
@@ -43,7 +44,11 @@ class Operations:
 
 
 def operations(computation: Computation, instruction: Instruction) -> Operations:
-  """Those of one instruction, without what it calls."""
+  """Returns the operations of one instruction, without those of computations that it calls.
+
+  Raises:
+    HloError: a convolution has an unknown form.
+  """
   opcode, shape = instruction.opcode, instruction.shape
   if opcode in ("dot", "convolution"):
     count = _dot if opcode == "dot" else _convolution
@@ -68,7 +73,7 @@ def operations(computation: Computation, instruction: Instruction) -> Operations
 
 
 def cost_estimate(instruction: Instruction) -> dict[str, int]:
-  """What the author of a custom call (a Pallas kernel) says that it costs; {} if nothing."""
+  """Returns the cost estimate that a custom call carries (from a Pallas kernel's author), or {}."""
   found = _COST_ESTIMATE.search(instruction.attributes)
   return {name: int(value) for name, value in _FIELD.findall(found[1])} if found else {}
 
@@ -82,7 +87,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _multiply_add(shape: Shape) -> int:
-  """Operations of a multiplication and addition: a complex one is four real ones."""
+  """Returns the operations of a multiplication and addition; a complex one takes four real ones."""
   return 8 if shape.dtype.startswith("c") else 2
 
 
@@ -94,7 +99,7 @@ def _dot(computation: Computation, instruction: Instruction) -> float:
 
 
 def _fft(operand: Shape, result: Shape, instruction: Instruction) -> float:
-  """5 n log2 n of a complex transform of length n, half of it where one side is real."""
+  """Returns 5 n log2 n for a complex transform of length n, and half of that for a real one."""
   lengths = math.prod(_integers(instruction.attribute("fft_length")))
   elements = max(operand.elements, result.elements)
   real = instruction.attribute("fft_type") in ("RFFT", "IRFFT")
@@ -103,7 +108,7 @@ def _fft(operand: Shape, result: Shape, instruction: Instruction) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
-  """One axis of a window: its taps, and how they step over the input."""
+  """One axis of a window: the number of its taps, and how they step over the input."""
 
   size: int
   stride: int = 1
@@ -113,7 +118,7 @@ class _Axis:
 
 
 def _window(instruction: Instruction, axes: int) -> list[_Axis]:
-  """Parses such as `window={size=3x1 stride=2x1 pad=1_1x0_0 lhs_dilate=1x2}`."""
+  """Parses a window such as `window={size=3x1 stride=2x1 pad=1_1x0_0 lhs_dilate=1x2}`."""
   fields = dict(part.split("=") for part in instruction.attribute("window").split())
   columns = {
       name: [int(part.split("_")[0]) for part in fields[name].split("x")]
@@ -129,15 +134,15 @@ def _window(instruction: Instruction, axes: int) -> list[_Axis]:
 
 @functools.cache
 def _taps(axis: _Axis, inputs: int, outputs: int) -> int:
-  """Pairs of an output and a tap that meet an input.
+  """Counts the pairs of an output and a tap for which the tap meets an input.
 
-  The others fall into padding or into the holes of a dilated input. The TPU compiler makes
-  a batched matmul a convolution in which nearly all do: counting them would be wrong by
-  the size of the batch.
+  The other pairs fall into padding or into the gaps of a dilated input, and cost nothing. The
+  TPU compiler writes a batched matmul as a convolution in which nearly all pairs do; counting
+  those would overstate the matmul by the size of the batch.
   """
   tap_K1 = np.arange(axis.size, dtype=np.int64)[:, None] * axis.rhs_dilate
   total = 0
-  for begin in range(0, outputs, 4096):  # In parts, as long convolutions have many pairs.
+  for begin in range(0, outputs, 4096):  # In parts, because long convolutions have many pairs.
     output_1O = np.arange(begin, min(begin + 4096, outputs), dtype=np.int64)[None]
     at_KO = output_1O * axis.stride - axis.pad + tap_K1
     inside_KO = (at_KO >= 0) & (at_KO <= (inputs - 1) * axis.lhs_dilate)
@@ -157,7 +162,7 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
     outputs = instruction.shape.dims[labels[3].index(label)]
     pairs *= _taps(axis, inputs, outputs)
   batch = left.dims[labels[1].index("b")] // int(instruction.attribute("batch_group_count") or 1)
-  # The kernel's input features are those of one group.
+  # The kernel's "i" dimension has the input features of one group only.
   features = right.dims[labels[2].index("i")] * right.dims[labels[2].index("o")]
   return _multiply_add(instruction.shape) * batch * features * pairs
 

@@ -1,14 +1,15 @@
-"""The text of a compiled XLA program, parsed: computations, instructions, shapes.
+"""Parses the text of a compiled XLA program into computations, instructions and shapes.
 
-`compiled.as_text()` is the program of one chip after partitioning and fusion. Its grammar,
-as far as it is needed here:
+`compiled.as_text()` is the program of one chip after partitioning and fusion. This is the part
+of its grammar that is needed here:
 
     %computation (parameters) -> shape {
       [ROOT ]%name = shape opcode(%operand, ...), attribute=value, ...
     }
 
-A shape is `f32[2,64]{1,0:T(8,128)S(1)}`, where S is the memory space (none is the device's
-main memory), or a tuple of shapes. Operands carry no shapes: they are looked up by name.
+A shape is a tuple of shapes, or an array such as `f32[2,64]{1,0:T(8,128)S(1)}`, where S is the
+memory space; without S the array is in the device's main memory. Operands carry no shapes: they
+are looked up by name.
 """
 
 import dataclasses
@@ -33,22 +34,22 @@ _METADATA = re.compile(r"metadata=\{[^{}]*\}")
 
 
 class HloError(ValueError):
-  """The text has a form that is not understood."""
+  """Raised if the text has a form that this package does not understand."""
 
 
 class OpenLoopError(HloError):
-  """The text does not tell how often a loop runs, as where that depends on data."""
+  """Raised if the text does not determine how often a loop runs, e.g. if that depends on data."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """An array's shape, or a tuple's.
+  """The shape of an array or of a tuple.
 
   Attributes:
-    dtype: such as "bf16"; "tuple" for tuples.
-    dims: of an array.
-    space: the memory space; 0 is the device's main memory (HBM), 1 a chip's own (VMEM).
-    parts: of a tuple.
+    dtype: the dtype, such as "bf16"; "tuple" for tuples.
+    dims: an array's dimensions.
+    space: an array's memory space: 0 is the device's main memory (HBM), 1 is VMEM on the chip.
+    parts: the shapes of a tuple's elements.
   """
 
   dtype: str
@@ -58,29 +59,29 @@ class Shape:
 
   @property
   def leaves(self) -> tuple["Shape", ...]:
-    """All arrays."""
+    """The shapes of all arrays, in nested tuples too."""
     if self.dtype != "tuple":
       return (self,)
     return tuple(leaf for part in self.parts for leaf in part.leaves)
 
   @property
   def elements(self) -> int:
-    """Numbers in all arrays."""
+    """The number of elements of all arrays."""
     return sum(math.prod(leaf.dims) for leaf in self.leaves)
 
   @property
   def is_float(self) -> bool:
-    """Whether an array's numbers are floating-point, real or complex."""
+    """True for an array of real or complex floating-point numbers."""
     return self.dtype.startswith(FLOATS)
 
   @property
   def bytes(self) -> int:
-    """Bytes of all arrays, wherever they are, without a layout's padding."""
+    """The bytes of all arrays in any memory, without the padding of layouts."""
     return sum(-(-math.prod(leaf.dims) * _bits(leaf.dtype) // 8) for leaf in self.leaves)
 
   @property
   def main_bytes(self) -> int:
-    """Bytes of the arrays that are in the device's main memory."""
+    """The bytes of the arrays that are in the device's main memory."""
     return sum(leaf.bytes for leaf in self.leaves if not leaf.space)
 
 
@@ -89,12 +90,12 @@ class Instruction:
   """One instruction.
 
   Attributes:
-    name: unique in its computation.
-    opcode: such as "fusion".
-    shape: the result's.
-    operands: names of instructions of the same computation.
-    argument: the text in the parentheses: a constant's value, a parameter's number.
-    attributes: the text behind them, without metadata.
+    name: its name, unique within its computation.
+    opcode: the operation, such as "fusion".
+    shape: the shape of the result.
+    operands: the names of its operands, which are instructions of the same computation.
+    argument: the text in parentheses, such as the value of a constant or a parameter's number.
+    attributes: the text after the parentheses, without metadata.
   """
 
   name: str
@@ -105,12 +106,12 @@ class Instruction:
   attributes: str
 
   def attribute(self, name: str) -> str:
-    """The value of `name=value`, braces removed; empty where there is none."""
+    """Returns the value of the attribute `name=value` without braces, or "" if there is none."""
     found = re.search(rf"(?:^|[,\s]){name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
     return found[1].strip("{}") if found else ""
 
   def called(self, *names: str) -> tuple[str, ...]:
-    """The computations that those attributes name."""
+    """Returns the names of the computations that the given attributes refer to."""
     return tuple(
         part.strip().removeprefix("%")
         for name in names
@@ -135,7 +136,7 @@ class Computation:
 
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
-    """The instructions that have an instruction among their operands."""
+    """For each instruction's name, the instructions that have it as an operand."""
     users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
     for instruction in self.instructions.values():
       for operand in dict.fromkeys(instruction.operands):
@@ -143,13 +144,13 @@ class Computation:
     return users
 
   def operand(self, instruction: Instruction, index: int) -> Instruction:
-    """The instruction that gives an operand."""
+    """Returns the instruction that computes operand `index` of an instruction."""
     return self.instructions[instruction.operands[index]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A program: its computations by name, and the name of the one that is run."""
+  """A program: its computations by name, and the name of its entry computation."""
 
   computations: dict[str, Computation]
   entry: str
@@ -159,7 +160,7 @@ def parse_module(text: str) -> Module:
   """Parses `compiled.as_text()`.
 
   Raises:
-    HloError: it has no entry computation, or a line that is not understood.
+    HloError: the text has no entry computation, or an instruction that cannot be parsed.
   """
   computations: dict[str, Computation] = {}
   entry, current = "", None
@@ -217,7 +218,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
 
 
 def _shape_end(text: str, begin: int) -> int:
-  """Where the shape that begins there ends."""
+  """Returns the index behind the shape that begins at index `begin`."""
   if text[begin] == "(":
     return _closing(text, begin) + 1
   array = _ARRAY.match(text, begin)
@@ -230,7 +231,7 @@ def _shape_end(text: str, begin: int) -> int:
 
 
 def _closing(text: str, begin: int) -> int:
-  """The parenthesis that closes the one at `begin`."""
+  """Returns the index of the parenthesis that closes the one at index `begin`."""
   depth = 0
   for bracket in re.compile(r"[()]").finditer(text, begin):
     depth += 1 if bracket[0] == "(" else -1

@@ -1,9 +1,9 @@
-"""The data cache: its keys, its folders, and how what is written there becomes whole.
+"""The data cache: its keys, its folders, and how entries are written atomically.
 
-Whatever is made in the cache is first written into a folder of its maker's, whose name ends in
-`.partial`, and then renamed to its place. The maker holds a lock (flock) on a file in that
-folder for as long as it lives: the system gives it back when a process ends, however it ends.
-Whoever makes something next removes the folders whose lock nobody holds, whatever their
+A writer puts a new entry into a folder of its own, whose name ends in `.partial`, and renames
+it into place when it is complete. For as long as it lives, the writer holds a lock (flock) on a
+file in that folder; the operating system releases the lock when the process ends, even by a
+kill. The next writer removes the partial folders whose lock nobody holds, regardless of their
 age, and no others.
 """
 
@@ -21,10 +21,10 @@ _LOCK = "lock"
 
 
 def digest(*parts: str | int | bytes) -> str:
-  """A hex digest of `parts` and of where each of them ends (32 characters)."""
+  """Returns 32 hex characters of the SHA-256 of `parts`, each preceded by its length in bytes."""
   total = hashlib.sha256()
   for part in parts:
-    # A file's name that is not UTF-8 has surrogates.
+    # Python represents the bytes of a file name that are not UTF-8 as surrogates.
     content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
     total.update(len(content).to_bytes(8, "little"))
     total.update(content)
@@ -33,10 +33,10 @@ def digest(*parts: str | int | bytes) -> str:
 
 @contextlib.contextmanager
 def named_errors(cache_dir: str) -> Iterator[None]:
-  """What the system refuses inside (a full disk, no right to write) is named.
+  """Turns every OSError raised inside (disk full, permission denied) into an InputError.
 
   Raises:
-    InputError: naming `config.data.cache_dir` and the system's reason.
+    InputError: names `config.data.cache_dir` and gives the system's reason.
   """
   try:
     yield
@@ -48,12 +48,12 @@ def named_errors(cache_dir: str) -> Iterator[None]:
 
 
 def cache_folder(cache_dir: str, kind: str) -> Path:
-  """The folder of one kind of cached thing, made where it is missing.
+  """Returns the cache's subfolder `kind`, creating it if it does not exist.
 
   Raises:
-    InputError: `cache_dir` is not a directory that can be written.
+    InputError: `cache_dir` is not a writable local directory.
   """
-  if is_remote(cache_dir):  # Token stores are mapped into memory.
+  if is_remote(cache_dir):  # Token stores are memory-mapped, which a bucket does not allow.
     raise invalid("config.data.cache_dir", cache_dir, "a local directory")
   folder = Path(make_path(cache_dir, "config.data.cache_dir")) / kind
   with named_errors(cache_dir):
@@ -63,18 +63,18 @@ def cache_folder(cache_dir: str, kind: str) -> Path:
 
 @contextlib.contextmanager
 def partial_folder(cache_dir: str, kind: str, name: str) -> Iterator[Path]:
-  """A new folder in a `cache_folder` to write into; what is whole is renamed out of it.
+  """Yields a new, locked folder to write into, which is deleted on exit.
 
-  At the beginning and at the end, what writers that are dead by now have left beside it is
-  removed.
+  The caller renames complete entries out of it. Partial folders that dead writers left beside
+  it are removed on entry and on exit.
 
   Args:
     cache_dir: `config.data.cache_dir`.
-    kind: of the `cache_folder`.
-    name: of what is made.
+    kind: the subfolder, as in `cache_folder`.
+    name: the name of the entry to be made; the folder's name begins with it.
 
   Raises:
-    InputError: it cannot be made.
+    InputError: the folder cannot be created.
   """
   folder = cache_folder(cache_dir, kind)
   _remove_leftovers(folder)
@@ -94,8 +94,8 @@ def _make_locked(path: Path) -> tuple[Path, IO[bytes]]:
     partial.mkdir()
     with contextlib.suppress(FileNotFoundError):
       lock = (partial / _LOCK).open("ab")
-      # Another may have locked the new folder first, in order to remove it. Where a file system
-      # has no locks, nobody removes anything.
+      # Another process may have locked the new folder first, in order to remove it. On a file
+      # system without locks, nobody removes anything.
       if try_lock(lock) is not False and (partial / _LOCK).exists():
         return partial, lock
       lock.close()
@@ -103,7 +103,7 @@ def _make_locked(path: Path) -> tuple[Path, IO[bytes]]:
 
 def _remove_leftovers(folder: Path) -> None:
   for left in folder.glob(PARTIALS):
-    # A folder without a lock was left before it had one.
+    # A folder without a lock file is from a writer that died before it could create one.
     with contextlib.suppress(OSError), (left / _LOCK if left.is_dir() else left).open("ab") as lock:
       if try_lock(lock):
         shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -1,4 +1,4 @@
-"""A run's tokenizer as files of a folder in Hugging Face's form."""
+"""Writes a run's tokenizer as the files of a Hugging Face style folder."""
 
 import json
 from typing import Any
@@ -14,19 +14,19 @@ from dense_jax.data.tokenizer import (
 
 
 def converted_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-  """The files of a tokenizer beside a converted checkpoint, name -> content.
+  """Returns the tokenizer files that go beside a converted checkpoint, name -> content.
 
-  They are `tokenizer.model`, the SentencePiece model as it is, if there is one, and
-  `tokenizer_config.json`, which says how text becomes the model's input:
+  These are `tokenizer.model`, the SentencePiece model unchanged (if the tokenizer has one), and
+  `tokenizer_config.json`, which describes how text becomes the model's input:
 
-      dense_jax_tokenizer   "sentencepiece" or "bytes"; `load_saved_tokenizer` reads it
+      dense_jax_tokenizer   "sentencepiece" or "bytes"; read by `load_saved_tokenizer`
       add_bos_token         true, and add_eos_token false: a prompt is bos and the text's ids
       bos_token, eos_token, unk_token   those pieces of a SentencePiece model
-      add_prefix_space      whether that model puts a space before a text
-      description           of a tokenizer that no other library has
+      add_prefix_space      whether the SentencePiece model puts a space before a text
+      description           for "bytes", a tokenizer that no other library provides
 
-  No tokenizer class of another library is named, and no `tokenizer.json` written: that is a
-  format of Hugging Face's tokenizers, which these are not in.
+  The files name no tokenizer class of another library, and there is no `tokenizer.json`: that
+  is the format of Hugging Face's tokenizers library, which supports neither tokenizer.
   """
   file, key = CONVERTED
   values: dict[str, Any] = {"add_bos_token": True, "add_eos_token": False}

@@ -1,9 +1,9 @@
-"""Digests of files' whole contents, kept in the cache so that each is computed once.
+"""SHA-256 digests of whole files, cached so that each is computed only once.
 
-A digest is kept under the file's real path, size and times of change. A file whose
-modification time lies less than two seconds before it was read may change again within the
-same tick of its file system's clock (FAT counts two seconds), and nobody would see it: its
-digest is not kept, but computed again.
+A cached digest is keyed by the file's real path, size, and modification and status-change
+times. If a file was modified less than two seconds before it was read, it could change again
+within the same tick of the file system's clock (FAT's resolution is two seconds) without
+changing its key. The digest of such a file is not cached, but computed each time.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ Stamp = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class FileDigest:
-  """What a file holds.
+  """A file's size and digest.
 
   Attributes:
-    size: bytes.
-    sha256: of all of them, hex.
+    size: in bytes.
+    sha256: hex SHA-256 of the whole content.
   """
 
   size: int
@@ -39,15 +39,15 @@ class FileDigest:
 
 
 def digest_files(files: Sequence[Path], field: str, cache_dir: str) -> tuple[FileDigest, ...]:
-  """The digests of files, in their order.
+  """Returns the digests of `files`, in the same order.
 
   Args:
-    files: local ones or in a bucket.
+    files: local files, or files in a bucket.
     field: the config field that named them, for error messages.
-    cache_dir: where digests are kept; empty keeps none.
+    cache_dir: where digests are cached; "" disables the cache.
 
   Raises:
-    InputError: a file cannot be read, or the cache has no room.
+    InputError: a file cannot be read, or the cache's disk is full.
   """
   kept = _KeptDigests(cache_dir)
   found = []
@@ -60,10 +60,11 @@ def digest_files(files: Sequence[Path], field: str, cache_dir: str) -> tuple[Fil
 
 
 class _KeptDigests:
-  """The digests in a cache: a file of lines for each folder, to which lines are added.
+  """The cached digests: one append-only file of JSON lines for each folder of text.
 
-  A line says of itself whether it is whole, and begins with the line end that a killed
-  writer may have left out: damage costs the lines that it hits, and they are written again.
+  Each line carries a checksum of itself, and begins with a newline in case a killed writer left
+  the line before it unfinished. Damage therefore affects only the lines that it hits; their
+  digests are computed and written again.
   """
 
   def __init__(self, cache_dir: str) -> None:
@@ -71,7 +72,7 @@ class _KeptDigests:
     self._folders: dict[str, dict[tuple[str, Stamp], str]] = {}
 
   def digest(self, file: Path) -> FileDigest:
-    """The digest of one file, from the cache where it is there."""
+    """Returns the digest of one file, from the cache if possible."""
     real = os.fspath(file) if is_remote(file) else os.path.realpath(file)
     folder, name = os.path.split(real)
     stamp = _stamp(file)
@@ -89,7 +90,7 @@ class _KeptDigests:
     return computed
 
   def _path(self, folder: str) -> Path:
-    # A suffix that no text has, as the cache may lie in a folder of text.
+    # No text file has this suffix: the cache may lie inside a folder of text.
     return cache_folder(self._cache_dir, "digests") / f"{digest(folder)}.digests"
 
   def _read(self, folder: str) -> dict[tuple[str, Stamp], str]:
@@ -117,13 +118,16 @@ class _KeptDigests:
         with self._path(folder).open("ab") as file:
           file.write(line.encode())
       except OSError as error:
-        # A cache that others filled serves those who may only read it.
+        # A read-only cache, filled by another user, can still be read.
         if error.errno not in _READ_ONLY:
           raise
 
 
 def _stamp(file: Path) -> Stamp | None:
-  """Size in bytes and times of change in ns; None where a bucket does not tell them."""
+  """Returns the size in bytes and the times of modification and status change in ns.
+
+  For a file in a bucket there is only the first of the times; None means that it has none.
+  """
   if not is_remote(file):
     status = file.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,9 +1,9 @@
-"""Where text lies: the files of a path, a folder or a glob, here and in buckets.
+"""Finds text files: those of a path, a directory or a glob, locally and in buckets.
 
-One rule for folders and globs. No name that begins with a dot is text, nor is anything in
-such a folder, unless the path itself spells the dot. Links to files and folders are followed.
-Every real file is taken once, by the name that needs no link if it has one, so that loops end and a
-link to what is there anyway changes nothing.
+Directories and globs follow the same rules. Files and directories whose name begins with a dot
+are skipped, unless the path itself spells the dot. Symbolic links to files and directories are
+followed. Each real file is taken once, under a name that needs no link if it has one; so loops
+of links end, and a link to a file that is found anyway changes nothing.
 """
 
 import collections
@@ -26,17 +26,17 @@ _VALID_PATH = f'"stdlib", or a file, directory or glob of {", ".join(SUFFIXES)}'
 
 @functools.cache
 def warn_once(message: str) -> None:
-  """Logs a warning, and never again in this process: files are found and read several times."""
+  """Logs a warning, once per process: files are found and read several times."""
   logging.getLogger(__name__).warning(message)
 
 
 def readable(name: str) -> str:
-  r"""A name to be printed: what is not UTF-8 in it is written as \xNN."""
+  r"""Returns a file name fit to print: bytes that are not UTF-8 are written as \xNN."""
   return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def file_key(file: Path) -> object:
-  """What two names of one file have in common.
+  """Returns a key that is equal for all names of the same file: device and inode, or the URL.
 
   Raises:
     OSError: there is no such file.
@@ -48,15 +48,21 @@ def file_key(file: Path) -> object:
 
 
 def find_files(path: str, field: str) -> tuple[Path, list[Path]]:
-  """The text files of a path, in no particular order, and the folder below which they are named.
+  """Finds the text files of a path.
 
   Args:
-    path: a file; a directory, with those below it, whose files of other suffixes are passed over;
-      or a glob, in which `**` goes down. gs://BUCKET/... is any of the three, but for `**`.
+    path: a file; a directory, searched recursively for files with one of `SUFFIXES`; or a glob,
+      in which `**` matches any number of directories. A gs://BUCKET/... path may be any of the
+      three, but may not use `**`.
     field: the config field the path is from, for error messages.
 
+  Returns:
+    The root directory, relative to which the files are named, and the files, in no particular
+    order.
+
   Raises:
-    InputError: nothing there, a file of another kind, or a folder that cannot be read.
+    InputError: nothing was found, the path or glob matches a file with another suffix, or a
+      directory cannot be read.
   """
   place = make_path(path, field)
   try:
@@ -93,7 +99,7 @@ def _is_pattern(text: str) -> bool:
 
 
 def _match(folder: Path, pattern: str) -> list[Path]:
-  """What a glob without slashes matches in a folder; nothing where there is no folder."""
+  """Returns a folder's entries that match a glob without slashes; [] if there is no folder."""
   if not _is_pattern(pattern) or (folder / pattern).exists():
     return [folder / pattern]
   if not folder.is_dir():
@@ -102,7 +108,7 @@ def _match(folder: Path, pattern: str) -> list[Path]:
 
 
 def _entries(folder: Path, pattern: str = "") -> list[Path]:
-  """A folder's entries in order, without those whose dot the pattern does not spell."""
+  """Returns a folder's sorted entries, without hidden ones unless the pattern begins with a dot."""
   try:
     names = sorted(os.listdir(folder))
   except PermissionError:
@@ -112,7 +118,11 @@ def _entries(folder: Path, pattern: str = "") -> list[Path]:
 
 
 def _walk(folders: Iterable[Path]) -> list[Path]:
-  """These folders and all below them, each real one once; links come after all others."""
+  """Returns `folders` and all folders below them, each real folder once.
+
+  Links are followed after all real folders, so that a folder gets a name without links if it
+  has one.
+  """
   waiting = collections.deque(folder for folder in folders if folder.is_dir())
   links: collections.deque[Path] = collections.deque()
   seen, found = set(), []
@@ -129,7 +139,7 @@ def _walk(folders: Iterable[Path]) -> list[Path]:
 
 
 def _real_files(root: Path, entries: Iterable[Path]) -> list[Path]:
-  """The files among what was found below `root`, each real one once."""
+  """Returns the files among `entries`, which lie below `root`, each real file once."""
   names = collections.defaultdict(list)
   for entry in entries:
     if entry.is_file():
@@ -165,7 +175,7 @@ def _find_remote(place: epath.Path, field: str) -> tuple[epath.Path, list[epath.
 
 
 def _is_hidden(names: Iterable[str], patterns: Iterable[str]) -> bool:
-  """Whether a name begins with a dot that its pattern does not spell."""
+  """Returns whether any name begins with a dot that the pattern at its place does not spell."""
   pairs = zip(names, patterns, strict=True)
   return any(name.startswith(".") and not pattern.startswith(".") for name, pattern in pairs)
 

@@ -1,7 +1,7 @@
-"""What a run's data are, to be written beside the run, and how they differ from other data.
+"""Describes a run's data, to be stored with the run, and explains how two descriptions differ.
 
-Two texts are the same if their files hold the same in the same order; what the files and their
-folders are called does not matter.
+Two texts are the same if their files have the same contents in the same order; the names of
+files and folders do not matter.
 """
 
 import collections
@@ -17,14 +17,14 @@ _MOST_NAMES = 5
 
 
 def describe(datasets: Datasets) -> dict[str, Any]:
-  """What the data are, as JSON has it.
+  """Returns a description of the data that can be written as JSON.
 
   Returns:
-    fingerprint: of the tokens.
-    tokenizer: its fingerprint.
+    fingerprint: that of `datasets`.
+    tokenizer: the tokenizer's fingerprint.
     texts: the fingerprints of the training text and of the held-out text.
-    files: by the config field that named them, `count`, `bytes` and `digest` of all files, and, of
-      at most 10,000, `files`: a list of [name, bytes, SHA-256].
+    files: for each config field that named files, their `count`, total `bytes` and common
+      `digest`; if there are at most 10,000, also `files`, a list of [name, bytes, SHA-256].
   """
   sources = (datasets.train_source, datasets.heldout_source)
   fields: dict[str, list[TextSource]] = {}
@@ -39,7 +39,7 @@ def describe(datasets: Datasets) -> dict[str, Any]:
 
 
 def _files(sources: Iterable[TextSource]) -> dict[str, Any]:
-  """The files of sources that share one root: two parts of the same text have each file once."""
+  """Describes the files of sources with the same root, each once even if two sources share it."""
   found: dict[str, tuple[str, int, str]] = {}
   for source in sources:
     for file, name, held in zip(source.files, source.names, source.digests, strict=True):
@@ -58,12 +58,15 @@ def _suffix(name: str) -> str:
 
 
 def explain_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  """How data differ, in sentences without a full stop; none where they are the same.
+  """Explains how two descriptions of data differ.
 
   Args:
-    before: what `describe` returned for a run's data, as it was read back; anything else is
-      said to be damaged.
-    now: what `describe` returns.
+    before: the description that was stored with a run, as read back; if it is malformed, the
+      result says that it is damaged.
+    now: the present data's, from `describe`.
+
+  Returns:
+    Sentences without a full stop; [] if the data are the same.
   """
   try:
     return _differences(before, now)
@@ -99,7 +102,7 @@ def _file_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
   old = {name: (size, sha256) for name, size, sha256 in before["files"]}
   new = {name: (size, sha256) for name, size, sha256 in now["files"]}
   gone, added = old.keys() - new.keys(), new.keys() - old.keys()
-  # What is new under one name and gone under another was renamed.
+  # A content that is gone under one name and new under another was renamed.
   spare = collections.defaultdict(list)
   for name in sorted(gone, reverse=True):
     spare[old[name]].append(name)

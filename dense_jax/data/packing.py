@@ -1,9 +1,9 @@
-"""Documents as one stream of tokens on disk, and that stream cut into windows.
+"""Stores documents as one stream of tokens on disk, and cuts that stream into windows.
 
-The stream is every document after the other, each as [bos] tokens [eos]. Window i of T
-tokens has the inputs [iT, iT + T) and the targets [iT + 1, iT + T + 1), so that over all
-windows each token of the stream but the first is a target once. A document that a
-window's end cuts goes on in the next window as a segment of its own.
+The stream is the concatenation of all documents, each as [bos] tokens [eos]. Window i of T
+tokens has inputs [iT, iT + T) and targets [iT + 1, iT + T + 1), so that every token of the
+stream but the first is a target of exactly one window. A document that crosses a window's end
+continues in the next window as a new segment.
 """
 
 import array
@@ -24,7 +24,7 @@ from dense_jax.data.sources import TextSource
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.files import parse_json
 
-_FORMAT = 2  # A change of how text is read or laid out is another format.
+_FORMAT = 2  # Increase whenever text is read or laid out differently.
 _BATCH_CHARACTERS = 4 << 20
 _BATCH_DOCUMENTS = 4096
 _IDS_AT_A_TIME = 1 << 20
@@ -32,13 +32,13 @@ _IDS_AT_A_TIME = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-  """A tokenized text; its arrays are mapped from disk.
+  """A tokenized text, whose arrays are memory-mapped from disk.
 
   Attributes:
-    tokens: uint16 or uint32 (tokens,), the stream.
-    starts: int64 (documents,), the place in the stream of each document's bos.
-    document_bytes: int64 (documents,), UTF-8 bytes of each document's text.
-    fingerprint: hex, of the text and the tokenizer.
+    tokens: uint16 or uint32 [tokens], the stream.
+    starts: int64 [documents], the index in the stream of each document's bos.
+    document_bytes: int64 [documents], UTF-8 bytes of each document's text.
+    fingerprint: hex digest that identifies the text and the tokenizer.
   """
 
   tokens: np.ndarray
@@ -48,34 +48,34 @@ class TokenStore:
 
   @property
   def num_tokens(self) -> int:
-    """Tokens of the stream, with each document's bos and eos."""
+    """Number of tokens in the stream, including each document's bos and eos."""
     return len(self.tokens)
 
   @property
   def num_documents(self) -> int:
-    """Documents; each has some text."""
+    """Number of documents; none is empty."""
     return len(self.starts)
 
   @property
   def num_bytes(self) -> int:
-    """UTF-8 bytes of all text, which all windows' targets together spell.
+    """Number of UTF-8 bytes of all documents' text, which the targets of all windows spell.
 
-    Bits per byte of the whole text = (summed loss in nats) / ln 2 / num_bytes. The eos
-    of each document is predicted too, and is charged to its text.
+    Bits per byte of the whole text = (summed loss in nats) / ln 2 / num_bytes. The loss of each
+    document's eos counts as loss of its text.
     """
     return int(self.document_bytes.sum())
 
   @property
   def num_targets(self) -> int:
-    """Tokens that are predicted over all windows: all but each document's bos.
+    """Number of predicted tokens over all windows: every token but each document's bos.
 
-    Of a part of the windows, bits per byte is estimated by
-    (mean nats of a target) / ln 2 * num_targets / num_bytes.
+    From some of the windows, bits per byte is estimated as
+    (mean nats per target) / ln 2 * num_targets / num_bytes.
     """
     return self.num_tokens - self.num_documents
 
   def num_windows(self, seq_len: int) -> int:
-    """Windows of `seq_len` input tokens; the last may be padded."""
+    """Returns the number of windows of `seq_len` input tokens; the last may be padded."""
     return -(-(self.num_tokens - 1) // seq_len)
 
 
@@ -85,21 +85,21 @@ def build_store(
     cache_dir: str,
     progress: Callable[[int], None] | None = None,
 ) -> TokenStore:
-  """The source's token store, tokenized now unless the cache has it whole.
+  """Opens the source's token store, tokenizing the source first if the cache lacks the store.
 
-  It is written into a `partial_folder` and renamed when complete, so that a writer that is
-  killed, or several writers at once, leave either nothing or a whole store there. What killed
-  writers left in the cache is removed.
+  The store is written into a `partial_folder` and renamed when complete, so that killed or
+  concurrent writers never leave an incomplete store in its place. The partial folders of
+  killed writers are removed.
 
   Args:
     source: the documents.
-    tokenizer: its ids are below 2 ** 32.
+    tokenizer: a tokenizer whose ids are below 2**32.
     cache_dir: `config.data.cache_dir`.
-    progress: called now and then with the UTF-8 bytes of text tokenized so far.
+    progress: called now and then with the number of UTF-8 bytes of text tokenized so far.
 
   Raises:
-    InputError: the cache cannot be written (a full disk, say), or the text changed meanwhile;
-      see `TextSource`.
+    InputError: the cache cannot be written (a full disk, for example), the text changed while
+      it was read, or it cannot be read (see `TextSource`).
   """
   fingerprint = digest(_FORMAT, source.fingerprint, tokenizer.fingerprint)
   path = cache_folder(cache_dir, "tokens") / fingerprint
@@ -126,7 +126,7 @@ def build_store(
 
 
 def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
-  """The store in a directory, or None where there is none or a part of it is missing."""
+  """Opens the store in a directory; None means that there is none, or that it is incomplete."""
   try:
     meta = parse_json((path / "meta.json").read_bytes())
     shapes = {
@@ -148,10 +148,10 @@ def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
 def _write_store(
     directory: Path, source: TextSource, tokenizer: Tokenizer, cache_dir: str
 ) -> Iterator[int]:
-  """Makes the directory and writes a whole store into it.
+  """Creates the directory and writes a complete store into it.
 
   Yields:
-    The UTF-8 bytes of text written so far.
+    The number of UTF-8 bytes of text written so far.
   """
   dtype = np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
   starts, document_bytes = array.array("q"), array.array("q")
@@ -182,10 +182,10 @@ def _write_store(
 
 
 def _row(tokenizer: Tokenizer, ids: list[int], dtype: np.dtype) -> np.ndarray:
-  """A document's part of the stream: [bos] ids [eos]."""
+  """Returns a document's part of the stream: [bos] ids [eos]."""
   row = np.empty(len(ids) + 2, dtype)
   row[0], row[-1] = tokenizer.bos_id, tokenizer.eos_id
-  for low in range(0, len(ids), _IDS_AT_A_TIME):  # Signals are heard in between.
+  for low in range(0, len(ids), _IDS_AT_A_TIME):  # Lets Python handle signals in between.
     part = ids[low : low + _IDS_AT_A_TIME]
     row[1 + low : 1 + low + len(part)] = part
   return row
@@ -197,7 +197,7 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def _text_batches(source: TextSource) -> Iterator[list[str]]:
-  """Texts in groups that keep all cores busy and fit in memory."""
+  """Yields groups of texts, large enough to keep all cores busy and small enough for memory."""
   texts: list[str] = []
   size = 0
   for document in source:
@@ -211,14 +211,19 @@ def _text_batches(source: TextSource) -> Iterator[list[str]]:
 
 
 def pack_window(store: TokenStore, index: int, seq_len: int) -> dict[str, np.ndarray]:
-  """Row `index` of the store, found in O(log documents) steps.
+  """Returns window `index` of the stream; the documents in it are found by bisection.
+
+  Args:
+    store: the tokens.
+    index: the window's number, from 0.
+    seq_len: T, the window's input tokens.
 
   Returns:
-    Arrays of shape (seq_len,), named as a `Batch` and its `Segments` name them:
+    Arrays [T], which become the fields of a `Batch` and its `Segments`:
       tokens, targets: int32; 0 at padding.
-      loss_mask: bool, false where the target is a document's bos, or padding.
-      segment_ids: int32, 1, 2, ... by document; 0 is padding, at the stream's end.
-      positions: int32, from 0 in each segment; 0 at padding.
+      loss_mask: bool; false where the target is a document's bos, and at padding.
+      segment_ids: int32; 1, 2, ... by document; 0 at padding, which follows the stream's end.
+      positions: int32; counted from 0 in each segment; 0 at padding.
 
   Raises:
     IndexError: there is no such window.
@@ -227,8 +232,8 @@ def pack_window(store: TokenStore, index: int, seq_len: int) -> dict[str, np.nda
     raise IndexError(f"window {index} of {store.num_windows(seq_len)}")
   low = index * seq_len
   length = min(seq_len, store.num_tokens - 1 - low)
-  # Borders in (low, low + length]: the first input begins a segment in any case, and the
-  # border at low + length is the last target's.
+  # Document starts in (low, low + length]: the first input begins a segment in any case, and
+  # low + length is the index of the last target.
   first, last = np.searchsorted(store.starts, (low, low + length), side="right")
   borders = np.asarray(store.starts[first:last]) - low
   begins = np.zeros(length + 1, bool)

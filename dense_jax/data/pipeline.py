@@ -1,4 +1,4 @@
-"""Batches: the training stream, which is a pure function of the step, and held-out text."""
+"""Batches of training text, as a pure function of the step, and batches of held-out text."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -14,19 +14,19 @@ from dense_jax.data.packing import TokenStore, build_store, pack_window
 from dense_jax.data.sources import TextSource, split
 from dense_jax.data.tokenizer import Tokenizer, load_tokenizer
 
-# Packing holds the interpreter's lock, so that a second thread would gain nothing.
+# Packing holds the global interpreter lock, so a second thread would gain nothing.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-  """A configuration's text, tokenized.
+  """A configuration's tokenized text.
 
   Attributes:
-    tokenizer: of both stores.
+    tokenizer: the tokenizer of both stores.
     train, heldout: the token stores.
-    train_source, heldout_source: the documents that they were made of.
-    fingerprint: hex, of the text of both and the tokenizer.
+    train_source, heldout_source: the documents that the stores were made from.
+    fingerprint: hex digest that identifies both texts and the tokenizer.
   """
 
   tokenizer: Tokenizer
@@ -40,12 +40,14 @@ class Datasets:
 def load_datasets(
     config: DataConfig, progress: Callable[[int], None] | None = None
 ) -> Datasets:
-  """Finds the text, loads or trains the tokenizer, tokenizes; all through the cache.
+  """Finds the text, loads or trains the tokenizer, and tokenizes the text.
+
+  A tokenizer that was trained and a text that was tokenized before come from the cache.
 
   Args:
     config: the data's configuration.
-    progress: called with the UTF-8 bytes tokenized so far, of the training text and then
-      of the held-out text; not called for what the cache holds.
+    progress: called with the number of UTF-8 bytes tokenized so far, first of the training text
+      and then, again from 0, of the held-out text; not called for text that the cache holds.
 
   Raises:
     InputError: the text, the tokenizer or the cache cannot be used.
@@ -65,9 +67,9 @@ def load_datasets(
 
 
 def _stack(store: TokenStore, indices: Sequence[int], seq_len: int) -> Batch:
-  """The windows as the rows of a batch of numpy arrays."""
+  """Stacks the windows of the given indices as the rows of a batch of numpy arrays."""
   windows = [pack_window(store, int(index), seq_len) for index in indices]
-  # Any: numpy arrays stand where the dataclasses are annotated with jax's.
+  # Any: the dataclasses' fields are annotated as jax arrays, and these are numpy arrays.
   columns: dict[str, Any] = {
       name: np.stack([window[name] for window in windows]) for name in windows[0]
   }
@@ -80,11 +82,11 @@ def _stack(store: TokenStore, indices: Sequence[int], seq_len: int) -> Batch:
 
 
 class TrainBatches(Iterator[Batch]):
-  """An endless iterator of training batches that can stop and go on at any step.
+  """An endless iterator of training batches that can be stopped and resumed at any step.
 
-  The batch of a step depends on the store, `seq_len`, `batch_size`, `seed` and the step,
-  and on nothing else: not on the number of processes, nor on interruptions. Every epoch
-  visits each window once, in a new order; a batch may span two epochs.
+  A step's global batch depends only on the store, `seq_len`, `batch_size`, `seed` and the step,
+  not on the number of processes or on interruptions. Every epoch visits each window once, in a
+  new order; a batch may span two epochs.
   """
 
   def __init__(
@@ -96,20 +98,20 @@ class TrainBatches(Iterator[Batch]):
       start_step: int = 0,
       rows: slice | None = None,
   ) -> None:
-    """Makes the iterator; batches are prepared from the first `next` on.
+    """Creates the iterator; it starts to prepare batches at the first `next`.
 
     Args:
       store: the training tokens.
-      seq_len: T, tokens of a row.
+      seq_len: T, tokens per row.
       batch_size: B, rows of the global batch.
-      seed: of the order of the windows; >= 0.
+      seed: seed of the order of the windows; >= 0.
       start_step: the step of the first batch.
-      rows: the rows of the global batch that this process takes; None takes all.
+      rows: the rows of the global batch that this process loads; None means all.
     """
     windows = store.num_windows(seq_len)
     chosen = slice(None) if rows is None else rows
-    # grain shuffles epoch e by seed + e: spread the seeds, or those of two runs whose seeds
-    # are neighbours would be the same but for one epoch.
+    # grain shuffles epoch e with seed + e. Without spreading, runs with seeds s and s + 1 would
+    # see the same orders, one epoch apart.
     spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
     self._dataset = (
         grain.MapDataset.range(windows)
@@ -131,20 +133,20 @@ class TrainBatches(Iterator[Batch]):
     self._batches = iter(self._dataset[step:].to_iter_dataset(_READ_OPTIONS))
 
   def __next__(self) -> Batch:
-    """The next step's batch: int32 and bool numpy arrays of shape (rows, T)."""
+    """Returns the next step's batch: int32 and bool numpy arrays [rows, T]."""
     batch = next(self._batches)
     self._step += 1
     return batch
 
   def get_state(self) -> dict[str, Any]:
-    """The position, as JSON has it: the next step, and what its batch depends on."""
+    """Returns the position as JSON values: the next step, and all that its batch depends on."""
     return {"step": self._step, **self._identity}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a position that `get_state` gave, here or in another process.
+    """Moves to a position that `get_state` returned, in this or another process.
 
     Raises:
-      InputError: the position is one in other data, or in other batches of it.
+      InputError: the position belongs to other data, or to other batches of the same data.
     """
     for field, value in self._identity.items():
       if state.get(field) != value:
@@ -154,25 +156,25 @@ class TrainBatches(Iterator[Batch]):
     self._start(state["step"])
 
   def close(self) -> None:
-    """Ends the reading threads."""
+    """Stops the threads that prepare batches."""
     self._batches.close()
 
 
 def heldout_batches(
     store: TokenStore, seq_len: int, batch_size: int, limit: int = 0, rows: slice | None = None
 ) -> Iterator[Batch]:
-  """The store's windows in order, once.
+  """Yields the store's windows once, in order.
 
   Args:
     store: the held-out tokens.
-    seq_len: T, tokens of a row.
-    batch_size: B; the last batch is filled up with rows of padding (segment ids 0, loss
-      mask false), which add nothing to a sum over the loss mask.
-    limit: above 0, take at most so many batches, spread evenly over the store.
-    rows: the rows of each global batch that this process takes; None takes all.
+    seq_len: T, tokens per row.
+    batch_size: B, rows of the global batch. The last batch is filled up with rows of padding
+      (segment ids 0, loss mask false), which add nothing to a sum over the loss mask.
+    limit: if above 0, the greatest number of batches, spread evenly over the store; 0 means all.
+    rows: the rows of each global batch that this process loads; None means all.
 
   Yields:
-    Batches of int32 and bool numpy arrays of shape (rows, T).
+    Batches of int32 and bool numpy arrays [rows, T].
   """
   windows = store.num_windows(seq_len)
   batches = -(-windows // batch_size)
@@ -181,7 +183,7 @@ def heldout_batches(
   for number in range(taken):
     low = number * batches // taken * batch_size
     indices = [low + row for row in chosen if low + row < windows]
-    # A process whose rows are all padding still needs their shapes and types.
+    # A process whose rows are all padding still needs arrays of their shapes and dtypes.
     yield _fill_up(_stack(store, indices or [low], seq_len), len(indices), len(chosen))
 
 

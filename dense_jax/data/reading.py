@@ -1,7 +1,8 @@
-"""A file's documents: decompressed, decoded, cut into lines; with limits, and complete.
+"""Reads the documents of a text file: decompresses, decodes and cuts it into lines.
 
-A file is read as a stream of chunks of bounded size, so that what a small compressed file
-unpacks to, or a line that does not end, meets a limit and not the end of memory.
+A file is read as a stream of chunks of bounded size. A small compressed file that unpacks to a
+huge one, or a line that never ends, therefore hits a limit before memory runs out. A file that
+is cut off is an error.
 """
 
 import codecs
@@ -22,11 +23,11 @@ MAX_LINE_BYTES = 128 << 20
 # A zstd frame may ask for a window of this size, which is what `zstd --long` writes.
 _MAX_WINDOW_BYTES = 128 << 20
 _CHUNK_BYTES = 1 << 20
-# Of this much zstd makes at most 8 MiB: a block of 4 bytes may be one byte, 131,072 times.
+# So much input becomes at most 8 MiB: a zstd block of 4 bytes can encode 131,072 equal bytes.
 _ZSTD_BYTES = 1 << 8
-# As floats, integers may have any number of digits.
+# Parsed as floats, integers of any number of digits are accepted.
 _JSON = json.JSONDecoder(parse_int=float)
-# UTF-16's little-endian mark begins UTF-32's.
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -38,19 +39,19 @@ _MARKS = (
 def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
   """Yields (suffix of the document's name, text) for each document of a file.
 
-  A .txt (or .py) is one document, a .jsonl has one in each line that is not blank: the string
-  `text` of a JSON object (the last, if it has several), whatever else is in it. UTF-16 and UTF-32
-  are read where a byte order mark says so. Bytes of a .txt that are no UTF-8 become U+FFFD, and
-  are counted in a warning.
+  A .txt or .py file is one document. Each line of a .jsonl that is not blank is a JSON object,
+  and its string `text` is a document (the last one, if the key is repeated); other keys are
+  ignored. A file may be UTF-16 or UTF-32 if it begins with a byte order mark. Bytes of a .txt
+  that are not valid UTF-8 become U+FFFD, and a warning gives their number.
 
   Args:
-    file: whose suffix says how it is read.
+    file: the file; its suffix determines how it is read.
     field: the config field that named it, for error messages.
 
   Raises:
-    InputError: naming the file, and the line: what cannot be read or decoded, a compressed file
-      that is cut off, a line of more than 128 MiB, a .txt of more than 1 GiB, a line that is no
-      JSON object with a text.
+    InputError: the file cannot be read or decoded, is compressed and cut off, has a line of
+      more than 128 MiB or a line that is not a JSON object with a `text`, or is a .txt of more
+      than 1 GiB. The error names the file and, where it applies, the line.
   """
   try:
     with file.open("rb") as raw:
@@ -80,11 +81,11 @@ def _decompressed(raw: BinaryIO, suffix: str) -> Iterator[bytes]:
 
 
 def _gzip_chunks(raw: BinaryIO) -> Iterator[bytes]:
-  """All members, one after the other; zeros may follow them.
+  """Yields the content of all gzip members; zeros may follow the last one.
 
   Raises:
     EOFError: the file is empty or ends inside a member.
-    OSError, zlib.error: it is damaged, or no gzip.
+    OSError, zlib.error: the file is damaged or not gzip.
   """
   with gzip.open(raw, "rb") as unpacked:
     yield from _chunks(unpacked, _CHUNK_BYTES)
@@ -93,13 +94,13 @@ def _gzip_chunks(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_chunks(raw: BinaryIO) -> Iterator[bytes]:
-  """All frames, one after the other, as a file has them that was written in parts.
+  """Yields the content of all zstd frames; a file that was written in parts has several.
 
   Raises:
     EOFError: the file is empty or ends inside a frame.
-    OSError: it is damaged, or no zstd, or asks for too much memory.
+    OSError: the file is damaged, is not zstd, or needs a window of more than 128 MiB.
   """
-  import zstandard  # only those who read .zst need it
+  import zstandard  # An optional dependency, needed for .zst only.
 
   decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
   frame = None
@@ -124,15 +125,17 @@ def _zstd_chunks(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _marked_encoding(begin: bytes) -> str | None:
-  """What the byte order mark at the beginning of a file says; None without one."""
+  """Returns the encoding that a byte order mark of UTF-16 or UTF-32 announces; None means none."""
   return next((encoding for mark, encoding in _MARKS if begin.startswith(mark)), None)
 
 
 def _as_utf8(chunks: Iterator[bytes]) -> Iterator[bytes]:
-  """The stream, in UTF-8 where a byte order mark of UTF-16 or UTF-32 begins it.
+  """Converts a stream that begins with a byte order mark of UTF-16 or UTF-32 to UTF-8.
+
+  Other streams are passed through.
 
   Raises:
-    UnicodeDecodeError: it is not what its mark says.
+    UnicodeDecodeError: the stream is not valid in the encoding that its mark announces.
   """
   begin = b""
   while len(begin) < 4 and (chunk := next(chunks, b"")):
@@ -169,14 +172,14 @@ def _whole_text(raw: BinaryIO, file: Path, field: str) -> str:
     return content.decode()
   except UnicodeDecodeError:
     text = content.decode(errors="replace")
-  # In UTF-8 these three bytes are U+FFFD itself wherever they stand.
+  # Subtract the U+FFFD that the file itself has: in UTF-8, those three bytes mean nothing else.
   count = text.count("\ufffd") - content.count("\ufffd".encode())
   warn_once(f"{readable(str(file))}: what is not UTF-8 in it became U+FFFD, in {count:,} places")
   return text
 
 
 class _Lines(io.RawIOBase):
-  """A stream of chunks as a file, to be read by line, that refuses a line that grows too long."""
+  """A raw file over a stream of chunks that rejects lines of more than `MAX_LINE_BYTES`."""
 
   def __init__(self, file: Path, chunks: Iterator[bytes], field: str) -> None:
     self._file, self._chunks, self._field = file, chunks, field
@@ -199,7 +202,10 @@ class _Lines(io.RawIOBase):
     return count
 
   def _check(self, chunk: bytes) -> None:
-    """Looks at no line that begins and ends in one chunk, which is far shorter than the limit."""
+    """Raises InputError if the line that `chunk` continues is too long.
+
+    A line that begins and ends in one chunk is not checked: a chunk is far below the limit.
+    """
     ends = chunk.count(b"\n")
     if self._length + (chunk.find(b"\n") if ends else len(chunk)) > MAX_LINE_BYTES:
       raise invalid(
@@ -228,5 +234,5 @@ def _json_text(line: bytes, file: Path, number: int, field: str) -> str:
         field, str(file), 'a JSON object with a string "text" in every line; '
         f"line {number} is {line[:60]!r}{why}",
     )
-  # JSON can spell half of a surrogate pair, which is no text.
+  # JSON can spell half of a surrogate pair, which is not valid text.
   return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")

@@ -1,10 +1,10 @@
-"""Trains a SentencePiece model in a process of its own; run by `tokenizer.train_sentencepiece`.
+"""Trains a SentencePiece model in a separate process; run by `tokenizer.train_sentencepiece`.
 
-The trainer is C++ that cannot be stopped and that hears no signal. In a process of its own it can
-be killed, and it ends by itself when its parent is gone.
+The trainer is C++ code that no Python signal handler can interrupt. In a separate process it can
+be killed; the process also exits by itself when its parent is gone.
 
 Argument: the parent's process id. Standard input: JSON, [sentences, the trainer's options].
-Standard output: the model (status 0), or what the trainer has against the text (status 3).
+Standard output: the model (status 0), or the trainer's error message (status 3).
 """
 
 import io
@@ -26,12 +26,12 @@ def _end_with_parent(parent: int) -> None:
 
 
 def main(parent: int) -> int:
-  """Trains; returns the process's status."""
-  # A terminal sends these to parent and child alike; the parent decides.
+  """Trains a model from standard input to standard output; returns the exit status."""
+  # A terminal sends these to parent and child alike; the parent decides what to do.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-  import sentencepiece  # After the signals, as it takes a while.
+  import sentencepiece  # After the signal handlers are set, because the import is slow.
 
   sentences, options = json.load(sys.stdin.buffer)
   model = io.BytesIO()

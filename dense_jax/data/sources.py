@@ -1,7 +1,7 @@
-"""Text documents: where they are found, how they are read, what is held out.
+"""Sources of text documents, and their split into training and held-out text.
 
-A source is read from its files each time it is iterated over, one document after the
-other, so that memory holds one document (a .txt file is one) and never a corpus.
+Each iteration over a source reads its files again, one document at a time (a .txt file is one
+document), so memory never holds a whole corpus.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class Document:
 
   Attributes:
     name: the file's path below the source's root, with ":line" for a line of a .jsonl.
-    text: not empty. It is the file's text as it stands (line ends, a byte order mark of UTF-8),
-      but that what is not valid UTF-8 has become U+FFFD; see `read_texts`.
+    text: the text exactly as in the file, including line ends and a UTF-8 byte order mark, except
+      that invalid UTF-8 has become U+FFFD (see `read_texts`); never empty.
   """
 
   name: str
@@ -37,12 +37,12 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Which part of the documents a source gives.
+  """A part of the documents of a source: the held-out part, or the rest.
 
   Attributes:
-    unit: "document" splits between documents, "text" inside each of them.
-    every: every n-th document, or the last n-th of each text, is held out.
-    heldout: the held-out part, else the rest.
+    unit: "document" splits between documents, "text" splits inside each document.
+    every: n: every n-th document, or the last 1/n of each text, is held out.
+    heldout: true for the held-out part, false for the rest.
   """
 
   unit: str
@@ -50,7 +50,7 @@ class Part:
   heldout: bool
 
   def take(self, index: int, text: str) -> str:
-    """What belongs to this part of document number `index`; may be empty."""
+    """Returns the text of document number `index` that is in this part; may be empty."""
     if self.unit == "document":
       return text if (index % self.every == 0) == self.heldout else ""
     border = _line_border(text, len(text) - len(text) // self.every)
@@ -58,7 +58,7 @@ class Part:
 
 
 def _line_border(text: str, target: int) -> int:
-  """The start of a line nearest to `target`; `target` itself in a text of one line."""
+  """Returns the start of a line that is nearest to `target`, or `target` if there is one line."""
   borders = (text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1)
   inner = [border for border in borders if 0 < border < len(text)]
   return min(inner, key=lambda border: abs(border - target), default=target)
@@ -66,14 +66,14 @@ def _line_border(text: str, target: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-  """Documents that can be iterated over any number of times, always in one order.
+  """Documents that can be iterated over any number of times, always in the same order.
 
   Attributes:
-    root: the directory below which the files' names are told; in a bucket an `epath.Path`.
-    files: in sorted order of those names.
+    root: the directory relative to which files are named; in a bucket, an `epath.Path`.
+    files: the files, sorted by name.
     field: the config field that named the files, for error messages.
-    part: the part of the documents to give; None gives all.
-    cache_dir: where digests of the files' contents are kept; empty keeps none.
+    part: the part of the documents to yield; None means all.
+    cache_dir: where digests of the files' contents are cached; "" disables the cache.
   """
 
   root: Path
@@ -86,7 +86,7 @@ class TextSource:
     """Yields the documents that are not empty.
 
     Raises:
-      InputError: a file that cannot be read, a line that is no JSON with a text.
+      InputError: a file cannot be read, or a line is not a JSON object with a `text`.
     """
     index = 0
     for file, name in zip(self.files, self.names, strict=True):
@@ -100,20 +100,20 @@ class TextSource:
 
   @functools.cached_property
   def digests(self) -> tuple[FileDigest, ...]:
-    """What each file holds."""
+    """Digest of each file's contents, in the order of `files`."""
     return digest_files(self.files, self.field, self.cache_dir)
 
   @property
   def names(self) -> tuple[str, ...]:
-    r"""Each file's path below the root; what is not UTF-8 in it is written as \xNN."""
+    r"""Path of each file relative to the root; bytes that are not UTF-8 are written as \xNN."""
     return tuple(readable(file.relative_to(self.root).as_posix()) for file in self.files)
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Hex identity of the text: what the files hold, in order, how they are read, and the part.
+    """Hex digest of the files' contents, in order, their suffixes, and the part.
 
-    It does not depend on the names of files and folders but for the suffix that says how a file
-    is read.
+    Apart from the suffix, which determines how a file is read, names of files and folders do not
+    matter.
     """
     parts: list[str] = []
     for file, held in zip(self.files, self.digests, strict=True):
@@ -121,10 +121,10 @@ class TextSource:
     return digest("source", str(self.part), *parts)
 
   def check_unchanged(self) -> None:
-    """Makes sure that the files hold what they held when their digests were taken.
+    """Checks that the files have not changed since `digests` was computed.
 
     Raises:
-      InputError: naming a file that does not.
+      InputError: a file has changed; the error names it.
     """
     now = digest_files(self.files, self.field, self.cache_dir)
     for name, before, after in zip(self.names, self.digests, now, strict=True):
@@ -141,17 +141,17 @@ def _stdlib_files(field: str) -> tuple[Path, list[Path]]:
 
 
 def find(path: str, field: str, cache_dir: str = "") -> TextSource:
-  """All documents of a path.
+  """Returns the source of all documents of a path.
 
   Args:
-    path: "stdlib", the `*.py` of Python's standard library without its tests; or what
-      `find_files` takes.
+    path: "stdlib", for the `*.py` files of Python's standard library without its tests; or any
+      path that `find_files` accepts.
     field: the config field the path is from, for error messages.
-    cache_dir: `config.data.cache_dir`, where digests of the files' contents are kept; empty keeps
-      none.
+    cache_dir: `config.data.cache_dir`, where digests of the files' contents are cached; ""
+      disables the cache.
 
   Raises:
-    InputError: nothing there, or a file of another kind.
+    InputError: no text was found; see `find_files`.
   """
   root, files = _stdlib_files(field) if path == "stdlib" else find_files(path, field)
   files = sorted(files, key=lambda file: file.relative_to(root).as_posix())
@@ -159,15 +159,16 @@ def find(path: str, field: str, cache_dir: str = "") -> TextSource:
 
 
 def split(config: DataConfig) -> tuple[TextSource, TextSource]:
-  """The training documents and the held-out documents.
+  """Returns the training source and the held-out source.
 
-  With `heldout_path` these are two sets of files. Else, with n = `heldout_every`: every
-  n-th file in sorted order, from the first one, is held out; with fewer than n files
-  every n-th document; with fewer than n documents the last 1/n of each document's text,
-  cut at the nearest line's start.
+  With `heldout_path`, these are two sets of files. Otherwise, with n = `heldout_every`:
+
+  - if there are at least n files, every n-th one in sorted order, from the first, is held out;
+  - else, if there are at least n documents, every n-th one, from the first, is held out;
+  - else the last 1/n of each document's text is held out, cut at the nearest start of a line.
 
   Raises:
-    InputError: no text is found, or none is left for one of the two, or `heldout_path`
+    InputError: no text was found, one of the two sources would be empty, or `heldout_path`
       names files that are trained on.
   """
   source = find(config.path, "config.data.path", config.cache_dir)
@@ -201,5 +202,5 @@ def split(config: DataConfig) -> tuple[TextSource, TextSource]:
 
 
 def _has_documents(source: TextSource, count: int) -> bool:
-  """Whether there are at least `count`; reads no further than that."""
+  """Returns whether `source` has at least `count` documents; reads no further than that."""
   return any(number >= count for number, _ in enumerate(source, 1))

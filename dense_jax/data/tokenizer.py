@@ -1,8 +1,8 @@
 """Tokenizers: text to ids and back.
 
-A tokenizer trained here is byte-pair encoding with byte fallback and without any
-normalisation: whatever the text, decode(encode(text)) == text. Pieces may span spaces,
-line ends and kinds of characters, so that an indentation or a common phrase is one token.
+Tokenizers trained here use byte-pair encoding with byte fallback and no normalisation, so that
+decode(encode(text)) == text for every text. Pieces may span spaces, line ends and kinds of
+characters, so that an indentation or a common phrase can be one token.
 """
 
 import concurrent.futures
@@ -52,8 +52,9 @@ _TRAINER_OPTIONS: dict[str, Any] = {
 }
 
 
-# The file, and its key, that says which kind of tokenizer is in a folder: in a run's, and in one
-# that `convert` wrote, where tokenizer.json would be a file of Hugging Face's own format.
+# The file and the key in it that say which kind of tokenizer a folder holds: in a run's folder,
+# and in a folder that `convert` wrote. The latter cannot use tokenizer.json, because Hugging Face
+# tools would read a file of that name as their own format.
 _RUN = ("tokenizer.json", "kind")
 CONVERTED = ("tokenizer_config.json", "dense_jax_tokenizer")
 
@@ -63,42 +64,42 @@ class Tokenizer(Protocol):
 
   @property
   def vocab_size(self) -> int:
-    """Ids are in [0, vocab_size)."""
+    """Number of ids, which are 0 to vocab_size - 1."""
     ...
 
   @property
   def bos_id(self) -> int:
-    """A document's first token."""
+    """Id of a document's first token."""
     ...
 
   @property
   def eos_id(self) -> int:
-    """A document's last token."""
+    """Id of a document's last token."""
     ...
 
   @property
   def fingerprint(self) -> str:
-    """Hex; two tokenizers with the same one give the same ids."""
+    """Hex digest; two tokenizers with the same fingerprint give the same ids."""
     ...
 
   def encode(self, text: str) -> list[int]:
-    """The ids of a text, without bos and eos."""
+    """Returns the ids of a text, without bos and eos."""
     ...
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text, on all cores where the tokenizer can."""
+    """Encodes each text, on all cores if the tokenizer supports that."""
     ...
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids. Control ids, and ids beyond the vocabulary, give no text.
+    """Returns the text of ids. Control ids, and ids outside the vocabulary, give no text.
 
-    The text of a part is not always a part of the text: of ids that go on with others, use
-    `spell`.
+    The texts of two halves of a sequence do not always join to the text of the whole; use
+    `spell` for a continuation.
     """
     ...
 
   def save(self, directory: epath.Path) -> None:
-    """Writes what `load_saved_tokenizer` needs, each file atomically."""
+    """Writes the files that `load_saved_tokenizer` reads, each atomically."""
     ...
 
 
@@ -111,19 +112,19 @@ class ByteTokenizer:
   fingerprint = digest("bytes")
 
   def encode(self, text: str) -> list[int]:
-    """The text's UTF-8 bytes."""
+    """Returns the text's UTF-8 bytes."""
     content = text.encode()
     ids: list[int] = []
-    for start in range(0, len(content), _BYTES_AT_A_TIME):  # Signals are heard in between.
+    for start in range(0, len(content), _BYTES_AT_A_TIME):  # Lets Python handle signals.
       ids += content[start : start + _BYTES_AT_A_TIME]
     return ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """The UTF-8 bytes of each text."""
+    """Returns the UTF-8 bytes of each text."""
     return [self.encode(text) for text in texts]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of the bytes; what is not valid UTF-8 becomes U+FFFD."""
+    """Returns the text of the bytes; invalid UTF-8 becomes U+FFFD."""
     return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
   def save(self, directory: epath.Path) -> None:
@@ -132,17 +133,17 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-  """Any SentencePiece model that has an eos piece; `model` holds its serialised form.
+  """A SentencePiece model that has an eos piece; `model` holds its serialised form.
 
-  A model without bos takes eos as a document's first token. Whether decoding gives back
-  the text exactly is the model's affair; it does for those of `train_sentencepiece`.
+  If the model has no bos piece, eos is a document's first token too. Decoding restores the text
+  exactly for models of `train_sentencepiece`; other models may normalise the text.
   """
 
   def __init__(self, model: bytes) -> None:
     """Loads a serialised model.
 
     Raises:
-      ValueError: it is no SentencePiece model, or has no eos piece.
+      ValueError: `model` is not a SentencePiece model, or has no eos piece.
     """
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -159,11 +160,11 @@ class SentencePieceTokenizer:
     self._mark_ids = self._find_mark_ids()
 
   def _find_mark_ids(self) -> list[int]:
-    """The bytes of the space mark, where only it keeps the model from being lossless.
+    """Returns the byte ids that spell the space mark, if that makes the model lossless; else [].
 
-    SentencePiece decodes the mark as a space even where the text had the mark itself;
-    spelt as bytes it comes back. Empty for a model that changes spaces anyway, as one does
-    that puts a space before the text.
+    SentencePiece decodes the mark as a space even if the text had the mark itself; spelt as
+    bytes, the mark is restored. A model that changes spaces in any case, such as one that puts a
+    space before the text, cannot be made lossless that way.
     """
     probe = "  a b \n "
     pieces = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
@@ -173,7 +174,7 @@ class SentencePieceTokenizer:
     return ids if spelt and lossless else []
 
   def encode(self, text: str) -> list[int]:
-    """The text's pieces."""
+    """Returns the ids of the text's pieces."""
     parts = text.split(SPACE_MARK) if self._mark_ids else [text]
     first, *rest = self._encode(parts)
     for ids in rest:
@@ -181,7 +182,7 @@ class SentencePieceTokenizer:
     return first
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """The pieces of each text, on all cores."""
+    """Returns the ids of each text's pieces, computed on all cores."""
     batch = self._encode(texts)
     for index, text in enumerate(texts):
       if self._mark_ids and SPACE_MARK in text:
@@ -189,11 +190,12 @@ class SentencePieceTokenizer:
     return batch
 
   def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-    """The pieces of each text, on all cores.
+    """Runs SentencePiece on all cores, in a way that signals can interrupt.
 
-    Signals are heard meanwhile: Python handles them between two steps of the main thread, which
-    waits here in one that can be broken off. SentencePiece, in another thread, can not; it has let
-    go of the interpreter, and if its result is not waited for, nobody waits for it.
+    Python runs signal handlers in the main thread, between bytecodes. A call into SentencePiece
+    would delay them until it returns; waiting for a future does not. SentencePiece therefore
+    runs in another thread, with the global interpreter lock released. The thread is a daemon, so
+    that nobody waits for it if a handler raises here.
     """
     result: concurrent.futures.Future[list[list[int]]] = concurrent.futures.Future()
 
@@ -207,7 +209,7 @@ class SentencePieceTokenizer:
     return result.result()
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of the pieces; bytes that are not valid UTF-8 become U+FFFD."""
+    """Returns the text of the pieces; bytes that are not valid UTF-8 become U+FFFD."""
     known = (int(i) for i in ids if 0 <= i < self.vocab_size)
     return self._processor.decode([i for i in known if not self._processor.is_control(i)])
 
@@ -221,20 +223,20 @@ class SentencePieceTokenizer:
 def spell(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]
 ) -> tuple[str, str]:
-  """What a tokenizer spells for a prompt and its continuation together, cut where the new begins.
+  """Decodes a prompt and its continuation together, and splits the text between them.
 
-  Decoded apart, a continuation can lose the space before its first word, which many models drop
-  at the beginning of a text, and a character whose bytes are split between the two is lost on
-  either side.
+  Decoded alone, a continuation can lose the space before its first word, because many models
+  drop a space at the beginning of a text; and a character whose bytes are split between prompt
+  and continuation would be lost.
 
   Args:
-    tokenizer: whose ids they are.
-    prompt_ids: the prompt's, without bos.
-    new_ids: those that follow.
+    tokenizer: the tokenizer of the ids.
+    prompt_ids: the prompt's ids, without bos.
+    new_ids: the continuation's ids.
 
   Returns:
-    The prompt's text and the continuation's. Joined they are the text of all ids. A character
-    that the continuation completes is the continuation's.
+    The prompt's text and the continuation's text, which join to the text of all ids. A character
+    that the continuation completes belongs to the continuation.
   """
   text, alone = tokenizer.decode([*prompt_ids, *new_ids]), tokenizer.decode(prompt_ids)
   pairs = enumerate(zip(alone, text, strict=False))
@@ -249,7 +251,7 @@ def _save_kind(directory: epath.Path, kind: str) -> None:
 
 
 def _chunks(text: str) -> Iterator[str]:
-  """Cuts a text after the first line end beyond 2000 characters, or at 4000."""
+  """Yields chunks of a text, cut after the first line end beyond 2000 characters, or at 4000."""
   start = 0
   while start < len(text):
     line_end = text.find("\n", start + _CHUNK - 1, start + 2 * _CHUNK)
@@ -259,10 +261,10 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
-  """Chunks taken evenly over all texts, at most `_SAMPLE_BYTES` of UTF-8.
+  """Returns chunks spread evenly over all texts, at most `_SAMPLE_BYTES` of UTF-8.
 
-  Every stride-th chunk is kept, and each time they grow too many, every other one of
-  them is dropped and the stride doubled: one pass, and little memory.
+  Needs one pass and little memory: every stride-th chunk is kept, and whenever the kept chunks
+  exceed the limit, every other one is dropped and the stride doubled.
   """
   kept: list[tuple[str, int]] = []
   size, stride, number = 0, 1, 0
@@ -282,22 +284,23 @@ def _sample(texts: Iterable[str]) -> list[str]:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
   """Trains a lossless tokenizer on a sample of the texts and writes it atomically.
 
-  The same texts give the same model. unk, bos and eos are 0, 1 and 2, the 256 bytes 3 to
-  258. Training is a process of its own (`sentencepiece_training`), so that an exception that a
-  signal raises here ends it at once.
+  The same texts give the same model. The ids of unk, bos and eos are 0, 1 and 2, those of the
+  256 bytes are 3 to 258. Training runs in a separate process (`sentencepiece_training`), which
+  is killed at once if a signal handler raises an exception here.
 
   Args:
-    texts: read once, to the end.
-    vocab_size: pieces, with those 259.
-    model_path: the .model file to write; its folder exists.
+    texts: the texts, read once to the end.
+    vocab_size: the number of pieces, including the 259 above.
+    model_path: the .model file to write; its folder must exist.
 
   Raises:
     InputError: the texts have too few different pieces, or too many characters, for
       `vocab_size`.
+    RuntimeError: the training process failed for another reason.
   """
   request = json.dumps([_sample(texts), {**_TRAINER_OPTIONS, "vocab_size": vocab_size}])
   with subprocess.Popen(
-      # -P: modules beside the script are not taken for libraries of the same name.
+      # -P keeps modules beside the script from shadowing libraries of the same name.
       [sys.executable, "-P", sentencepiece_training.__file__, str(os.getpid())],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
   ) as trainer:
@@ -328,12 +331,13 @@ def _training_error(vocab_size: int, message: str) -> InputError:
 
 
 def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
-  """The tokenizer that `config.tokenizer` names.
+  """Loads the tokenizer that `config.tokenizer` names: "bytes", "train" or a .model file's path.
 
-  "train" trains on `train_source`, unless `config.cache_dir` has the result already.
+  "train" trains on `train_source`, unless `config.cache_dir` already holds the result.
 
   Raises:
-    InputError: a path that holds no SentencePiece model; see `train_sentencepiece`.
+    InputError: the path holds no SentencePiece model, or training fails (see
+      `train_sentencepiece`).
   """
   if config.tokenizer == "bytes":
     return ByteTokenizer()
@@ -365,10 +369,10 @@ def _load_model(path: epath.PathLike, field: str, valid: str) -> SentencePieceTo
 
 
 def load_saved_tokenizer(directory: epath.PathLike) -> Tokenizer:
-  """What a tokenizer's `save`, or the command line `convert`, wrote into a directory.
+  """Loads a tokenizer from a directory that `Tokenizer.save` or the command `convert` wrote.
 
   Raises:
-    InputError: there is no such tokenizer, or it is damaged.
+    InputError: the directory holds no tokenizer, or a damaged one.
   """
   folder = epath.Path(directory)
   for name, key in (_RUN, CONVERTED):

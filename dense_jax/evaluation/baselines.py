@@ -1,7 +1,6 @@
-"""What a model without any network reaches: n-grams of bytes, and xz.
+"""Baselines without a neural network: byte n-grams and xz, in bits per byte of held-out text.
 
-Bits per byte of held-out text, so that tokenizers do not matter. A language model that is
-worth its name is below both.
+Bits per byte do not depend on a tokenizer. A useful language model needs fewer than either.
 """
 
 import lzma
@@ -10,7 +9,7 @@ import numpy as np
 
 
 def _ngram_keys(text: bytes, order: int) -> np.ndarray:
-  """uint64 (bytes - order + 1,): each run of `order` bytes as one number."""
+  """Returns uint64 [bytes - order + 1]: each run of `order` bytes as one big-endian number."""
   codes = np.frombuffer(text, np.uint8).astype(np.uint64)
   count = max(len(codes) - order + 1, 0)
   keys = np.zeros(count, np.uint64)
@@ -20,22 +19,22 @@ def _ngram_keys(text: bytes, order: int) -> np.ndarray:
 
 
 def _look_up(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-  """`values` at the place of each key in the sorted `table`, 0 where it is missing."""
+  """Returns the entry of `values` for each key's place in the sorted `table`; 0 if it is absent."""
   place = np.minimum(np.searchsorted(table, keys), len(table) - 1)
   return np.where(table[place] == keys, values[place], 0)
 
 
 def byte_ngram_bits_per_byte(train: bytes, heldout: bytes, order: int) -> float:
-  """Bits per byte of an n-gram model of bytes with Witten-Bell smoothing.
+  """Returns the bits per byte of a byte n-gram model with Witten-Bell smoothing.
 
     p(c | context) = (count(context, c) + kinds(context) p(c | shorter context))
                      / (count(context) + kinds(context))
 
-  with kinds(context) the number of different bytes seen after it; below the unigram all
-  256 bytes are equally likely, so that every probability is above 0.
+  where kinds(context) is the number of different bytes that follow the context in `train`. The
+  unigram is smoothed with equal probabilities of all 256 bytes, so every probability is above 0.
 
   Args:
-    train: the text that is counted.
+    train: the text that the counts are taken from.
     heldout: the text that is scored; its first bytes have shorter contexts.
     order: bytes of an n-gram, 1 to 8: 2 is a bigram, 3 a trigram.
 
@@ -65,7 +64,7 @@ def byte_ngram_bits_per_byte(train: bytes, heldout: bytes, order: int) -> float:
 
 
 def xz_bits_per_byte(heldout: bytes) -> float:
-  """Bits per byte of the text alone under xz at its strongest preset (9).
+  """Returns the bits per byte of the text, compressed on its own by xz at preset 9.
 
   Raises:
     ValueError: the text is empty.

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Draws the next token from logits."""
 
 import dataclasses
 
@@ -8,22 +8,27 @@ import jax.numpy as jnp
 from dense_jax.config import invalid
 from dense_jax.types import Array
 
-# Below the first, float32 draws are greedy anyway; above the second they are uniform, and its
-# reciprocal, which compilers multiply by, is still a normal number.
+# At lower temperatures than the first, float32 draws are greedy anyway; at higher ones than the
+# second they are uniform. The second's reciprocal, by which compilers multiply, is still a normal
+# float32 number.
 _LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 1e-6, 1e37
-# A sum of probabilities reaches p if it is p up to float32's rounding.
+# A sum of probabilities that is p up to the rounding of float32 counts as p.
 _ROUNDING = 2.0**-22
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn.
+  """The distribution that tokens are drawn from, by temperature, top-k and top-p.
 
   Attributes:
-    temperature: logits are divided by it; 0 is greedy.
-    top_k: only the k likeliest tokens; 0 is all. Of equally likely ones the lowest ids come first.
-    top_p: only the smallest set of likeliest tokens whose probability reaches p, at that
-      temperature and of those that `top_k` leaves. Equally likely ones are taken as for it.
+    temperature: divides the logits; 0 means greedy.
+    top_k: keeps only the k likeliest tokens; 0 means all. Ties go to the lowest ids.
+    top_p: keeps only the smallest set of likeliest tokens whose probabilities sum to at least p,
+      computed at `temperature` among the tokens that `top_k` keeps; 1 means all. Ties go to the
+      lowest ids.
+
+  Raises:
+    InputError: a value is out of range.
   """
 
   temperature: float = 1.0
@@ -40,10 +45,10 @@ class Sampling:
 
 
 def sample(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
-  """Token ids, int32 [B], from float32 logits; one of -inf is never drawn."""
+  """Draws token ids, int32 [B], from float32 logits; a token with logit -inf is never drawn."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  # -0 and 0 are equally likely, but not to a sort.
+  # -0 and 0 are equally likely, but a sort tells them apart.
   logits_BV = jnp.where(logits_BV == 0, 0.0, logits_BV)
   tokens_BV = None
   if 0 < sampling.top_k < logits_BV.shape[-1]:
@@ -58,20 +63,20 @@ def sample(logits_BV: Array, key: Array, sampling: Sampling) -> Array:
 
 
 def _scaled(logits_BV: Array, temperature: float) -> Array:
-  """Logits at that temperature, from the likeliest down, so that none can overflow."""
+  """Returns (logits - their maximum) / temperature, so that none can overflow."""
   below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
   return below_BV / min(max(temperature, _LEAST_TEMPERATURE), _GREATEST_TEMPERATURE)
 
 
 def _nucleus(logits_BV: Array, sampling: Sampling) -> Array:
-  """bool [B, V]: the smallest set of likeliest tokens whose probability reaches `top_p`."""
+  """Returns bool [B, V], true for the smallest set of likeliest tokens that reaches `top_p`."""
   sorted_BV = -jnp.sort(-logits_BV, axis=-1)
   sum_BV = jnp.cumsum(jnp.exp(_scaled(sorted_BV, sampling.temperature)), axis=-1)
   # A token belongs to the set if those before it do not reach p; the first always does.
   short_BV = sum_BV < sampling.top_p * (1 - _ROUNDING) * sum_BV[:, -1:]
   size_B1 = 1 + jnp.sum(short_BV[:, :-1], axis=-1, keepdims=True)
   least_B1 = jnp.take_along_axis(sorted_BV, size_B1 - 1, axis=-1)
-  # Of those that are as likely as the set's last one, as many as there is room for.
+  # Of the tokens that are as likely as the least likely one of the set, take the first that fit.
   likelier_BV, equal_BV = logits_BV > least_B1, logits_BV == least_B1
   room_B1 = size_B1 - jnp.sum(likelier_BV, axis=-1, keepdims=True)
   return likelier_BV | (equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= room_B1))

@@ -1,4 +1,4 @@
-"""Other projects' checkpoint layouts."""
+"""Reads and writes checkpoints in the layouts of other projects."""
 
 from dense_jax.interop.hugging_face import load_hf
 from dense_jax.interop.save import save_hf

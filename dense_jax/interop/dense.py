@@ -1,4 +1,4 @@
-"""This project's own layout, which every model has.
+"""The checkpoint layout of this project, which can hold every model.
 
 `config.json`:
 

@@ -1,6 +1,7 @@
 """The layout of the authors' DenseRetNet checkpoints (arXiv 2403.00818, released code).
 
-It is a `llama` layout by name; keys of its own tell it from that.
+Its `config.json` says model_type `llama`; the keys `query_key_dim` and `v_factor` tell it from
+a LLaMA.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ def layout(config: Config) -> Layout | None:
         "layers, which no base model here does)",
     )
   layers = keys.layers("num_hidden_layers")
-  # A layer below the first cannot be read: a greater depth is the same function.
+  # There is no layer below the first to read, so a greater depth computes the same function.
   depth = min(keys.integer("dense_block_layers"), layers - 1)
   model = build(
       ModelConfig,
@@ -76,13 +77,16 @@ def layout(config: Config) -> Layout | None:
   places = per_layer(_LAYER, "model.layers.", range(layers))
   places |= per_layer(_DENSE, "model.layers.", range(1, layers))
   unused = {"model.retnet_rel_pos.angle", "model.retnet_rel_pos.decay"}
-  # The first layer reads none, and yet the released code makes its gates and norms.
+  # The first layer reads no other layer, but the released code makes gates and norms for it too.
   unused |= {f"model.layers.0.{theirs}" for theirs, _ in _DENSE.values()}
   return llama_like(model, places, unused)
 
 
 def _is_released(config: ModelConfig) -> bool:
-  """Whether the released code has the model's dense connections; their start is free."""
+  """Returns whether the released code can compute the model.
+
+  Options that only affect the initialisation may differ from those of the released code.
+  """
   released = DenseConfig(depth=config.dense.depth, inject="inputs")
   alike = dataclasses.replace(
       config.dense, gate_init=released.gate_init, gate_reduction=released.gate_reduction,
@@ -101,8 +105,8 @@ def config_json(config: ModelConfig) -> dict[str, Any] | None:
   options: GauRetNetConfig = config.mixer
   return {
       "architectures": ["LlamaForCausalLM"],
-      # Given the authors' file beside the checkpoint and trust_remote_code, transformers
-      # takes its class; its own LLaMA is another function.
+      # With the authors' file beside the checkpoint and trust_remote_code, transformers uses the
+      # class in that file; its own LLaMA computes another function.
       "auto_map": {"AutoModelForCausalLM": "modeling_dense_gau_retnet.LlamaForCausalLM"},
       "model_type": "llama",
       "vocab_size": config.vocab_size,

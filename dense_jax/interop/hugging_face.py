@@ -1,4 +1,4 @@
-"""Reading Hugging Face style checkpoints: `config.json` beside the tensors."""
+"""Reads Hugging Face style checkpoints: a folder with `config.json` and the tensors."""
 
 import pathlib
 from typing import Any
@@ -13,26 +13,27 @@ from dense_jax.models.params import abstract_model, get_params, with_params
 
 
 def load_hf(path: str) -> LanguageModel:
-  """Loads a model from a folder in a known Hugging Face layout, or what `save_hf` wrote.
+  """Loads a model from a folder in a known Hugging Face layout, such as `save_hf` writes.
 
-  Known are transformers' mamba, mamba2 and llama, the authors' DenseRetNet, and this
+  The known layouts are transformers' mamba, mamba2 and llama, the authors' DenseRetNet, and this
   project's own (`dense_jax.interop.dense`).
 
   Args:
-    path: a folder with `config.json` and `model.safetensors`, or several shards with an
-      index, or `pytorch_model.bin` (read with weights-only loading, if torch is there). Of
-      shards, each tensor is the one of the shard that the index names. A leading ~ is the home
-      directory.
+    path: a local folder with `config.json` and either `model.safetensors` or `pytorch_model.bin`,
+      or the shards of one of them with their index. `pytorch_model.bin` needs torch, and is read
+      with weights-only loading. A tensor is read from the shard that the index names, even if
+      other shards hold it too. A leading ~ is the home directory.
 
   Returns:
-    A model that computes in float32 (in its own `dtype`, if it is of the own layout), every
-    layer compiled apart: `model(tokens_BT) -> logits_BTV`, `model.init_state(batch_size)`,
-    `model.step(state, tokens_B) -> (state, logits_BV)`.
+    A model with parameters in float32, whose layers are not scanned:
+    `model(tokens_BT) -> logits_BTV`, `model.init_state(batch_size)`,
+    `model.step(state, tokens_B) -> (state, logits_BV)`. It computes in float32, or, in this
+    project's own layout, in the `dtype` of its configuration.
 
   Raises:
-    InputError: no such files, files that are damaged, a layout that is not known, an option
-      that no model here has, or tensors that are missing, extra, of another shape or kind, or
-      there twice and different; it lists them all.
+    InputError: the files do not exist or are damaged, the layout is not known, an option has no
+      counterpart here, or tensors are missing, extra, of another shape or dtype, or differ from
+      a tensor that should be equal; the error lists all such tensors.
   """
   place = make_path(path, "path")
   if is_remote(place):

@@ -1,4 +1,4 @@
-"""The layouts that can be read and written."""
+"""The kinds of layout that can be read and written, and the choice between them."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from dense_jax.errors import InputError
 from dense_jax.interop import dense, dense_retnet, llama, mamba, mamba2
 from dense_jax.interop.layout import Config, Kind, Layout
 
-# DenseRetNet says that it is a llama, and so comes first; what comes last has every model.
+# DenseRetNet comes first, because its model_type is llama; the last layout can hold every model.
 KINDS: tuple[Kind, ...] = (dense_retnet, mamba, mamba2, llama, dense)
 
 
 def recognise(config: Config) -> Layout:
-  """The layout of a `config.json`.
+  """Returns the layout of the checkpoint that has this `config.json`.
 
   Raises:
-    InputError: it is of no known kind, or has values that cannot be.
+    InputError: it is of no known kind, or has a value that this project's models do not support.
   """
   for kind in KINDS:
     layout = kind.layout(config)
@@ -28,7 +28,7 @@ def recognise(config: Config) -> Layout:
 
 
 def choose(config: ModelConfig) -> tuple[str, dict[str, Any], Layout]:
-  """The first kind that can say what the model computes: name, `config.json` and layout."""
+  """Returns name, `config.json` and layout of the first kind that can represent the model."""
   for kind in KINDS:
     values = kind.config_json(config)
     if values is not None:

@@ -1,4 +1,7 @@
-"""What another project's checkpoint looks like, seen from ours: one description, read both ways."""
+"""Maps the tensors of another project's checkpoint to this project's parameters, and back.
+
+"Ours" are this project's parameters, "theirs" the tensors of the checkpoint.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -12,19 +15,19 @@ from dense_jax.errors import InputError
 from dense_jax.types import Params
 
 Config = Mapping[str, Any]
-"""A `config.json`."""
+"""The content of a `config.json`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """How a tensor of theirs becomes ours and back, without changing a number."""
+  """A pair of inverse transformations between their tensors and ours, without arithmetic."""
 
   to_ours: Callable[[np.ndarray], np.ndarray]
   to_theirs: Callable[[np.ndarray], np.ndarray]
 
 
 PLAIN = Form(lambda x: x, lambda x: x)
-# Matrices: PyTorch keeps linear maps as [out, in], and Mamba its decays as [E, N].
+# Matrices: PyTorch stores linear maps as [out, in], and Mamba's A_log is [E, N] there.
 TRANSPOSED = Form(np.transpose, np.transpose)
 # Depthwise convolutions: [E, 1, W] there, [W, E] here.
 DEPTHWISE = Form(lambda x: x[:, 0].T, lambda x: x.T[:, None])
@@ -32,17 +35,17 @@ DEPTHWISE = Form(lambda x: x[:, 0].T, lambda x: x.T[:, None])
 HEAD = "lm_head.weight"
 
 Place = tuple[str, Form]
-"""Where a parameter is in their checkpoint: the tensor's name and form. Several parameters with
-one tensor are its parts along its first axis, in their order."""
+"""The place of a parameter in their checkpoint: the tensor's name and form. If several parameters
+share a tensor, they are concatenated in it along its first axis, in their order."""
 
 
 def shown(text: str) -> str:
-  """Text from a foreign file for an error message, quoted if a terminal might obey it."""
+  """Returns text from an untrusted file for an error message, escaped if it is not printable."""
   return text if text.isprintable() else repr(text)
 
 
 def per_layer(table: Mapping[str, Place], prefix: str, layers: Iterable[int]) -> dict[str, Place]:
-  """`table`, which tells of one layer, for the parameters of `layers`.
+  """Expands `table`, which has the places of one layer's parameters, to all `layers`.
 
   Args:
     table: our parameter below `stack.head.<layer>` -> its place below theirs.
@@ -63,8 +66,8 @@ class Layout:
     config: the model that it describes, every layer compiled apart.
     places: our parameter -> where it is.
     unused: their tensors that the model does not use, which may be there or not.
-    aliases: other names that some checkpoints have -> the tensor's name in `places`. A tied head
-      is another name of the embedding.
+    aliases: other names of tensors in some checkpoints -> their names in `places`. A tied head is
+      another name of the embedding.
   """
 
   config: ModelConfig
@@ -73,15 +76,15 @@ class Layout:
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def to_ours(self, tensors: Mapping[str, Any], expected: Params) -> Params:
-    """Their tensors as float32 parameters.
+    """Converts their tensors to float32 parameters.
 
     Args:
       tensors: their name -> array.
       expected: parameters of the right shapes.
 
     Raises:
-      InputError: naming every tensor that is missing, extra, of another shape, not of
-        floating-point numbers, or different from another one that should be the same.
+      InputError: tensors are missing, extra, of another shape, not floating-point, or different
+        from another tensor that should be equal; the error lists them all.
     """
     tensors, problems = self._by_one_name(tensors)
     names = {theirs for theirs, _ in self.places.values()}
@@ -96,7 +99,7 @@ class Layout:
         shapes = [
             form.to_theirs(np.broadcast_to(0, expected[ours].shape)).shape for ours, form in parts
         ]
-      except ValueError:  # numpy can describe no array of that size.
+      except ValueError:  # The config.json asks for an array that is too large for numpy.
         problems.append(f"shape: {theirs} is {value.shape}, expected more than there can be")
         continue
       ends = np.cumsum([shape[0] for shape in shapes])
@@ -104,7 +107,7 @@ class Layout:
       if value.shape != shape:
         problems.append(f"shape: {theirs} is {value.shape}, expected {shape}")
         continue
-      if not jnp.issubdtype(value.dtype, jnp.floating):  # Such as the integers of quantisation.
+      if not jnp.issubdtype(value.dtype, jnp.floating):  # For example, quantised to integers.
         problems.append(f"dtype: {theirs} is {value.dtype}, expected floating-point numbers")
         continue
       for (ours, form), part in zip(parts, np.split(value, ends[:-1]), strict=True):
@@ -114,7 +117,7 @@ class Layout:
     return params
 
   def _by_one_name(self, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The tensors without `aliases`, and what is wrong with those."""
+    """Returns the tensors under their names in `places`, and the aliases that are inconsistent."""
     single, problems = dict(tensors), []
     for alias, name in self.aliases.items():
       if alias not in single:
@@ -128,10 +131,10 @@ class Layout:
     return single, problems
 
   def to_theirs(self, params: Params) -> dict[str, np.ndarray]:
-    """Parameters as their tensors, float32 and contiguous.
+    """Converts parameters to their tensors, float32 and contiguous.
 
     Raises:
-      ValueError: `params` are not those that the layout knows.
+      ValueError: the names of `params` are not those in `places`.
     """
     if params.keys() != self.places.keys():
       different = ", ".join(sorted(params.keys() ^ self.places.keys()))
@@ -144,7 +147,7 @@ class Layout:
     }
 
   def _tensors(self) -> dict[str, list[tuple[str, Form]]]:
-    """Their tensors' parts."""
+    """Returns for each of their tensors the parameters it consists of, with their forms."""
     tensors: dict[str, list[tuple[str, Form]]] = {}
     for ours, (theirs, form) in self.places.items():
       tensors.setdefault(theirs, []).append((ours, form))
@@ -152,11 +155,11 @@ class Layout:
 
 
 def llama_like(config: ModelConfig, layers: Mapping[str, Place], unused: Iterable[str]) -> Layout:
-  """A layout whose tensors outside the layers have the names of Hugging Face's LLaMA.
+  """Makes a layout whose tensors outside the layers have the names of Hugging Face's LLaMA.
 
   Args:
-    config: the model; if its head is tied, a checkpoint may hold the head or not.
-    layers: the layers' parameters.
+    config: the model. If its head is tied, a checkpoint may or may not hold the head.
+    layers: the places of the layers' parameters.
     unused: see `Layout`.
   """
   places: dict[str, Place] = {
@@ -168,7 +171,7 @@ def llama_like(config: ModelConfig, layers: Mapping[str, Place], unused: Iterabl
 
 
 def with_head(layout: Layout) -> Layout:
-  """The layout with the head: a parameter of its own, or if tied another name of the embedding."""
+  """Adds the head to a layout: as a parameter or, if it is tied, as an alias of the embedding."""
   if layout.config.tie_embeddings:
     embedding, _ = layout.places["embedding"]
     return dataclasses.replace(layout, aliases={**layout.aliases, HEAD: embedding})
@@ -176,18 +179,18 @@ def with_head(layout: Layout) -> Layout:
 
 
 class Kind(Protocol):
-  """A kind of layout: a module of this package."""
+  """A kind of layout, which is implemented by a module of this package."""
 
   @property
   def NAME(self) -> str:
-    """How messages call it."""
+    """Its name in messages."""
 
   def layout(self, config: Config) -> Layout | None:
-    """The layout of a `config.json`; None if it is of another kind.
+    """Returns the layout of a `config.json`; None means that it is of another kind.
 
     Raises:
-      InputError: a key has a value that this project's models cannot have.
+      InputError: a key has a value that this project's models do not support.
     """
 
   def config_json(self, config: ModelConfig) -> dict[str, Any] | None:
-    """The `config.json` of a model; None if this kind cannot say what the model computes."""
+    """Returns the `config.json` of a model; None means that this kind cannot represent it."""

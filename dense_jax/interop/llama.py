@@ -1,7 +1,7 @@
 """The layout of Hugging Face `LlamaForCausalLM` checkpoints.
 
-There every token attends to all before it, here to the last `context`, which is
-`max_position_embeddings`: up to that many tokens both compute the same.
+In transformers every token attends to all tokens before it; here, only to the last `context`
+ones, which is set to `max_position_embeddings`. Up to that length both compute the same.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ _LAYER: dict[str, Place] = {
     "feed_forward.up_proj.kernel": ("mlp.up_proj.weight", TRANSPOSED),
     "feed_forward.down_proj.kernel": ("mlp.down_proj.weight", TRANSPOSED),
 }
-# What a key that is missing means (transformers' LlamaConfig).
+# Defaults of missing keys, from transformers' LlamaConfig.
 _DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
     "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
@@ -66,16 +66,16 @@ def layout(config: Config) -> Layout | None:
       "config.model",
       {"config.model.mixer": AttentionConfig},
   )
-  # Old checkpoints hold the rotation's frequencies, which rope_theta tells.
+  # Old checkpoints hold the frequencies of the rotation, which follow from rope_theta.
   unused = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(layers)}
   return llama_like(model, per_layer(_LAYER, "model.layers.", range(layers)), unused)
 
 
 def _rope_theta(keys: Keys) -> float:
-  """The rotation's base, from `rope_parameters` (newer transformers) or the keys before it.
+  """Returns the base of the rotation, from `rope_parameters` (newer transformers) or older keys.
 
   Raises:
-    InputError: the frequencies are scaled, or not all of a head is rotated.
+    InputError: the frequencies are scaled, or only a part of each head is rotated.
   """
   theta = keys.positive("rope_theta")
   for key in ("rope_scaling", "rope_parameters"):
@@ -91,7 +91,7 @@ def _rope_theta(keys: Keys) -> float:
 
 
 def config_json(config: ModelConfig) -> dict[str, Any] | None:
-  """See `Kind`; transformers wants a width that the number of heads divides."""
+  """See `Kind`; transformers requires that the number of heads divides the width."""
   if config.family != "transformer" or config.dense.depth:
     return None
   options: AttentionConfig = config.mixer
@@ -113,7 +113,7 @@ def config_json(config: ModelConfig) -> dict[str, Any] | None:
       "tie_word_embeddings": config.tie_embeddings,
       "attention_bias": False,
       "mlp_bias": False,
-      # Both forms: older transformers know the first only.
+      # Both forms, because older versions of transformers know only the first.
       "rope_theta": options.rope_theta,
       "rope_parameters": {"rope_type": "default", "rope_theta": options.rope_theta},
   }

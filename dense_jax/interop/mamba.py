@@ -32,7 +32,7 @@ _LAYER: dict[str, Place] = {
     "mixer.d": ("mixer.D", PLAIN),
     "mixer.out_proj.kernel": ("mixer.out_proj.weight", TRANSPOSED),
 }
-# What a key that is missing means (transformers' MambaConfig).
+# Defaults of missing keys, from transformers' MambaConfig.
 _DEFAULTS = {
     "vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 32, "state_size": 16,
     "expand": 2, "conv_kernel": 4, "time_step_rank": "auto", "layer_norm_epsilon": 1e-5,
@@ -55,14 +55,17 @@ def layout(config: Config) -> Layout | None:
 def selective_layout(
     keys: Keys, layer: dict[str, Place], *, family: str, mixer_class: type, mixer: dict[str, Any]
 ) -> Layout:
-  """A layout of either Mamba, whose configurations share most keys.
+  """Makes the layout of a Mamba or Mamba-2 checkpoint; their configurations share most keys.
 
   Args:
-    keys: their configuration.
+    keys: the checkpoint's configuration.
     layer: the places of one layer's parameters.
-    family: ours.
+    family: this project's name of the family.
     mixer_class: the class of the family's own options.
-    mixer: those options that only this family has.
+    mixer: the values of options that only this family has.
+
+  Raises:
+    InputError: a key has a value that this project's models do not support.
   """
   keys.only("use_bias", False)
   keys.only("use_conv_bias", True)
@@ -98,7 +101,7 @@ def selective_layout(
       "norm.scale": ("backbone.norm_f.weight", PLAIN),
       **per_layer(layer, "backbone.layers.", range(layers)),
   }
-  # The name in the checkpoints that mamba_ssm writes, which transformers takes too.
+  # The embedding's name in checkpoints of mamba_ssm, which transformers accepts too.
   aliases = {"backbone.embedding.weight": "backbone.embeddings.weight"}
   return with_head(Layout(model, places, aliases=aliases))
 
@@ -116,7 +119,7 @@ def config_json(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def selective_config_json(config: ModelConfig) -> dict[str, Any]:
-  """The keys that both Mambas have."""
+  """Returns the keys of `config.json` that Mamba and Mamba-2 share."""
   options = config.mixer
   return {
       "vocab_size": config.vocab_size,

@@ -26,7 +26,7 @@ _LAYER: dict[str, Place] = {
     "mixer.norm.scale": ("mixer.norm.weight", PLAIN),
     "mixer.out_proj.kernel": ("mixer.out_proj.weight", TRANSPOSED),
 }
-# What a key that is missing means (transformers' Mamba2Config).
+# Defaults of missing keys, from transformers' Mamba2Config.
 _DEFAULTS = {
     "vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64, "state_size": 128,
     "num_heads": 128, "head_dim": 64, "n_groups": 8, "expand": 2, "conv_kernel": 4,
@@ -51,7 +51,7 @@ def layout(config: Config) -> Layout | None:
       "head_dim": head_dim,
       "groups": keys.integer("n_groups"),
       "dt_limit_min": low,
-      "dt_limit_max": 0.0 if math.isinf(high) else high,  # 0 is no limit.
+      "dt_limit_max": 0.0 if math.isinf(high) else high,  # 0 means no limit.
   }
   return selective_layout(
       keys, _LAYER, family="mamba2", mixer_class=Mamba2Config, mixer=mixer
@@ -59,7 +59,7 @@ def layout(config: Config) -> Layout | None:
 
 
 def _limits(keys: Keys) -> tuple[float, float]:
-  """time_step_limit; newer transformers write infinity as {"__float__": "Infinity"}."""
+  """Returns time_step_limit; newer transformers write infinity as {"__float__": "Infinity"}."""
   value = keys.get("time_step_limit")
   wrong = keys.invalid(
       "time_step_limit", "[min, max] with 0 <= min <= max and max > 0, which may be Infinity"

@@ -1,4 +1,4 @@
-"""Writing Hugging Face style checkpoints: `config.json` beside the tensors."""
+"""Writes Hugging Face style checkpoints: a folder with `config.json` and the tensors."""
 
 import json
 import os
@@ -17,26 +17,25 @@ def save_hf(
     model: LanguageModel, path: str, *, bos_token_id: int | None = None,
     eos_token_id: int | None = None, files: Mapping[str, bytes] | None = None,
 ) -> str:
-  """Saves a model so that `load_hf`, and where it can be transformers, loads it.
+  """Saves a model in a form that `load_hf` and, if possible, transformers can load.
 
-  The layout is the first that can say what the model computes:
+  The layout is the first of these that can represent the model:
 
-      dense.depth = 0      family mamba, mamba2 or transformer: `MambaForCausalLM`,
-                           `Mamba2ForCausalLM` or `LlamaForCausalLM` of transformers
-      as released          family gau_retnet with dense.inject=inputs and the other options
-                           of `dense` as they are by default: the authors' DenseRetNet
-      everything else      this project's own (`dense_jax.interop.dense`); also where an
-                           option has no counterpart, as a width that is no multiple of the
-                           number of attention heads
+      transformers         `MambaForCausalLM`, `Mamba2ForCausalLM` or `LlamaForCausalLM`: family
+                           mamba, mamba2 or transformer with dense.depth = 0
+      the authors'         DenseRetNet as released: family gau_retnet with dense.inject=inputs
+                           and the defaults of the other options of `dense`
+      this project's own   `dense_jax.interop.dense`: everything else, such as a transformer
+                           whose width is not a multiple of the number of heads
 
   Args:
-    model: any model; scanned layers are written apart.
+    model: any model; the file has one entry for each layer, even if layers are scanned.
     path: the folder to write `config.json` and `model.safetensors` (float32, PyTorch's
-      orientation) to. It appears whole or not at all; its parents are made. A leading ~ is the
+      orientation) to. It is written atomically, and its parents are made. A leading ~ is the
       home directory.
-    bos_token_id: the token that begins a text, for `config.json`; None says none.
-    eos_token_id: the token that ends one.
-    files: more files of the folder, such as the tokenizer's: name -> content.
+    bos_token_id: the token that begins a text, for `config.json`; None means that there is none.
+    eos_token_id: the token that ends a text; None means that there is none.
+    files: more files to write, such as the tokenizer's: name -> content.
 
   Returns:
     The layout's name.
@@ -60,7 +59,7 @@ def save_hf(
       write_atomically(partial / file_name, content)
     weights = partial / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
-    # safetensors makes a file that only its owner may read: here all have the user's usual mode.
+    # safetensors makes a file that only its owner may read; give it the user's usual mode.
     shutil.copymode(partial / "config.json", weights)
     if folder.exists():
       shutil.copymode(folder, partial)
@@ -74,7 +73,7 @@ def save_hf(
 
 
 def _sync(path: pathlib.Path) -> None:
-  """Has the disk keep a file's content, or a folder's entries."""
+  """Flushes a file's content, or a folder's entries, to the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

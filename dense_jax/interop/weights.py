@@ -1,7 +1,7 @@
-"""Reading a checkpoint's tensors: from one file, or from shards by their index.
+"""Reads a checkpoint's tensors from one file, or from shards through their index.
 
-The files may come from anywhere: whatever is in them, an InputError names the file, and an index
-leads nowhere outside its folder.
+The files are not trusted: if one is damaged or malicious, an InputError names it, and an index
+cannot lead outside its folder.
 """
 
 import pathlib
@@ -14,13 +14,14 @@ from dense_jax.interop.layout import shown
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, Any]:
-  """All tensors of a checkpoint's folder, by name.
+  """Reads all tensors in a checkpoint's folder, by name.
 
-  The first of these that exists is read, as transformers does: `model.safetensors`, its shards'
-  index `model.safetensors.index.json`, `pytorch_model.bin` and its index.
+  Like transformers, reads the first of these that exists: `model.safetensors`, the shards of
+  `model.safetensors.index.json`, `pytorch_model.bin`, the shards of
+  `pytorch_model.bin.index.json`.
 
   Raises:
-    InputError: none of them exists, or one is damaged; see `read_shards`.
+    InputError: none of them exists, or a file is missing or damaged; see `read_index`.
   """
   for name, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", _torch)):
     index = folder / f"{name}.index.json"
@@ -42,16 +43,18 @@ def read_tensors(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_index(index: pathlib.Path) -> dict[str, list[str]]:
-  """The tensors' names of each shard, by the shard's path below the index's folder.
-
-  A tensor is the one of the shard that the index names, whatever other shards hold.
+  """Reads which tensors to take from which shard.
 
   Args:
     index: a `*.index.json` file: an object whose `weight_map` has tensor name -> shard.
 
+  Returns:
+    Shard -> names of its tensors. Shards are paths relative to the index's folder.
+
   Raises:
-    InputError: it is not such a file, names a tensor twice, or names a shard outside its folder.
-      (A shard in the folder may be a symbolic link to anywhere, as in Hugging Face's cache.)
+    InputError: the file is not a valid index, gives a tensor two shards, or names a shard outside
+      its folder. (A shard in the folder may be a symbolic link to anywhere, as in Hugging Face's
+      cache.)
   """
   try:
     weight_map = _weight_map(index.read_bytes())
@@ -71,7 +74,11 @@ def read_index(index: pathlib.Path) -> dict[str, list[str]]:
 
 
 def _weight_map(content: bytes) -> dict[str, Any]:
-  """The map of an index, which has an entry; raises ValueError."""
+  """Parses an index; returns its `weight_map`.
+
+  Raises:
+    ValueError: the content is not a valid index, or its map is empty.
+  """
   values = parse_json(content, _without_repetition)
   weight_map = values.get("weight_map") if isinstance(values, dict) else None
   if not isinstance(weight_map, dict) or not weight_map:
@@ -88,10 +95,10 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_inside(shard: Any) -> bool:
-  """Whether an index's entry is a path below its folder, on any operating system."""
+  """Returns whether an index's entry is a path below its folder, on any operating system."""
   if not isinstance(shard, str) or "\0" in shard:
     return False
-  path = pathlib.PureWindowsPath(shard)  # Takes / and \ for separators, and knows C:.
+  path = pathlib.PureWindowsPath(shard)  # Accepts / and \ as separators, and understands C:.
   return bool(path.parts) and not path.anchor and ".." not in path.parts
 
 
@@ -102,7 +109,7 @@ def _check_names(file: pathlib.Path, names: Collection[str], wanted: Collection[
 
 
 def _safetensors(file: pathlib.Path, wanted: Collection[str] | None) -> dict[str, Any]:
-  """The wanted tensors of a file; None wants all."""
+  """Reads the wanted tensors of a file; None means all."""
   from safetensors import SafetensorError, safe_open
 
   try:
@@ -113,12 +120,12 @@ def _safetensors(file: pathlib.Path, wanted: Collection[str] | None) -> dict[str
       return {name: tensors.get_tensor(name) for name in (names if wanted is None else wanted)}
   except (SafetensorError, OSError) as error:
     raise InputError(f"{file} is not a whole safetensors file: {shown(str(error))}") from error
-  except AttributeError as error:  # How it says that numpy has no such dtype.
+  except AttributeError as error:  # Raised by safetensors for a dtype that numpy does not have.
     raise InputError(f"{file} has numbers of an unknown kind: {error}") from error
 
 
 def _torch(file: pathlib.Path, wanted: Collection[str] | None) -> dict[str, Any]:
-  """The wanted tensors of a file, as float32; None wants all."""
+  """Reads the wanted tensors of a file, as float32; None means all."""
   try:
     import torch
   except ImportError as error:

@@ -1,9 +1,10 @@
-"""One process at a time writes into a run's folder, and it notices when the folder is gone.
+"""A lock on a run's folder: one process at a time may write, and it notices if the folder is lost.
 
-The lock is the file `lock.json` in the run's folder: who holds it, and a number that its holder
-counts up every ten seconds. On a local file system the holder also has the file locked (flock),
-which ends with the process however that ends, so that what a killed run left is known at once.
-In a bucket, and where the holder is another machine, a lock is dead when its number stands still.
+The lock is the file `lock.json` in the run's folder. It says who holds it, and has a number that
+the holder increases every ten seconds. On a local file system the holder also holds an flock on
+the file, which ends with the process, even by a kill; so a dead run on the same machine is
+recognised at once. In a bucket, or if the holder is on another machine, the lock counts as dead
+when its number has not changed for 35 seconds.
 """
 
 import contextlib
@@ -26,25 +27,25 @@ from dense_jax.files import is_remote, parse_json, try_lock
 
 LOCK_FILE = "lock.json"
 _RENEW_SECONDS = 10.0
-# A number that stands still for so long is that of a holder that is gone.
+# A holder whose number has not changed for so long is dead.
 _SILENT_SECONDS = 35.0
-# How often the holder looks whether its folder is still there.
+# The interval at which the holder checks that its folder is still there.
 _LOOK_SECONDS = 2.0
-# A file that was not written for so long is not watched: no two clocks differ by that much.
+# A holder that has not written for so long is dead: no two machines' clocks differ by that much.
 _SURELY_SILENT_SECONDS = 600.0
 _CONTENT_BYTES = 512
 
 
 class RunLock:
-  """The right to write into a run's folder; see the module."""
+  """The exclusive right to write into a run's folder; see the module."""
 
   def __init__(self, workdir: epath.Path, say: Callable[[str], None]) -> None:
-    """Takes the lock, and makes the folder where it is missing.
+    """Takes the lock, and makes the folder if it does not exist.
 
     Args:
       workdir: the run's folder.
-      say: called with a sentence where a lock that was left behind is taken over, or where it
-        takes a while to know whether it was.
+      say: called with a sentence if the lock of a dead run is taken over, or if it takes a while
+        to find out whether the holder is dead.
 
     Raises:
       InputError: another process holds the lock, or the folder cannot be made or written.
@@ -82,7 +83,7 @@ class RunLock:
       try:
         locked = try_lock(handle)
         if locked and not _is_at(handle, self._file):
-          continue  # Its holder released it in between: the name is another file's now.
+          continue  # Its holder released it in between: the name is now another file's, or none's.
         holder = _read(handle)
         here = holder.get("host") == self._content["host"]
         if locked is False and (here or not holder):
@@ -110,7 +111,11 @@ class RunLock:
   def _wait_for_silence(
       self, holder: dict[str, Any], say: Callable[[str], None], read: Callable[[], dict[str, Any]]
   ) -> None:
-    """Returns when the holder has not counted for a while; raises if it counts."""
+    """Waits until the holder is known to be dead, or has released the lock.
+
+    Raises:
+      InputError: the lock's content changed, so its holder is alive.
+    """
     say(f"--workdir is locked: {_name(holder)}; waiting {_SILENT_SECONDS:.0f} s for a sign of life")
     deadline = time.monotonic() + _SILENT_SECONDS
     while time.monotonic() < deadline:
@@ -134,30 +139,31 @@ class RunLock:
       return {}
 
   def _renew(self) -> None:
-    """Writes the lock's content, with the next number."""
+    """Increases the number and writes the lock's content."""
     self._content["alive"] += 1
     content = json.dumps(self._content).encode()
     if self._handle is None:
       self._file.write_bytes(content)
     else:
-      # Of one length, so that a reader never sees an old end, and without that of another writer.
+      # Padded to a fixed length, so that no reader sees the end of older content, and truncated
+      # to it, in case another writer left more.
       os.pwrite(self._handle, content.ljust(_CONTENT_BYTES), 0)
       os.ftruncate(self._handle, _CONTENT_BYTES)
 
   def _keep(self) -> None:
-    """The holder's thread: counts, and looks whether the lock is still its own."""
+    """Runs in the holder's thread: renews the lock, and checks that it is still the holder's."""
     renewed = time.monotonic()
-    # A bucket is asked as seldom as it is written.
+    # A bucket is read as seldom as it is written.
     while not self._ended.wait(_RENEW_SECONDS if is_remote(self._workdir) else _LOOK_SECONDS):
       if self._look():
         return
       if time.monotonic() - renewed >= _RENEW_SECONDS:
-        with contextlib.suppress(OSError):  # A full disk is for the run itself to tell.
+        with contextlib.suppress(OSError):  # A full disk is for the run itself to report.
           self._renew()
         renewed = time.monotonic()
 
   def _look(self) -> str:
-    """What is wrong with the lock; empty if it is still this process's."""
+    """Returns what is wrong with the lock; "" if it is still this process's."""
     try:
       if self._handle is None:
         gone, holder = False, self._read_remote()
@@ -168,17 +174,17 @@ class RunLock:
       elif not self._is_own(holder):
         self._lost = f"it was taken over by {_name(holder)}"
     except OSError:
-      pass  # A file system that does not answer may do so again.
+      pass  # A file system that does not answer now may answer later.
     return self._lost
 
   def _is_own(self, holder: dict[str, Any]) -> bool:
     return holder.get("token") == self._content["token"]
 
   def check(self) -> None:
-    """Looks whether the folder is still there, and still this run's.
+    """Checks that the folder still exists and is still this run's.
 
     Raises:
-      InputError: it is not; nothing more can be saved.
+      InputError: it does not, or is not; nothing more can be saved.
     """
     if self._lost or self._look():
       raise InputError(
@@ -188,11 +194,11 @@ class RunLock:
 
   @property
   def lost(self) -> bool:
-    """Whether the thread has noticed that the folder is gone; costs nothing."""
+    """True once the holder's thread has noticed that the folder is lost; does no I/O."""
     return bool(self._lost)
 
   def release(self) -> None:
-    """Gives the folder back; without anything else in it, removes it if it was made here."""
+    """Releases the lock, and removes the folders that were made for it if they are empty."""
     self._ended.set()
     if self._thread.is_alive():
       self._thread.join()
@@ -212,7 +218,7 @@ class RunLock:
 
 
 def _missing_folders(workdir: epath.Path) -> list[Path]:
-  """The folders that making `workdir` makes, the innermost first."""
+  """Returns the folders that must be made to make `workdir`, the innermost first."""
   if is_remote(workdir):
     return []
   folder, missing = Path(workdir).absolute(), []
@@ -223,7 +229,7 @@ def _missing_folders(workdir: epath.Path) -> list[Path]:
 
 
 def _is_at(handle: int, file: epath.Path) -> bool:
-  """Whether the open file is the one of that name."""
+  """Returns whether the open file is the one that has this name."""
   try:
     return os.path.samestat(os.fstat(handle), os.stat(file))
   except (FileNotFoundError, NotADirectoryError):
@@ -235,7 +241,7 @@ def _read(handle: int) -> dict[str, Any]:
 
 
 def _parse(content: bytes) -> dict[str, Any]:
-  """The holder; empty where there is none."""
+  """Parses a lock's content: the holder, or {} if there is none."""
   if not content.strip():
     return {}
   try:

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, and a progress bar."""
+"""Writes and reads a run's metrics: metrics.jsonl, TensorBoard events, and a progress bar."""
 
 import itertools
 import json
@@ -21,14 +21,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
-  """The records of a run's metrics.jsonl; what cannot be read is left out."""
+  """Reads the records of a run's metrics.jsonl; damaged lines are left out."""
   return _read(workdir / METRICS_FILE)[0]
 
 
 def _read(file: epath.Path) -> tuple[list[dict[str, float]], int, bytes]:
-  """The records of a file, how many of its lines are none, and what it holds.
+  """Reads a file's records, the number of its damaged lines, and its content.
 
-  A last line without an end is one that a kill cut off, if it begins as one, and counts as nothing.
+  A last line without a newline that begins like a record was cut off by a kill, and does not
+  count as damaged.
   """
   content = file.read_bytes() if file.is_file() else b""
   *lines, rest = content.split(b"\n")
@@ -41,7 +42,7 @@ def _read(file: epath.Path) -> tuple[list[dict[str, float]], int, bytes]:
 
 
 def _record(line: bytes) -> dict[str, float] | None:
-  """A line that this module wrote; None for any other."""
+  """Parses a line that this module wrote; returns None for any other."""
   try:
     record = parse_json(line)
   except ValueError:
@@ -52,18 +53,18 @@ def _record(line: bytes) -> dict[str, float] | None:
 
 
 class MetricsWriter:
-  """Appends to metrics.jsonl and TensorBoard's events; a line is in both, or in neither.
+  """Appends to metrics.jsonl and to TensorBoard's events.
 
-  A run that goes on from a checkpoint drops the lines of later steps: it writes them again.
+  A run that resumes from a checkpoint drops the lines of later steps, which it will write again.
   """
 
   def __init__(self, workdir: epath.Path, first_step: int, *, enabled: bool = True) -> None:
-    """Opens both files; a metrics.jsonl with damaged lines is kept beside the new one.
+    """Opens both files; a metrics.jsonl with damaged lines is kept under another name.
 
     Args:
       workdir: the run's folder.
-      first_step: the step from which the run goes on.
-      enabled: writes nothing if it is false: of several processes one writes.
+      first_step: the step from which the run starts or resumes; lines of later steps are dropped.
+      enabled: false makes all methods do nothing: of several processes, only one writes.
     """
     self._enabled = enabled
     if not enabled:
@@ -82,33 +83,33 @@ class MetricsWriter:
     self._events = _Events(workdir / EVENTS_FOLDER, first_step)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """One line; floats keep all their digits."""
+    """Writes one record; floats keep all their digits."""
     if not self._enabled:
       return
     self._lines.write(json.dumps({"step": step, **values}) + "\n")
     self._events.write(step, values)
 
   def flush(self) -> None:
-    """Lines that were written are there, whatever happens next."""
+    """Hands all records over to the file system or the bucket."""
     if self._enabled:
       self._lines.flush()
       self._events.flush()
 
   def close(self) -> None:
-    """Flushes both."""
+    """Flushes and closes both files."""
     if self._enabled:
       self._lines.close()
       self._events.close()
 
 
 def _unused(file: epath.Path) -> epath.Path:
-  """A name beside `file` that nothing has."""
+  """Returns a path beside `file` that does not exist."""
   numbers = (file.with_name(f"{file.name}.damaged-{n}") for n in itertools.count(1))
   return next(name for name in numbers if not name.exists())
 
 
 class _Events:
-  """TensorBoard's events, written by the thread that asks: what a kill finds is whole."""
+  """TensorBoard's events, written in the caller's thread, so that a kill leaves whole events."""
 
   def __init__(self, folder: epath.Path, first_step: int) -> None:
     from tensorboardX.event_file_writer import EventsWriter
@@ -116,9 +117,9 @@ class _Events:
 
     folder.mkdir(parents=True, exist_ok=True)
     self._remote = is_remote(folder)
-    # A process of its own number: names are otherwise the same within a second.
+    # The process id keeps names apart: two writers made in the same second would share one.
     self._writer = EventsWriter(os.fspath(folder / "events"), f".{os.getpid()}")
-    # Tells TensorBoard that later steps of earlier files are done again.
+    # Tells TensorBoard that this file supersedes later steps of earlier files.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._writer.write_event(
         event_pb2.Event(wall_time=time.time(), step=first_step + 1, session_log=start)
@@ -132,7 +133,7 @@ class _Events:
       self._writer.write_event(
           event_pb2.Event(wall_time=time.time(), step=step, summary=scalar(name, value))
       )
-    if not self._remote:  # A bucket takes files whole alone.
+    if not self._remote:  # A bucket cannot append: every flush uploads the whole file.
       self._writer.flush()
 
   def flush(self) -> None:
@@ -143,13 +144,13 @@ class _Events:
 
 
 def _open_lines(file: epath.Path, begin: str) -> "IO[str] | _RemoteLines":
-  """The file, which now holds what it begins with, open for more lines."""
+  """Replaces the file's content with `begin`, and opens it for appending lines."""
   write_atomically(file, begin.encode())
   return _RemoteLines(file, begin) if is_remote(file) else open(file, "a", buffering=1)
 
 
 class _RemoteLines:
-  """Lines of a file in a bucket, which knows no appending: it is written again, now and then."""
+  """A text file in a bucket, which cannot be appended to: it is rewritten now and then."""
 
   def __init__(self, file: epath.Path, text: str) -> None:
     self._file, self._text = file, text
@@ -170,7 +171,7 @@ class _RemoteLines:
 
 
 class Progress:
-  """A bar on a terminal, plain lines elsewhere; both say loss, tokens/s and time left."""
+  """A progress bar on a terminal, plain lines elsewhere; both show loss, tokens/s and time left."""
 
   def __init__(self, first_step: int, steps: int) -> None:
     self._terminal = sys.stderr.isatty()
@@ -181,11 +182,11 @@ class Progress:
     )
 
   def step(self, step: int) -> None:
-    """A step was done."""
+    """Moves the bar to `step`, the number of steps done."""
     self._bar.update(step - self._bar.n)
 
   def log(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-    """The latest training figures."""
+    """Shows the latest training figures."""
     if self._terminal:
       self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s")
       return
@@ -196,10 +197,10 @@ class Progress:
     )
 
   def line(self, text: str) -> None:
-    """A line that stays, beside the bar."""
+    """Prints a line above the bar."""
     tqdm.tqdm.write(text)
     sys.stdout.flush()
 
   def close(self) -> None:
-    """Ends the bar."""
+    """Closes the bar."""
     self._bar.close()

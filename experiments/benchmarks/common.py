@@ -1,4 +1,4 @@
-"""What the benchmarks share: timed steps, the machine, the record of a run, tables.
+"""Code shared by the benchmarks: timed steps, the machine, the record of a run, tables.
 
 Benchmarks run as modules from the repository's root (`python -m experiments.benchmarks.cpu`),
 so that commands and tests import them by the same name.
@@ -37,13 +37,13 @@ from dense_jax.training.step import Trainer
 CaseT = TypeVar("CaseT")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Those with states that deeper layers can read.
+# The families that have states, which deeper layers can read.
 SSM_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.form != "attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """A model's and its batch's size."""
+  """The size of a model and its batch."""
 
   width: int
   layers: int
@@ -64,11 +64,11 @@ def config(
     mixer: Mapping[str, object] | None = None,
     **model: object,
 ) -> ExperimentConfig:
-  """A family's model at that size, all else by default.
+  """Makes the configuration of a family's model; options that are not given have their defaults.
 
   Args:
     family: a key of FAMILIES.
-    size: the model's and the batch's.
+    size: the size of the model and the batch.
     dense: keys of config.model.dense.
     mixer: keys of config.model.mixer.
     **model: keys of config.model.
@@ -86,10 +86,10 @@ def config(
 
 
 def batch(settings: ExperimentConfig, documents: int) -> Batch:
-  """Random tokens on the host, in rows of that many documents of equal length."""
+  """Makes a batch of random tokens on the host, each row with `documents` of equal length."""
   rows, length = settings.train.batch_size, settings.data.seq_len
   shape = (rows, length + 1)
-  # Any: host arrays stand where the dataclasses are annotated with jax's.
+  # Any: the dataclasses' fields are annotated as jax arrays, and these are numpy arrays.
   tokens: Any = np.random.default_rng(0).integers(0, settings.model.vocab_size, shape, np.int32)
   each = -(-length // documents)
   number, position = np.divmod(np.arange(length, dtype=np.int32), np.int32(each))
@@ -103,12 +103,12 @@ class TrainStep:
   """A compiled train step with its state: forward, backward and AdamW, on one device.
 
   Attributes:
-    parameters: numbers in the model.
-    tokens: of a step.
+    parameters: the number of the model's parameters.
+    tokens: the number of tokens per step.
   """
 
   def __init__(self, settings: ExperimentConfig, *, documents: int = 1) -> None:
-    """Compiles, and runs a first step."""
+    """Compiles the step and runs it once."""
     trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
     self._batch = trainer.put(batch(settings, documents))
     self._state = trainer.init(0)
@@ -118,7 +118,7 @@ class TrainStep:
     self()
 
   def __call__(self) -> float:
-    """Seconds of one step."""
+    """Runs one step; returns its seconds."""
     start = time.perf_counter()
     self._state, metrics = self._train_step(self._state, self._batch)
     jax.block_until_ready((self._state, metrics))
@@ -126,11 +126,11 @@ class TrainStep:
 
 
 class Decoding:
-  """Greedy continuation of a batch of prompts, by blocks.
+  """Greedy decoding of a batch of prompts, in blocks of tokens.
 
   Attributes:
-    parameters: numbers in the model.
-    batch_size: B.
+    parameters: the number of the model's parameters.
+    batch_size: B, the number of prompts.
   """
 
   def __init__(self, settings: ExperimentConfig, batch_size: int, *, context: int = 3) -> None:
@@ -145,7 +145,7 @@ class Decoding:
     self(), self()
 
   def __call__(self) -> float:
-    """Seconds of one token of each row, from the time of one block."""
+    """Decodes one block; returns the seconds per token (of all rows together)."""
     start = time.perf_counter()
     tokens = next(self._stream)
     return (time.perf_counter() - start) / tokens.shape[1]
@@ -153,12 +153,12 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-  """Two calls timed in turn.
+  """The times of two calls that alternated.
 
   Attributes:
-    first, second: median seconds.
-    ratio: the median over repetitions of second over first.
-    low, high: the smallest and the largest of those.
+    first, second: the median seconds of each.
+    ratio: the median of second / first over all repetitions.
+    low, high: the smallest and the largest of these ratios.
   """
 
   first: float
@@ -168,7 +168,7 @@ class Compared:
   high: float
 
   def range(self) -> str:
-    """The ratios' range, in words."""
+    """Returns the range of the ratios, for a table."""
     return f"{self.low:.2f} to {self.high:.2f}"
 
 
@@ -178,12 +178,14 @@ def compare(
     repeats: int,
     done: Callable[[], object] = lambda: None,
 ) -> Compared:
-  """Times both in turn, after one more of each to warm up: what disturbs one hits both.
+  """Times two calls in turn, so that disturbances of the machine affect both alike.
+
+  Each is called once before, to warm up.
 
   Args:
     first: a call that returns its seconds.
-    second: another.
-    repeats: pairs.
+    second: the other call.
+    repeats: the number of pairs.
     done: called after each pair.
   """
   first(), second()
@@ -200,7 +202,7 @@ def compare(
 
 
 def timed(call: Callable[[], object]) -> Callable[[], float]:
-  """A jax computation as a call that returns its seconds."""
+  """Wraps a jax computation as a call that waits for its result and returns its seconds."""
   def run() -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -210,12 +212,12 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
 
 
 def median(call: Callable[[], float], repeats: int) -> float:
-  """Median of a call's seconds; it has been called before."""
+  """Returns the median of a call's seconds; the caller has warmed it up."""
   return statistics.median(call() for _ in range(repeats))
 
 
 def hardware() -> str:
-  """Cores and memory that this process has, and GPUs with their memory and driver."""
+  """Describes the cores and memory of this process, and the GPUs with their memory and driver."""
   model = platform.processor() or platform.machine()
   info = pathlib.Path("/proc/cpuinfo")
   if info.is_file():
@@ -224,7 +226,7 @@ def hardware() -> str:
     model = names[0] if names else model
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
   parts = [f"{len(os.sched_getaffinity(0))} cores of {model}, {memory:.0f} GiB"]
-  # Asked here and not of jax, whose answer would take hold of the GPU.
+  # nvidia-smi, because asking jax would allocate the GPU to this process.
   if shutil.which("nvidia-smi"):
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, check=False)
@@ -233,7 +235,7 @@ def hardware() -> str:
 
 
 def versions(*names: str) -> dict[str, str]:
-  """Versions of Python and of those libraries that are installed."""
+  """Returns the versions of Python and of those of the libraries that are installed."""
   found = {"python": platform.python_version()}
   for name in names:
     try:
@@ -246,14 +248,14 @@ def versions(*names: str) -> dict[str, str]:
 def record(
     module: str, arguments: Sequence[str], note: str, results: Any, **more: Any
 ) -> dict[str, Any]:
-  """Figures and all that says how they came about.
+  """Returns the figures together with date, hardware, versions and command, as JSON values.
 
   Args:
     module: the benchmark, such as "cpu".
-    arguments: of its command line.
-    note: what the figures are.
+    arguments: its command-line arguments.
+    note: an explanation of the figures, such as their units.
     results: the figures.
-    **more: other fields.
+    **more: further fields.
   """
   tunables = os.environ.get("GLIBC_TUNABLES")
   command = [f"GLIBC_TUNABLES={tunables}"] if tunables else []
@@ -270,12 +272,12 @@ def record(
 
 
 def write_json(path: str, content: Any) -> None:
-  """Writes `content` whole or not at all."""
+  """Writes `content` as JSON, atomically."""
   outputs.write_json(epath.Path(path), content, "--json")
 
 
 def _writable(path: str) -> str:
-  """The argument of --json, refused before a benchmark takes hours; empty writes nothing."""
+  """Checks the argument of --json before a benchmark runs for hours; "" means no file."""
   try:
     return str(outputs.check_file(path, "--json")) if path else ""
   except InputError as error:
@@ -283,18 +285,18 @@ def _writable(path: str) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-  """A table; the first row is its header, the first column is to the left."""
+  """Formats a table; the first row is its header, and the first column is left-aligned."""
   header, *body = rows
   lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def parser(description: str | None, quick: str = "") -> argparse.ArgumentParser:
-  """A benchmark's argument parser, with --json.
+  """Makes a benchmark's argument parser, with --json.
 
   Args:
-    description: a docstring; its first line counts.
-    quick: what --quick leaves out; empty if there is no --quick.
+    description: a docstring, of which the first line is used.
+    quick: a description of what --quick runs; "" means no --quick.
   """
   command = argparse.ArgumentParser(description=(description or "").splitlines()[0])
   if quick:
@@ -306,18 +308,18 @@ def parser(description: str | None, quick: str = "") -> argparse.ArgumentParser:
 
 
 def quiet() -> bool:
-  """Whether progress bars would only fill a log."""
+  """Returns whether standard error is not a terminal: progress bars would only fill a log."""
   return not sys.stderr.isatty()
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A part of a benchmark's output.
+  """A table of a benchmark's output.
 
   Attributes:
-    title: what it shows.
-    rows: the header, then a row a case.
-    results: the same figures by case, for the record.
+    title: its title.
+    rows: the header, then one row for each case.
+    results: case -> its figures, for the record.
   """
 
   title: str
@@ -329,25 +331,25 @@ class Table:
 
 
 def progress(cases: Sequence[CaseT], name: str) -> Iterator[CaseT]:
-  """The cases, with a bar on a terminal."""
+  """Yields the cases, with a progress bar on a terminal."""
   yield from tqdm.tqdm(cases, desc=name, disable=quiet(), dynamic_ncols=True, leave=False)
 
 
 def number(value: float | None) -> str:
-  """A rate's cell, empty where there is none."""
+  """Formats a rate for a table; "" if it is None."""
   return "" if value is None else f"{value:.0f}"
 
 
 def ratio(value: float | None) -> str:
-  """A ratio's cell, empty where there is none."""
+  """Formats a ratio for a table; "" if it is None."""
   return "" if value is None else f"{value:.2f}"
 
 
 def bar(least: float | None) -> str:
-  """The cell beside a ratio: what it must be at least."""
+  """Formats the least value that a ratio must reach; "" if it is None."""
   return "" if least is None else f">= {least:g}"
 
 
 def figures(**values: float | None) -> dict[str, float]:
-  """Named figures, without those that were not measured."""
+  """Returns the given figures; None means that one was not measured, and leaves it out."""
   return {name: value for name, value in values.items() if value is not None}

@@ -2,9 +2,9 @@
 
 Command   python -m experiments.benchmarks.compile_time \
               --json experiments/results/compile_time_DATE.json
-Measured  the same super-block of two layers, scanned: the ratio is what depth costs beyond it,
-          and should be 1.5 at most. Each compilation is a process of its own, without a cache;
-          of the repetitions, whose disturbances only add, the fastest counts
+Measured  both depths scan the same super-block of two layers, so that their times should be nearly
+          equal: the ratio should be at most 1.5. Each compilation runs in a new process, without
+          a cache. Of the repetitions the fastest counts, because disturbances only add time
 Cases     mamba2 and gau_retnet, base and dense with m = 2 and state injection; D 256, 2 x 512
           tokens, float32
 """
@@ -40,12 +40,12 @@ class Case:
   time_steps: int
 
   def name(self) -> str:
-    """Family and connections, without the number of layers."""
+    """Returns the family and the depth of its connections, without the number of layers."""
     return f"{self.family} m = {self.depth}" if self.depth else f"{self.family} base"
 
 
 def seconds(case: Case) -> dict[str, float]:
-  """Seconds to trace (lowering included) and to compile, in this process."""
+  """Measures the seconds to trace (lowering included) and to compile, in this process."""
   settings = common.config(
       case.family, Size(case.width, case.layers, 256, 2, case.time_steps),
       dense={"depth": case.depth}, block_layers=BLOCK_LAYERS,
@@ -61,7 +61,7 @@ def seconds(case: Case) -> dict[str, float]:
 
 
 def measure(case: Case, repeats: int) -> dict[str, float]:
-  """The fastest of fresh processes."""
+  """Measures a case in `repeats` new processes; returns the fastest times."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
   command = [sys.executable, "-m", "experiments.benchmarks.compile_time", "--case",
              json.dumps(dataclasses.asdict(case))]
@@ -75,7 +75,7 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Prints the table."""
+  """Runs the benchmark and prints the table."""
   parser = common.parser(__doc__, "two small models of one family, once")
   parser.add_argument("--case", help="used by the benchmark itself: compile this one, here")
   options = parser.parse_args(arguments)

@@ -1,19 +1,21 @@
-"""Speed on a CPU, each figure beside a rival of the same run where there is one.
+"""Speed on a CPU, where possible beside a rival that is measured in the same run.
 
 Command   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.benchmarks.cpu \
               --json experiments/results/cpu_DATE.json
 Hardware  two cores, float32
 Parts     authors   gau_retnet as the authors train and sample it, against their PyTorch code
-                    (constants below, measured apart) and against the quadratic form
-          lengths   each family's training at the same tokens a batch and longer and longer rows
+                    (constants below, measured separately) and against the quadratic form
+          lengths   training of each family at a constant number of tokens per batch, in rows of
+                    increasing length
           modes     a mixer's default form against one associative scan (matrix states: against
                     chunks joined by an associative scan)
-          dense     dense over base: steps of training, and of decoding beside what bytes say
-          decode    each family's decoding beside a transformer's
-          bandwidth what decoding moves, in GB/s
+          dense     dense over base: times of a train step and of a decoding step, the latter
+                    beside the ratio of the bytes that they move
+          decode    decoding of each family against a transformer's
+          bandwidth memory bandwidth in GB/s of the operations that decoding consists of
           constant  tokens/s at T 32768 over T 2048, rematerialised
-A ratio is of speeds, so that more than 1 is faster, but in `dense`: there it is of times. What
-must be reached stands beside it.
+Ratios are of speeds, so that more than 1 is faster, except in `dense`, where they are of times.
+The columns called "bar" give the ratio that must be reached.
 """
 
 import resource
@@ -34,8 +36,8 @@ from dense_jax.training.step import Trainer
 from experiments.benchmarks import common, cpu_dense, cpu_lengths, cpu_modes
 from experiments.benchmarks.common import Size, Table, TrainStep
 
-# The authors' PyTorch code (gau_retnet, D 512, K 256, 2 heads, 8 layers, V 8192, m = 1), two
-# cores of such a machine: training tokens/s by T, and decoded tokens/s by B.
+# The authors' PyTorch code (gau_retnet, D 512, K 256, 2 heads, 8 layers, V 8192, m = 1) on two
+# cores of a similar machine: training tokens/s by T, and decoded tokens/s by B.
 PYTORCH_TRAIN = {2048: 419.0, 4096: 255.0}
 PYTORCH_DECODE = {1: 89.0, 6: 278.0}
 TRAIN_BARS = {2048: 1.0, 4096: 1.7}
@@ -43,7 +45,7 @@ DECODE_BARS = {1: 2.5, 6: 4.0}
 
 
 def authors_config(time_steps: int, *, quick: bool, **model: object) -> ExperimentConfig:
-  """The authors' layer at one length."""
+  """Makes the configuration of the authors' model for one sequence length."""
   width, layers = (64, 2) if quick else (512, 8)
   return common.config(
       "gau_retnet", Size(width, layers, 8192, 1, time_steps),
@@ -54,7 +56,7 @@ def authors_config(time_steps: int, *, quick: bool, **model: object) -> Experime
 
 
 def authors_training(quick: bool) -> Table:
-  """Training tokens/s: forward, backward and AdamW."""
+  """Measures training tokens/s (forward, backward and AdamW) by sequence length."""
   rows = [["T", "tokens/s", "quadratic", "over quadratic", "PyTorch", "over PyTorch", "bar"]]
   results = {}
   for length in common.progress((256,) if quick else (2048, 4096, 8192), "authors, training"):
@@ -63,7 +65,7 @@ def authors_training(quick: bool) -> Table:
       return step.tokens / common.median(step, 1 if quick else 3)
 
     ours = rate()
-    # The quadratic form of 8192 tokens does not repay its minutes.
+    # With 8192 tokens the quadratic form takes minutes, and shows nothing new.
     quadratic = rate(chunk=length) if length <= 4096 else None
     torch = None if quick else PYTORCH_TRAIN.get(length)
     over = quadratic and ours / quadratic
@@ -79,15 +81,17 @@ def authors_training(quick: bool) -> Table:
 
 
 def memory() -> int:
-  """The process's resident bytes now."""
+  """Returns the resident memory of this process, in bytes."""
   with open("/proc/self/statm") as file:
     return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def decoded(batch_size: int, new_tokens: int, *, quick: bool) -> tuple[float, float, int]:
-  """Decoded tokens/s of all rows near the first and the last of `new_tokens`.
+  """Decodes `new_tokens` tokens for each row.
 
-  Also the bytes by which the process's memory grew between the two.
+  Returns:
+    Tokens/s of all rows together at the beginning and at the end, and the growth of the
+    process's memory in between, in bytes.
   """
   settings = authors_config(64, quick=quick)
   trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
@@ -107,14 +111,14 @@ def decoded(batch_size: int, new_tokens: int, *, quick: bool) -> tuple[float, fl
 
 
 def authors_decoding(quick: bool) -> Table:
-  """Decoded tokens/s."""
+  """Measures decoded tokens/s by batch size."""
   new_tokens = 128 if quick else 10_000
   rows = [["B", "first tokens/s", f"to {new_tokens}", "last / first", "PyTorch", "over PyTorch",
            "bar", "memory growth"]]
   results = {}
   for batch_size in common.progress((1,) if quick else (1, 6), "authors, decoding"):
     first, last, growth = decoded(batch_size, new_tokens, quick=quick)
-    # The authors' code did not run at the toy size.
+    # The authors' code was not measured at the toy size.
     torch, bar = (None, None) if quick else (PYTORCH_DECODE[batch_size], DECODE_BARS[batch_size])
     over_torch = torch and last / torch
     results[f"decode {batch_size}"] = common.figures(
@@ -128,7 +132,7 @@ def authors_decoding(quick: bool) -> Table:
 
 
 def authors(quick: bool) -> Iterator[Table]:
-  """Both tables against the authors' code."""
+  """Yields both tables against the authors' code."""
   yield authors_training(quick)
   yield authors_decoding(quick)
 
@@ -145,7 +149,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Table]]] = {
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Prints the tables, and writes each as it is done."""
+  """Runs the parts; prints and records each table when it is done."""
   parser = common.parser(__doc__, "toy sizes")
   parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
                       help=f"some of {', '.join(PARTS)} (all)")

@@ -1,7 +1,7 @@
-"""What dense connections cost beside the base model, in training and in decoding.
+"""The cost of dense connections, relative to the base model, in training and in decoding.
 
-A step of decoding reads every weight, and reads and writes every state; a dense layer reads
-the states of its sources once more. Where memory is the limit, the bytes foretell the time.
+A decoding step reads every weight, and reads and writes every state; a dense layer also reads
+the states of its sources. If memory bandwidth is the limit, the bytes predict the time.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ KINDS: dict[str, dict[str, object]] = {
     "state, m = 2": {"depth": 2, "inject": "state"},
 }
 BATCHES = (1, 6)
-# Weights far beyond caches; one row's states are a tenth of them or less.
+# The weights are far larger than caches; one row's states are a tenth of them or less.
 WIDTH, LAYERS, VOCABULARY, TIME_STEPS = 512, 8, 8192, 512
 RIVAL, WINDOW = "transformer", 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBytes:
-  """What one step of decoding moves at the least.
+  """The least bytes that one step of decoding moves.
 
   Attributes:
-    weights: read.
-    states: of all rows, read and written.
-    shallow: states of shallower layers that dense layers read once more.
+    weights: bytes of weights, which are read once.
+    states: bytes of all rows' states, which are read and written.
+    shallow: bytes of shallower layers' states that dense layers read in addition.
   """
 
   weights: float
@@ -45,15 +45,15 @@ class StepBytes:
   shallow: float
 
   def total(self) -> float:
-    """All of it: weights, and 2 + m states."""
+    """Returns the sum of all reads and writes."""
     return self.weights + 2 * self.states + self.shallow
 
 
 def step_bytes(config: ModelConfig, batch_size: int) -> StepBytes:
-  """Bytes of one step of decoding, from shapes alone."""
+  """Computes the bytes that one step of decoding moves, from shapes alone."""
   model = abstract_model(config)
   weights = sum(leaf.size * leaf.dtype.itemsize for leaf in get_params(model).values())
-  if not config.tie_embeddings:  # Of an embedding, only the tokens' rows are read.
+  if not config.tie_embeddings:  # Only the tokens' rows of the embedding are read.
     weights -= 4 * config.vocab_size * config.width
   layers = jax.eval_shape(lambda: model.init_state(batch_size)).layers
   states = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
@@ -108,13 +108,13 @@ def _decoding(quick: bool) -> Table:
 
 
 def dense(quick: bool) -> Iterator[Table]:
-  """Training, then decoding."""
+  """Yields the table of training, then that of decoding."""
   yield _training(quick)
   yield _decoding(quick)
 
 
 def decode(quick: bool) -> Iterator[Table]:
-  """Decoding of every family beside a transformer with a window of WINDOW tokens."""
+  """Compares decoding of every family with a transformer that has a window of WINDOW tokens."""
   size, window = _size(quick), 64 if quick else WINDOW
   rows = [["family", "B", "tokens/s", f"{RIVAL}, tokens/s", "ratio", "its range"]]
   results = {}
@@ -137,7 +137,7 @@ def decode(quick: bool) -> Iterator[Table]:
 
 
 def bandwidth(quick: bool) -> Iterator[Table]:
-  """What decoding moves, alone: weights that B rows are multiplied with, and states."""
+  """Measures the memory bandwidth of products of B rows with weights, and of updating states."""
   kernel = jnp.ones((WIDTH, 2**10 if quick else 2**17))
   calls: dict[str, tuple[int, Callable[..., Array], Array]] = {
       f"weights, B {size}": (1, jnp.dot, jnp.ones((size, WIDTH))) for size in BATCHES

@@ -1,4 +1,4 @@
-"""Training at the same number of tokens a batch in longer and longer rows."""
+"""Training speed at a constant number of tokens per batch, in rows of increasing length."""
 
 import statistics
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ LENGTHS = (512, 2048, 8192, 16384)
 CONSTANT_FAMILIES = ("mamba", "mamba2", "gau_retnet", "s4d")
 CONSTANT_LENGTHS = (2048, 32768)
 CONSTANT_BAR = 0.9
-# D. One row's states have to keep the vector units busy where the batch is one row.
+# D. If the batch is a single row, its states alone must keep the vector units busy.
 WIDTH, CONSTANT_WIDTH, LAYERS = 128, 256, 2
 
 
 def _step(family: str, width: int, length: int, tokens: int, remat: str) -> TrainStep:
-  """Training on rows of one length, `tokens` a batch, a document a row."""
+  """Makes a train step on rows of one document each, with `tokens` tokens per batch."""
   size = Size(width, LAYERS, 256, tokens // length, length)
   return TrainStep(common.config(family, size, remat=remat))
 
 
 def lengths(quick: bool) -> Iterator[Table]:
-  """Every family, in the forms that it trains with by default; the lengths are timed in turn."""
+  """Times training of every family, in its default form, at several lengths in turn."""
   chosen, tokens = ((64, 128), 128) if quick else (LENGTHS, 16384)
   rows = [["family, tokens/s at T", *map(str, chosen), f"T {chosen[-1]} over T {chosen[0]}"]]
   results = {}
@@ -40,7 +40,7 @@ def lengths(quick: bool) -> Iterator[Table]:
 
 
 def constant(quick: bool) -> Iterator[Table]:
-  """Long rows against short ones, each layer and each read rematerialised."""
+  """Compares long rows with short ones, with each layer and each read rematerialised."""
   short, long = (64, 256) if quick else CONSTANT_LENGTHS
   rows = [["family, tokens/s at T", str(short), str(long), f"T {long} over T {short}", "range",
            "bar"]]

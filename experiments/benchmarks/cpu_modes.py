@@ -2,12 +2,12 @@
 
     mamba        one associative scan, a chunk as long as the row
     s4d          one associative scan over the complex diagonal states of all tokens
-    s4           one associative scan over dense N x N transitions, N 8 (its matrix is diagonal
-                 in no basis that float32 could use): the time of both falls with N
+    s4           one associative scan over dense N x N transitions, because float32 has no usable
+                 basis in which its matrix is diagonal; N is only 8, to limit the time of both
     the others   chunks joined by an associative scan; the default joins them by `lax.scan`
 
-Rivals that the package does not have are written here, and must give the default's outputs
-before anything is timed.
+Rivals that the package does not have are written here. Each rival must agree with the default's
+outputs before anything is timed.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ WIDTH, TIME_STEPS = 128, 8192
 QUICK_FAMILIES = ("mamba", "mamba2", "s4d", "s4")
 BARS = {"mamba": 2.0, "s4d": 2.0}
 S4_STATE_SIZE = 8
-# Of float32 outputs, relative to the largest: two orders of summation, T terms.
+# Greatest difference of float32 outputs relative to the largest one: T terms are summed in
+# different orders.
 AGREEMENT = 1e-3
 
 
@@ -46,13 +47,13 @@ def _compose_dense(left: tuple[Array, Array], right: tuple[Array, Array]) -> tup
 
 
 def scanned_s4d(a_ENN: Array, b_EN: Array, c_EN: Array, x_BTE: Array) -> Array:
-  """y_BTE by one associative scan over the M conjugate pairs of all tokens.
+  """Computes y_BTE by one associative scan over the M = N / 2 conjugate pairs of all tokens.
 
   Args:
-    a_ENN: a diagonal system's transition: [[re, -im], [im, re]] of its eigenvalues.
-    b_EN: its input map, real parts first.
-    c_EN: the query.
-    x_BTE: inputs.
+    a_ENN: the transition of a diagonal system, [[re, -im], [im, re]] of its eigenvalues.
+    b_EN: the input map, real parts first.
+    c_EN: the query, likewise.
+    x_BTE: the inputs.
   """
   pairs = b_EN.shape[1] // 2
   a_EM = jax.lax.complex(
@@ -68,7 +69,7 @@ def scanned_s4d(a_ENN: Array, b_EN: Array, c_EN: Array, x_BTE: Array) -> Array:
 
 
 def scanned_s4(a_ENN: Array, b_EN: Array, c_EN: Array, x_BTE: Array) -> Array:
-  """y_BTE by one associative scan over dense transitions (arguments as `scanned_s4d`)."""
+  """Computes y_BTE by one associative scan over dense transitions; arguments as `scanned_s4d`."""
   u_BTEN = b_EN[None, None] * x_BTE[..., None]
   a_BTENN = jnp.broadcast_to(a_ENN[None, None], (*x_BTE.shape[:2], *a_ENN.shape))
   _, h_BTEN = jax.lax.associative_scan(_compose_dense, (a_BTENN, u_BTEN), axis=1)
@@ -101,7 +102,7 @@ def rival(
 
   Args:
     family: a key of FAMILIES.
-    config: of the default form.
+    config: the configuration of the default form.
     length: T.
   """
   mixer = FAMILIES[family].mixer
@@ -134,7 +135,7 @@ def passes(
 
 
 def modes(quick: bool) -> Iterator[Table]:
-  """Every family's mixer."""
+  """Compares every family's mixer with its rival."""
   width, length = (16, 64) if quick else (WIDTH, TIME_STEPS)
   size = Size(width, 1, 2, 1, length)
   x_BTD = jax.random.normal(jax.random.key(0), (1, length, width))

@@ -1,15 +1,15 @@
-"""What dense hidden connections cost in training: time on this machine, and parameters.
+"""The cost of dense hidden connections in training: time on this machine, and parameters.
 
 Command   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.benchmarks.dense_overhead \
               --json experiments/results/dense_overhead_DATE.json
-Model     D 256, 6 layers, V 256 (the head is small, so that layers are what is measured),
-          8 x 256 tokens, float32; all other options of a family as they are by default.
-          Rows hold documents, as training packs them
-Measured  a train step: forward, backward and AdamW. Base and dense steps alternate, one of
-          each a repetition, so that what else the machine does hits both alike; times are
-          medians over repetitions, the ratio is the median of the repetitions' ratios
+Model     D 256, 6 layers, V 256 (a small head, so that the layers dominate), 8 x 256 tokens,
+          float32; all other options of a family have their defaults. Rows hold several documents,
+          as in training
+Measured  a train step: forward, backward and AdamW. Base and dense steps alternate, so that
+          disturbances of the machine affect both alike. Times are medians over repetitions, the
+          ratio is the median of the repetitions' ratios
 Table 1   each family that has states: base, and dense with m = 2 and state injection
-Table 2   one family: the base, and each dense option by itself, begun from m = 2
+Table 2   one family: base, and dense with m = 2 and one other option changed at a time
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from experiments.benchmarks import common
 from experiments.benchmarks.common import SSM_FAMILIES, Size, TrainStep
 
 DEPTH = 2
-# Of a row.
+# Per row.
 DOCUMENTS = 2
-# Row -> what differs from dense.depth=2.
+# Name of a row -> options of config.model.dense that differ from depth=2.
 OPTIONS: dict[str, dict[str, object]] = {
     "default": {},
     "depth=1": {"depth": 1},
@@ -54,12 +54,12 @@ QUICK = Size(width=64, layers=3, vocabulary=256, batch_size=2, time_steps=64)
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A dense model beside its base.
+  """A dense model compared with its base.
 
   Attributes:
-    seconds: of a train step, base and dense.
-    parameters: of the base.
-    added: parameters that the dense connections add.
+    seconds: of a train step, base first.
+    parameters: the number of the base's parameters.
+    added: the number of parameters that the dense connections add.
   """
 
   seconds: common.Compared
@@ -67,7 +67,7 @@ class Measured:
   added: int
 
   def figures(self) -> dict[str, float]:
-    """What is recorded."""
+    """Returns the figures for the record."""
     seconds = self.seconds
     return {
         "base": seconds.first, "dense": seconds.second, "ratio": seconds.ratio,
@@ -79,13 +79,13 @@ class Measured:
 def compare(
     base: TrainStep, dense: TrainStep, repeats: int, done: Callable[[], object]
 ) -> Measured:
-  """Times both in turn."""
+  """Times both steps in turn."""
   seconds = common.compare(base, dense, repeats, done)
   return Measured(seconds, base.parameters, dense.parameters - base.parameters)
 
 
 def cells(measured: Measured | None) -> list[str]:
-  """A table's row without its first cell."""
+  """Formats a row of the table, without its first cell; None means that the case was refused."""
   if measured is None:
     return ["", "", "refused", "", ""]
   seconds = measured.seconds
@@ -97,7 +97,7 @@ def cells(measured: Measured | None) -> list[str]:
 
 
 def markdown(first: str, rows: dict[str, Measured | None]) -> str:
-  """A table of measurements; its header begins with `first`."""
+  """Formats a table of measurements, whose header begins with `first`."""
   header = [first, "base, ms", "dense, ms", "time ratio", "its range", "parameters added"]
   return common.markdown([header, *([name, *cells(measured)] for name, measured in rows.items())])
 
@@ -111,7 +111,7 @@ def running(families: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Prints the tables."""
+  """Runs the benchmark and prints the tables."""
   parser = common.parser(__doc__, "a tiny model, one family, few options, once")
   parser.add_argument("--family", default="mamba2", choices=SSM_FAMILIES,
                       help="whose options the second table measures (mamba2)")

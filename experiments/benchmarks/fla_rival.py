@@ -5,12 +5,13 @@ Install   pip install flash-linear-attention mamba-ssm causal-conv1d, with a tor
           python -m experiments.benchmarks.gpu --fla-python OTHER/bin/python
           Without mamba-ssm (and, for Mamba, causal-conv1d) its Mamba falls back to a loop over
           tokens and its Mamba-2 to plain PyTorch, which are no rivals: both are then skipped
-Status    not run on a GPU yet. Parameters are those of experiments/family_350m.py: equal for
-          mamba and mamba2, 0.2% more for retnet, whose feed-forward layer is gated there
+Status    not run on a GPU yet. The numbers of parameters are those of experiments/family_350m.py:
+          equal for mamba and mamba2, 0.2% more for retnet, whose feed-forward layer is gated there
 
-Imports nothing of dense_jax, so that it runs in an environment without jax. The model's
-forward and backward pass under bf16 autocast, and a fused AdamW on float32 parameters; its own
-chunked cross-entropy. Prints its figures as JSON; what is missing, as {"skipped": why}.
+A step is the model's forward and backward pass under bf16 autocast, with its own chunked
+cross-entropy, and a fused AdamW on float32 parameters. Imports nothing of dense_jax, so that it
+runs in an environment without jax. Prints its figures as JSON, or {"skipped": why} if something
+is missing.
 """
 
 import contextlib
@@ -23,9 +24,9 @@ import time
 from typing import Any
 
 REPEATS = 5
-# Family -> prefix of its classes, and their arguments beside those that all have.
+# Family -> prefix of its classes, and their arguments in addition to those of all families.
 FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
-    # 1376: three maps of a gated layer for our two, in a multiple of 32.
+    # 1376: a gated layer has three matrices in place of our two; rounded to a multiple of 32.
     "retnet": ("RetNet", {"num_hidden_layers": 24, "num_heads": 4, "intermediate_size": 1376}),
     "mamba": ("Mamba", {"num_hidden_layers": 48, "state_size": 16}),
     "mamba2": ("Mamba2", {"num_hidden_layers": 48, "state_size": 128, "head_dim": 64}),
@@ -34,7 +35,7 @@ WIDTH, VOCABULARY = 1024, 50280
 
 
 def missing(family: str) -> str:
-  """What the family needs and is not here, in words; empty where all is."""
+  """Returns what a family needs and this environment lacks, for a message; "" if nothing."""
   for name in ("torch", "fla", "transformers"):
     if importlib.util.find_spec(name) is None:
       return f"{name} is not installed"
@@ -47,7 +48,7 @@ def missing(family: str) -> str:
 
 
 def make_model(family: str) -> Any:
-  """The family's model of about 350M parameters, on torch's default device."""
+  """Makes a family's model of about 350M parameters, on torch's default device."""
   models = importlib.import_module("fla.models")
   prefix, options = FAMILIES[family]
   config = getattr(models, f"{prefix}Config")(
@@ -58,12 +59,12 @@ def make_model(family: str) -> Any:
 
 
 def measure(family: str, batch_size: int, length: int, *, checkpoint: bool) -> dict[str, Any]:
-  """Tokens/s and peak bytes of training.
+  """Measures tokens/s and peak memory, in bytes, of training.
 
   Args:
     family: a key of FAMILIES.
-    batch_size: rows.
-    length: tokens a row.
+    batch_size: rows per batch.
+    length: tokens per row.
     checkpoint: whether layers are rematerialised.
   """
   torch = importlib.import_module("torch")
@@ -84,7 +85,7 @@ def measure(family: str, batch_size: int, length: int, *, checkpoint: bool) -> d
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-  for _ in range(2):  # The first tunes the kernels.
+  for _ in range(2):  # The first step tunes the kernels.
     step()
   torch.cuda.synchronize()
   times = []
@@ -101,7 +102,7 @@ def measure(family: str, batch_size: int, length: int, *, checkpoint: bool) -> d
 
 
 def main(family: str, batch_size: int, length: int) -> None:
-  """Measures, with rematerialisation only where the memory is not enough without it."""
+  """Measures a family, with rematerialisation only if the memory is too small without it."""
   reason = missing(family)
   if reason:
     print(json.dumps({"skipped": reason}))
@@ -110,7 +111,7 @@ def main(family: str, batch_size: int, length: int) -> None:
   figures: dict[str, Any] | None = None
   with contextlib.suppress(torch.cuda.OutOfMemoryError):
     figures = {**measure(family, batch_size, length, checkpoint=False), "remat": "none"}
-  if figures is None:  # Only now is the failed attempt's memory free.
+  if figures is None:  # The failed attempt's memory is free only after the `with` block.
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     figures = {**measure(family, batch_size, length, checkpoint=True), "remat": "full"}

@@ -1,13 +1,14 @@
-"""What a train step computes, by formula: model FLOPs and their share of the peak (MFU).
+"""Model FLOPs of a train step, by formula, and their share of a chip's peak (MFU).
 
-    forward   = 2 * matmul parameters + sum over layers (4 + 2 S) * state       a token
+    forward   = 2 * matmul parameters + sum over layers (4 + 2 S) * state       per token
     training  = 3 * forward
 
-Matmul parameters are the kernels of linear layers and the head; an embedding's lookup is
-none, but a tied embedding is the head. Of a layer's state of H P N (or E N) numbers, the
-recurrence adds v k^T (one multiplication and addition each), and reads it with its own
-query and once more for each of its S sources with state injection. Element-wise work, decays
-and convolutions, recomputation and the extra work of chunks do not count.
+Matmul parameters are the kernels of linear layers and the head. An embedding's lookup does not
+count, but a tied embedding counts as the head. For a layer whose state has H P N (or E N)
+numbers, the recurrence adds v k^T to the state (a multiplication and an addition per number) and
+reads the state with its own query (the same again); with state injection, it also reads the state
+of each of its S sources. Element-wise operations, decays, convolutions, recomputation and the
+extra work of chunks do not count.
 """
 
 import math
@@ -21,7 +22,7 @@ from dense_jax.models.params import abstract_model, get_params
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-  """Numbers that a token is multiplied with: linear layers' kernels and the head."""
+  """Returns the number of parameters in the kernels of linear layers and in the head."""
   params = get_params(abstract_model(config))
   kernels = sum(
       leaf.size for name, leaf in params.items()
@@ -31,7 +32,7 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def state_size(model: LanguageModel) -> int:
-  """Numbers in all layers' recurrent states "h" of one row."""
+  """Returns the number of elements of all layers' recurrent states "h", for one row."""
   layers = jax.eval_shape(lambda: model.init_state(1)).layers
   return sum(
       math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(layers)
@@ -40,7 +41,7 @@ def state_size(model: LanguageModel) -> int:
 
 
 def train_flops(config: ModelConfig) -> int:
-  """Model FLOPs of training on one token."""
+  """Returns the model FLOPs of training on one token."""
   state = state_size(abstract_model(config))
   sources = 0
   if config.dense.depth and config.dense.inject == "state":
@@ -50,7 +51,13 @@ def train_flops(config: ModelConfig) -> int:
 
 
 def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str) -> float | None:
-  """MFU in bf16 on one device, such as "NVIDIA H200"; None where its peak is not known."""
+  """Returns the MFU in bf16 on one device; None means that the device's peak is not known.
+
+  Args:
+    config: the model.
+    tokens_per_second: the measured speed of training.
+    device_kind: jax's name of the device, such as "NVIDIA H200".
+  """
   for name, chip in CHIPS.items():
     if name in device_kind.lower().split():
       return train_flops(config) * tokens_per_second / chip.flops

@@ -1,21 +1,21 @@
 """Speed and memory on one NVIDIA H100 or H200, beside flash-linear-attention's models.
 
 Command   python -m experiments.benchmarks.gpu --json experiments/results/gpu_DATE.json
-          --budget-seconds 570 starts no case after that; the same command again goes on with
-          the cases that FILE does not have yet. --only train/mamba decode: some of the cases
-Install   pip install 'jax[cuda12]', and for the rivals see fla_rival.py
-Status    not run on a GPU yet: none was at hand. What runs is `--toy`, all of it at toy size on
-          a CPU, where nothing has a peak or an MFU and the rivals are skipped
+          With --budget-seconds 570 no case starts after that time; run the same command again
+          for the cases that FILE does not have yet. --only train/mamba decode selects cases
+Install   pip install 'jax[cuda12]'; for the rivals see fla_rival.py
+Status    not run on a GPU yet: none was at hand. `--toy` runs everything at toy size on a CPU,
+          where there is no peak memory and no MFU, and the rivals are skipped
 Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_1p3b.py; bf16
           activations, float32 parameters and AdamW; V and head as there
-Cases     train    tokens/s, MFU (flops.py) and peak memory of a train step, 32768 tokens a
-                   batch, remat minimal where it fits, else reads or full; base, dense
+Cases     train    tokens/s, MFU (flops.py) and peak memory of a train step, base and dense, with
+                   32768 tokens per batch and the first of remat minimal, reads and full that fits
           rival    the same of flash-linear-attention, at the same batch and length
           mode     the implementations of a form against each other, T 8192
           decode   decoded tokens/s of B rows
-          context  the same of one row after 1k and 100k tokens
-Each case is a process of its own: its peak is its own, and its failure, which is one line. The
-most important cases come first, and FILE is written after each.
+          context  decoded tokens/s of one row after 1k and 100k tokens
+Each case runs in a process of its own, so that its peak memory is its own, and a failure costs
+one line. The most important cases come first, and FILE is written after each.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from experiments.benchmarks.gpu_tables import tables
 
 TIMED_FAMILIES = ("gau_retnet", "mamba2", "retnet", "mamba")
 LARGE = "gau_retnet-1.3B"
-# Models that come a rank after the others.
+# Models whose cases rank one lower than those of the others.
 LATER = ("mamba", LARGE)
 # Name -> overrides.
 DENSE: dict[str, dict[str, str]] = {
@@ -51,15 +51,15 @@ CASE_SECONDS = 900
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How large a run is.
+  """The sizes of a run's cases.
 
   Attributes:
-    lengths: T of training, the most important first.
-    tokens: a batch.
-    mode_length: T of the modes.
-    batches: B of decoding.
-    contexts: tokens before decoding.
-    toy: models shrink to a smoke test.
+    lengths: T of `train` and `rival`, the most important first.
+    tokens: tokens per batch of training.
+    mode_length: T of `mode`.
+    batches: B of `decode`, the most important first.
+    contexts: tokens before the decoded ones in `context`.
+    toy: whether models are shrunk to a smoke test.
   """
 
   lengths: tuple[int, ...]
@@ -76,7 +76,7 @@ TOY = Plan((64,), 64, 64, (1,), (10, 100), toy=True)
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-  """Training of flash-linear-attention's model of a family."""
+  """A case that trains flash-linear-attention's model of a family."""
 
   family: str
   batch_size: int
@@ -84,7 +84,7 @@ class Rival:
 
 
 def _model(name: str, plan: Plan, dense: str) -> tuple[str, dict[str, str]]:
-  """The experiment and the overrides of a model."""
+  """Returns the experiment and the overrides of a model."""
   file = "dense_retnet_1p3b" if name == LARGE else "family_350m"
   argument = "" if name == LARGE else name
   overrides = dict(DENSE[dense])
@@ -102,7 +102,7 @@ def _train(name: str, plan: Plan, dense: str, length: int, **model: str) -> Case
 
 
 def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
-  """Rank (1 first), name and case."""
+  """Yields rank (1 is run first), name and case."""
   for name in (*TIMED_FAMILIES, LARGE):
     for dense in DENSE:
       if dense == "inputs-1" and not name.startswith("gau_retnet"):
@@ -134,13 +134,13 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
 
 
 def cases(plan: Plan) -> dict[str, Case | Rival]:
-  """All cases by name, the most important first."""
+  """Returns all cases by name, the most important first."""
   ranked = sorted(_ranked(plan), key=lambda entry: entry[0])
   return {name: case for _, name, case in ranked}
 
 
 def run(case: Case | Rival, *, toy: bool, fla_python: str) -> dict[str, Any]:
-  """The figures of a case, {"skipped": why} or {"failed": why}."""
+  """Runs a case; returns its figures, or {"skipped": why} or {"failed": why}."""
   environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
   if toy:
     environment["JAX_PLATFORMS"] = "cpu"
@@ -164,10 +164,10 @@ def run(case: Case | Rival, *, toy: bool, fla_python: str) -> dict[str, Any]:
 
 
 def earlier(path: str, hardware: str) -> dict[str, Any]:
-  """The results that a file has from before, if they are of this machine.
+  """Returns the results that the file already has; {} if there is no file.
 
   Raises:
-    SystemExit: they are of another.
+    SystemExit: the results are from other hardware.
   """
   if not path or not pathlib.Path(path).is_file():
     return {}

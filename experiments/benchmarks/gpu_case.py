@@ -1,6 +1,6 @@
-"""One case of `experiments.benchmarks.gpu`, in a process of its own so that its peak is its own.
+"""Runs one case of `experiments.benchmarks.gpu`, in a separate process to measure its peak memory.
 
-Its argument is a `Case` as JSON; the last line that it prints is its figures as JSON.
+The argument is a `Case` as JSON; the last line of output is the figures as JSON.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ TRAIN_REPEATS, DECODE_REPEATS = 5, 9
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is measured.
+  """A case to measure.
 
   Attributes:
     kind: "train" or "decode".
-    spec: an experiment, FILE.py[:ARG].
+    spec: the experiment, FILE.py[:ARG].
     overrides: dotted keys of its configuration and their values.
-    remat: to try in turn, until one fits the memory.
-    batch_size: B of "decode"; of "train", an override.
+    remat: values of `model.remat` to try in turn, until one fits the memory.
+    batch_size: B of "decode"; that of "train" is among the overrides.
     context: tokens before the decoded ones.
   """
 
@@ -43,18 +43,18 @@ class Case:
 
 
 def out_of_memory(error: Exception) -> bool:
-  """Whether a computation failed for want of memory."""
+  """Returns whether a computation failed because memory ran out."""
   return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
 def peak_memory(device: jax.Device) -> float | None:
-  """The most bytes that this process has had on the device; None where it does not tell."""
+  """Returns this process's peak memory on the device in bytes; None means it is not reported."""
   statistics = device.memory_stats()
   return statistics and statistics.get("peak_bytes_in_use")
 
 
 def train(settings: ExperimentConfig) -> dict[str, Any]:
-  """Tokens/s, MFU and peak memory of training, and the seconds before the second step."""
+  """Measures tokens/s, MFU and peak memory of training, and the seconds up to the second step."""
   device = jax.devices()[0]
   start = time.perf_counter()
   step = common.TrainStep(settings)
@@ -71,7 +71,7 @@ def train(settings: ExperimentConfig) -> dict[str, Any]:
 
 
 def decode(settings: ExperimentConfig, batch_size: int, context: int) -> dict[str, Any]:
-  """Tokens/s and seconds a step after `context` tokens, and peak memory."""
+  """Measures tokens/s and seconds per step of decoding after `context` tokens, and peak memory."""
   step = common.Decoding(settings, batch_size, context=context)
   seconds = common.median(step, DECODE_REPEATS)
   return {
@@ -83,7 +83,10 @@ def decode(settings: ExperimentConfig, batch_size: int, context: int) -> dict[st
 
 
 def run(case: Case) -> dict[str, Any]:
-  """The case's figures, with the first `remat` that fits; {"skipped": why} if that is no news.
+  """Measures a case; training uses the first `remat` that fits.
+
+  Returns:
+    The figures; {"skipped": why} if the implementation would not run as itself on this machine.
 
   Raises:
     InputError: the experiment has no such form.
@@ -104,7 +107,7 @@ def run(case: Case) -> dict[str, Any]:
 def first_that_fits(
     remats: tuple[str, ...], measure: Callable[[str], dict[str, Any]]
 ) -> dict[str, Any]:
-  """The figures of the first of `remats` for which the memory is enough, and which it is."""
+  """Returns the figures of the first of `remats` that fits the memory, and which one that is."""
   for remat in remats:
     try:
       return {**measure(remat), "remat": remat}
@@ -116,7 +119,7 @@ def first_that_fits(
 
 
 def main(argument: str) -> None:
-  """Runs a case."""
+  """Measures the case given as JSON, and prints its figures as JSON."""
   values = json.loads(argument)
   case = Case(**{**values, "remat": tuple(values["remat"])})
   figures = run(case)

@@ -1,4 +1,4 @@
-"""The tables of `experiments.benchmarks.gpu`, from its results by name."""
+"""Makes the tables of `experiments.benchmarks.gpu` from its results."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def _get(results: Results, name: str, key: str) -> float | None:
-  """A figure, None where the case was not run, has failed, or does not have it."""
+  """Returns a figure; None means that the case was not run, has failed, or does not have it."""
   return results.get(name, {}).get(key)
 
 
@@ -23,7 +23,7 @@ def _gigabytes(value: float | None) -> str:
 
 
 def _named(results: Results, kind: str) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-  """The three further parts of a case's name and its figures, of those that have any."""
+  """Yields (model, variant, size, figures) of the cases of a kind that have figures."""
   for name, figures in results.items():
     found, model, variant, size = name.split("/")
     if found == kind and "tokens_per_second" in figures:
@@ -31,7 +31,7 @@ def _named(results: Results, kind: str) -> Iterator[tuple[str, str, str, Mapping
 
 
 def training(results: Results) -> Table:
-  """Dense over base, and ours over the rival."""
+  """Makes the table of training: dense over base, and ours over the rival."""
   rows = [["model", "dense", "T", "tokens/s", "over base", "over fla", "MFU", "peak GB",
            "fla, peak GB", "remat (fla)"]]
   for model, dense, size, figures in _named(results, "train"):
@@ -51,7 +51,7 @@ def training(results: Results) -> Table:
 
 
 def modes(results: Results) -> Table:
-  """Implementations over the slowest of their family."""
+  """Makes the table of implementations, relative to the slowest one of each family."""
   rows = [["model", "implementation", "T", "tokens/s", "over the slowest", "peak GB"]]
   found = list(_named(results, "mode"))
   for model, form, size, figures in found:
@@ -63,7 +63,7 @@ def modes(results: Results) -> Table:
 
 
 def decoding(results: Results) -> Table:
-  """Dense over base."""
+  """Makes the table of decoding: dense over base."""
   rows = [["model", "dense", "B", "tokens/s", "over base", "peak GB"]]
   for model, dense, size, figures in _named(results, "decode"):
     rate = figures["tokens_per_second"]
@@ -74,7 +74,7 @@ def decoding(results: Results) -> Table:
 
 
 def contexts(results: Results) -> Table:
-  """A step's time after a long context over that after the shortest."""
+  """Makes the table of a step's time by context length, relative to the shortest context."""
   rows = [["model", "dense", "context", "step, ms", "time over the shortest context's"]]
   found = list(_named(results, "context"))
   for model, dense, size, figures in found:
@@ -87,7 +87,7 @@ def contexts(results: Results) -> Table:
 
 
 def tables(results: Results) -> Iterator[Table]:
-  """Those that have rows."""
+  """Yields the tables that have rows."""
   for make in (training, modes, decoding, contexts):
     table = make(results)
     if len(table.rows) > 1:

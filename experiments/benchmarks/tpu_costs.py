@@ -1,16 +1,16 @@
-r"""Memory and work of all families' train steps, by the TPU v5e compiler; needs no TPU.
+r"""Memory and work of all families' train steps according to the TPU v5e compiler; needs no TPU.
 
     python -m experiments.benchmarks.tpu_costs [--family mamba2 ...] [--only base ...] \
         [--implementation pallas] --json FILE
 
-Compiles the train step of `experiments/family_350m.py` for one chip, 4 sequences of 2048
-tokens in bf16 with float32 AdamW: the base model, and dense connections of states (m = 1, 2)
-and of inputs (m = 1). Minutes a case; FILE is written after each, and what it has is not
-compiled again.
+Compiles the train step of `experiments/family_350m.py` for one chip, with 4 sequences of 2048
+tokens, in bf16 with float32 AdamW: the base model, and dense connections with state injection
+(m = 1, 2) and with input injection (m = 1). A case takes minutes; FILE is written after each, and
+cases that it already has are not compiled again.
 
-Table 1   a chip's peak of HBM and its FLOPs, loops counted by their trips, over the base's
-Table 2   FLOPs and HBM bytes a token, and what bounds the step on chips by their published
-          peaks. The traffic is the v5e program's; a time is a bound, never an estimate
+Table 1   peak HBM and FLOPs of a chip, with loops counted as often as they run, over the base's
+Table 2   FLOPs and HBM bytes per token, and which published peak of a chip bounds the step. The
+          HBM traffic is that of the v5e program; the times are lower bounds, not estimates
 """
 
 import json
@@ -36,13 +36,17 @@ KINDS: Mapping[str, Mapping[str, object]] = {
     "inputs m=1": {"depth": 1, "inject": "inputs"},
 }
 ROOFLINES = ("v5e", "v5p", "h200")
-# Most that the dense form may need over the base: HBM, FLOPs; of states in two families.
+# Greatest ratios of HBM and FLOPs that dense may have over base; those of state injection apply
+# to the families in BARRED.
 BARS = {"state m=1": (1.08, 1.13), "state m=2": (1.18, 1.25), "inputs m=1": (None, 1.05)}
 BARRED = ("mamba2", "retnet")
 
 
 def measure(family: str, kind: str, implementation: str) -> dict[str, Any] | None:
-  """The compiler's report; None where the family has no such connections or implementation."""
+  """Compiles a case; returns the compiler's report.
+
+  None means that the family has no such connections or implementation; the reason is printed.
+  """
   overrides = [("model.implementation", implementation)]
   overrides += [(f"model.dense.{key}", str(value)) for key, value in KINDS[kind].items()]
   overrides += [("train.batch_size", str(SEQUENCES)), ("mesh.data", "1")]
@@ -56,7 +60,7 @@ def measure(family: str, kind: str, implementation: str) -> dict[str, Any] | Non
 
 
 def ratios(results: Mapping[str, Any]) -> list[list[str]]:
-  """Table 1."""
+  """Makes table 1."""
   rows = [["family, 4 x 2048 on one v5e", "peak HBM, GB", "over base", "bar", "TFLOP", "over base",
            "bar", "compiled in, s"]]
   for name, found in results.items():
@@ -78,7 +82,7 @@ def ratios(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def rooflines(results: Mapping[str, Any]) -> list[list[str]]:
-  """Table 2."""
+  """Makes table 2."""
   rows = [["family", "GFLOP a token", "of them matmuls", "MB a token", "FLOP a byte",
            *(f"{chip}: bound by, matmuls / HBM, ms" for chip in ROOFLINES)]]
   tokens = SEQUENCES * LENGTH
@@ -99,7 +103,7 @@ def rooflines(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-  """See the file."""
+  """Compiles the cases and prints the tables."""
   command = common.parser(__doc__)
   command.add_argument("--family", nargs="+", choices=common.SSM_FAMILIES,
                        default=common.SSM_FAMILIES)

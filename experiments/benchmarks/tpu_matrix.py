@@ -1,14 +1,14 @@
-r"""Which models fit which TPU slices, by the TPU compiler; needs no TPU.
+r"""A table of models that fit TPU slices, according to the TPU compiler; needs no TPU.
 
     python -m experiments.benchmarks.tpu_matrix [--only TEXT ...] [--json FILE] [--markdown FILE]
 
-Compiles the train step of each model, base and dense, for each topology and mesh that suit it,
-and writes the table that is kept in `experiments/results/tpu_compile.md`. Minutes a case; FILE
-is written after each, and what it has is not compiled again.
+Compiles the train step of each model, base and dense, for each topology with a suitable mesh, and
+writes the table that is kept in `experiments/results/tpu_compile.md`. A case takes minutes; FILE
+is written after each, and cases that it already has are not compiled again.
 
-MFU at most   model FLOPs (`flops.py`) over the chip's peak, were the step as fast as the slowest
-              of its bounds: matmuls at peak, HBM traffic at full bandwidth, collectives at the
-              links' bandwidth. No run is better; it is not an estimate of one
+MFU at most   the MFU (model FLOPs by `flops.py` over the chip's peak) of a step that takes no
+              longer than its largest lower bound: matmuls at peak, HBM traffic at full bandwidth,
+              collectives at the links' bandwidth. It is an upper bound, not an estimate
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ MODELS: Mapping[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "mamba2 1.3B": ("family_1p3b.py:mamba2", (BASE,)),
     "dense_mamba2 1.3B": ("family_1p3b.py:mamba2", (STATE,)),
 }
-# Topology -> the mesh: parameters are split over as many chips as are near each other.
+# Topology -> the mesh: parameters are split over chips that are near each other.
 TOPOLOGIES: Mapping[str, MeshConfig] = {
     "v4:2x2x2": MeshConfig(data=1, fsdp=8),
     "v5e:4x4": MeshConfig(data=1, fsdp=16),
@@ -68,13 +68,13 @@ class Case:
 
   @property
   def name(self) -> str:
-    """Such as `mamba2 370M | v5e:4x4 | fsdp 16 | 64 x 2048`."""
+    """The case's name, such as `mamba2 370M | v5e:4x4 | fsdp 16 | 64 x 2048`."""
     sizes = dataclasses.asdict(self.mesh)
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
     return f"{self.model} | {self.topology} | {mesh} | {self.rows} x {self.length}"
 
   def config(self) -> ExperimentConfig:
-    """The experiment on that mesh."""
+    """Returns the experiment's configuration, with the case's mesh and batch."""
     spec, overrides = MODELS[self.model]
     batch = [("train.batch_size", str(self.rows)), ("data.seq_len", str(self.length))]
     config = experiment.load(str(JSON.parents[1] / spec), [*overrides, *batch])
@@ -82,18 +82,18 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-  """One sequence a chip at 1.3B, four at 350M; then what only some models are asked."""
+  """Yields all models with one sequence per chip at 1.3B and four at 350M; then special cases."""
   for topology, mesh in TOPOLOGIES.items():
     for model in MODELS:
       rows = mesh.data * mesh.fsdp * (1 if model.endswith("B") else 4)
       yield Case(model, topology, mesh, rows, LENGTH)
-  # Heads over neighbours, and a sequence of 2^20 tokens over all chips.
+  # Heads split over neighbouring chips, and a sequence of 2^20 tokens split over all chips.
   yield Case("dense_mamba2 1.3B", "v5p:4x4x4", MeshConfig(data=2, fsdp=8, tensor=4), 64, LENGTH)
   yield Case("dense_mamba2 1.3B", "v5p:4x4x4", MeshConfig(data=1, sequence=64), 1, LONG)
 
 
 def measure(case: Case) -> dict[str, Any]:
-  """The compiler's report, and the bound on MFU."""
+  """Compiles a case; returns the compiler's report and the bound on MFU."""
   config = case.config()
   report = compile_program(config, case.topology)
   ceiling = None
@@ -105,7 +105,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> list[list[str]]:
-  """A row a case."""
+  """Makes the table, with one row for each case."""
   rows = [["model", "slice", "mesh", "batch", "fits", "HBM peak of capacity, GB", "matmul TFLOP",
            "HBM traffic, GB", "collectives, GB", "bound by", "MFU at most"]]
   for name, found in results.items():
@@ -123,7 +123,7 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def page(results: Mapping[str, Any], command: str) -> str:
-  """The table as a file."""
+  """Formats the table as a Markdown file."""
   versions = next(iter(results.values()))["versions"]
   said = ", ".join(f"{name} {version}" for name, version in versions.items())
   missing = len(list(cases())) - len(results)
@@ -138,7 +138,7 @@ def page(results: Mapping[str, Any], command: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-  """See the file."""
+  """Compiles the cases, writes the results and prints the table."""
   command = common.parser(__doc__)
   command.set_defaults(json=str(JSON))
   command.add_argument("--markdown", default=str(MARKDOWN), metavar="FILE", help="the table")

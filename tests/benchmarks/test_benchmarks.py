@@ -1,4 +1,4 @@
-"""Every benchmark's toy form runs to its end and records what its figures came from."""
+"""Every benchmark runs to its end at toy size, and records the origin of its figures."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from tests.builders import model_config
 from tests.helpers import ROOT, tpu_compiler_environment
 
 FIELDS = {"date", "hardware", "versions", "command", "note", "results"}
-# Toy figures mean nothing, so that code need not be fast; what was compiled before is read.
+# Figures at toy size mean nothing, so compile without optimisation, and use a compilation cache.
 ENVIRONMENT = {
     **os.environ,
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 
 
 def run(module: str, folder, *arguments: str, environment=ENVIRONMENT) -> tuple[dict, str]:
-  """The record and the output of a benchmark."""
+  """Runs a benchmark; returns its record and its output."""
   file = folder / "results.json"
   done = subprocess.run(
       [sys.executable, "-m", f"experiments.benchmarks.{module}", *arguments, "--json", file],
@@ -120,7 +120,7 @@ def test_gpu_cases_begin_with_what_matters_most():
 
 
 def test_flops_by_hand():
-  """mamba: D 16, E 32, N 3, R 2, 3 layers, V 11; gates of D / 4."""
+  """The model is mamba with D 16, E 32, N 3, R 2, 3 layers, V 11, and gates of rank D / 4."""
   layer = 16 * 64 + 32 * (2 + 3 + 3) + 2 * 32 + 32 * 16
   base = model_config("mamba", layers=3)
   assert flops.matmul_parameters(base) == 3 * layer + 16 * 11
@@ -141,7 +141,7 @@ def test_utilization():
 
 
 def test_bytes_of_a_decoding_step():
-  """gau_retnet: two heads of P 16 and N 4; three layers' states of 128 numbers."""
+  """The model is gau_retnet: 3 layers, each with 2 heads of P 16 and N 4, so 128 numbers."""
   base = model_config("gau_retnet", layers=3, heads=2, key_dim=8)
   moved = cpu_dense.step_bytes(base, batch_size=5)
   state = 5 * 3 * 2 * 16 * 4 * 4
@@ -150,7 +150,8 @@ def test_bytes_of_a_decoding_step():
 
   dense = model_config("gau_retnet", depth=2, layers=3, heads=2, key_dim=8)
   with_reads = cpu_dense.step_bytes(dense, batch_size=5)
-  assert with_reads.states == state and with_reads.shallow == state  # 1 + 2 reads of 3 layers.
+  # Layer 1 reads one state and layer 2 two: together as many as the three layers have.
+  assert with_reads.states == state and with_reads.shallow == state
   assert with_reads.weights > moved.weights
   inputs = model_config("gau_retnet", depth=2, inject="inputs", layers=3, heads=2, key_dim=8)
   assert cpu_dense.step_bytes(inputs, batch_size=5).shallow == 0
@@ -159,7 +160,7 @@ def test_bytes_of_a_decoding_step():
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
 def test_a_sample_of_the_tpu_matrix(tmp_path):
-  """A published size by the real compiler, on a slice of 16 chips."""
+  """Compiles a model of a published size with the real compiler, for a slice of 16 chips."""
   name, page = "dense_retnet 350M | v5e:4x4 | fsdp 16 | 64 x 2048", tmp_path / "page.md"
   record, output = run(
       "tpu_matrix", tmp_path, "--only", name, "--markdown", page,
@@ -169,7 +170,7 @@ def test_a_sample_of_the_tpu_matrix(tmp_path):
   found = record["results"][name]
   assert found["fits"] and found["hbm"]["peak"] < found["hbm"]["capacity"] == 16e9
   assert 0 < found["mfu_ceiling"] <= 1
-  # Of the parameters' 16 parts, and of their gradients.
+  # All-gathers of parameters, which are split in 16, and all-reduces of their gradients.
   assert {"all-gather", "all-reduce"} <= {each["kind"] for each in found["collectives"]}
   row = "| dense_retnet 350M | v5e:4x4 | fsdp 16 | 64 x 2048 | yes |"
   assert row in output and row in page.read_text()

@@ -1,4 +1,4 @@
-"""Costs of compiled programs: loops count as often as they run, matmuls what they are."""
+"""Costs of compiled programs: loops count as often as they run, matmuls count 2 M N K."""
 
 import functools
 
@@ -36,7 +36,7 @@ def stacked(x, weights, unroll=1, step=layer):
 X, WEIGHTS = shapes((ROWS, WIDTH), (TRIPS, WIDTH, WIDTH))
 
 
-@pytest.mark.parametrize("unroll", [1, TRIPS, 4])  # 4 leaves two trips outside the loop.
+@pytest.mark.parametrize("unroll", [1, TRIPS, 4])  # 4 leaves two iterations outside the loop.
 def test_a_loop_counts_as_often_as_it_runs(unroll):
   found = cost(functools.partial(stacked, unroll=unroll), X, WEIGHTS)
   assert found.matmul_flops == found.flops == TRIPS * MATMUL
@@ -88,8 +88,8 @@ def test_gradients_of_a_loop_are_those_of_its_unrolled_twin(remat):
     )
 
   scanned, unrolled = cost(gradients(1), X, WEIGHTS), cost(gradients(TRIPS), X, WEIGHTS)
-  # Forward, and two matmuls backward. Unrolled, the compiler merges what remat repeats: all of it,
-  # or (jax 0.12) some.
+  # One matmul forward and two backward. In the unrolled program the compiler merges all
+  # repetitions of remat, or (jax 0.12) some of them.
   assert scanned.matmul_flops == (4 if remat else 3) * TRIPS * MATMUL
   assert 3 * TRIPS * MATMUL <= unrolled.matmul_flops <= scanned.matmul_flops
   assert scanned.flops - scanned.matmul_flops == pytest.approx(
@@ -108,7 +108,7 @@ def test_gradients_of_a_loop_are_those_of_its_unrolled_twin(remat):
 )
 def test_matmuls_with_batches(equation, left, right, flops):
   found = cost(lambda a, b: jnp.einsum(equation, a, b), *shapes(left, right))
-  # The compiler may do without a dot where nothing is reused: as many, less one a sum.
+  # Without reuse the compiler may replace a dot by products and sums: one operation less per sum.
   assert found.flops == pytest.approx(flops, rel=0.05)
 
 
@@ -123,7 +123,8 @@ def test_a_conditional_counts_its_most_expensive_branch():
 def test_of_stacked_parameters_a_loop_reads_its_slice():
   found = cost(stacked, X, WEIGHTS)
   weights, carry = 4 * TRIPS * WIDTH * WIDTH, 4 * ROWS * WIDTH
-  # The slices are read, written and read by the matmuls; a whole stack a trip is ten times it.
+  # The slices are read, written, and read by the matmuls. If each iteration counted the whole
+  # stack, it would be ten times as much.
   assert weights <= found.bytes_accessed < 3 * weights + TRIPS * 8 * carry
 
 
@@ -175,8 +176,8 @@ def test_collectives_in_a_loop(name, kind, size):
     ("family", "depth", "inject"), [("gau_retnet", 1, "inputs"), ("mamba2", 0, "state")]
 )
 def test_a_scanned_model_costs_what_its_unrolled_twin_does(family, depth, inject):
-  # Without state injection: of that, the compiler merges chunk states that a layer computes
-  # and the next one computes again, but only where both layers are in sight.
+  # Not with state injection: there the compiler merges chunk states that two consecutive layers
+  # both compute, but only if it sees both layers, i.e. in the unrolled program.
   tokens = jax.ShapeDtypeStruct((2, 12), jnp.int32)
 
   def forward(block_layers):
@@ -204,32 +205,32 @@ ENTRY %main (a: f32[], b: f32[]) -> f32[] {{
 @pytest.mark.parametrize(
     ("left", "right", "result", "attributes", "flops"),
     [
-        # A matmul, as the TPU compiler writes it.
+        # A matmul as the TPU compiler writes it.
         ("bf16[64,32]", "bf16[32,16]", "f32[64,16]", "dim_labels=bf_io->bf", 2 * 64 * 32 * 16),
-        # Three taps over ten numbers, padded by one on both sides: 2 + 8 * 3 + 2 products.
+        # Three taps over ten numbers that are padded by one on both sides: 2 + 8 * 3 + 2 products.
         ("f32[1,10,1]", "f32[3,1,1]", "f32[1,10,1]",
          "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * 28),
-        # A short convolution of 16 channels apart, on the left only.
+        # A short depthwise convolution of 16 channels, padded on the left only.
         ("f32[2,10,16]", "f32[4,1,16]", "f32[2,10,16]",
          "window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f, feature_group_count=16",
          2 * 2 * 16 * (4 * 10 - 6)),
-        # Strides and a dilated kernel: taps at 0, 2, 4 of each second of the 9 numbers.
+        # Stride 2 and a dilated kernel: taps at offsets 0, 2, 4 from every second of 9 numbers.
         ("f32[1,9,1]", "f32[3,1,1]", "f32[1,3,1]",
          "window={size=3 stride=2 rhs_dilate=2}, dim_labels=b0f_0io->b0f", 2 * 9),
-        # The next three are from the text of a Mamba-2 train step for a TPU v5e. A projection
-        # whose kernel's batch is a window that is slid back over padding:
+        # The next three are from the program of a Mamba-2 train step for a TPU v5e. A projection
+        # whose kernel has the batch as a window, which slides in reverse over padding:
         ("bf16[1024,4384,1]", "bf16[4,2048,1024]", "bf16[4,2048,4384]",
          "window={size=4 pad=3_3 rhs_reversal=1}, dim_labels=fb0_0oi->0fb",
          2 * 4 * 2048 * 1024 * 4384),
-        # 4 * 16 * 32 matmuls, their batch axes with holes between the numbers, and the same
-        # kernel for 32 of them.
+        # Batched matmuls, whose batch axes are dilated windows; in the second one, 32 share a
+        # kernel.
         ("bf16[4,16,128,128]", "bf16[4,16,128,128]", "f32[4,16,128,128]",
          "window={size=4x16 stride=3x15 lhs_dilate=4x16}, dim_labels=01bf_01oi->01bf",
          2 * 4 * 16 * 128**3),
         ("bf16[4,16,128,32,64]", "bf16[4,16,128,128,1]", "f32[4,16,32,64,128]",
          "window={size=4x16x1 stride=3x15x1 lhs_dilate=4x16x1}, dim_labels=01f2b_01io2->012bf",
          2 * 4 * 16 * 32 * 64 * 128 * 128),
-        # Four groups of the batch, each with two of the eight kernels.
+        # Four groups of the batch, each of which uses two of the eight kernels.
         ("f32[4,10,3]", "f32[10,3,8]", "f32[1,1,8]",
          "window={size=10}, dim_labels=b0f_0io->b0f, batch_group_count=4", 2 * 8 * 10 * 3),
     ],
@@ -238,7 +239,7 @@ def test_convolutions_count_taps_that_meet_numbers(left, right, result, attribut
   assert convolution(left, right, result, attributes) == flops
 
 
-# A loop over a stack of weights in the form of a TPU program's text, shapes' layouts abridged.
+# A loop over a stack of weights, as in the text of a TPU program, with abridged layouts.
 TPU_LOOP = """HloModule jit_step, is_scheduled=true
 
 %body (p: (s32[], X, STACK)) -> (s32[], X, STACK) {
@@ -292,9 +293,9 @@ def test_a_loop_as_the_tpu_compiler_writes_it():
     text = text.replace(short, shape)
   found = program_cost(text)
   assert found.matmul_flops == found.flops == 4 * 2 * 64**3
-  # The weights once, into the chip's own memory. In a trip x and y, and the counter: one is
-  # added to it, and the slice reads it; the condition compares it, once more than there are
-  # trips.
+  # The weights are read once, into the chip's own memory. Each iteration moves x and y, and the
+  # counter, to which one is added and which the slice reads. The condition, which runs once more
+  # than the body, reads the counter too.
   body, condition = 2 * 4 * 64 * 64 + 3 * 4 + 4, 2 * 4 + 1
   assert found.bytes_accessed == 2 * 4 * 64 * 64 + 4 * body + 5 * condition
 

@@ -1,4 +1,4 @@
-"""Text in a bucket: hidden names, and digests that are kept by size and time."""
+"""Text in a bucket: hidden names are skipped, and digests are cached by size and time."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from tests.test_files import Buckets
 
 
 class TimedBuckets(Buckets):
-  """Buckets that tell sizes and times, as real ones do."""
+  """A file system whose files look like those of a bucket, with sizes and times."""
 
   time = 1_600_000_000
 
@@ -57,7 +57,7 @@ def test_digests_are_kept_by_size_and_time(bucket, tmp_path, monkeypatch):
 
   first = fingerprint()
   (bucket.folder / "a.txt").write_text("A.txt")
-  assert fingerprint() == first  # What a bucket never does: other contents at the same time.
+  assert fingerprint() == first  # Not seen: other contents of equal size and time.
   bucket.time += 1
   assert fingerprint() != first
   monkeypatch.setattr(digests.hashlib, "file_digest", None)

@@ -1,4 +1,4 @@
-"""The cache: what killed writers leave, writers that live, disks that are full."""
+"""The data cache: leftovers of killed writers, concurrent writers, full disks."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from dense_jax.errors import InputError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = "".join(f"{n}: a line of words, {n * n}, {n**3} and others\n" for n in range(99))
 
-# Makes something in the cache and stops in the middle, until it is killed or told to go on.
+# Makes an entry of the cache and pauses in the middle, until it is killed or told to go on.
 WRITER = """
 import sys
 from dense_jax.data import packing, sources, tokenizer
@@ -47,7 +47,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def start(tmp_path, text):
-  """Starts a writer of tokens or tokenizers and returns when it is in the middle."""
+  """Returns a function that starts a writer of tokens or tokenizers, and waits for its pause."""
   started = []
 
   def started_writer(kind):
@@ -66,7 +66,7 @@ def start(tmp_path, text):
 
 
 def _make(tmp_path, text, kind):
-  """The same thing in this process, whole."""
+  """Makes the same entry in this process, completely."""
   config = DataConfig(path=str(text), cache_dir=str(tmp_path / "cache"), vocab_size=300)
   source = sources.find(config.path, "config.data.path", config.cache_dir)
   if kind == "tokens":
@@ -85,7 +85,7 @@ def test_what_a_killed_writer_left_is_removed_and_no_living_ones(tmp_path, text,
   assert len(_left(tmp_path, kind)) == 2
   killed.kill()
   killed.wait()
-  os.utime(_left(tmp_path, kind)[0], (0, 0))  # Age says nothing.
+  os.utime(_left(tmp_path, kind)[0], (0, 0))  # Age must not matter.
   os.utime(_left(tmp_path, kind)[1], (0, 0))
   _make(tmp_path, text, kind)
   assert len(_left(tmp_path, kind)) == 1
@@ -110,7 +110,7 @@ def test_a_writer_that_dies_meanwhile_is_tidied_up_at_the_end(tmp_path, text, st
 
 
 def test_leftovers_without_a_lock_are_removed(tmp_path):
-  """As earlier versions wrote them, or a kill between making the folder and the lock."""
+  """A writer killed between making the folder and the lock leaves such folders."""
   folder = tmp_path / "tokens"
   (folder / ".a.0.partial" / "store").mkdir(parents=True)
   (folder / ".b.model.0.partial").write_text("half a model")
@@ -184,12 +184,12 @@ def test_digests_on_a_full_disk(tmp_path, text, monkeypatch):
   refusal = errno.ENOSPC
   with pytest.raises(InputError, match=r"config\.data\.cache_dir = .*No space left"):
     digests.digest_files([text / "a.txt"], "f", str(tmp_path / "cache"))
-  refusal = errno.EROFS  # A cache that may only be read serves all the same.
+  refusal = errno.EROFS  # A read-only cache can still be used.
   assert digests.digest_files([text / "a.txt"], "f", str(tmp_path / "cache"))[0].size == len(TEXT)
 
 
 def test_a_cache_inside_the_text(text):
-  """What the cache holds is never text."""
+  """The files of a cache inside a folder of text are not taken for text."""
   config = DataConfig(path=str(text), tokenizer="train", vocab_size=300,
                       cache_dir=str(text / "cache"))
   os.utime(text / "a.txt", (0, 0))

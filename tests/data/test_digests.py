@@ -1,4 +1,4 @@
-"""Fingerprints of whole contents, and the digests that the cache keeps."""
+"""Fingerprints of whole contents, and the cache of digests."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from dense_jax.errors import InputError
 
 @pytest.fixture
 def hashed(monkeypatch):
-  """The names of the files that are hashed."""
+  """A list to which the name of each file is added when it is hashed."""
   names = []
   plain = digests.hashlib.file_digest
 
@@ -26,7 +26,7 @@ def hashed(monkeypatch):
 
 
 def _write(file, content, age=60.0):
-  """A file that was last written `age` seconds ago."""
+  """Writes a file whose modification time is `age` seconds ago."""
   file.parent.mkdir(parents=True, exist_ok=True)
   file.write_text(content)
   os.utime(file, ns=(time.time_ns(), time.time_ns() - int(age * 1e9)))
@@ -52,7 +52,7 @@ def test_a_file_is_hashed_once(tmp_path, hashed):
 
 
 def test_a_file_that_may_change_unseen_is_hashed_again(tmp_path, hashed):
-  """Within a tick of its file system's clock, the same times may be of other contents."""
+  """Within a tick of the file system's clock, contents can change and the times stay the same."""
   file = tmp_path / "text" / "a.txt"
   for age in (0.0, 1.5, -3600.0):
     _write(file, "first", age)
@@ -67,7 +67,7 @@ def test_an_edit_that_hides_its_time_is_seen(tmp_path):
   file = tmp_path / "text" / "a.txt"
   _write(file, "first")
   before, times = _fingerprint(tmp_path), os.stat(file)
-  time.sleep(0.02)  # Longer than a tick, by which the time of the inode's change tells.
+  time.sleep(0.02)  # Longer than a tick, so that the inode's change time differs.
   file.write_text("other")
   os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
   assert _fingerprint(tmp_path) != before
@@ -112,7 +112,7 @@ def test_damage_costs_a_second_look(tmp_path, hashed, damage):
   kept.write_bytes(damage(kept.read_bytes()))
   assert _fingerprint(tmp_path) == first
   assert len(hashed) > 2
-  count = len(hashed)  # What was written after the damage holds.
+  count = len(hashed)  # The digests written after the damage are valid.
   assert _fingerprint(tmp_path) == first and len(hashed) == count
 
 

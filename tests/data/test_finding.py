@@ -1,4 +1,4 @@
-"""One rule for folders and globs: no hidden names, every real file once, links followed."""
+"""The rules for folders and globs: no hidden names, each real file once, links followed."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ def _names(path):
 
 
 def _both(root):
-  """What a folder and its glob give, which is the same."""
+  """Returns the names found in a folder, and checks that its globs find the same."""
   folder = _names(root)
   assert _names(root / "**" / "*.txt") == folder
   assert _names(root / "**") == folder
@@ -42,7 +42,7 @@ def test_hidden_names_are_no_text(tmp_path):
 
 @pytest.mark.parametrize(("path", "names"), [
     (".git", ["a.txt"]),
-    (".a", ["seen.txt"]),  # Below it, the rule holds.
+    (".a", ["seen.txt"]),  # Below the folder that is spelled out, hidden names are skipped.
     (".a/.b", ["c.txt"]),
     (".a/.b/*.txt", ["c.txt"]),
     (".a/.*/*.txt", [".b/c.txt"]),
@@ -65,7 +65,8 @@ def test_links_are_followed_once(tmp_path):
   (corpus / "e.txt").symlink_to(tmp_path / "alone" / "e.txt")
   expected = ["a.txt", "disk/c.txt", "disk/deep/d.txt", "e.txt", "z/b.txt"]
   assert _both(corpus) == expected
-  # Links to what is there anyway, of files and folders, before and after it: nothing changes.
+  # Links to files and folders that are found anyway, and sort before or after them, change
+  # nothing.
   (corpus / "again").symlink_to(tmp_path / "disk" / "deep")
   (corpus / "before").symlink_to(corpus / "z")
   (corpus / "aa.txt").symlink_to(corpus / "z" / "b.txt")

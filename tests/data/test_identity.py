@@ -1,4 +1,4 @@
-"""What is said of a run's data, and of how other data differ."""
+"""Descriptions of a run's data, and explanations of how other data differ."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ BASE = {"a.txt": "a" * 1000, "notes/b.txt": "b" * 1204, "c.txt": "c" * 30, "d.tx
 
 @pytest.fixture
 def describe(tmp_path):
-  """Describes data of these files, as they come back from JSON."""
+  """Returns a function that writes files and returns the description, read back from JSON."""
 
   def described(files, folder="text", **values):
     shutil.rmtree(tmp_path / folder, ignore_errors=True)
@@ -38,7 +38,7 @@ def test_the_same_data_elsewhere(describe):
   assert identity.explain_difference(base, describe(renamed)) == []
 
 
-@pytest.mark.parametrize("every", [2, 20])  # By files, and by parts of each text.
+@pytest.mark.parametrize("every", [2, 20])  # Holds out whole files, and parts of each text.
 @pytest.mark.parametrize(("change", "lines"), [
     ({"notes/b.txt": "b" * 2000}, ["notes/b.txt has grown from 1,204 to 2,000 bytes"]),
     ({"a.txt": "a" * 999}, ["a.txt has shrunk from 1,000 to 999 bytes"]),
@@ -66,7 +66,7 @@ def test_many_changes_are_counted(describe):
   base = describe({f"{n}.txt": f"{n}" for n in range(8)}, heldout_every=2)
   more = describe({f"{n}.txt": f"{n}!" for n in range(8)}, heldout_every=2)
   lines = identity.explain_difference(base, more)
-  assert lines[4:] == [  # Five by their names.
+  assert lines[4:] == [  # Only the first five are named.
       "config.data.path: 4.txt has grown from 1 to 2 bytes",
       "config.data.path: 3 other files have changed",
   ]

@@ -34,7 +34,7 @@ def _build(tmp_path, texts, **options) -> packing.TokenStore:
 
 
 def _in_memory(lengths: list[int]) -> packing.TokenStore:
-  """A store of documents of so many tokens, each token its place in the stream."""
+  """Makes a store of documents of the given lengths; each token is its index in the stream."""
   starts = np.cumsum([0, *lengths])
   return packing.TokenStore(
       tokens=np.arange(starts[-1], dtype=np.uint16),
@@ -85,16 +85,16 @@ def test_every_token_but_bos_is_a_target_exactly_once(lengths, seq_len):
     np.add.at(seen, row["targets"][row["loss_mask"]], 1)
     document = np.searchsorted(store.starts, row["tokens"], side="right")
     real = row["segment_ids"] > 0
-    # Padding is a suffix, of the last window only, and carries nothing.
+    # Padding is a suffix of the last window only, and all zeros.
     assert real[0] and np.all(real[:-1] >= real[1:])
     assert real.all() or index == store.num_windows(seq_len) - 1
     for name, column in row.items():
       assert not column[~real].any(), name
-    # Segments are documents, numbered from 1; positions count from each one's start here.
+    # Segments are documents, numbered from 1; positions count from a segment's start in the window.
     np.testing.assert_array_equal(row["segment_ids"][real], (document - document[0] + 1)[real])
     start = np.maximum(store.starts[document - 1], index * seq_len)
     np.testing.assert_array_equal(row["positions"][real], (row["tokens"] - start)[real])
-    # The input before a counted target is its predecessor, of the same document.
+    # The input of a counted target is the token before it, of the same document.
     counted = row["loss_mask"]
     np.testing.assert_array_equal(row["tokens"][counted] + 1, row["targets"][counted])
   expected = np.ones(store.num_tokens, int)
@@ -199,7 +199,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path):
 def test_the_second_of_two_writers_takes_the_first_ones_store(tmp_path):
   source = _source(tmp_path / "text", ["ab"])
 
-  def interrupt(done):  # another process is done in the meantime
+  def interrupt(done):  # Another process finishes first.
     packing.build_store(source, ByteTokenizer(), str(tmp_path / "cache"))
 
   store = packing.build_store(source, ByteTokenizer(), str(tmp_path / "cache"), interrupt)

@@ -1,4 +1,4 @@
-"""Batches that are a pure function of the step, and the held-out order."""
+"""Training batches, which are a pure function of the step, and held-out batches in order."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ T = 8
 
 
 def _store(windows: int, seq_len: int = T) -> packing.TokenStore:
-  """Tokens that are their places in the stream, in documents of 11 tokens."""
+  """Makes a store of documents of 11 tokens; each token is its index in the stream."""
   count = windows * seq_len + 1
   starts = np.arange(0, count, 11)
   return packing.TokenStore(
@@ -140,7 +140,7 @@ def test_heldout_windows_come_in_order_and_the_last_batch_is_filled_up():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_processes_rows_together_are_the_held_out_batches(processes):
-  """Also where a process has nothing but padding, as the last of four has here."""
+  """Of four processes, the last one has only rows of padding."""
   store, rows = _store(12), 8 // processes
   whole = list(pipeline.heldout_batches(store, T, 8))
   parts = [

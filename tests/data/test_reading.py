@@ -45,7 +45,7 @@ def test_a_byte_order_mark_is_obeyed(tmp_path, name):
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
 @pytest.mark.parametrize("name", MARKED)
 def test_marked_lines_are_read_in_every_packing(tmp_path, monkeypatch, name, pack):
-  monkeypatch.setattr(reading, "_CHUNK_BYTES", 3)  # Characters lie across chunks.
+  monkeypatch.setattr(reading, "_CHUNK_BYTES", 3)  # Characters span chunks.
   suffix = {bytes: "", gzip.compress: ".gz", zstandard.compress: ".zst"}[pack]
   file = tmp_path / f"a.jsonl{suffix}"
   lines = "\ufeff" + json.dumps({"text": TEXT}, ensure_ascii=False) + '\r\n\r\n{"text": "b"}'
@@ -78,7 +78,7 @@ def test_text_full_of_nuls_is_named(tmp_path, name):
 
 
 def test_utf8_marks(tmp_path):
-  """Of a text it stays, as all else of it does; lines are JSON, of which it is no part."""
+  """A .txt keeps its UTF-8 byte order mark; before JSON lines it is dropped."""
   (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa")
   assert _read(tmp_path / "a.txt") == ["\ufeffa"]
   joined = b"\xef\xbb\xbf" + _jsonl("1") + b"\xef\xbb\xbf\n\xef\xbb\xbf" + _jsonl("2")
@@ -104,7 +104,7 @@ def _gzip_named(content: bytes) -> bytes:
 
 
 def _zstd_flushed(content: bytes) -> bytes:
-  """A frame of several blocks, without its content's size."""
+  """Compresses to one frame of several blocks that does not record the size of its content."""
   packer = zstandard.ZstdCompressor(write_content_size=False).compressobj()
   half = content.index(b"\n") + 1
   blocks = packer.compress(content[:half]) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
@@ -155,7 +155,7 @@ def test_a_file_cut_at_any_byte_is_named_or_is_whole_frames(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("suffix, tail, readable", [
-    ("gz", b"\0", True), ("gz", bytes(512), True),  # Padding, as on tapes.
+    ("gz", b"\0", True), ("gz", bytes(512), True),  # Padding with zeros, as on tapes.
     ("gz", b"x", False), ("gz", b"garbage", False), ("gz", b"\n", False), ("gz", b"\x1f", False),
     ("zst", b"\0", False), ("zst", bytes(512), False), ("zst", b"\n", False),
     ("zst", b"garbage", False), ("zst", b"\x28\xb5", False),
@@ -178,7 +178,7 @@ def test_another_kind_of_file_is_named(tmp_path, name, content):
 
 @pytest.mark.parametrize("framing", ["gz, one member", "zst, with checksums"])
 def test_a_flipped_bit_is_named_or_harmless(tmp_path, framing):
-  """It may hit what says nothing of the content, as a header's time does."""
+  """A flip is harmless in fields that do not affect the content, such as a header's time."""
   whole, suffix = b"".join(FRAMINGS[framing]), framing.partition(",")[0]
   file = tmp_path / f"a.jsonl.{suffix}"
   for place in range(len(whole)):

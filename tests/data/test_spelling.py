@@ -1,4 +1,4 @@
-"""The text of a prompt and its continuation, as tokenizers of several makes spell it."""
+"""`spell`, which decodes a prompt and its continuation, with tokenizers of several styles."""
 
 import io
 import json
@@ -18,13 +18,13 @@ TEXT = [
 ]
 T5 = {"model_type": "unigram", "vocab_size": 150, "pad_id": 0, "eos_id": 1, "unk_id": 2,
       "bos_id": -1}
-# How the tokenizers of well-known models were trained, each at a small size.
+# Training options of well-known models' tokenizers, at small sizes.
 STYLES = {
-    # A space before the text, bytes for characters that have no piece, nothing normalised.
+    # Adds a space before the text, falls back to bytes for unknown characters, normalises nothing.
     "llama": {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True,
               "character_coverage": 0.99, "normalization_rule_name": "identity",
               "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True},
-    # The same with forms of letters normalised, and repeated spaces dropped.
+    # The same, but normalises forms of letters and drops repeated spaces.
     "llama, nmt_nfkc": {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True,
                         "character_coverage": 0.99},
     "t5": T5 | {"user_defined_symbols": ["<extra_id_0>", "<extra_id_1>"]},
@@ -45,7 +45,7 @@ INPUTS = [
 
 @pytest.fixture(scope="module")
 def models():
-  """A tokenizer of each style, with SentencePiece's own processor of the same model."""
+  """Style -> a tokenizer, and SentencePiece's own processor of the same model."""
   found = {}
   for name, options in STYLES.items():
     model = io.BytesIO()
@@ -60,31 +60,31 @@ def models():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_joined_is_what_sentencepiece_spells_for_all_ids(models, style):
-  """Every input, split at every place, and random ids: bytes of half a character, unknown ones."""
+  """Tests every split of all inputs and of random ids, which include parts of characters."""
   ours, processor = models[style]
   draw = random.Random(0)
   rows = [ours.encode(text) for text in INPUTS]
   rows += [[draw.randrange(ours.vocab_size) for _ in range(9)] for _ in range(100)]
-  if style.startswith(("llama", "our own")):  # Bytes are 3 to 258.
+  if style.startswith(("llama", "our own")):  # Ids 3 to 258 are bytes.
     rows += [[draw.randrange(3, 259) for _ in range(6)] for _ in range(100)]
   for ids in rows:
     whole = processor.decode([i for i in ids if not processor.is_control(i)])
     for border in range(len(ids) + 1):
       prompt, new = spell(ours, ids[:border], ids[border:])
       assert prompt + new == whole, (ids, border)
-      # The prompt's part is what it spells alone, but for a character that is not complete.
+      # The prompt's part is the prompt decoded alone, without an incomplete last character.
       alone = ours.decode(ids[:border])
       assert alone.startswith(prompt) and set(alone[len(prompt):]) <= {"\ufffd"}
 
 
 @pytest.mark.parametrize(("style", "text", "pieces", "expected"), [
-    # The space before a continuation's first word, which its ids alone do not spell.
+    # The space before a continuation's first word, which is lost if its ids are decoded alone.
     ("llama", "the", ["▁cat", "▁sat"], ("the", " cat sat")),
     ("llama", "function", ["_", "1"], ("function", "_1")),
     ("llama", "", ["▁the", "▁cat"], ("", "the cat")),
     ("llama", "the ", ["▁", "▁cat"], ("the ", "  cat")),
     ("t5", "the", ["▁ca", "t"], ("the", " cat")),
-    # T5's normalisation: what is printed is what the model was given.
+    # T5's normalisation: the result is the text as the model sees it.
     ("t5", "  \uff21\uff22  \ufb01ne ", ["▁café"], ("AB fine", " café")),
     ("t5", "the", ["▁", "<extra_id_0>"], ("the", " <extra_id_0>")),
     ("t5, control symbols", "the", ["▁", "<extra_id_0>", "t"], ("the", " t")),
@@ -92,9 +92,9 @@ def test_joined_is_what_sentencepiece_spells_for_all_ids(models, style):
     ("no space before the text", "the", ["▁cat"], ("the", " cat")),
     ("words", "the", ["▁cat"], ("the", " cat")),
     ("our own", "x", ["<0x20>", "<0x41>"], ("x", " A")),
-    # A character whose bytes are split is the continuation's.
+    # A character whose bytes are split belongs to the continuation.
     ("llama", "the 漢", ["<0xE5>", "<0xAD>", "<0x97>"], ("the 漢", "字")),
-    # Unknown characters are spelled as SentencePiece does, by U+2047 between spaces.
+    # SentencePiece decodes unknown characters as U+2047 between spaces.
     ("t5", "漢", ["▁ca", "t"], (" \u2047 ", " cat")),
 ])
 def test_right_values(models, style, text, pieces, expected):
@@ -119,12 +119,12 @@ def test_bytes_are_spelled_together_too():
   for border in range(len(ids) + 1):
     assert "".join(spell(ours, ids[:border], ids[border:])) == "aé→😀"
   assert spell(ours, ids[:2], ids[2:]) == ("a", "é→😀")
-  assert spell(ours, ids[:2], [*ids[:1]]) == ("a\ufffd", "a")  # It was never completed.
+  assert spell(ours, ids[:2], [*ids[:1]]) == ("a\ufffd", "a")  # The character stays incomplete.
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_ids_that_are_no_text(models, style):
-  """Control ids, those beyond the vocabulary and negative ones: between the bytes of one text."""
+  """Control ids, ids beyond the vocabulary and negative ids within a text are ignored."""
   ours, _ = models[style]
   ids = ours.encode("the cat sat")
   mixed = [ours.bos_id, -1, ids[0], ours.vocab_size, *ids[1:], 10**9, ours.eos_id]
@@ -135,7 +135,7 @@ def test_ids_that_are_no_text(models, style):
 def test_a_converted_folder_gives_the_tokenizer_back(models, style, tmp_path):
   ours = tokenizer.ByteTokenizer() if style == "bytes" else models[style][0]
   files = converted_files(ours)
-  assert "tokenizer.json" not in files  # Hugging Face's own format, which this is not.
+  assert "tokenizer.json" not in files  # That name means Hugging Face's own format.
   for name, content in files.items():
     (tmp_path / name).write_bytes(content)
   again = load_saved_tokenizer(tmp_path)

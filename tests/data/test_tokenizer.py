@@ -129,7 +129,7 @@ def test_a_model_file_by_its_path(config, trained, tmp_path):
 
 
 def test_other_models_work_as_they_are(tmp_path):
-  """No bos, no byte fallback, a dummy prefix: nothing of it is ours to mend."""
+  """A model without bos and byte fallback, and with a dummy prefix, is used unchanged."""
   prefix = tmp_path / "other"
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(TEXT.split("\n")), model_prefix=str(prefix), vocab_size=80,

@@ -1,4 +1,4 @@
-"""The authors' DenseRetNet numbers: logits in every mode, loss and gradients."""
+"""Golden numbers of the authors' DenseRetNet: logits in every mode, loss and gradients."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def golden(request, tmp_path_factory):
 
 
 def _form(model, form):
-  """The model computing in another form of the recurrence."""
+  """Returns the model with another form of the recurrence."""
   options = {
       "parallel": {"implementation": "chunked", "chunk": 64},  # One chunk: all in parallel.
       "chunked": {"implementation": "chunked", "chunk": 7},
@@ -116,7 +116,7 @@ def test_what_is_saved_are_their_tensors(golden, tmp_path):
   save_hf(load_hf(str(golden["folder"])), str(tmp_path))
   saved = load_file(tmp_path / "model.safetensors")
   left_out = golden["tensors"].keys() - saved.keys()
-  assert all(".layers.0.self_attn." in name for name in left_out)  # Which it never uses.
+  assert all(".layers.0.self_attn." in name for name in left_out)  # Layer 0 does not use them.
   assert len(left_out) == 6
   for name, value in saved.items():
     np.testing.assert_array_equal(value, golden["tensors"][name], err_msg=name)
@@ -143,7 +143,7 @@ def test_bad_tensors_are_all_listed(golden, tmp_path):
 
 
 class _TorchTensor:
-  """As much of a PyTorch tensor as reading weights needs."""
+  """The part of a PyTorch tensor's interface that reading weights needs."""
 
   def __init__(self, value):
     self._value = value
@@ -183,7 +183,7 @@ def test_pytorch_file_that_is_refused_or_cannot_be_read(golden, tmp_path, monkey
   _fake_torch(monkeypatch, load)
   with pytest.raises(InputError, match="is not a file of PyTorch weights alone"):
     load_hf(str(tmp_path))
-  monkeypatch.setitem(sys.modules, "torch", None)  # An import of it fails.
+  monkeypatch.setitem(sys.modules, "torch", None)  # Makes `import torch` fail.
   with pytest.raises(InputError, match="needs PyTorch to be read"):
     load_hf(str(tmp_path))
 

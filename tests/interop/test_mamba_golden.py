@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 as transformers computes them: logits, loss and greedy continuations."""
+"""Golden numbers of transformers' Mamba and Mamba-2: logits, loss, greedy continuations."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from dense_jax.ops.cross_entropy import token_cross_entropy
 from tests.builders import with_options
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-PROMPT = 20  # tokens of `greedy` that were given
+PROMPT = 20  # The first tokens of `greedy` are the prompt.
 FORMS = {
     "mamba": [
         {"implementation": "recurrent"}, {"implementation": "associative", "chunk": 7},
@@ -32,7 +32,7 @@ def golden(request, tmp_path_factory):
   file = np.load(GOLDEN / f"{request.param}_hf.npz")
   folder = tmp_path_factory.mktemp(request.param)
   tensors = {k.removeprefix("param/"): file[k] for k in file.files if k.startswith("param/")}
-  # The file has the keys that differ from transformers' defaults, which are the reader's too.
+  # The file has only keys that differ from transformers' defaults, which the reader shares.
   config = {"model_type": request.param} | json.loads(str(file["config"]))
   save_file(tensors, folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps(config))
@@ -83,7 +83,7 @@ def test_the_embeddings_other_name(golden, tmp_path):
 def test_what_is_saved_are_their_tensors(golden, tmp_path):
   save_hf(load_hf(str(golden["folder"])), str(tmp_path))
   saved = load_file(tmp_path / "model.safetensors")
-  assert saved.keys() == golden["tensors"].keys() - {"lm_head.weight"}  # Tied: it is not saved.
+  assert saved.keys() == golden["tensors"].keys() - {"lm_head.weight"}  # A tied head is not saved.
   for name, value in saved.items():
     np.testing.assert_array_equal(value, golden["tensors"][name], err_msg=name)
   config = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""save_hf and load_hf: every model comes back bitwise, each in the layout that can say it."""
+"""save_hf and load_hf: every model is restored bitwise, from the first layout that fits it."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ MODELS = [
     ("llama", "transformer", {"tie_embeddings": True, "head_dim": 6, "rope_theta": 500.0}),
     ("DenseRetNet", "gau_retnet", RELEASED),
     ("DenseRetNet", "gau_retnet", RELEASED | {"depth": 2, "key_dim": 12, "gate_reduction": 20}),
-    # What those layouts cannot say.
+    # Models that the layouts above cannot represent.
     ("dense_jax", "mamba", {"depth": 1}),
     ("dense_jax", "mamba", {"depth": 2, "transition": "linear", "fusion": "attention"}),
     ("dense_jax", "mamba2", {"depth": 1, "inject": "inputs", "dtype": "bfloat16"}),
@@ -75,18 +75,18 @@ def test_round_trip_is_bitwise(tmp_path, layout, family, options):
     (layout, family, options) for layout, family, options in MODELS if layout != "dense_jax"
 ])
 def test_what_comes_back_is_the_same_function(tmp_path, layout, family, options):
-  """The options that no parameter's shape tells came through config.json too."""
+  """Options that the shapes of parameters do not determine are restored from config.json."""
   model = unrolled(random_model(model_config(family, **options | {"norm_eps": 0.01})))
   save_hf(model, str(tmp_path / "saved"))
   loaded, tokens = load_hf(str(tmp_path / "saved")), random_tokens(0, 2, 9)
   run = fast_jit(lambda model, tokens: model(tokens))
   difference = np.abs(run(loaded, tokens) - run(model, tokens)).max()
-  assert difference < 1e-4  # They may compute in chunks of other lengths.
+  assert difference < 1e-4  # Their chunk lengths may differ.
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer", "gau_retnet"])
 def test_every_option_of_a_family_comes_back(tmp_path, family):
-  """An option that is added to a family must be added to its layout, or be refused by it."""
+  """A new option of a family must be added to the family's layout, or be refused by it."""
   values = {
       "mamba": {"dt_rank": 3},
       "mamba2": {"head_dim": 4, "groups": 2, "dt_limit_min": 0.01, "dt_limit_max": 0.4},
@@ -153,7 +153,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
 
 
 def _changed(tmp_path, family, **changes):
-  """A saved model's folder with other keys in its config.json."""
+  """Saves a model and changes keys of its config.json; returns the folder."""
   folder = tmp_path / "saved"
   save_hf(random_model(model_config(family)), str(folder))
   config = json.loads((folder / "config.json").read_text()) | changes

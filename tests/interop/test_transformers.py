@@ -1,4 +1,4 @@
-"""What save_hf writes, as PyTorch's transformers computes it; skipped where they are not."""
+"""transformers computes the same from the files of save_hf; skipped if it is not installed."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ MODELS = [
     ("Mamba2ForCausalLM", "mamba2", {}),
     ("Mamba2ForCausalLM", "mamba2", {"groups": 1, "tie_embeddings": True, "norm_eps": 0.01}),
     ("Mamba2ForCausalLM", "mamba2", {"dt_limit_min": 0.1, "dt_limit_max": 0.4}),
-    # A LLaMA has no window: up to the context's length both compute the same.
+    # transformers' LLaMA has no window: up to the context's length both compute the same.
     ("LlamaForCausalLM", "transformer", {"kv_heads": 2, "context": 40}),
     ("LlamaForCausalLM", "transformer", {"tie_embeddings": True, "head_dim": 6, "norm_eps": 0.01,
                                          "context": 40, "rope_theta": 50.0}),

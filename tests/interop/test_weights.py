@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-  """A saved model's folder, with a tied head."""
+  """The folder of a saved model with a tied head."""
   folder = tmp_path_factory.mktemp("weights") / "saved"
   save_hf(random_model(model_config("mamba", tie_embeddings=True)), str(folder))
   return folder
@@ -34,7 +34,7 @@ def _index(shards):
 
 
 def _write(folder, config, files, index):
-  """A folder of shards, file -> tensors; their folders are made."""
+  """Writes a folder with a config.json, shards (file -> tensors) and an index."""
   folder.mkdir()
   (folder / "config.json").write_text(config)
   for name, tensors in files.items():
@@ -60,7 +60,7 @@ def test_each_tensor_is_the_one_of_the_shard_that_the_index_names(tmp_path, save
   for file, which in zip(names, ("first", "second"), strict=True):
     others = wrong if stale in (which, "both") else {}
     files[file] = others | {name: tensors[name] for name in tensors if shards[name] == file}
-    if stale == "unknown":  # What the index does not name is not read.
+    if stale == "unknown":  # A tensor that the index does not name is not read.
       files[file]["model.extra"] = np.zeros(3, np.float32)
   config = (saved / "config.json").read_text()
   folder = _write(tmp_path / "sharded", config, files, _index(shards))
@@ -95,7 +95,7 @@ def test_shards_of_pytorch_follow_their_index_too(tmp_path, saved, monkeypatch):
     (tmp_path / name).touch()
   _assert_same(tmp_path, get_params(load_hf(str(saved))))
 
-  # What torch reads need not be tensors by name; damage can make it raise anything.
+  # A file may hold anything but tensors by name, and a damaged one can raise anything.
   for content, message in [
       ([1, 2], "expected tensors by name"), ({3: Tensor(0)}, "expected tensors by name"),
       ({name: "text" for name in names}, "no dense tensor"),
@@ -116,7 +116,7 @@ def test_shards_of_pytorch_follow_their_index_too(tmp_path, saved, monkeypatch):
 
 
 def test_one_file_goes_before_shards(tmp_path, saved):
-  """As in transformers: an index that was left beside it is not read."""
+  """As in transformers, an index beside a single file is not read."""
   (tmp_path / "model.safetensors").symlink_to(saved / "model.safetensors")
   (tmp_path / "config.json").symlink_to(saved / "config.json")
   (tmp_path / INDEX).write_text("{")
@@ -124,7 +124,7 @@ def test_one_file_goes_before_shards(tmp_path, saved):
 
 
 def test_a_shard_may_be_a_link_out_of_the_folder(tmp_path, saved):
-  """As in Hugging Face's cache: it is the folder's owner who made the link, not the index."""
+  """Links out of the folder are made by its owner, not by the index: Hugging Face's cache does."""
   (tmp_path / "config.json").symlink_to(saved / "config.json")
   (tmp_path / ONE).symlink_to(saved / "model.safetensors")
   (tmp_path / INDEX).write_text(_index(dict.fromkeys(load_file(saved / "model.safetensors"), ONE)))
@@ -171,7 +171,7 @@ def test_shards_that_lack_something_are_named(tmp_path):
 
 
 def _raw(header, data=b"\0" * 8, length=None):
-  """A safetensors file as its bytes."""
+  """Returns the bytes of a safetensors file."""
   text = header if isinstance(header, bytes) else json.dumps(header).encode()
   return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -205,7 +205,7 @@ def test_numbers_of_an_unknown_kind_are_named(tmp_path, dtype):
 
 
 def _changed(tmp_path, saved, change):
-  """The saved model with other tensors."""
+  """Writes the saved model with changed tensors; returns the folder."""
   tensors = dict(load_file(saved / "model.safetensors"))
   change(tensors)
   save_file(tensors, tmp_path / "model.safetensors")
@@ -231,7 +231,7 @@ def test_names_of_one_tensor_that_agree(tmp_path, saved, names, alone):
 @pytest.mark.parametrize("name", ["lm_head.weight", OTHER])
 @pytest.mark.parametrize("other", ["value", "shape"])
 def test_names_of_one_tensor_that_differ_are_refused(tmp_path, saved, name, other):
-  """Silence would take one of two; which one is not ours to guess."""
+  """If two names of one tensor disagree, no choice between them would be safe."""
   def change(tensors):
     value = tensors[EMBEDDING].copy()
     value[3, 2] += 1
@@ -242,7 +242,7 @@ def test_names_of_one_tensor_that_differ_are_refused(tmp_path, saved, name, othe
 
 
 def test_integers_are_no_weights(tmp_path, saved):
-  """Quantised weights, without the scales that they need."""
+  """Integers are quantised weights, which are useless without their scales."""
   name = "backbone.norm_f.weight"
 
   def change(tensors):
@@ -272,7 +272,7 @@ def test_absurd_sizes_are_refused_at_once(tmp_path, saved, key, value):
   (tmp_path / "config.json").write_text(json.dumps(config))
   (tmp_path / "model.safetensors").symlink_to(saved / "model.safetensors")
   if isinstance(value, int) and key in ("layer_norm_epsilon", "time_step_max") and value < 1e308:
-    load_hf(str(tmp_path))  # A number that a float holds.
+    load_hf(str(tmp_path))  # A valid float.
     return
   with pytest.raises(InputError, match=f"config.json: {key}|does not fit its config.json"):
     load_hf(str(tmp_path))
@@ -314,4 +314,4 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
   modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "a").rglob("*")}
   files = dict.fromkeys(("config.json", "model.safetensors", "tokenizer.model"), 0o666 & ~umask)
   assert modes == {"b": 0o777 & ~umask} | files
-  assert (tmp_path / "there").stat().st_mode & 0o777 == 0o750  # As it was.
+  assert (tmp_path / "there").stat().st_mode & 0o777 == 0o750  # Unchanged.

@@ -1,9 +1,10 @@
-"""A gcloud whose workers are folders of this machine.
+"""A stand-in for gcloud whose workers are folders on this machine.
 
-It writes down each call, plays back the states of a queued resource, and runs what is sent to a
-worker in that worker's home, where `python3` and what it installs are stand-ins too. What is
-called python there writes down its arguments, its A and its folder, and ends with the statuses
-that were asked for, one after the other; "hang" trains until it is killed.
+It records each call, plays back the given states of a queued resource, and runs the commands for
+a worker in that worker's home folder, where `python3` and the programs it installs are stand-ins
+too. The stand-in for the training's python records its arguments, the environment variable A and
+its folder, and exits with the given statuses, one at each start; the status "hang" means that it
+runs until it is killed.
 """
 
 import json
@@ -108,7 +109,7 @@ sys.exit(int(lines[0]))
 
 
 class Cloud:
-  """What the stand-in plays back, and what it was asked."""
+  """Sets the answers of the stand-in, and tells how it was called."""
 
   def __init__(self, root: pathlib.Path) -> None:
     self._root = root
@@ -122,37 +123,37 @@ class Cloud:
     self.trains("0")
 
   def states(self, *states: str) -> None:
-    """Those of the resource while it is there, one a question; the last one stays."""
+    """Sets the resource's states while it exists, one for each query; the last one stays."""
     (self._root / "states").write_text("\n".join(states))
 
   def trains(self, *first: str, second: tuple[str, ...] = ()) -> None:
-    """How training ends on the first and the second worker, start after start."""
+    """Sets the statuses of training on the first and the second worker, one for each start."""
     for worker, statuses in enumerate([first, second or first]):
       (self._root / "statuses" / str(worker)).write_text("\n".join(statuses))
 
   def is_there(self) -> None:
-    """The resource has been made before."""
+    """Makes the resource exist already."""
     (self._root / "there").touch()
 
   def fails(self, times: int) -> None:
-    """The next calls get no answer."""
+    """Makes the next calls fail, as without a network."""
     (self._root / "network_failures").write_text(str(times))
 
   @property
   def calls(self) -> list[list[str]]:
-    """All calls, without the program's name and what all begin with."""
+    """The arguments of all calls, without `gcloud compute tpus`."""
     return [call[3:] for call, _ in read_calls(self._root / "calls")]
 
   @property
   def verbs(self) -> list[str]:
-    """What was asked in turn, without questions for the state and what workers were told."""
+    """The verbs of all calls in order, without `describe` and `ssh`."""
     return [verb for _, verb, *_ in self.calls if verb not in ("describe", "ssh")]
 
   def trained(self, node: str, worker: int) -> list[tuple[list[str], str | None, str]]:
-    """Of each start on a worker: arguments, the variable A, and the folder."""
+    """Returns arguments, the variable A, and the folder of each start of training on a worker."""
     file = self.home(node, worker) / "trained"
     return [tuple(json.loads(line)) for line in file.read_text().splitlines()]
 
   def home(self, node: str, worker: int) -> pathlib.Path:
-    """A worker's home."""
+    """Returns a worker's home folder."""
     return self._root / "workers" / node / str(worker)

@@ -1,4 +1,4 @@
-"""Programs that stand in for those of a cloud or a cluster."""
+"""Stand-ins for the programs of a cloud or a cluster."""
 
 import json
 import pathlib
@@ -13,21 +13,21 @@ with open({calls!r}, "a") as file:
 
 
 def write_program(folder: pathlib.Path, name: str, python: str) -> None:
-  """A program of that name, of which `python` is the source."""
+  """Writes a program with the Python source `python`."""
   folder.mkdir(exist_ok=True)
   file = folder / name
-  # Without what the interpreter reads when it starts: these programs run often.
+  # -I and -S make the interpreter start faster: these programs run often.
   file.write_text(f"#!{sys.executable} -IS\n{python}")
   file.chmod(0o755)
 
 
 def write_recorders(folder: pathlib.Path, calls: pathlib.Path, *names: str) -> None:
-  """Programs that only write down how they were called; see `read_calls`."""
+  """Writes programs that only record their calls in the file `calls`; see `read_calls`."""
   for name in names:
     write_program(folder, name, _RECORDER.format(calls=str(calls)))
 
 
 def read_calls(calls: pathlib.Path) -> list[tuple[list[str], str]]:
-  """The calls in order: program and arguments, and the XLA_FLAGS that it got."""
+  """Returns the calls in order: (program and arguments, the value of XLA_FLAGS)."""
   lines = calls.read_text().splitlines() if calls.exists() else []
   return [(call, flags) for call, flags in map(json.loads, lines)]

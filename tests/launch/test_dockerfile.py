@@ -35,7 +35,7 @@ def test_tpu_is_the_default_and_the_python_is_supported():
 
 
 def test_commands_find_the_project():
-  """xpk copies this folder's files to /app, and starts commands in the image's own folder."""
+  """xpk copies this folder's files to /app, but starts commands in the image's WORKDIR."""
   assert re.search(r"^WORKDIR /app$", DOCKERFILE, re.M)
   assert "ENTRYPOINT" not in DOCKERFILE
   for source in re.findall(r"^COPY (.*) \./?$", DOCKERFILE, re.M):

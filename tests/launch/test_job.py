@@ -1,4 +1,4 @@
-"""What a launcher checks before anything is paid for."""
+"""A launcher's checks before anything costs money."""
 
 import argparse
 import re

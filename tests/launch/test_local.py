@@ -1,4 +1,4 @@
-"""The launcher of local processes: arguments, output, statuses, signals. No process here is jax."""
+"""The launcher of local processes: arguments, output, statuses, signals. No process uses jax."""
 
 import signal
 import subprocess
@@ -11,7 +11,7 @@ from launch import local
 from tests.helpers import ROOT
 
 LAUNCHER = [sys.executable, str(ROOT / "launch" / "local.py")]
-# A process knows its number from its last argument.
+# The last argument of a process is its number.
 NUMBER = "import os, signal, sys, time\nnumber = int(sys.argv[-1].removeprefix('--process-id='))\n"
 
 

@@ -1,7 +1,7 @@
-"""launch/README.md, followed line by line: by bash, with stand-ins for all programs.
+"""Runs the commands of launch/README.md in bash, with stand-ins for all programs.
 
-What they were called with is then given to the real parsers: launchers run with --dry-run, and
-training commands up to where they would build anything.
+The recorded arguments are then given to the real programs: launchers run with --dry-run, and
+training commands run until they would begin to build something.
 """
 
 import math
@@ -26,7 +26,7 @@ PROGRAMS = ("python", "make", "docker", "xpk", "kubectl", "gcloud", "sbatch", "s
 
 
 class ReachedError(Exception):
-  """A command has parsed its arguments, and would begin."""
+  """Raised when a command has parsed its arguments and would begin to work."""
 
 
 def reached(*arguments, **keywords):
@@ -35,7 +35,7 @@ def reached(*arguments, **keywords):
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
-  """What the README's blocks call, as bash reads them: arguments, and XLA_FLAGS."""
+  """The calls of the README's code blocks in bash: (program and arguments, XLA_FLAGS)."""
   folder = tmp_path_factory.mktemp("readme")
   (folder / "project" / ".venv" / "bin").mkdir(parents=True)
   (folder / "project" / ".venv" / "bin" / "activate").touch()
@@ -52,7 +52,7 @@ def calls(tmp_path_factory):
 
 @pytest.fixture
 def dry(monkeypatch, tmp_path):
-  """Commands stop where they would begin, and what is in a bucket need not be reachable."""
+  """Makes commands stop before they begin, and paths in buckets valid without a library."""
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(files, "_reads_buckets", lambda: True)
   monkeypatch.setattr(train, "_run", reached)
@@ -77,7 +77,7 @@ def check_reached(main: Callable[[list[str]], int], arguments: list[str]) -> Non
 
 
 def check_train(arguments: list[str], devices: int = 0) -> None:
-  """A training command; on so many devices, where that is known."""
+  """Checks a training command, and its mesh if the number of devices is known (not 0)."""
   check_reached(train.main, arguments)
   overrides = [a.removeprefix("--config.").split("=", 1) for a in arguments if "--config." in a]
   config = experiment.load(arguments[arguments.index("--config") + 1], overrides)
@@ -88,7 +88,7 @@ def check_train(arguments: list[str], devices: int = 0) -> None:
 
 
 def check_python(arguments: list[str], xla_flags: str) -> None:
-  """`python ...`: a launcher's dry run, or a command of dense_jax as far as its arguments go."""
+  """Checks `python ...`: launchers by a dry run, commands of dense_jax by their arguments."""
   if arguments[0] == "launch/local.py":
     first = arguments.index("--")
     check_reached(local.main, arguments[1:])
@@ -102,7 +102,7 @@ def check_python(arguments: list[str], xla_flags: str) -> None:
   assert dash_m == "-m"
   launchers = {"launch.xpk": xpk.main, "launch.tpu_vm": tpu_vm.main}
   if module in launchers:
-    # Nothing else stands between a dry run and the real one.
+    # A real run and its dry run must differ in nothing else.
     rest = [argument for argument in rest if argument != "--dry-run"]
     assert launchers[module]([*rest, "--dry-run"]) == 0
   elif module == "dense_jax.cli.train":
@@ -115,7 +115,7 @@ def check_python(arguments: list[str], xla_flags: str) -> None:
 
 
 def check_sbatch(arguments: list[str]) -> None:
-  """`sbatch [OPTION ...] SCRIPT ARGUMENT ...`."""
+  """Checks `sbatch [OPTION ...] SCRIPT ARGUMENT ...`."""
   script = next(index for index, word in enumerate(arguments) if not word.startswith("--"))
   assert (ROOT / arguments[script]).is_file()
   check_train(arguments[script + 1:])
@@ -144,7 +144,7 @@ def test_every_command_works(calls, dry, capfd):
       check_make(arguments)
     elif program == "docker":
       check_docker(arguments)
-  # What each launcher asks of others was seen, in full: nothing was left to chance.
+  # The launchers' dry runs did get as far as their main command.
   out = capfd.readouterr().out
   assert out.count("$ xpk workload create") == 3
   assert out.count("$ gcloud compute tpus queued-resources create") == 3
@@ -165,7 +165,7 @@ def test_every_launcher_is_there(calls):
 
 
 def test_a_dry_run_is_the_command_that_follows_it(calls):
-  """What is tried dry is what is then paid for."""
+  """Each dry run is followed by the same command without --dry-run."""
   plain = [call for call, _ in calls]
   tried = 0
   for index, call in enumerate(plain):

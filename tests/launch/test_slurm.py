@@ -17,7 +17,7 @@ ARGUMENTS = ["--config", "experiments/smoke.py", "--workdir", "/shared/a b", "--
 
 @pytest.fixture
 def job(tmp_path):
-  """A function of what srun does (Python), the job's state and its environment: a process."""
+  """Returns a function that runs the script; it is given srun's Python source and a job state."""
   programs = tmp_path / "bin"
 
   def start(srun, state="RUNNING", **environment):
@@ -45,8 +45,9 @@ def directives():
 def test_directives():
   given = directives()
   assert len(given) == SCRIPT.read_text().count("\n#SBATCH")
-  assert given["ntasks-per-node"] == given["gpus-per-node"]  # One process a GPU, as jax expects.
-  # To the tasks, not to the script's shell (which would be B:TERM), before the time is up.
+  # One process per GPU, as jax expects.
+  assert given["ntasks-per-node"] == given["gpus-per-node"]
+  # The signal goes to the tasks, not to the script's shell (which would be B:TERM).
   assert re.fullmatch(r"TERM@\d+", given["signal"])
   assert "requeue" in given and given["open-mode"] == "append"
 
@@ -56,7 +57,7 @@ def test_tasks_train_with_the_scripts_arguments(job):
   ((*options, python, dash_m, module), ) = [job.calls()[0][:-len(ARGUMENTS)]]
   assert job.calls()[0][-len(ARGUMENTS):] == ARGUMENTS
   assert (python, dash_m, module) == ("/shared/env/bin/python", "-m", "dense_jax.cli.train")
-  # A task that saves and ends must not have the others killed.
+  # When one task saves and ends, srun must not kill the others.
   assert options == ["--kill-on-bad-exit=0", "--wait=300"]
 
 

@@ -1,4 +1,4 @@
-"""The launcher of TPU VMs against a stand-in for gcloud: what it asks, and when."""
+"""The launcher of TPU VMs with a stand-in for gcloud: its calls and their order."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def cloud(tmp_path, monkeypatch):
   if (tmp_path / "there").exists():
     stand_in.states("ACTIVE")
     stand_in.fails(0)
-    tpu_vm.main(["delete", *WHERE])  # What still trains must not outlive the test.
+    tpu_vm.main(["delete", *WHERE])  # Ends processes that would outlive the test.
 
 
 def train(*more):
@@ -80,7 +80,7 @@ def test_the_resource_is_deleted_in_the_end(cloud):
 
 def test_after_a_preemption_it_is_asked_for_again(cloud, capfd):
   cloud.trains("hang", "0")
-  # Waited for, looked at, gone; then the second one.
+  # The first resource is waited for, is polled once, and goes; then comes the second one.
   cloud.states("ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED", "PROVISIONING", "ACTIVE")
   assert train("--spot") == 0
   assert cloud.verbs == ["create", "scp", "delete", "create", "scp", "delete"]
@@ -103,7 +103,7 @@ def test_what_is_deleted_meanwhile_is_not_asked_for_again(cloud, capfd):
 
 
 def test_a_failure_starts_all_workers_again_on_the_same_machines(cloud):
-  # The second worker waits for the first, as in a collective: it is killed.
+  # The second worker hangs, as in a collective without the first, and must be killed.
   cloud.trains("1", "0", second=("hang", "0"))
   assert train("--keep") == 0
   assert cloud.verbs == ["create", "scp", "scp"]
@@ -194,7 +194,7 @@ def test_how_a_job_has_ended(cloud, capfd):
   for folder in jobs:
     os.killpg(int((folder / "pid").read_text()), signal.SIGKILL)
   assert status() == ["137, 137"]
-  (jobs[1] / "status").unlink()  # As after the machine was started anew.
+  (jobs[1] / "status").unlink()  # As after a restart of the machine.
   assert status() == ["137, killed"]
 
 
@@ -216,7 +216,7 @@ def test_a_dry_run_calls_nothing(cloud, capfd):
   out = capfd.readouterr().out
   assert all(line[0] in "#$" for line in out.splitlines())
   verbs = re.findall(r"^\$ gcloud compute tpus (?:tpu-vm|queued-resources) (\w+)", out, re.M)
-  # What only asks is shown once.
+  # Commands that change nothing are shown only once.
   assert verbs == ["describe", "create", "ssh", "scp", "ssh", "ssh", "delete"]
 
 

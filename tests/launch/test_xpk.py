@@ -1,4 +1,4 @@
-"""The GKE launcher: xpk's own dry run of what it submits, and what it refuses."""
+"""The GKE launcher: the manifest that xpk's own dry run makes of a job, and bad input."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def in_the_project(monkeypatch):
 
 @pytest.fixture
 def manifest(tmp_path, monkeypatch):
-  """A function of more arguments: the JobSet that the real xpk makes, in its dry run."""
+  """Returns a function that makes the JobSet with the real xpk's dry run, given more arguments."""
   try:
     xpk.find_xpk()
   except InputError:
@@ -68,7 +68,7 @@ def test_manifest_has_slices_hosts_chips_and_restarts(manifest, capfd):
   (rule,) = spec["podFailurePolicy"]["rules"]
   assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
   restarted = set(rule["onExitCodes"]["values"])
-  # An interruption or a crash, an abort, a kill, SIGTERM; bad input is not among them.
+  # An interruption or a crash, an abort, a kill and SIGTERM restart the job; bad input does not.
   assert {1, 128 + signal.SIGABRT, 128 + signal.SIGKILL, 128 + signal.SIGTERM} < restarted
   assert not {0, 2} & restarted
 
@@ -112,7 +112,7 @@ def test_the_container_passes_sigterm_on_and_its_status_back(manifest, tmp_path,
   ))
   write_program(tmp_path / "bin", "sleep", "import time\ntime.sleep(0.02)")
   environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-  # As sent to a pod's first process, and to it alone.
+  # SIGTERM is sent to the first process only, as Kubernetes sends it to a container's.
   process = subprocess.Popen(container["command"], env=environment, stdout=subprocess.PIPE)
   while process.poll() is None and not (tmp_path / "started").exists():
     time.sleep(0.02)
