@@ -10,8 +10,8 @@ class DenseConfig:
   """Dense hidden connections (arXiv 2403.00818); docs/dense.md says which to use when."""
 
   depth: int = integer(
-      0, 0, help="m: how many of the layers directly below each dense layer reads; 0 means the "
-      "base model")
+      0, 0, help="m: how many of the layers directly below each dense layer reads, fewer than "
+      "model.layers; 0 means the base model")
   start: int = integer(
       1, 1, help="the first dense layer, counted from 0; layer 0 has nothing below it")
   stride: int = integer(1, 1, help="every stride-th layer from start on is dense")

@@ -23,12 +23,12 @@ def _field(default: Any, valid: str, check: Callable[[Any], bool], help: str) ->
   )
 
 
-def choice(default: str, *options: str, help: str = "") -> Any:
+def choice(default: str, *options: str, help: str) -> Any:
   """Declares a field whose value is one of `options`."""
   return _field(default, "one of " + ", ".join(options), lambda value: value in options, help)
 
 
-def integer(default: int, low: int, high: int = LARGEST, *, help: str = "") -> Any:
+def integer(default: int, low: int, high: int = LARGEST, *, help: str) -> Any:
   """Declares a field whose value is an integer in [low, high]."""
   valid = f"an integer >= {low} and <= {high}"
   return _field(default, valid, lambda value: low <= value <= high, help)
@@ -36,7 +36,7 @@ def integer(default: int, low: int, high: int = LARGEST, *, help: str = "") -> A
 
 def number(
     default: float, low: float, high: float = math.inf, *, open_low: bool = False,
-    open_high: bool = False, help: str = "",
+    open_high: bool = False, help: str,
 ) -> Any:
   """Declares a field whose value is a finite number in [low, high]; an open end is excluded."""
   valid = f"a number {'>' if open_low else '>='} {low:g}"
@@ -48,17 +48,17 @@ def number(
   )
 
 
-def flag(default: bool, *, help: str = "") -> Any:
+def flag(default: bool, *, help: str) -> Any:
   """Declares a field whose value is true or false."""
   return _field(default, "true or false", lambda value: True, help)
 
 
-def text(default: str, valid: str, *, help: str = "") -> Any:
+def text(default: str, valid: str, *, help: str) -> Any:
   """Declares a field whose value is text; who uses it checks it, and `valid` says for what."""
   return _field(default, valid, lambda value: True, help)
 
 
-def group(cls: type | None, *, help: str = "") -> Any:
+def group(cls: type | None, *, help: str) -> Any:
   """Declares a field that is a group of keys: an instance of `cls`, or None for any class."""
   metadata = {"help": help}
   if cls is None:
