@@ -45,7 +45,7 @@ def test_the_listing_is_of_the_experiment_that_is_given(main, capsys, monkeypatc
   assert all(len(line) <= 80 for line in out.splitlines())
   words = " ".join(out.split())
   for line in ("width = 192 D: channels of the residual stream [an integer >= 1]",
-               "heads = 4 H: heads; N = K / H [an integer >= 1]", "heldout_path = '' held-out text;",
+               "heads = 4 H: heads; N = K / H [an integer >= 1]", "heldout_path = '' held-out text",
                "config.model.dense: dense hidden connections; docs/dense.md depth = 1 m: how many",
                "tie_embeddings = true whether the head is the embedding's transpose [true or"):
     assert line in words
