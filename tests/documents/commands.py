@@ -64,9 +64,16 @@ def words(command: str) -> list[str]:
   return list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), split))
 
 
-def problem(command: str) -> str | None:
-  """Says what is wrong with a command; None if nothing is, or if it has placeholders."""
+def problem(command: str, named: bool = False) -> str | None:
+  """Says what is wrong with a command; None if nothing is, or if it has placeholders.
+
+  Args:
+    command: a line of a shell.
+    named: it stands in text, where `dense-jax compile` names a command without its arguments.
+  """
   program, *arguments = words(command)
+  if named and program == "dense-jax" and arguments in [[name] for name in console.COMMANDS]:
+    return None
   if re.search(r"<\w+>|\bCOMMAND\b|\.\.\.$", command):
     return None
   try:

@@ -23,7 +23,7 @@ def span_problem(span: str, beside: pathlib.Path) -> str | None:
   """Says what is not so in a code span of a document in the folder `beside`."""
   words = commands.words(span)
   if words and words[0] in commands.PROGRAMS:
-    return commands.problem(span)
+    return commands.problem(span, named=True)
   if span.startswith("--"):
     return _first(map(_option_problem, (word for word in words if word.startswith("--"))))
   case = re.fullmatch(r"(\S+\.py) -k (\w+)", span)
