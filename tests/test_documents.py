@@ -111,7 +111,7 @@ def test_a_planted_falsehood_is_found(text, message):
         "`ExperimentConfig`, `sharding.constrain`, `LanguageModel.init_state`, `nnx.split`",
         "[x](docs/dense.md#options), [y](https://arxiv.org/abs/2403.00818)",
         "`make`, `make test-slow ARGS='-k drift'`, `pip install -e '.[gcs]'`",
-        "`dense-jax report`, `dense-jax COMMAND --help`, `dense-jax help`, `dense-jax train --help`",
+        "`dense-jax report`, `dense-jax COMMAND --help`, `dense-jax train --help`",
         "`python -m experiments.<name>`, `python -m experiments.benchmarks.cpu --json FILE`",
         f"    $ dense-jax train {SMOKE} --workdir x --config.train.z_loss=-1\n"
         "    error: config.train.z_loss = -1.0 is not valid: expected a number >= 0",
