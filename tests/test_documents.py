@@ -81,7 +81,7 @@ def found(text: str) -> list[str]:
         (f"```bash\nX=1 python -m dense_jax.cli.train {SMOKE} --workdir x --config.seed=-1\n```",
          "README.md:2: X=1 python -m dense_jax.cli.train"),
         ("`dense-jax train --config experiments/none.py --workdir x`", "experiments/none.py"),
-        ("`dense-jax train --config FILE --workdir x --config.train.stepz=1`", "key train.stepz"),
+        ("`dense-jax train --config FILE --workdir x --config.train.stepz=1`", "train.stepz;"),
         ("    python launch/local.py --processes 2 -- dense-jax trian", "did you mean train?"),
         ("    python -m experiments.benchmarks.cpu --quik", "unrecognized arguments: --quik"),
         (f"    sbatch launch/slurm.sbatch {SMOKE} --workdir x --config.sed=1", "config.seed?"),

@@ -15,9 +15,10 @@ from dense_jax import experiment
 from dense_jax.cli import common
 from dense_jax.cli import main as console
 from dense_jax.errors import InputError
-from tests.documents.keys import key_problem
 from tests.documents.sources import PACKAGES, sources
 from tests.helpers import ROOT
+
+SMOKE = str(ROOT / "experiments" / "smoke.py")  # Stands in where a command says FILE.
 
 
 class ParsedError(Exception):
@@ -69,13 +70,16 @@ def problem(command: str, named: bool = False) -> str | None:
 
   Args:
     command: a line of a shell.
-    named: it stands in text, where `dense-jax compile` names a command without its arguments.
+    named: it stands in text, where `dense-jax compile` or `python -m dense_jax.cli.compile` names
+      a command without its arguments.
   """
   program, *arguments = words(command)
-  if named and program == "dense-jax" and arguments in [[name] for name in console.COMMANDS]:
-    return None
   if re.search(r"<\w+>|\bCOMMAND\b|\.\.\.$", command):
     return None
+  if named and program == "dense-jax" and arguments in [[name] for name in console.COMMANDS]:
+    return None
+  if named and program == "python" and arguments[:1] == ["-m"] and not arguments[2:]:
+    return None if sources().module_path(arguments[1]) else f"there is no module {arguments[1]}"
   try:
     found = PROGRAMS[program](arguments)
   except InputError as error:
@@ -104,6 +108,8 @@ def _python(arguments: list[str]) -> str | None:
 def _parse(main: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> str | None:
   """Calls `main` as far as its parser, and loads the experiment that the arguments name."""
   original = argparse.ArgumentParser.parse_args
+  arguments = [SMOKE if word.startswith("FILE") and before == "--config" else word
+               for before, word in zip(["", *arguments], arguments, strict=False)]
 
   def parse_args(self, arguments=None, namespace=None):
     raise ParsedError(original(self, arguments, namespace))
@@ -125,15 +131,9 @@ def _parse(main: Callable[[Sequence[str]], object], arguments: Sequence[str]) ->
 
 
 def _load(spec: str | None, overrides: list[tuple[str, str]]) -> None:
-  """Loads an experiment; where FILE stands in its place, looks at the keys alone."""
-  overrides = [(key, value) for key, value in overrides if key != "KEY"]
-  if spec is None or spec.startswith("FILE"):
-    for key, value in overrides:
-      found = key_problem(key, value)
-      if found:
-        raise InputError(found)
-  else:
-    experiment.load(spec, overrides)
+  """Loads the experiment of a command that has one."""
+  if spec is not None:
+    experiment.load(spec, [(key, value) for key, value in overrides if key != "KEY"])
 
 
 def _console(arguments: list[str]) -> str | None:
@@ -153,7 +153,7 @@ def _make(arguments: list[str]) -> str | None:
     if not re.search(rf"^{name} \??=", makefile, re.M):
       return f"the Makefile has no variable {name}"
     if name == "ARGS" and "train" in targets:
-      _load("experiments/smoke.py", common.take_overrides(shlex.split(value))[1])
+      _load(SMOKE, common.take_overrides(shlex.split(value))[1])
     elif name == "ARGS":
       return _pytest(shlex.split(value))
   return None

@@ -79,7 +79,7 @@ def _path_problem(name: str, beside: pathlib.Path) -> str | None:
   if not name or tree.has_path(name, beside):
     return None
   is_code = name.endswith(CODE_SUFFIXES) or name in ("Makefile", "Dockerfile")
-  if not is_code and tree.spells(name.strip("/")):
+  if name in tree.strings or (not is_code and tree.spells(name.strip("/"))):
     return None
   return f"there is no `{name}`" if is_code else f"`{name}` is neither in the tree nor in the code"
 
