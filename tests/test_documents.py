@@ -44,7 +44,7 @@ def found(text: str) -> list[str]:
         ("\nIn `attic/`.", "README.md:2: `attic/` is neither in the tree nor in the code"),
         ("`interopp/<name>.py`", "`interopp` is neither in"),
         ("It writes `metrics.yaml`.", "`metrics.yaml` is neither in"),
-        ("`tests/ops/test_lti.py -k drifft`", "tests/ops/test_lti.py has no drifft"),
+        ("`tests/test_files.py -k drifft`", "tests/test_files.py has no drifft"),
         ("`dense_jax.cli.trian`", "there is no `dense_jax.cli.trian`"),
         ("`dense_jax.config.ModelConf`", "there is no `dense_jax.config.ModelConf`"),
         ("`sharding.constrian`", "no module sharding has constrian"),
