@@ -201,7 +201,7 @@ def test_the_rooms_are_there():
         ("dense_jax/ops/__init__.py", "from ..config import X", "__init__.py:1: ops -> config"),
         ("dense_jax/layers/a.py", "def f():\n  from ..models import lm", "a.py:2: layers -> mo"),
         ("dense_jax/types.py", "from dense_jax import config", "types.py:1: types -> config"),
-        ("dense_jax/config.py", "import dense_jax.sharding", "config.py:1: config -> sharding"),
+        ("dense_jax/config/a.py", "import dense_jax.sharding", "a.py:1: config -> sharding"),
         ("dense_jax/data/a.py", "from dense_jax.models import lm", "a.py:1: data -> models"),
         ("dense_jax/training/a.py", "import dense_jax.data", "a.py:1: training -> data"),
         ("dense_jax/evaluation/a.py", "import dense_jax.training", "evaluation -> training"),

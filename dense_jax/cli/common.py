@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from dense_jax import distributed, experiment
+from dense_jax.cli import CONSOLE_COMMAND, is_console_command
 from dense_jax.cli.terminal import printable
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
@@ -37,9 +38,10 @@ _DISK_ERRORS = frozenset({
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
-  """An argument parser for `python -m dense_jax.cli.<module>`."""
+  """Makes the argument parser of a command, with the name under which it was called."""
+  called = f"{CONSOLE_COMMAND} " if is_console_command() else "python -m dense_jax.cli."
   return argparse.ArgumentParser(
-      prog=f"python -m dense_jax.cli.{module}",
+      prog=called + module,
       description=description,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
@@ -58,6 +60,19 @@ def split_overrides(
     command: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
   """Parses `arguments`; --config.KEY=VALUE (or --config.KEY VALUE) come back as pairs."""
+  plain, overrides = take_overrides(arguments)
+  return command.parse_args(plain), overrides
+
+
+def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+  """Takes --config.KEY=VALUE and --config.KEY VALUE out of `arguments`.
+
+  Returns:
+    The other arguments, and pairs of a dotted key without "config." and its text.
+
+  Raises:
+    InputError: a key has no value.
+  """
   prefix = "--config."
   plain, overrides = [], []
   rest = iter(arguments)
@@ -71,7 +86,7 @@ def split_overrides(
       if not value or value.startswith("--"):
         raise InputError(f"{argument} has no value: expected {argument}=VALUE")
     overrides.append((key, value))
-  return command.parse_args(plain), overrides
+  return plain, overrides
 
 
 def keep_compiled_programs() -> None:

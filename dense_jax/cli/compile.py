@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from dense_jax import experiment, sharding
-from dense_jax.cli import aot, common
+from dense_jax.cli import aot, common, config_help
 from dense_jax.cli.common import scaled
 from dense_jax.config import ExperimentConfig, MeshConfig, field_types, invalid
 from dense_jax.data.tokenizer import ByteTokenizer
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str]) -> int:
                        help="train step (default), eval loss, prefill of a prompt of seq_len, "
                        "decode of one token; all of train.batch_size rows")
   command.add_argument("--json", metavar="FILE", help="write the figures there")
+  config_help.add_argument(command)
+  if config_help.is_asked(arguments):
+    return config_help.show(command, arguments)
   options, overrides = common.split_overrides(command, arguments)
   config = _with_vocab(experiment.load(options.config, overrides))
   count = len(aot.topology_devices(options.topology))

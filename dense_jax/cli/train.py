@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from dense_jax import distributed, experiment, sharding
-from dense_jax.cli import common, report, run_folder
+from dense_jax.cli import common, config_help, report, run_folder
 from dense_jax.cli.memory import check_memory
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.pipeline import Datasets, TrainBatches, heldout_batches, load_datasets
@@ -155,6 +155,9 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
   command.add_argument("--workdir", required=True, help="where the run is kept")
   common.add_process_arguments(command)
+  config_help.add_argument(command)
+  if config_help.is_asked(arguments):
+    return config_help.show(command, arguments)
   options, overrides = common.split_overrides(command, arguments)
   config = experiment.load(options.config, overrides)
   workdir = make_path(options.workdir, "--workdir")

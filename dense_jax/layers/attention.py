@@ -36,24 +36,19 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-  """The family's own options.
+  """The family's own options."""
 
-  Attributes:
-    heads: H, heads of queries.
-    kv_heads: J, heads of keys and values, a divisor of `heads`; 0 takes `heads`.
-    head_dim: N, even; 0 takes D / heads.
-    rope_theta: the rotation's angles fall from 1 to nearly 1 / rope_theta.
-    context: tokens that a token attends to at most, itself included: the cache's length.
-    ffn_width: of the feed-forward layer; 0 takes 8/3 D rounded up to a multiple of 64,
-      which has about as many parameters as two maps to 4 D and back.
-  """
-
-  heads: int = integer(4, 1)
-  kv_heads: int = integer(0, 0)
-  head_dim: int = integer(0, 0)
-  rope_theta: float = number(10000.0, 1, open_low=True)
-  context: int = integer(2048, 1)
-  ffn_width: int = integer(0, 0)
+  heads: int = integer(4, 1, help="H: heads of queries")
+  kv_heads: int = integer(
+      0, 0, help="J: heads of keys and values, a divisor of heads; 0 means heads")
+  head_dim: int = integer(0, 0, help="N, even: channels of a head; 0 means D / heads")
+  rope_theta: float = number(
+      10000.0, 1, open_low=True,
+      help="the rotation's angles fall from 1 to nearly 1 / rope_theta radians a token")
+  context: int = integer(
+      2048, 1, help="tokens that a token attends to at most, itself included: the cache's length")
+  ffn_width: int = integer(
+      0, 0, help="width of the feed-forward layer; 0 means 8/3 D rounded up to a multiple of 64")
 
   def __post_init__(self) -> None:
     if self.kv_heads and self.heads % self.kv_heads:

@@ -19,17 +19,12 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class GauRetNetConfig:
-  """The family's own options.
+  """The family's own options."""
 
-  Attributes:
-    heads: H.
-    key_dim: K, the query/key width of all heads together; 0 takes D / 2.
-    expand: E = expand * D.
-  """
-
-  heads: int = integer(2, 1)
-  key_dim: int = integer(0, 0)
-  expand: int = integer(2, 1)
+  heads: int = integer(2, 1, help="H: heads; N = K / H")
+  key_dim: int = integer(
+      0, 0, help="K: width of queries and keys, all heads together; 0 means D / 2")
+  expand: int = integer(2, 1, help="E = expand * D: width of values, all heads together")
 
 
 class GauRetNet(Retention):

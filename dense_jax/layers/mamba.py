@@ -34,13 +34,9 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig(SelectiveConfig):
-  """Mamba's own options, beside those of `SelectiveConfig`.
+  """Mamba's own options, beside those of `SelectiveConfig`."""
 
-  Attributes:
-    dt_rank: rank of the map to dt; 0 takes ceil(D / 16).
-  """
-
-  dt_rank: int = integer(0, 0)
+  dt_rank: int = integer(0, 0, help="rank of the map to dt; 0 means ceil(D / 16)")
 
 
 @jax.tree_util.register_dataclass

@@ -34,19 +34,13 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Mamba2Config(SelectiveConfig):
-  """Mamba-2's own options, beside those of `SelectiveConfig`.
+  """Mamba-2's own options, beside those of `SelectiveConfig`."""
 
-  Attributes:
-    head_dim: P.
-    groups: J, groups of heads that share B and C.
-    dt_limit_min, dt_limit_max: dt is clipped to this range; dt_limit_max 0 is no limit.
-  """
-
-  state_size: int = integer(128, 1)
-  head_dim: int = integer(64, 1)
-  groups: int = integer(1, 1)
-  dt_limit_min: float = number(0.0, 0)
-  dt_limit_max: float = number(0.0, 0)
+  state_size: int = integer(128, 1, help="N: state numbers of each of a head's channels")
+  head_dim: int = integer(64, 1, help="P: channels of a head; divides E, and H = E / P")
+  groups: int = integer(1, 1, help="J: groups of heads that share B and C; divides H")
+  dt_limit_min: float = number(0.0, 0, help="dt is raised to at least this")
+  dt_limit_max: float = number(0.0, 0, help="dt is cut to at most this; 0 means no limit")
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -22,19 +22,13 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class RetNetConfig:
-  """The family's own options.
+  """The family's own options."""
 
-  Attributes:
-    heads: H.
-    key_dim: K, the query/key width of all heads together; 0 takes D.
-    expand: E = expand * D, the width of values.
-    ffn_width: of the feed-forward layer; 0 takes 2 D.
-  """
-
-  heads: int = integer(4, 1)
-  key_dim: int = integer(0, 0)
-  expand: int = integer(2, 1)
-  ffn_width: int = integer(0, 0)
+  heads: int = integer(4, 1, help="H: heads; N = K / H")
+  key_dim: int = integer(
+      0, 0, help="K: width of queries and keys, all heads together; 0 means D")
+  expand: int = integer(2, 1, help="E = expand * D: width of values, all heads together")
+  ffn_width: int = integer(0, 0, help="width of the feed-forward layer; 0 means 2 D")
 
 
 def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:

@@ -39,18 +39,14 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class S4Config:
-  """S4's own options.
+  """S4's own options."""
 
-  Attributes:
-    state_size: N, real numbers of a channel's state: N / 2 conjugate pairs.
-    dt_min, dt_max: the range of dt at initialisation.
-    ffn_width: of the feed-forward layer; 0 takes 4 D.
-  """
-
-  state_size: int = integer(64, 2)
-  dt_min: float = number(1e-3, 0, open_low=True)
-  dt_max: float = number(1e-1, 0, open_low=True)
-  ffn_width: int = integer(0, 0)
+  state_size: int = integer(
+      64, 2, help="N, even: real numbers of each channel's state, N / 2 conjugate pairs")
+  dt_min: float = number(
+      1e-3, 0, open_low=True, help="lower end of dt at initialisation, which is log-uniform")
+  dt_max: float = number(1e-1, 0, open_low=True, help="upper end of dt at initialisation")
+  ffn_width: int = integer(0, 0, help="width of the feed-forward layer; 0 means 4 D")
 
   def __post_init__(self) -> None:
     if self.state_size % 2:
@@ -63,15 +59,14 @@ class S4Config:
 
 @dataclasses.dataclass(frozen=True)
 class S4DConfig(S4Config):
-  """S4D's own options, beside those of `S4Config`.
+  """S4D's own options, beside those of `S4Config`."""
 
-  Attributes:
-    init: of A: "lin", "inv" or "legs".
-    discretization: "zoh" or "bilinear".
-  """
-
-  init: str = choice("lin", "lin", "inv", "legs")
-  discretization: str = choice("zoh", "zoh", "bilinear")
+  init: str = choice(
+      "lin", "lin", "inv", "legs",
+      help="how A starts (arXiv 2206.11893): S4D-Lin, S4D-Inv, or LegS without its low-rank part")
+  discretization: str = choice(
+      "zoh", "zoh", "bilinear",
+      help="from continuous time to steps: zero-order hold, exp(dt A), or the bilinear map")
 
 
 def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:

@@ -16,21 +16,16 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveConfig:
-  """Options that selective families share.
+  """Options that selective families share."""
 
-  Attributes:
-    expand: E = expand * D.
-    state_size: N.
-    conv_width: W, taps of the short convolution.
-    dt_min, dt_max, dt_floor: the range of dt at initialisation.
-  """
-
-  expand: int = integer(2, 1)
-  state_size: int = integer(16, 1)
-  conv_width: int = integer(4, 2)
-  dt_min: float = number(1e-3, 0, open_low=True)
-  dt_max: float = number(1e-1, 0, open_low=True)
-  dt_floor: float = number(1e-4, 0, open_low=True)
+  expand: int = integer(2, 1, help="E = expand * D: inner channels")
+  state_size: int = integer(16, 1, help="N: state numbers of each inner channel")
+  conv_width: int = integer(4, 2, help="W: taps of the short convolution")
+  dt_min: float = number(
+      1e-3, 0, open_low=True, help="lower end of dt at initialisation, which is log-uniform")
+  dt_max: float = number(1e-1, 0, open_low=True, help="upper end of dt at initialisation")
+  dt_floor: float = number(
+      1e-4, 0, open_low=True, help="dt at initialisation is raised to at least this")
 
   def __post_init__(self) -> None:
     if self.dt_min > self.dt_max:

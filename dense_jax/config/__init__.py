@@ -1,0 +1,35 @@
+"""Configuration as frozen dataclasses that validate themselves.
+
+One definition serves all. A field is declared once, with its default, what is valid and one line
+of meaning (`fields`); `defaults` turns a dataclass into the nested dict that an experiment file
+edits (as an `ml_collections.ConfigDict`), `build` turns the edited dict back, and every error names
+the key, the value and what would be valid. Below `build` a configuration is an object with typed
+attributes, never a dict. `dense_jax.cli.config_help` prints all keys, from the same fields.
+"""
+
+from dense_jax.config.build import build, defaults, field_types
+from dense_jax.config.data import DataConfig
+from dense_jax.config.dense import DenseConfig
+from dense_jax.config.experiment import ExperimentConfig
+from dense_jax.config.fields import (
+  LARGEST,
+  LARGEST_SEED,
+  choice,
+  flag,
+  group,
+  integer,
+  invalid,
+  number,
+  text,
+  unknown_key,
+)
+from dense_jax.config.mesh import MeshConfig
+from dense_jax.config.model import ModelConfig
+from dense_jax.config.optimizer import OptimizerConfig
+from dense_jax.config.train import TrainConfig
+
+__all__ = [
+  "LARGEST", "LARGEST_SEED", "DataConfig", "DenseConfig", "ExperimentConfig", "MeshConfig",
+  "ModelConfig", "OptimizerConfig", "TrainConfig", "build", "choice", "defaults", "field_types",
+  "flag", "group", "integer", "invalid", "number", "text", "unknown_key",
+]

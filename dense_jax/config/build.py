@@ -1,0 +1,71 @@
+"""From config dataclasses to nested dicts, and back with every check."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from dense_jax.config.fields import invalid, unknown_key
+
+ConfigT = TypeVar("ConfigT")
+
+
+def defaults(config: Any) -> dict[str, Any]:
+  """Returns a config dataclass (or a class, for its defaults) as a nested plain dict."""
+  instance = config() if isinstance(config, type) else config
+  return dataclasses.asdict(instance)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+  """Returns the fields of a config dataclass and their annotated types."""
+  hints = typing.get_type_hints(cls)
+  return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _typed(key: str, value: Any, annotation: Any) -> Any:
+  """Returns `value` as `annotation`; an int is also a float, nothing else is converted."""
+  if annotation is float and type(value) is int and abs(value) < 2**1023:  # A float holds it.
+    return float(value)
+  if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
+    raise invalid(key, value, f"a value of type {annotation.__name__}")
+  return value
+
+
+def build(
+    cls: type[ConfigT],
+    values: Mapping[str, Any],
+    key: str = "config",
+    variants: Mapping[str, type] | None = None,
+) -> ConfigT:
+  """Builds and validates a config dataclass from a nested dict.
+
+  Args:
+    cls: the dataclass.
+    values: its fields' values; a field that is missing takes its default.
+    key: the dotted path of `values`, for error messages.
+    variants: dotted path -> the dataclass to build there, for the fields whose class
+      depends on another field (``config.model.mixer`` on the family).
+
+  Raises:
+    InputError: an unknown key, a wrong type, a value out of range.
+  """
+  variants = variants or {}
+  types = field_types(cls)
+  for name in values:
+    if name not in types:
+      raise unknown_key(f"{key}.{name}", list(types))
+  built = {}
+  for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # ConfigT is a dataclass
+    if field.name not in values:
+      continue
+    path, value = f"{key}.{field.name}", values[field.name]
+    nested: Any = variants.get(path, types[field.name])
+    if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+      if not isinstance(value, Mapping):
+        raise invalid(path, value, f"the keys {', '.join(field_types(nested))}")
+      built[field.name] = build(nested, value, path, variants)
+      continue
+    built[field.name] = _typed(path, value, types[field.name])
+    if "check" in field.metadata and not field.metadata["check"](built[field.name]):
+      raise invalid(path, value, field.metadata["valid"])
+  return cls(**built)

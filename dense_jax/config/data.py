@@ -1,0 +1,38 @@
+"""Text, tokens and rows: `config.data`."""
+
+import dataclasses
+
+from dense_jax.config.fields import integer, text
+
+_TEXT = "a file, directory or glob of .txt, .jsonl, .jsonl.gz, .jsonl.zst"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text, tokens and batches.
+
+  A .txt file is one document of at most 1 GiB. A .jsonl file has a document in the `text` field of
+  each line, of at most 128 MiB. In directories and globs, names that begin with a dot are passed
+  over, links are followed, and each real file is read once. Text is UTF-8, or UTF-16 or UTF-32 with
+  a byte order mark.
+  """
+
+  path: str = text(
+      "stdlib", f"stdlib, or {_TEXT}",
+      help="text to train on, here or in a bucket (gs://BUCKET/...); stdlib means the sources of "
+      "Python's standard library")
+  heldout_path: str = text(
+      "", f"empty, or {_TEXT}", help="held-out text; empty holds out a part of path")
+  heldout_every: int = integer(
+      20, 2, help="every n-th file is held out; of fewer than n files every n-th document; of "
+      "fewer than n documents the last 1/n of the text")
+  seq_len: int = integer(256, 1, help="T: tokens of a row")
+  tokenizer: str = text(
+      "train", "train, bytes, or the path of a SentencePiece .model file",
+      help="train means SentencePiece, trained on the training text and cached; bytes means one "
+      "token for each byte")
+  vocab_size: int = integer(4096, 300, help="pieces of a tokenizer that is trained")
+  cache_dir: str = text(
+      "~/.cache/dense_jax", "a local directory",
+      help="where trained tokenizers, tokenized text and digests of text files are kept between "
+      "runs")

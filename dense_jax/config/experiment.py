@@ -1,0 +1,25 @@
+"""All that defines a run: `config`."""
+
+import dataclasses
+
+from dense_jax.config.data import DataConfig
+from dense_jax.config.fields import LARGEST_SEED, group, integer
+from dense_jax.config.mesh import MeshConfig
+from dense_jax.config.model import ModelConfig
+from dense_jax.config.optimizer import OptimizerConfig
+from dense_jax.config.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """All that defines a run; what an experiment file edits."""
+
+  seed: int = integer(
+      0, 0, LARGEST_SEED, help="of the parameters' initial values and of the order of the rows")
+  model: ModelConfig = group(ModelConfig, help="the language model")
+  data: DataConfig = group(DataConfig, help="text, tokens and rows")
+  optimizer: OptimizerConfig = group(
+      OptimizerConfig, help="AdamW and its learning-rate schedule")
+  train: TrainConfig = group(TrainConfig, help="the training run")
+  mesh: MeshConfig = group(
+      MeshConfig, help="devices by axis; one size may be -1, which takes the devices that are left")
