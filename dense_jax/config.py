@@ -293,12 +293,11 @@ class OptimizerConfig:
 
   Attributes:
     learning_rate: the peak.
-    schedule: after a linear warm-up: "cosine"; "wsd" (warm-up, stable, linear decay);
-      "polynomial"; "constant".
-    warmup_fraction: of all steps.
-    decay_fraction: of all steps, the decay of "wsd".
+    schedule: what follows a linear warm-up; "wsd" is stable, then decays linearly.
+    schedule_steps: the schedule's length, after which the rate stays; 0 takes `train.steps`.
+    warmup_fraction, decay_fraction: of that length: the warm-up; the decay of "wsd".
     power: of "polynomial".
-    final_fraction: of the peak, at the last step.
+    final_fraction: of the peak, at the schedule's last step.
     weight_decay: decoupled; which parameters decay: `dense_jax.training.optimizer`.
     clip_norm: the gradient's global norm is clipped to it; 0 does not clip.
     first_moment_dtype, second_moment_dtype: in which AdamW's moments are kept between
@@ -308,6 +307,7 @@ class OptimizerConfig:
 
   learning_rate: float = number(1e-3, 0, open_low=True)
   schedule: str = choice("cosine", "cosine", "wsd", "polynomial", "constant")
+  schedule_steps: int = integer(0, 0)
   warmup_fraction: float = number(0.05, 0, 1)
   decay_fraction: float = number(0.2, 0, 1)
   power: float = number(1.0, 0, open_low=True)

@@ -32,13 +32,14 @@ ROOMS = {
     "models": ("layers", "ops", "errors", "batch", "types", "config", "sharding"),
     "data": ("errors", "batch", "config", "files"),
     "training": _MODEL,
-    "evaluation": _MODEL,
+    "evaluation": (*_MODEL, "data"),
     "generation": _MODEL,
     "interop": (*_MODEL, "outputs"),
     "costs": ("errors",),
     "experiment": ("models", "errors", "config", "files"),
-    "cli": (*_MODEL, "data", "training", "evaluation", "generation", "costs", "interop",
-            "experiment", "outputs"),
+    "runs": (*_MODEL, "data", "training", "evaluation", "generation", "costs", "experiment",
+             "outputs"),
+    "cli": (*_MODEL, "data", "generation", "interop", "experiment", "outputs", "runs"),
 }
 
 # Room -> libraries that it does without.

@@ -29,7 +29,7 @@ from dense_jax.costs.chips import CHIPS, Bound, bound
 from dense_jax.costs.hlo import Cost, program_cost
 from dense_jax.costs.hlo_text import OpenLoopError
 from dense_jax.errors import InputError
-from dense_jax.evaluation.perplexity import Evaluator
+from dense_jax.evaluation.perplexity import Scorer
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import abstract_model, get_params, logical_axes, with_params
 from dense_jax.ops import dispatch
@@ -73,7 +73,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompiledProgram:
   """What the compiler says of a program, a chip.
 
   Attributes:
@@ -131,7 +131,7 @@ def compile_program(
     program: str = "train",
     *,
     say: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> CompiledProgram:
   """Compiles a program of a run for a TPU topology.
 
   Args:
@@ -170,7 +170,7 @@ def compile_program(
     say("reading")
     cost, note = _cost(compiled.as_text())
     limits = bound(cost, chip)
-  return Report(
+  return CompiledProgram(
       config, topology, dict(mesh.shape), program, len(devices), seconds, memory, cost, limits,
       note,
   )
@@ -263,8 +263,8 @@ def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
     batch = trainer.batch_shapes(batch_size, seq_len)
     if program == "train":
       return _jitted(trainer.train_step).lower(trainer.state_shapes, batch)
-    evaluator = Evaluator(trainer.model, chunk=config.train.loss_chunk)
-    return _jitted(evaluator.score).lower(trainer.state_shapes.params, batch)
+    scorer = Scorer(trainer.model, chunk=config.train.loss_chunk)
+    return _jitted(scorer.score).lower(trainer.state_shapes.params, batch)
 
   # As generation runs: with every layer compiled apart.
   sharding.check_batch(batch_size, seq_len, 1, mesh)
