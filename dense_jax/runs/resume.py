@@ -112,8 +112,8 @@ def check(
     allow_change: keys that were asked for by name, with or without "config.".
 
   Raises:
-    InputError: keys that never change differ, or keys that change when asked do and were not
-      asked for; it names each with both values, and the flag.
+    InputError: keys that never change differ; fewer steps than are done; or keys that change
+      when asked do, and were not asked for. It names each with both values, and the flag.
   """
   check_allowed(now, allow_change)
   old, new = keys(before), keys(now)
@@ -133,6 +133,11 @@ def check(
     )
   for key in never:
     raise invalid(f"config.{key}", new[key], f"{old[key]}, with which the run began")
+  if now.train.steps < step:
+    raise invalid(
+        f"config.{_STEPS}", now.train.steps,
+        f"an integer >= {step}, the steps that the run in --workdir has done",
+    )
   if _rates_to_come(before, step) == _rates_to_come(now, step):
     changed = [key for key in changed if key not in (_STEPS, _SCHEDULE_STEPS)]
   elif now.optimizer.schedule_steps or before.optimizer.schedule_steps:

@@ -50,11 +50,6 @@ def check_config(
   steps = saved_steps(workdir / CHECKPOINTS)
   if steps:
     resume.check(experiment.read(workdir), config, steps[-1], allow_change)
-    if config.train.steps < steps[-1]:
-      raise invalid(
-          "config.train.steps", config.train.steps,
-          f"an integer >= {steps[-1]}, the steps that the run in --workdir has done",
-      )
   elif workdir.exists() and not _has_run(workdir):
     foreign = [e.name for e in workdir.iterdir() if e != workdir and not _is_leftover(e)]
     if foreign:

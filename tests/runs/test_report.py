@@ -1,4 +1,4 @@
-"""A finished run's report: losses of any size, text that a terminal would obey."""
+"""A run's report: losses of any size, text that a terminal would obey."""
 
 import io
 import json
@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dense_jax.cli import report
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.evaluation.perplexity import HeldOut
+from dense_jax.runs import plot, report
+from dense_jax.runs.formatting import table
+from dense_jax.runs.scoring import Score
 
 NAN, INF = math.nan, math.inf
 
@@ -30,49 +32,38 @@ def test_any_losses_are_drawn(tmp_path, training, heldout):
   (tmp_path / "metrics.jsonl").write_text(text)
   with warnings.catch_warnings():
     warnings.simplefilter("error")
-    file = report.plot_loss(tmp_path)
+    file = plot.plot_loss(tmp_path)
   image = np.asarray(Image.open(io.BytesIO(file.read_bytes())).convert("L"))
   assert (image < 200).sum() > 100  # Axes, at least.
 
 
-@pytest.mark.parametrize(("held_out", "bits", "line"), [
-    (HeldOut(535.9, 100), 1.793,
-     "held-out loss 5.3590 nats/token, perplexity 212.51, 1.793 bits/byte"),
-    (HeldOut(535.9, 100, 256), 1.793,
-     "held-out loss 5.3590 nats/token, perplexity 212.51, 1.793 bits/byte (context: fresh every "
-     "256 tokens)"),
-    (HeldOut(5084.25, 1), 7338.5,
-     "held-out loss 5084.2500 nats/token, perplexity inf, 7338.500 bits/byte"),
-    (HeldOut(500.0, 1), 1e30,
-     "held-out loss 500.0000 nats/token, perplexity 1.404e+217, 1.000e+30 bits/byte"),
-    (HeldOut(1e300, 1), INF, "held-out loss 1.000e+300 nats/token, perplexity inf, inf bits/byte"),
-    (HeldOut(NAN, 1, 32), NAN, "held-out loss nan (context: fresh every 32 tokens)"),
-    (HeldOut(INF, 1), INF, "held-out loss inf"), (HeldOut(-INF, 1), -INF, "held-out loss -inf"),
-])
-def test_one_line_of_figures(held_out, bits, line):
-  assert report.perplexity_line(held_out, bits) == line
-
-
-def _data(tokenizer, documents):
-  """Held-out documents as `samples` and `comparison` see them."""
+def _store(tokenizer, documents):
+  """Held-out documents as `samples` sees them."""
   rows = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in documents]
   starts = np.cumsum([0, *map(len, rows[:-1])])
   tokens = np.concatenate([np.asarray(row) for row in rows])
-  store = types.SimpleNamespace(
-      tokens=tokens, starts=starts, num_documents=len(rows), num_tokens=len(tokens),
-      num_targets=len(tokens) - len(rows), num_bytes=sum(len(text.encode()) for text in documents),
-  )
-  source = [types.SimpleNamespace(text=text) for text in documents]
   return types.SimpleNamespace(
-      tokenizer=tokenizer, heldout=store, train_source=source, heldout_source=source)
+      tokens=tokens, starts=starts, num_documents=len(rows), num_tokens=len(tokens))
 
 
 @pytest.mark.parametrize("loss", [2.0, 1e4, 1e300, 0.0, INF, NAN])
-def test_the_closing_table_of_any_loss(loss):
-  data = _data(ByteTokenizer(), ["some text", "a"])
-  text = report.comparison(HeldOut(loss, 1, 64), data, "this model", [1.0, INF, NAN])
-  assert "fresh every 64 tokens" in text
+def test_the_table_of_any_loss(loss):
+  score = Score(HeldOut(loss, 1, 64), loss / 2, 10, windows=9, scored=9)
+  metrics = [{"step": step, "tokens_per_second": speed, "peak_memory_bytes": step * 2**20}
+             for step, speed in enumerate([1.0, INF, 3.0, NAN])]
+  rows = report.comparison(score, b"some text", b"a", "this model", metrics[:3])
+  assert dict(rows)["training tokens/s (median)"] == "3"
+  assert dict(rows)["peak memory (RSS)"] == "2 MiB"
+  assert dict(rows)["context"] == "fresh every 64 tokens"
+  text = table(report.comparison(score, b"some text", b"a", "this model", metrics))
   assert max(map(len, text.splitlines())) < 70
+
+
+def test_the_table_says_how_much_was_scored_and_leaves_out_what_is_not_known():
+  score = Score(HeldOut(2.0, 1), 1.0, 10, windows=1000, scored=64)
+  rows = dict(report.comparison(score, b"some text", b"a", "this model", [{"step": 1}]))
+  assert rows["windows scored"] == "64 of 1,000"
+  assert not {"context", "training tokens/s (median)", "peak memory (RSS)"} & set(rows)
 
 
 @pytest.mark.parametrize(("document", "new", "expected"), [
@@ -95,5 +86,6 @@ def test_samples_join_to_what_is_spelled(monkeypatch, document, new, expected):
       return [list(new) for _ in prompts]
 
   monkeypatch.setattr(report, "Generator", Stub)
-  data = _data(ByteTokenizer(), [document])
-  assert report.samples(None, data, seed=0) == [expected, expected]
+  tokenizer = ByteTokenizer()
+  store = _store(tokenizer, [document])
+  assert report.samples(None, store, tokenizer, seed=0) == [expected, expected]
