@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from jax.sharding import AbstractMesh
 
 from dense_jax import experiment, sharding
+from dense_jax.cli import common
 from dense_jax.config import invalid
 from dense_jax.costs.chips import CHIPS
 
@@ -78,6 +79,7 @@ class Job:
     experiment: FILE.py[:ARG], the file relative to the project's folder.
     workdir: gs://BUCKET/..., which all workers share.
     overrides: dotted keys without "config.", and their text.
+    allow_change: keys that may differ from those of the run in `workdir`.
     environment: variables to be set.
     tpu_type: what each slice is.
     slices: their number.
@@ -87,6 +89,7 @@ class Job:
   experiment: str
   workdir: str
   overrides: tuple[tuple[str, str], ...]
+  allow_change: tuple[str, ...]
   environment: dict[str, str]
   tpu_type: TpuType
   slices: int
@@ -96,6 +99,8 @@ class Job:
   def arguments(self) -> list[str]:
     """Of `dense_jax.cli.train`."""
     changes = [f"--config.{key}={value}" for key, value in self.overrides]
+    if self.allow_change:
+      changes.append(f"--allow-change={','.join(self.allow_change)}")
     return ["--config", self.experiment, "--workdir", self.workdir, *changes]
 
   def command(self, python: str) -> str:
@@ -136,6 +141,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
   parser.add_argument("--workdir", required=True, metavar="gs://BUCKET/...",
                       help="where the run is kept")
+  common.add_allow_change_argument(parser)
   parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE",
                       help="set in each worker's environment; shown, so no secrets")
 
@@ -179,8 +185,9 @@ def parse_job(options: argparse.Namespace, overrides: Sequence[tuple[str, str]])
     if not value.isprintable():
       raise invalid(f"config.{key}", value, "text in one line")
   return Job(
-      _relative(options.config), options.workdir, tuple(overrides), _environment(options.env),
-      tpu_type, slices, config.train.batch_size,
+      _relative(options.config), options.workdir, tuple(overrides),
+      tuple(common.allowed_changes(options, config)), _environment(options.env), tpu_type, slices,
+      config.train.batch_size,
   )
 
 

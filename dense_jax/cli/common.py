@@ -16,8 +16,10 @@ from typing import Any
 import jax
 
 from dense_jax import distributed
+from dense_jax.config import ExperimentConfig
 from dense_jax.errors import InputError
 from dense_jax.interrupt import Interrupt, Output, Stopped
+from dense_jax.runs import resume
 from dense_jax.runs.formatting import printable
 
 COMPILED = "~/.cache/dense_jax/compiled"
@@ -42,6 +44,25 @@ def add_process_arguments(command: argparse.ArgumentParser) -> None:
                        "listens; Slurm, Open MPI and TPU slices need none of the three")
   command.add_argument("--processes", type=int, metavar="N", help="their number")
   command.add_argument("--process-id", type=int, metavar="I", help="this one's, from 0 to N - 1")
+
+
+def add_allow_change_argument(command: argparse.ArgumentParser) -> None:
+  """--allow-change."""
+  command.add_argument(
+      resume.FLAG, default="", metavar="KEY,...",
+      help="keys that may differ from the run's, though they alter its course",
+  )
+
+
+def allowed_changes(options: argparse.Namespace, config: ExperimentConfig) -> list[str]:
+  """The keys of --allow-change.
+
+  Raises:
+    InputError: one of them is none that can be asked for.
+  """
+  allowed = [key.strip() for key in options.allow_change.split(",") if key.strip()]
+  resume.check_allowed(config, allowed)
+  return allowed
 
 
 def split_overrides(

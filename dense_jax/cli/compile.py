@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from dense_jax import experiment, sharding
 from dense_jax.cli import common
-from dense_jax.config import ExperimentConfig, MeshConfig, field_types, invalid
-from dense_jax.data.tokenizer import ByteTokenizer
+from dense_jax.config import MeshConfig, field_types, invalid
 from dense_jax.outputs import check_file, write_json
 from dense_jax.runs import compile as programs
 from dense_jax.runs.formatting import scaled, table
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
                        "decode of one token; all of train.batch_size rows")
   command.add_argument("--json", metavar="FILE", help="write the figures there")
   options, overrides = common.split_overrides(command, arguments)
-  config = _with_vocab(experiment.load(options.config, overrides))
+  config = experiment.load(options.config, overrides)
   count = len(programs.topology_devices(options.topology))
   mesh = _parse_mesh(options.mesh) if options.mesh else programs.fit_mesh(config.mesh, count)
   config = dataclasses.replace(config, mesh=mesh)
@@ -63,16 +62,6 @@ def _parse_mesh(text: str) -> MeshConfig:
       raise invalid("--mesh", text, f"AXIS=SIZE,... with axes {', '.join(axes)}")
     sizes[axis] = int(size)
   return MeshConfig(**sizes)
-
-
-def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
-  """The configuration with the vocabulary that its tokenizer will have."""
-  kind = config.data.tokenizer
-  sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
-  size = config.model.vocab_size or sizes.get(kind, 0)
-  if not size:
-    raise invalid("config.model.vocab_size", 0, f"the number of pieces of the tokenizer {kind}")
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def _describe(report: programs.CompiledProgram) -> str:

@@ -30,15 +30,11 @@ def main(arguments: Sequence[str]) -> int:
   command.epilog = _EPILOG
   command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
   command.add_argument("--workdir", required=True, help="where the run is kept")
-  command.add_argument(
-      resume.FLAG, default="", metavar="KEY,...",
-      help="keys that may differ from the run's, though they alter its course",
-  )
+  common.add_allow_change_argument(command)
   common.add_process_arguments(command)
   options, overrides = common.split_overrides(command, arguments)
   config = experiment.load(options.config, overrides)
-  allowed = [key.strip() for key in options.allow_change.split(",") if key.strip()]
-  resume.check_allowed(config, allowed)  # Before processes wait for each other.
+  allowed = common.allowed_changes(options, config)  # Before processes wait for each other.
   distributed.initialize(options.coordinator, options.processes, options.process_id)
   with Interrupt() as interrupt:
     result = runs.train_run(config, options.workdir, allow_change=allowed, interrupt=interrupt)

@@ -16,8 +16,9 @@ from dense_jax.runs.report import Report, write_report
 from dense_jax.runs.restoring import Run, restore
 from dense_jax.runs.scoring import Score, evaluate_run
 from dense_jax.runs.training import RunResult, train_run
+from dense_jax.training.loop import Hook, Moment
 
 __all__ = [
-    "CompiledProgram", "Evaluator", "HeldOutLoss", "Report", "Run", "RunResult", "Score",
-    "Snapshot", "compile_program", "evaluate_run", "restore", "train_run", "write_report",
+    "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "Moment", "Report", "Run", "RunResult",
+    "Score", "Snapshot", "compile_program", "evaluate_run", "restore", "train_run", "write_report",
 ]

@@ -1,0 +1,21 @@
+"""The report's command line: what it refuses before it restores anything."""
+
+import pytest
+
+from dense_jax import runs
+from dense_jax.cli import report
+from dense_jax.errors import InputError
+
+
+@pytest.mark.parametrize("option", ["--batches=-1", "--batch-size=0"])
+def test_bad_options_are_named_before_a_run_is_loaded(monkeypatch, option):
+  monkeypatch.setattr(runs, "write_report", None)
+  name, _, value = option.partition("=")
+  with pytest.raises(InputError, match=f"^{name} = {value} is not valid: expected an integer >= "):
+    report.main(["--workdir", "run", option])
+
+
+def test_a_folder_without_a_run_or_a_checkpoint_is_named(tmp_path):
+  with pytest.raises(InputError, match=r"expected a run with config\.json"):
+    report.main(["--workdir", str(tmp_path)])
+  assert not list(tmp_path.iterdir())
