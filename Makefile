@@ -3,10 +3,12 @@
 #   PYTHON  the Python (>= 3.11) that makes the environment; the first suitable one if empty
 #   VENV    the environment's folder
 #   ARGS    more arguments for the command that a target runs
+#   WORKDIR the folder of the run that `make train` makes or goes on with
 
 PYTHON ?=
 VENV ?= .venv
 ARGS ?=
+WORKDIR ?= runs/smoke
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
@@ -29,8 +31,9 @@ help: ## this list
 	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv312]"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 20
 
-train: $(VENV)/.installed ## the main job: train a small DenseMamba; ARGS="--config.train.steps=10"
-	$(BIN)/python -m dense_jax.cli.train --config experiments/smoke.py --workdir runs/smoke $(ARGS)
+train: $(VENV)/.installed ## the main job: train a small DenseMamba, and report; ARGS="--config.train.steps=10"
+	$(BIN)/python -m dense_jax.cli.train --config experiments/smoke.py --workdir "$(WORKDIR)" $(ARGS)
+	$(BIN)/python -m dense_jax.cli.report --workdir "$(WORKDIR)"
 
 setup: $(VENV)/.installed-dev $(TPU_COMPILER) ## what `make test` needs and does by itself
 

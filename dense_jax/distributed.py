@@ -26,7 +26,7 @@ from dense_jax.types import Array, PyTree
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 _GOODBYE_SECONDS = 5.0
 _MESSAGE_BYTES = 4096
-# At the end, the other processes wait for process 0, which scores, samples and plots.
+# At the end the processes wait for each other, one of which may still be writing.
 _SHUTDOWN_SECONDS = 3600
 
 

@@ -28,11 +28,6 @@ from dense_jax.files import parse_json, write_atomically
 from dense_jax.models.registry import family
 
 CONFIG_FILE = "config.json"
-# Keys that change how a run computes, or where it caches, but not what it is. Where text and
-# tokenizer lie may change: what they hold is compared.
-_FREE = ("config.model.implementation", "config.model.chunk", "config.model.remat",
-         "config.data.cache_dir", "config.data.path", "config.data.heldout_path",
-         "config.data.tokenizer")
 _MIXER = "config.model.mixer"
 
 
@@ -158,52 +153,3 @@ def read(workdir: epath.Path) -> ExperimentConfig:
     return resolve(values)
   except (OSError, TypeError, ValueError) as error:  # An InputError is a ValueError.
     raise InputError(f"{file} cannot be read as a run's configuration: {error}") from error
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-  flat = {}
-  for key, value in values.items():
-    path = f"{prefix}.{key}"
-    flat.update(_flat(value, path) if isinstance(value, Mapping) else {path: value})
-  return flat
-
-
-def check_same_run(before: ExperimentConfig, now: ExperimentConfig) -> None:
-  """Whether a run can go on with another configuration.
-
-  Raises:
-    InputError: model or data differ from what the run was made with, the optimizer keeps other
-      things than it did, or batches would hold other rows.
-  """
-  old, new = defaults(before), defaults(now)
-  if not now.model.vocab_size:  # Taken from the tokenizer, which the data decide.
-    new["model"]["vocab_size"] = before.model.vocab_size
-  lines = []
-  for part in ("model", "data"):
-    was, now_is = _flat(old[part], f"config.{part}"), _flat(new[part], f"config.{part}")
-    lines += [
-        f"  {key}: the run has {was.get(key)!r}, now {now_is.get(key)!r}"
-        for key in sorted(was.keys() | now_is.keys())
-        if was.get(key) != now_is.get(key) and key not in _FREE
-    ]
-  kept = {  # Fields of the optimizer, and what of them decides the form of its state.
-      "clip_norm": bool, "first_moment_dtype": str, "second_moment_dtype": str,
-  }
-  lines += [
-      f"  config.optimizer.{key}: the run has {old['optimizer'][key]!r}, now "
-      f"{new['optimizer'][key]!r}, with which its optimizer's state cannot go on"
-      for key, form in kept.items() if form(old["optimizer"][key]) != form(new["optimizer"][key])
-  ]
-  if lines:
-    raise InputError(
-        "the run in --workdir was made with another model, data or optimizer:\n"
-        + "\n".join(lines)
-        + "\nGive the same values to go on with it, or another --workdir."
-    )
-  # What the order of the batches depends on; their position in it says so too, but later.
-  for key, began, asked in (
-      ("config.seed", before.seed, now.seed),
-      ("config.train.batch_size", before.train.batch_size, now.train.batch_size),
-  ):
-    if began != asked:
-      raise invalid(key, asked, f"{began}, with which the run began")

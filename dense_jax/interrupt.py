@@ -6,6 +6,7 @@ either case: Python runs signal handlers only between bytecodes of the main thre
 compilation can keep that busy for minutes.
 """
 
+import math
 import os
 import select
 import signal
@@ -80,16 +81,21 @@ class Interrupt:
   _active: ClassVar["list[Interrupt]"] = []
 
   def __init__(
-      self, meanwhile: Callable[[], str] = lambda: "ended before its work was done"
+      self, meanwhile: Callable[[], str] = lambda: "ended before its work was done", *,
+      ends_process: bool = True,
   ) -> None:
     """Hears nothing before it is entered; then it obeys at once.
 
     Args:
       meanwhile: says what is saved and how to go on, if the process ends now. It may be called
         from another thread.
+      ends_process: a second request, and one that the main thread does not hear in time, end the
+        process. Otherwise, as in a notebook, a second one raises `Stopped`.
     """
     self.requested = ""
     self._meanwhile = meanwhile
+    self._ends_process = ends_process
+    self._asked = -math.inf
     self._waits = False
     self._obeyed = False
     self._before: dict[int, Any] = {}
@@ -158,18 +164,25 @@ class Interrupt:
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
     del frame
+    now = time.monotonic()
+    if not self.requested:
+      self._asked = now
+    elif not self._ends_process and now - self._asked > _SAME_REQUEST_SECONDS:
+      self._waits = False
     self.ask(signal.Signals(number).name)
 
   def __enter__(self) -> "Interrupt":
     Interrupt._active.append(self)
     if threading.current_thread() is threading.main_thread():
-      self._read, self._write = os.pipe()
-      os.set_blocking(self._write, False)
-      self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+      if self._ends_process:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
       for number in filter(_listens_to, SIGNALS):
         self._before[number] = signal.signal(number, self._handle)
-      self._watcher = threading.Thread(target=self._watch, name="interrupt", daemon=True)
-      self._watcher.start()
+      if self._ends_process:
+        self._watcher = threading.Thread(target=self._watch, name="interrupt", daemon=True)
+        self._watcher.start()
     return self
 
   def __exit__(
@@ -183,6 +196,8 @@ class Interrupt:
       return
     for number, handler in self._before.items():
       signal.signal(number, handler)
+    if not self._ends_process:
+      return
     signal.set_wakeup_fd(self._wakeup)
     os.write(self._write, _NO_MORE)
     self._watcher.join()

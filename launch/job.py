@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from jax.sharding import AbstractMesh
 
 from dense_jax import experiment, sharding
+from dense_jax.cli import common
 from dense_jax.config import invalid
 from dense_jax.costs.chips import CHIPS
 
@@ -79,6 +80,7 @@ class Job:
     experiment: FILE.py[:ARG], with the file relative to the project's folder.
     workdir: gs://BUCKET/..., shared by all workers.
     overrides: pairs of a dotted key without "config." and its value as text.
+    allow_change: keys that may differ from those of the run in `workdir`.
     environment: environment variables to set on the workers.
     tpu_type: the type of each slice.
     slices: the number of slices.
@@ -88,6 +90,7 @@ class Job:
   experiment: str
   workdir: str
   overrides: tuple[tuple[str, str], ...]
+  allow_change: tuple[str, ...]
   environment: dict[str, str]
   tpu_type: TpuType
   slices: int
@@ -97,6 +100,8 @@ class Job:
   def arguments(self) -> list[str]:
     """The arguments of `dense_jax.cli.train`."""
     changes = [f"--config.{key}={value}" for key, value in self.overrides]
+    if self.allow_change:
+      changes.append(f"--allow-change={','.join(self.allow_change)}")
     return ["--config", self.experiment, "--workdir", self.workdir, *changes]
 
   def command(self, python: str) -> str:
@@ -141,6 +146,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
   parser.add_argument("--workdir", required=True, metavar="gs://BUCKET/...",
                       help="where the run is kept")
+  common.add_allow_change_argument(parser)
   parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE",
                       help="set in each worker's environment; shown, so no secrets")
 
@@ -185,8 +191,9 @@ def parse_job(options: argparse.Namespace, overrides: Sequence[tuple[str, str]])
     if not value.isprintable():
       raise invalid(f"config.{key}", value, "text in one line")
   return Job(
-      _relative(options.config), options.workdir, tuple(overrides), _environment(options.env),
-      tpu_type, slices, config.train.batch_size,
+      _relative(options.config), options.workdir, tuple(overrides),
+      tuple(common.allowed_changes(options, config)), _environment(options.env), tpu_type, slices,
+      config.train.batch_size,
   )
 
 

@@ -1,8 +1,7 @@
-"""What all command lines share: arguments, exit status, loading a run."""
+"""What all command lines share: arguments, exit status."""
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
@@ -16,21 +15,14 @@ from typing import Any
 
 import jax
 
-from dense_jax import distributed, experiment
+from dense_jax import distributed
 from dense_jax.cli import CONSOLE_COMMAND, is_console_command
-from dense_jax.cli.terminal import printable
 from dense_jax.config import ExperimentConfig
-from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
 from dense_jax.errors import InputError
-from dense_jax.files import make_path
 from dense_jax.interrupt import Interrupt, Output, Stopped
-from dense_jax.models.language_model import LanguageModel
-from dense_jax.models.params import abstract_model, get_params
-from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on
-from dense_jax.types import Params
+from dense_jax.runs import resume
+from dense_jax.runs.formatting import printable
 
-CHECKPOINTS = "checkpoints"
-TOKENIZER = "tokenizer"
 COMPILED = "~/.cache/dense_jax/compiled"
 _DISK_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG
@@ -54,6 +46,25 @@ def add_process_arguments(command: argparse.ArgumentParser) -> None:
                        "listens; Slurm, Open MPI and TPU slices need none of the three")
   command.add_argument("--processes", type=int, metavar="N", help="their number")
   command.add_argument("--process-id", type=int, metavar="I", help="this one's, from 0 to N - 1")
+
+
+def add_allow_change_argument(command: argparse.ArgumentParser) -> None:
+  """--allow-change."""
+  command.add_argument(
+      resume.FLAG, default="", metavar="KEY,...",
+      help="keys that may differ from the run's, though they alter its course",
+  )
+
+
+def allowed_changes(options: argparse.Namespace, config: ExperimentConfig) -> list[str]:
+  """The keys of --allow-change.
+
+  Raises:
+    InputError: one of them is none that can be asked for.
+  """
+  allowed = [key.strip() for key in options.allow_change.split(",") if key.strip()]
+  resume.check_allowed(config, allowed)
+  return allowed
 
 
 def split_overrides(
@@ -185,63 +196,9 @@ def _refused_by_disk(error: BaseException | None) -> str:
   return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A trained run, restored for evaluation or sampling."""
-
-  config: ExperimentConfig
-  tokenizer: Tokenizer
-  model: LanguageModel
-  params: Params
-  step: int
-
-
-def restore(workdir: str, which: str) -> Run:
-  """Restores parameters from a run's folder onto the first device.
-
-  Args:
-    workdir: the folder that training wrote.
-    which: "latest", "best" or a step's number.
-
-  Raises:
-    InputError: no such run, or no such checkpoint.
-  """
-  folder = make_path(workdir, "--workdir")
-  check_name(folder, "--workdir")
-  config = experiment.read(folder)
-  model = abstract_model(config.model)
-  shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-  if not (folder / CHECKPOINTS).is_dir():
-    raise InputError(f"--workdir = {workdir!r} is not valid: it has no checkpoints yet")
-  checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
-  step, params = checkpoints.restore_params(shapes, which)
-  checkpoints.close()
-  return Run(config, load_saved_tokenizer(folder / TOKENIZER), model, params, step)
-
-
 def add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
   """--workdir and --checkpoint."""
   command.add_argument("--workdir", required=True, help="the folder that training wrote")
   command.add_argument(
       "--checkpoint", default="latest", help="latest (default), best (held-out loss) or a step"
   )
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-  """Aligned columns: the first to the left, all others to the right."""
-  widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-  lines = []
-  for row in rows:
-    first, *others = (cell.ljust(w) if not i else cell.rjust(w)
-                      for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-    lines.append("  ".join([first, *others]).rstrip())
-  return "\n".join(lines)
-
-
-def scaled(value: float, unit: str) -> str:
-  """Three digits and a decimal prefix, such as 4.83 MB."""
-  prefixes = ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"))
-  for power, prefix in prefixes:
-    if value >= 10**power:
-      return f"{value / 10**power:.3g} {prefix}{unit}"
-  return f"{value / 1e-6:.3g} u{unit}" if value else f"0 {unit}"

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from dense_jax import experiment, sharding
-from dense_jax.cli import aot, common, config_help
-from dense_jax.cli.common import scaled
-from dense_jax.config import ExperimentConfig, MeshConfig, field_types, invalid
-from dense_jax.data.tokenizer import ByteTokenizer
+from dense_jax.cli import common, config_help
+from dense_jax.config import MeshConfig, field_types, invalid
 from dense_jax.outputs import check_file, write_json
+from dense_jax.runs import compile as programs
+from dense_jax.runs.formatting import scaled, table
 
 _EPILOG = """
 for example
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--mesh", default="", metavar="AXIS=SIZE,...",
                        help="the mesh; other axes are 1 (default: the configuration's, or "
                        "fsdp over all chips where that does not divide them)")
-  command.add_argument("--program", default="train", choices=aot.PROGRAMS,
+  command.add_argument("--program", default="train", choices=programs.PROGRAMS,
                        help="train step (default), eval loss, prefill of a prompt of seq_len, "
                        "decode of one token; all of train.batch_size rows")
   command.add_argument("--json", metavar="FILE", help="write the figures there")
@@ -39,16 +39,16 @@ def main(arguments: Sequence[str]) -> int:
   if config_help.is_asked(arguments):
     return config_help.show(command, arguments)
   options, overrides = common.split_overrides(command, arguments)
-  config = _with_vocab(experiment.load(options.config, overrides))
-  count = len(aot.topology_devices(options.topology))
-  mesh = _parse_mesh(options.mesh) if options.mesh else aot.fit_mesh(config.mesh, count)
+  config = experiment.load(options.config, overrides)
+  count = len(programs.topology_devices(options.topology))
+  mesh = _parse_mesh(options.mesh) if options.mesh else programs.fit_mesh(config.mesh, count)
   config = dataclasses.replace(config, mesh=mesh)
   file = None if options.json is None else check_file(options.json, "--json")
 
   def say(what: str) -> None:
     print(f"{what} {options.program} for {options.topology} ...", file=sys.stderr, flush=True)
 
-  report = aot.compile_program(config, options.topology, options.program, say=say)
+  report = programs.compile_program(config, options.topology, options.program, say=say)
   print(_describe(report))
   if file is not None:
     write_json(file, report.as_dict(), "--json")
@@ -67,17 +67,7 @@ def _parse_mesh(text: str) -> MeshConfig:
   return MeshConfig(**sizes)
 
 
-def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
-  """The configuration with the vocabulary that its tokenizer will have."""
-  kind = config.data.tokenizer
-  sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
-  size = config.model.vocab_size or sizes.get(kind, 0)
-  if not size:
-    raise invalid("config.model.vocab_size", 0, f"the number of pieces of the tokenizer {kind}")
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-
-
-def _describe(report: aot.Report) -> str:
+def _describe(report: programs.CompiledProgram) -> str:
   """What is printed: memory, work, collectives, bounds, and whether it fits."""
   cost, bound = report.cost, report.bound
   mesh = sharding.describe_mesh(report.mesh)
@@ -88,10 +78,10 @@ def _describe(report: aot.Report) -> str:
   parts = [
       f"{report.program} on {report.topology}: {report.chips} chips, mesh {mesh}, "
       f"compiled in {report.compile_seconds:.0f} s",
-      common.table([("memory a chip", ""), *memory]),
+      table([("memory a chip", ""), *memory]),
   ]
   if cost is not None and bound is not None:
-    parts.append(common.table([
+    parts.append(table([
         ("work a chip", ""),
         ("matmuls", scaled(cost.matmul_flops, "FLOP")),
         ("all arithmetic", scaled(cost.flops, "FLOP")),
@@ -100,8 +90,8 @@ def _describe(report: aot.Report) -> str:
     ]))
     collectives = [(c.kind, f"{c.count:,}", scaled(c.bytes, "B")) for c in cost.collectives]
     if collectives:
-      parts.append(common.table([("collectives a chip", "count", ""), *collectives]))
-    parts.append(common.table([
+      parts.append(table([("collectives a chip", "count", ""), *collectives]))
+    parts.append(table([
         ("no run is faster than (a bound, not a time)", ""),
         ("matmuls at peak bf16 FLOP/s", scaled(bound.compute, "s")),
         ("HBM traffic at peak bandwidth", scaled(bound.memory, "s")),
@@ -113,7 +103,7 @@ def _describe(report: aot.Report) -> str:
   return "\n\n".join([*parts, _verdict(report)])
 
 
-def _verdict(report: aot.Report) -> str:
+def _verdict(report: programs.CompiledProgram) -> str:
   peak, capacity = (scaled(size, "B") for size in (report.memory.peak, report.memory.capacity))
   if report.fits:
     return f"fits: {peak} of a chip's {capacity}"

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from dense_jax import runs
 from dense_jax.cli import common
 from dense_jax.data.converted import converted_files
 from dense_jax.interop.save import save_hf
-from dense_jax.models.params import count_params, with_params
+from dense_jax.models.params import count_params
 from dense_jax.outputs import check_destination
 
 
@@ -24,10 +25,10 @@ def main(arguments: Sequence[str]) -> int:
   options = command.parse_args(arguments)
   folder = check_destination(options.output, "--output")
 
-  run = common.restore(options.workdir, options.checkpoint)
+  run = runs.restore(options.workdir, options.checkpoint)
   tokenizer = run.tokenizer
   layout = save_hf(
-      with_params(run.model, run.params), str(folder), bos_token_id=tokenizer.bos_id,
+      run.model, str(folder), bos_token_id=tokenizer.bos_id,
       eos_token_id=tokenizer.eos_id, files=converted_files(tokenizer),
   )
   size = count_params(run.params)

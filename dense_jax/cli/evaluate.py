@@ -1,20 +1,11 @@
 """Scores a trained run on held-out text."""
 
-import dataclasses
-import sys
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-import tqdm
-
-from dense_jax.cli import common, report
-from dense_jax.cli.memory import device_memory
-from dense_jax.config import ExperimentConfig, invalid
-from dense_jax.data.packing import build_store
-from dense_jax.data.pipeline import heldout_batches
-from dense_jax.data.sources import find, split
-from dense_jax.evaluation.perplexity import Evaluator
+from dense_jax import runs
+from dense_jax.cli import common
+from dense_jax.config import invalid
+from dense_jax.data.sources import find
 from dense_jax.outputs import check_file, write_json
 
 _EPILOG = """
@@ -40,48 +31,25 @@ def main(arguments: Sequence[str]) -> int:
   if options.batch_size < 1:
     raise invalid("--batch-size", options.batch_size, "an integer >= 1")
   file = None if options.json is None else check_file(options.json, "--json")
-  other_text = None if options.text is None else find(options.text, "--text")
+  text = None if options.text is None else find(options.text, "--text")
 
-  run = common.restore(options.workdir, options.checkpoint)
-  config = run.config
-  source = split(config.data)[1] if other_text is None else dataclasses.replace(
-      other_text, cache_dir=config.data.cache_dir
-  )
-  store = build_store(source, run.tokenizer, config.data.cache_dir)
-  windows = store.num_windows(config.data.seq_len)
-  batch_size = min(options.batch_size, windows)  # A row without a window is only padding.
-  _check_memory(config, batch_size)
-  batches = heldout_batches(store, config.data.seq_len, batch_size)
-  total = -(-windows // batch_size)
-  bar = tqdm.tqdm(batches, total=total, unit="batch", disable=not sys.stderr.isatty())
-  evaluator = Evaluator(run.model, chunk=config.train.loss_chunk)
-  held_out = evaluator(run.params, bar, jax.device_put)
-  bits = held_out.bits_per_byte(report.targets_per_byte(store))
-  print(f"step {run.step}: {report.perplexity_line(held_out, bits)}")
+  run = runs.restore(options.workdir, options.checkpoint)
+  score = runs.evaluate_run(run, text, batch_size=options.batch_size)
+  held_out = score.held_out
+  print(f"step {run.step}: {held_out.describe(score.bits_per_byte)}")
   if file is not None:
     figures = {
         "step": run.step,
         "loss": held_out.loss,
         "perplexity": held_out.perplexity,
-        "bits_per_byte": bits,
+        "bits_per_byte": score.bits_per_byte,
         "targets": held_out.targets,
-        "bytes": store.num_bytes,
+        "bytes": score.num_bytes,
         "window": held_out.window,
         "context": held_out.context,
     }
     write_json(file, figures, "--json")
   return 0
-
-
-def _check_memory(config: ExperimentConfig, batch_size: int) -> None:
-  """Refuses windows of which not even one layer's activations fit."""
-  row = config.data.seq_len * config.model.width * jnp.dtype(config.model.dtype).itemsize
-  needed, available = batch_size * row, device_memory()
-  if needed > available:
-    raise invalid(
-        "--batch-size", batch_size, f"at most {available // row}: one layer's activations take "
-        f"{common.scaled(needed, 'B')}, and there are {common.scaled(available, 'B')}",
-    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
+from dense_jax import runs
 from dense_jax.cli import common
-from dense_jax.cli.terminal import printable
 from dense_jax.config import LARGEST_SEED, invalid
 from dense_jax.data.tokenizer import spell
 from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
-from dense_jax.models.params import with_params
+from dense_jax.runs.formatting import printable
 
 # They are kept until they are printed.
 _MOST_NEW_TOKENS = 10**6
@@ -44,10 +44,10 @@ def main(arguments: Sequence[str]) -> int:
     _check_text(prompt)
   sampling = Sampling(options.temperature, options.top_k, options.top_p)
 
-  run = common.restore(options.workdir, options.checkpoint)
+  run = runs.restore(options.workdir, options.checkpoint)
   tokenizer = run.tokenizer
   texts = [tokenizer.encode(prompt) for prompt in options.prompt]
-  generator = Generator(with_params(run.model, run.params), sampling)
+  generator = Generator(run.model, sampling)
   continuations = generator(
       [[tokenizer.bos_id, *ids] for ids in texts],
       max_new_tokens=options.max_new_tokens, seed=options.seed, stop_id=tokenizer.eos_id,

@@ -52,8 +52,23 @@ class HeldOut:
     """Bits a byte of text: independent of the tokenizer."""
     return self.loss * targets_per_byte / math.log(2)
 
+  def describe(self, bits_per_byte: float) -> str:
+    """One line of figures, and how the context was treated."""
+    context = f" (context: {self.context})" if self.context else ""
+    if not math.isfinite(self.loss):
+      return f"held-out loss {self.loss}{context}"
+    return (
+        f"held-out loss {fixed(self.loss, 4)} nats/token, perplexity "
+        f"{fixed(self.perplexity, 2)}, {fixed(bits_per_byte, 3)} bits/byte{context}"
+    )
 
-class Evaluator:
+
+def fixed(value: float, digits: int) -> str:
+  """A number with so many digits after the point, or in powers of ten where it is long."""
+  return f"{value:.{digits}f}" if abs(value) < 1e7 else f"{value:.3e}"
+
+
+class Scorer:
   """Scores batches with a compiled step; the result does not depend on the batch size."""
 
   def __init__(self, model: LanguageModel, *, chunk: int) -> None:

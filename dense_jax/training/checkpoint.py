@@ -257,9 +257,11 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the last save, and ends the threads."""
-    self.wait()
-    self._manager.close()
+    """Waits for the last save, and ends the threads, also where it failed."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
 
 @jax.jit

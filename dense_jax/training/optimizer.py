@@ -38,7 +38,14 @@ def decay_mask(names: Params | list[str]) -> dict[str, bool]:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """The learning rate of update 0, 1, ..., steps - 1."""
+  """The learning rate of update 0, 1, 2, ...
+
+  Args:
+    config: of the optimizer.
+    steps: the schedule's length where `config.schedule_steps` is 0. The last update of the
+      schedule has its final rate, and so have all later ones.
+  """
+  steps = config.schedule_steps or steps
   peak, final = config.learning_rate, config.learning_rate * config.final_fraction
   warmup = round(config.warmup_fraction * steps)
   rest = max(steps - warmup - 1, 1)  # The last update is number steps - 1.
@@ -89,13 +96,15 @@ def _with_dtypes(
 def make_optimizer(
     config: OptimizerConfig, steps: int, names: list[str]
 ) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW with decoupled decay where it applies."""
+  """Clipping by global norm, then AdamW with decoupled decay where it applies.
+
+  The state has one form, with clipping and without it: either may go on from the other.
+  """
   adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
-  parts = [
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  return optax.chain(
+      clip,
       _with_dtypes(adam, config.first_moment_dtype, config.second_moment_dtype),
       optax.add_decayed_weights(config.weight_decay, decay_mask(names)),
       optax.scale_by_learning_rate(learning_rate(config, steps)),
-  ]
-  if config.clip_norm:
-    parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
-  return optax.chain(*parts)
+  )

@@ -21,9 +21,9 @@ from typing import Any
 from tqdm import tqdm
 
 from dense_jax import experiment
-from dense_jax.cli.aot import compile_program
 from dense_jax.config import ExperimentConfig, MeshConfig
 from dense_jax.costs.chips import CHIPS
+from dense_jax.runs.compile import compile_program
 from experiments.benchmarks import common, flops
 
 JSON = common.ROOT / "experiments" / "results" / "tpu_compile.json"

@@ -30,6 +30,10 @@ def text(tmp_path_factory):
   return write_text(tmp_path_factory.mktemp("text"))
 
 
+# One step more than the experiment has, and no other learning rate.
+LONGER = ["--config.train.steps=5", "--config.optimizer.schedule_steps=4"]
+
+
 def in_shell(redirections, module, *more):
   """A command line with a shell's redirections; returns status, stdout and stderr."""
   command = f'exec "$0" -m {module} "$@" {redirections}'
@@ -143,6 +147,7 @@ def test_a_model_of_another_program_is_not_taken_for_a_run(text, tmp_path):
 
 @pytest.mark.parametrize(("name", "kind"), [
     ("metrics.jsonl", "file"), ("data.json", "file"), ("loss.png", "file"),
+    ("report.md", "file"),
     ("tensorboard", "folder"), ("tokenizer", "folder"), ("checkpoints", "folder"),
 ])
 def test_parts_of_a_run_that_cannot_be_written_are_named(text, tmp_path, name, kind):
@@ -249,12 +254,12 @@ def test_other_data_do_not_take_the_place_of_a_damaged_description(text, whole_r
   (other / "1.txt").write_text("something else\n" * 99)
   (workdir / "data.json").write_text('{"finger')
   before = contents(workdir)
-  status, _, err = run(TRAIN, *arguments(other, workdir, "--config.train.steps=5"))
+  status, _, err = run(TRAIN, *arguments(other, workdir, *LONGER))
   assert status == 2
   assert re.search(r"config\.data = .* is not valid: expected the same text", err)
   assert contents(workdir) == before
   # The right data heal it.
-  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.train.steps=5"))
+  status, _, err = run(TRAIN, *arguments(text, workdir, *LONGER))
   assert status == 0, err
   assert json.loads((workdir / "data.json").read_text()).keys() >= {"fingerprint", "files"}
 

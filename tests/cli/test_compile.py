@@ -1,6 +1,5 @@
 """Compiling for TPUs that are not there, as a user meets it."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -9,11 +8,9 @@ import sys
 import jax
 import pytest
 
-from dense_jax.cli import aot, compile
-from dense_jax.config import MeshConfig
-from dense_jax.costs.chips import CHIPS, bound
-from dense_jax.costs.hlo import Cost
+from dense_jax.cli import compile
 from dense_jax.errors import InputError
+from dense_jax.runs import compile as programs
 from tests.helpers import ROOT, tpu_compiler_environment
 
 SMOKE = ["--config", "experiments/smoke.py:debug"]
@@ -33,38 +30,15 @@ def run(*arguments):
   return result.returncode, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize(
-    "topology", ["", "v5e", "v5:2x2", "h100:2x2", "v5e:2x2x2", "v5p:4x4", "v5e:0x2", "v5e:2x"]
-)
-def test_an_unknown_topology_names_those_that_are_known(topology):
-  with pytest.raises(InputError, match=r"v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4") as error:
-    aot.topology_devices(topology)
-  assert f"--topology = {topology!r}" in str(error.value)
-
-
 @pytest.mark.parametrize("mesh", ["model=4", "data", "data=x", "data=4;fsdp=2", "data=4,,fsdp=1"])
 def test_a_mesh_that_is_not_understood_names_the_axes(mesh, monkeypatch):
-  monkeypatch.setattr(aot, "topology_devices", lambda _: jax.devices()[:4])
+  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:4])
   with pytest.raises(InputError, match=r"--mesh = .* axes slices, data, fsdp, sequence, tensor"):
     compile.main([*SMOKE, "--topology", "v5e:2x2", "--mesh", mesh])
 
 
-@pytest.mark.parametrize(
-    ("given", "fitted"),
-    [
-        (MeshConfig(), MeshConfig()),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), MeshConfig(data=2, fsdp=-1, tensor=2)),
-        (MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=4)),
-        (MeshConfig(data=3, fsdp=-1), MeshConfig(data=1, fsdp=-1)),
-        (MeshConfig(data=1, fsdp=1), MeshConfig(data=1, fsdp=-1)),
-    ],
-)
-def test_a_mesh_is_kept_where_it_divides_the_chips(given, fitted):
-  assert aot.fit_mesh(given, 8) == fitted
-
-
 def test_bad_input_is_told_before_anything_is_compiled(monkeypatch):
-  monkeypatch.setattr(aot, "topology_devices", lambda _: jax.devices()[:8])
+  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:8])
   for arguments, message in [
       (["--mesh", "data=3"], "config.mesh = .*product is 8"),
       (["--config.train.batch_size=12"], "config.train.batch_size = 12 .* multiple of .* = 8"),
@@ -79,42 +53,11 @@ def test_bad_input_is_told_before_anything_is_compiled(monkeypatch):
 
 @pytest.mark.parametrize("file", ["", ".", "/proc/new.json", "setup.cfg/", "README.md/x.json"])
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(monkeypatch, file):
-  monkeypatch.setattr(aot, "topology_devices", lambda _: jax.devices()[:4])
-  monkeypatch.setattr(aot, "compile_program", None)
+  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:4])
+  monkeypatch.setattr(programs, "compile_program", None)
   monkeypatch.chdir(ROOT)
   with pytest.raises(InputError, match=f"^--json = '{file}' is not valid: expected a "):
     compile.main([*SMOKE, "--topology", "v5e:2x2", "--json", file])
-
-
-def test_without_the_compiler_the_error_says_how_to_install_it(monkeypatch, tmp_path):
-  monkeypatch.setattr(aot.importlib.util, "find_spec", lambda _: None)
-  monkeypatch.setattr(aot.sys, "prefix", str(tmp_path))
-  monkeypatch.setattr(aot.os, "environ", {})
-  with pytest.raises(InputError, match=r"pip install -e '.\[tpu\]'.*make test"):
-    aot.topology_devices("v5e:2x2")
-
-
-@pytest.mark.parametrize(
-    ("message", "size"),
-    [
-        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-         "temporaries (416.00G) exceeds available HBM (15.75G).", 416 * 2**30),
-        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-         "hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G.", 18.5 * 2**30),
-    ],
-)
-def test_the_compilers_refusals_are_understood(message, size):
-  assert aot._refused(jax.errors.JaxRuntimeError(message)) == size
-  with pytest.raises(jax.errors.JaxRuntimeError):
-    aot._refused(jax.errors.JaxRuntimeError(message.removeprefix("RESOURCE_EXHAUSTED: ")))
-
-
-def test_bounds_are_of_the_published_peaks():
-  cost = Cost(flops=3e14, matmul_flops=197e12, bytes_accessed=819e9 * 2)
-  cost.counts["all-gather"], cost.sizes["all-gather"] = 3, 4 * 10**11
-  found = bound(cost, CHIPS["v5e"])
-  assert dataclasses.astuple(found) == (1, 2, 1)
-  assert found.seconds == 2
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dense_jax import experiment
-from dense_jax.cli import common, convert, train
+from dense_jax import experiment, runs
+from dense_jax.cli import convert, train
 from dense_jax.data.tokenizer import (
   ByteTokenizer,
   SentencePieceTokenizer,
@@ -49,7 +49,7 @@ def test_a_checkpoint_comes_back_bitwise(workdir, tmp_path, capsys, checkpoint):
   output = tmp_path / "saved"
   arguments = ["--workdir", workdir, "--checkpoint", checkpoint, "--output", str(output)]
   assert convert.main(arguments) == 0
-  run = common.restore(workdir, checkpoint)
+  run = runs.restore(workdir, checkpoint)
   printed = capsys.readouterr().out
   assert f"step {run.step}: " in printed
   assert printed.endswith("layout: mamba\n")
@@ -76,8 +76,8 @@ def test_the_tokenizer_is_written_too(tmp_path, monkeypatch, capsys, kind):
                ("model.layers", "2")]
   config = experiment.load("experiments/smoke.py:debug", overrides)
   model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-  run = common.Run(config, tokenizer, model, get_params(model), 4)
-  monkeypatch.setattr(common, "restore", lambda workdir, which: run)
+  run = runs.Run(config, tokenizer, model, get_params(model), 4)
+  monkeypatch.setattr(runs, "restore", lambda workdir, which: run)
   monkeypatch.setenv("HOME", str(tmp_path))
   assert convert.main(["--workdir", "run", "--output", "~/a/saved"]) == 0
   output = tmp_path / "a" / "saved"
@@ -97,7 +97,7 @@ def test_an_output_that_cannot_be_written_is_named_before_a_run_is_loaded(
 ):
   (tmp_path / "file").touch()
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(common, "restore", None)
+  monkeypatch.setattr(runs, "restore", None)
   monkeypatch.setattr("dense_jax.files._reads_buckets", lambda: True)
   with pytest.raises(InputError, match=f"^--output = '{output}' is not valid: expected a "):
     convert.main(["--workdir", "run", "--output", output])

@@ -19,7 +19,7 @@ from tests.helpers import ROOT, write_text
 MOMENTS = {
     "begin": "", "lock": "lock.json", "config": "config.json", "folder": "checkpoints",
     "first step": "metrics.jsonl", "first save": "checkpoints/*.orbax-checkpoint-tmp*",
-    "later": "checkpoints/8", "report": "checkpoints/12",
+    "later": "checkpoints/8", "end": "checkpoints/12",
 }
 MORE = ["--config.train.steps=12", "--config.train.checkpoint_every=2",
         "--config.train.keep_best=0", "--config.train.eval_every=12"]
@@ -68,9 +68,9 @@ def test_killed_at_any_moment(text, tmp_path, unbroken, moment):
 @pytest.mark.parametrize(("name", "moment", "twice"), [
     ("INT", "begin", False), ("TERM", "lock", False), ("HUP", "config", False),
     ("TERM", "folder", False), ("INT", "first step", False), ("TERM", "first save", False),
-    ("QUIT", "later", False), ("TERM", "report", False),
+    ("QUIT", "later", False), ("TERM", "end", False),
     ("TERM", "config", True), ("TERM", "first step", True), ("USR1", "first save", True),
-    ("INT", "later", True), ("HUP", "report", True),
+    ("INT", "later", True), ("HUP", "end", True),
 ])
 def test_a_signal_at_any_moment_ends_with_a_true_sentence(
     text, tmp_path, unbroken, name, moment, twice
@@ -143,7 +143,8 @@ def test_a_folder_that_is_removed_stops_training(text, tmp_path):
 
 
 # A learning rate of 1e3 gives NaN within a few steps; the step that shows it is no matter.
-DIVERGES = ["--config.optimizer.learning_rate=1e3", "--config.train.keep_last=1"]
+DIVERGES = ["--config.optimizer.learning_rate=1e3", "--config.train.keep_last=1",
+            "--allow-change=optimizer.learning_rate,train.steps"]
 
 
 def test_a_state_that_is_not_finite_stops_training_and_costs_nothing(text, tmp_path):

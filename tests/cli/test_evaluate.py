@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dense_jax import experiment
-from dense_jax.cli import common, evaluate
+from dense_jax import experiment, runs
+from dense_jax.cli import evaluate
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.errors import InputError
-from dense_jax.evaluation.perplexity import HeldOut
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params, with_params
+from dense_jax.runs import scoring
 from tests.helpers import write_text
 
 
@@ -32,8 +32,8 @@ def run(tmp_path, monkeypatch):
 
   def set_params(change):
     changed = {name: change(name, value) for name, value in params.items()}
-    run = common.Run(config, ByteTokenizer(), with_params(model, changed), changed, 4)
-    monkeypatch.setattr(common, "restore", lambda workdir, which: run)
+    run = runs.Run(config, ByteTokenizer(), with_params(model, changed), changed, 4)
+    monkeypatch.setattr(runs, "restore", lambda workdir, which: run)
 
   set_params(lambda name, value: value)
   return set_params
@@ -69,7 +69,7 @@ def test_any_batch_size_gives_the_same_figures(run, tmp_path, batch_size):
 
 
 def test_windows_that_cannot_fit_are_refused(run, monkeypatch):
-  monkeypatch.setattr(evaluate, "device_memory", lambda: 5 * 32 * 16 * 4)
+  monkeypatch.setattr(scoring, "device_memory", lambda: 5 * 32 * 16 * 4)
   with pytest.raises(InputError, match=r"^--batch-size = 16 is not valid: expected at most 5: one"):
     evaluate.main(["--workdir", "run", "--batch-size", "16"])
   assert evaluate.main(["--workdir", "run", "--batch-size", "5"]) == 0
@@ -95,21 +95,6 @@ def test_figures_that_are_not_finite_are_null(run, tmp_path, capsys, factor, los
     ("--text", "no/such/text"), ("--batch-size", "0"), ("--batch-size", "-3"),
 ])
 def test_bad_options_are_named_before_a_run_is_loaded(monkeypatch, option, value):
-  monkeypatch.setattr(common, "restore", None)
+  monkeypatch.setattr(runs, "restore", None)
   with pytest.raises(InputError, match=f"^{option} = "):
     evaluate.main(["--workdir", "run", option, value])
-
-
-@pytest.mark.parametrize(("loss", "perplexity"), [
-    (0.0, 1.0), (-1e9, 0.0), (709.0, math.exp(709)), (709.79, math.inf), (1e308, math.inf),
-    (math.inf, math.inf), (-math.inf, 0.0),
-])
-def test_perplexity_of_any_loss(loss, perplexity):
-  assert HeldOut(loss * 1.0, 1).perplexity == perplexity
-  assert HeldOut(loss, 1).context == ""
-
-
-def test_perplexity_of_what_is_not_a_number():
-  held_out = HeldOut(math.nan, 3, window=1024)
-  assert math.isnan(held_out.perplexity) and math.isnan(held_out.bits_per_byte(0.3))
-  assert held_out.context == "fresh every 1,024 tokens"

@@ -7,13 +7,13 @@ import pytest
 import sentencepiece
 from flax import nnx
 
-from dense_jax import experiment
-from dense_jax.cli import common, generate
-from dense_jax.cli.terminal import printable
+from dense_jax import experiment, runs
+from dense_jax.cli import generate
 from dense_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from dense_jax.errors import InputError
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params
+from dense_jax.runs.formatting import printable
 
 TEXT = [f"the cat sat on number {i}, naïve café: def f_{i}(x)" for i in range(200)]
 STYLES = {
@@ -42,8 +42,8 @@ def _restores(monkeypatch, tokenizer):
                ("model.layers", "2")]
   config = experiment.load("experiments/smoke.py:debug", overrides)
   model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-  run = common.Run(config, tokenizer, model, get_params(model), 4)
-  monkeypatch.setattr(common, "restore", lambda workdir, which: run)
+  run = runs.Run(config, tokenizer, model, get_params(model), 4)
+  monkeypatch.setattr(runs, "restore", lambda workdir, which: run)
 
 
 def _continues(monkeypatch, rows):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import time
 
 import pytest
 
+from dense_jax import experiment
 from dense_jax.cli import train
 from dense_jax.errors import InputError
+from dense_jax.runs import resume
 from tests.helpers import ROOT, write_text
 
 TRAIN = "dense_jax.cli.train"
@@ -68,11 +71,13 @@ def test_whole_run_then_evaluate_and_generate(text, tmp_path):
   status, out, err = run(TRAIN, *arguments(text, workdir))
   assert status == 0, err
   for part in ("devices: 1 x cpu", "mesh: one device", "states by: recurrent", "embedding",
-               "byte bigram", "byte trigram", "xz -9", "tokens/s", "peak memory", "--- prompt",
-               "resume", "evaluate", "sample"):
+               "tokens/s", "resume", "report", "evaluate", "sample"):
     assert part in out
-  for name in ("config.json", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"):
+  for part in ("byte bigram", "--- prompt"):  # Training ends when it ends.
+    assert part not in out
+  for name in ("config.json", "metrics.jsonl", "tensorboard", "checkpoints"):
     assert (workdir / name).exists()
+  assert not (workdir / "loss.png").exists()
   assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
 
   figures = tmp_path / "figures.json"
@@ -90,6 +95,40 @@ def test_whole_run_then_evaluate_and_generate(text, tmp_path):
                          "--max-new-tokens", 8, "--temperature", 0)
   assert status == 0, err
   assert out.startswith("line 1")
+
+  status, out, err = run("dense_jax.cli.report", "--workdir", workdir)
+  assert status == 0, err
+  for part in ("byte bigram", "byte trigram", "xz -9", "training tokens/s", "peak memory",
+               "--- prompt", "--- continuation", f"{written['bits_per_byte']:.3f}"):
+    assert part in out
+  assert "windows scored" not in out
+  assert (workdir / "loss.png").exists()
+  assert "    byte bigram" in (workdir / "report.md").read_text()
+
+
+@pytest.mark.parametrize("more", [
+    [], [("train.steps", "20")], [("train.steps", "20"), ("optimizer.schedule_steps", "30")],
+    [("optimizer.schedule_steps", "2")], [("optimizer.schedule", "constant")],
+    [("optimizer.schedule", "constant"), ("optimizer.warmup_fraction", "0")],
+])
+def test_the_commands_for_going_on_change_no_learning_rate(more):
+  config = experiment.load("experiments/smoke.py:debug", more)
+  workdir = "runs/it's mine"
+  given = ["--config", "experiments/smoke.py:debug", "--workdir", workdir,
+           *(f"--config.{key}={value}" for key, value in more)]
+  commands = dict(
+      line.split(None, 1) for line in train.next_commands(given, workdir, config).splitlines()
+  )
+  assert list(commands) == ["resume", "report", "evaluate", "sample"]
+  words = shlex.split(commands["resume"])
+  assert words[words.index("--workdir") + 1] == workdir
+  overrides = [word.removeprefix("--config.").split("=") for word in words if "--config." in word]
+  longer = experiment.load("experiments/smoke.py:debug", overrides)
+  assert longer.train.steps == 2 * config.train.steps
+  resume.check(config, longer, config.train.steps)
+  # Nothing that means nothing is added.
+  has_length = "constant" not in commands["resume"] or "warmup_fraction=0" not in commands["resume"]
+  assert ("schedule_steps" in commands["resume"]) == has_length
 
 
 SAVES_EACH_STEP = ["--config.train.steps=40", "--config.train.checkpoint_every=1",
@@ -157,7 +196,8 @@ def test_another_model_other_data_or_changed_text_is_refused(text, tmp_path):
   assert status == 2
   assert "config.data.seq_len: the run has 32, now 16" in err
   (copy / "1.txt").write_text("something else\n" * 99)
-  status, _, err = run(TRAIN, *arguments(copy, workdir, "--config.train.steps=6"))
+  status, _, err = run(TRAIN, *arguments(
+      copy, workdir, "--config.train.steps=6", "--config.optimizer.schedule_steps=4"))
   assert status == 2
   assert "config.data" in err
   assert before == {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
@@ -188,6 +228,7 @@ def test_bad_input_is_named_and_writes_nothing(text, tmp_path, argument, message
 @pytest.mark.parametrize(("argument", "message"), [
     ("--config.train.steps=0", "error: config.train.steps = 0 is not valid"),
     ("--confg=x", "unrecognized arguments"),
+    ("--allow-change=model.width", "error: --allow-change = 'model.width' is not valid"),
 ])
 def test_bad_input_is_status_2(text, tmp_path, argument, message):
   workdir = tmp_path / "run"
@@ -198,7 +239,7 @@ def test_bad_input_is_status_2(text, tmp_path, argument, message):
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "generate", "convert"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "report", "generate", "convert"])
 def test_help_explains_and_is_status_0(module):
   status, out, _ = run(f"dense_jax.cli.{module}", "--help")
   assert status == 0

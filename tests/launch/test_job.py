@@ -58,6 +58,13 @@ def test_the_command_survives_the_shell():
   ]
 
 
+def test_what_is_asked_for_by_name_is_passed_on_once_it_is_known():
+  work = parse(*PLACE, SMOKE, ROWS, "--allow-change", "train.steps,optimizer.beta1")
+  assert work.arguments[-1] == "--allow-change=train.steps,optimizer.beta1"
+  with pytest.raises(InputError, match=r"--allow-change; did you mean train.steps\?"):
+    parse(*PLACE, SMOKE, ROWS, "--allow-change=train.stepz")
+
+
 def test_an_experiment_is_named_as_workers_find_it(monkeypatch):
   monkeypatch.chdir(ROOT / "experiments")
   work = parse(*PLACE, "--config=smoke.py:debug", ROWS)

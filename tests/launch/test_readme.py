@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import pytest
 
-from dense_jax import experiment, files, sharding
-from dense_jax.cli import aot, common, compile, convert, evaluate, generate, train
+from dense_jax import experiment, files, runs, sharding
+from dense_jax.cli import compile, convert, evaluate, generate, train
+from dense_jax.runs import compile as programs
 from launch import local, tpu_vm, xpk
 from tests.helpers import ROOT
 from tests.launch import test_dockerfile
@@ -55,11 +56,11 @@ def dry(monkeypatch, tmp_path):
   """Makes commands stop before they begin, and paths in buckets valid without a library."""
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(files, "_reads_buckets", lambda: True)
-  monkeypatch.setattr(train, "_run", reached)
-  monkeypatch.setattr(common, "restore", reached)
+  monkeypatch.setattr(runs, "train_run", reached)
+  monkeypatch.setattr(runs, "restore", reached)
   monkeypatch.setattr(convert, "check_destination", lambda *_: None)
-  monkeypatch.setattr(aot, "compile_program", reached)
-  monkeypatch.setattr(aot, "topology_devices", lambda topology: range(_chips(topology)))
+  monkeypatch.setattr(programs, "compile_program", reached)
+  monkeypatch.setattr(programs, "topology_devices", lambda topology: range(_chips(topology)))
   monkeypatch.setattr(local, "_start", reached)
   write_recorders(tmp_path / "bin", tmp_path / "calls", "xpk")
   monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)

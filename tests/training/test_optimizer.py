@@ -135,6 +135,18 @@ def test_no_warm_up_and_one_step(name):
     assert math.isfinite(float(learning_rate(config, 1)(0)))
 
 
+@pytest.mark.parametrize("name", ["constant", "cosine", "polynomial", "wsd"])
+def test_a_schedule_has_its_own_length_and_stays_where_it_ends(name):
+  own = [_schedule(name, schedule_steps=STEPS)(update) for update in range(3 * STEPS)]
+  steps = learning_rate(
+      OptimizerConfig(learning_rate=PEAK, schedule=name, warmup_fraction=0.1, schedule_steps=STEPS),
+      7,
+  )
+  assert own == [steps(update) for update in range(3 * STEPS)]
+  np.testing.assert_array_equal(own[:STEPS], [_schedule(name)(update) for update in range(STEPS)])
+  assert set(map(float, own[STEPS - 1:])) == {float(own[STEPS - 1])}
+
+
 def test_adamw_by_hand():
   """Two updates of decoupled AdamW with clipping; only the kernel decays."""
   config = OptimizerConfig(
@@ -162,6 +174,16 @@ def test_adamw_by_hand():
   assert_trees_close(params, expected)
 
 
+def test_the_state_has_one_form_with_clipping_and_without():
+  """So that either goes on from the other."""
+  params = {"embedding": normal(0, 4, 3)}
+  states = [
+      make_optimizer(OptimizerConfig(clip_norm=norm), 10, list(params)).init(params)
+      for norm in (0.0, 1.0)
+  ]
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
 @pytest.mark.parametrize(("first", "second"), [("bfloat16", "float32"), ("bfloat16", "bfloat16")])
 def test_moments_are_kept_in_their_dtypes_and_computed_in_float32(first, second):
   config = OptimizerConfig(first_moment_dtype=first, second_moment_dtype=second, clip_norm=0.0)
@@ -176,7 +198,7 @@ def test_moments_are_kept_in_their_dtypes_and_computed_in_float32(first, second)
     assert changes["embedding"].dtype == jnp.float32
     scale = float(jnp.std(expected["embedding"]))
     assert_trees_close(changes, expected, "bfloat16", scale=scale)
-  adam = low_state[0]
+  _, adam, *_ = low_state
   assert (adam.mu["embedding"].dtype, adam.nu["embedding"].dtype) == (first, second)
 
 

@@ -28,8 +28,9 @@ from dense_jax.config import ExperimentConfig, MeshConfig, defaults, invalid
 from dense_jax.costs.chips import CHIPS, Bound, bound
 from dense_jax.costs.hlo import Cost, program_cost
 from dense_jax.costs.hlo_text import OpenLoopError
+from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.errors import InputError
-from dense_jax.evaluation.perplexity import Evaluator
+from dense_jax.evaluation.perplexity import Scorer
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import abstract_model, get_params, logical_axes, with_params
 from dense_jax.ops import resolver
@@ -73,7 +74,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CompiledProgram:
   """What the compiler says of a program, a chip.
 
   Attributes:
@@ -131,11 +132,12 @@ def compile_program(
     program: str = "train",
     *,
     say: Callable[[str], None] = lambda _: None,
-) -> Report:
+) -> CompiledProgram:
   """Compiles a program of a run for a TPU topology.
 
   Args:
-    config: of the run. A mesh that does not fit the topology is an error; see `fit_mesh`.
+    config: of the run. A mesh that does not fit the topology is an error; see `fit_mesh`. A
+      vocabulary of 0 is that of the tokenizer, where its size is known.
     topology: the chips, such as "v5p:4x4x4".
     program: "train" (a step), "eval" (the losses of a batch), "prefill" (a prompt of
       data.seq_len tokens) or "decode" (one token), all of train.batch_size rows.
@@ -145,6 +147,7 @@ def compile_program(
     InputError: no such topology, a mesh that does not divide it or the model, or no TPU
       compiler here.
   """
+  config = _with_vocab(config)
   devices = topology_devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
   chip = CHIPS[topology.partition(":")[0]]
@@ -170,10 +173,20 @@ def compile_program(
     say("reading")
     cost, note = _cost(compiled.as_text())
     limits = bound(cost, chip)
-  return Report(
+  return CompiledProgram(
       config, topology, dict(mesh.shape), program, len(devices), seconds, memory, cost, limits,
       note,
   )
+
+
+def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
+  """The configuration with the vocabulary that its tokenizer will have."""
+  kind = config.data.tokenizer
+  sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
+  size = config.model.vocab_size or sizes.get(kind, 0)
+  if not size:
+    raise invalid("config.model.vocab_size", 0, f"the number of pieces of the tokenizer {kind}")
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def _cost(text: str) -> tuple[Cost, str]:
@@ -263,8 +276,8 @@ def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
     batch = trainer.batch_shapes(batch_size, seq_len)
     if program == "train":
       return _jitted(trainer.train_step).lower(trainer.state_shapes, batch)
-    evaluator = Evaluator(trainer.model, chunk=config.train.loss_chunk)
-    return _jitted(evaluator.score).lower(trainer.state_shapes.params, batch)
+    scorer = Scorer(trainer.model, chunk=config.train.loss_chunk)
+    return _jitted(scorer.score).lower(trainer.state_shapes.params, batch)
 
   # As generation runs: with every layer compiled apart.
   sharding.check_batch(batch_size, seq_len, 1, mesh)

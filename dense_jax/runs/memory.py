@@ -1,17 +1,19 @@
-"""What a training run needs at the very least, against what there is, before any of it is made."""
+"""Memory: what there is, what a run has used, and what it needs before any of it is made."""
 
 import contextlib
 import dataclasses
 import os
 import pathlib
+import resource
+import sys
 
 import jax
 import jax.numpy as jnp
 
-from dense_jax.cli.common import scaled
 from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.errors import InputError
 from dense_jax.models.params import abstract_model, count_params, get_params
+from dense_jax.runs.formatting import scaled
 
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -29,6 +31,12 @@ def device_memory() -> int:
   limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
   own = sum(limit or 0 for limit in limits) if all(limits) else host_memory()
   return own * jax.process_count()
+
+
+def peak_memory() -> int:
+  """The largest resident set that this process has had, in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_memory(config: ExperimentConfig) -> None:

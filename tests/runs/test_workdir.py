@@ -8,10 +8,10 @@ import pytest
 from etils import epath
 
 from dense_jax import experiment
-from dense_jax.cli import run_folder
 from dense_jax.config import DataConfig, build
 from dense_jax.data.pipeline import load_datasets
 from dense_jax.errors import InputError
+from dense_jax.runs import workdir
 from tests.helpers import write_text
 
 
@@ -30,8 +30,8 @@ def run(tmp_path, config):
   return folder
 
 
-def check(folder, config):
-  run_folder.check_config(epath.Path(folder), config)
+def check(folder, config, allow_change=()):
+  workdir.check_config(epath.Path(folder), config, allow_change)
 
 
 def with_values(config, **groups):
@@ -42,9 +42,9 @@ def with_values(config, **groups):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"train": {"steps": 4}}, {"train": {"steps": 9}}, {"optimizer": {"clip_norm": 0.5}},
-    {"optimizer": {"learning_rate": 0.1}}, {"data": {"path": "elsewhere"}},
-    {"data": {"tokenizer": "elsewhere.model"}}, {"model": {"remat": "full"}},
+    {}, {"train": {"steps": 4}}, {"train": {"steps": 9}, "optimizer": {"schedule_steps": 4}},
+    {"data": {"path": "elsewhere"}}, {"data": {"tokenizer": "elsewhere.model"}},
+    {"model": {"remat": "full"}}, {"mesh": {"fsdp": 2}}, {"train": {"accumulate": 2}},
 ])
 def test_a_run_goes_on_with_what_may_change(run, config, changes):
   check(run, with_values(config, **changes))
@@ -53,6 +53,9 @@ def test_a_run_goes_on_with_what_may_change(run, config, changes):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"train": {"steps": 3}}, "config.train.steps = 3 is not valid: expected an integer >= 4"),
     ({"optimizer": {"clip_norm": 0.0}}, "config.optimizer.clip_norm: the run has 1.0, now 0.0"),
+    ({"optimizer": {"clip_norm": 0.0}, "train": {"steps": 9}}, "Add --allow-change "
+     "optimizer.clip_norm,train.steps to change them"),
+    ({"train": {"steps": 9}}, "config.train.steps: the run has 4, now 9"),
     ({"optimizer": {"second_moment_dtype": "bfloat16"}}, "config.optimizer.second_moment_dtype"),
     ({"optimizer": {"first_moment_dtype": "bfloat16"}}, "config.optimizer.first_moment_dtype"),
     ({"model": {"width": 24}}, "config.model.width: the run has"),
@@ -61,6 +64,13 @@ def test_a_run_goes_on_with_what_may_change(run, config, changes):
 def test_a_run_refuses_what_it_cannot_go_on_with(run, config, changes, message):
   with pytest.raises(InputError, match=re.escape(message)):
     check(run, with_values(config, **changes))
+
+
+def test_what_is_asked_for_by_name_changes_but_fewer_steps_than_done_never(run, config):
+  changed = with_values(config, optimizer={"learning_rate": 0.1}, train={"steps": 3})
+  with pytest.raises(InputError, match=r"config.train.steps = 3 is not valid: expected .* >= 4"):
+    check(run, changed, ["train.steps", "optimizer.learning_rate"])
+  check(run, with_values(changed, train={"steps": 9}), ["train.steps", "optimizer.learning_rate"])
 
 
 @pytest.mark.parametrize("content", [
@@ -124,7 +134,7 @@ def test_a_run_begins_with_its_configuration_and_clears_what_a_killed_one_left(
   (folder / "tokenizer").mkdir(parents=True)
   for name in (".config.json.01.partial", "tokenizer/.tokenizer.json.02.partial", ".mine"):
     (folder / name).touch()
-  run_folder.begin(folder, config, load(text, tmp_path / "cache"))
+  workdir.begin(folder, config, load(text, tmp_path / "cache"))
   root = tmp_path / "run"
   names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*"))
   assert names == [".mine", "config.json", "data.json", "tokenizer", "tokenizer/tokenizer.json"]
@@ -133,8 +143,8 @@ def test_a_run_begins_with_its_configuration_and_clears_what_a_killed_one_left(
 
 def begin(folder, config, data):
   """What training does, which restores the checkpoint in between."""
-  run_folder.check_data(epath.Path(folder), data)
-  run_folder.begin(epath.Path(folder), config, data)
+  workdir.check_data(epath.Path(folder), data)
+  workdir.begin(epath.Path(folder), config, data)
 
 
 def test_data_that_moved_are_the_same_and_others_are_described(tmp_path, text, run, config):

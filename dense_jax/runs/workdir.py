@@ -3,47 +3,53 @@
 import json
 import logging
 import re
+from collections.abc import Collection
 
 from etils import epath
 
 from dense_jax import experiment
-from dense_jax.cli.common import CHECKPOINTS, TOKENIZER
-from dense_jax.cli.report import PLOT_FILE
 from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.data import identity
 from dense_jax.data.pipeline import Datasets
 from dense_jax.errors import InputError
 from dense_jax.files import PARTIALS, is_remote, parse_json, write_atomically
+from dense_jax.runs import resume
 from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.lock import LOCK_FILE
 from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
 DATA_FILE = "data.json"
+PLOT_FILE = "loss.png"
+REPORT_FILE = "report.md"
 _LOG = logging.getLogger(__name__)
 # What file systems and killed writers leave in a folder that is otherwise empty.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
-_FILES = (experiment.CONFIG_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE)
+_FILES = (experiment.CONFIG_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE, REPORT_FILE)
 _FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 
 
-def check_config(workdir: epath.Path, config: ExperimentConfig) -> None:
-  """Whether training with this configuration may begin in a folder, or go on in it.
+def check_config(
+    workdir: epath.Path, config: ExperimentConfig, allow_change: Collection[str] = ()
+) -> None:
+  """Checks that training with this configuration may begin in a folder, or go on in it.
 
   A run without a checkpoint has nothing to lose: whatever stopped it, it may begin again, and
   with another configuration.
+
+  Args:
+    workdir: the folder, which may not exist yet.
+    config: what a run there is to go on with.
+    allow_change: keys that may differ from the run's, see `resume.check`.
 
   Raises:
     InputError: the folder holds something else, or a run that cannot go on like this.
   """
   steps = saved_steps(workdir / CHECKPOINTS)
   if steps:
-    experiment.check_same_run(experiment.read(workdir), config)
-    if config.train.steps < steps[-1]:
-      raise invalid(
-          "config.train.steps", config.train.steps,
-          f"an integer >= {steps[-1]}, the steps that the run in --workdir has done",
-      )
+    resume.check(experiment.read(workdir), config, steps[-1], allow_change)
   elif workdir.exists() and not _has_run(workdir):
     foreign = [e.name for e in workdir.iterdir() if e != workdir and not _is_leftover(e)]
     if foreign:
@@ -74,6 +80,14 @@ def _is_leftover(entry: epath.Path) -> bool:
   if entry.name == CHECKPOINTS and entry.is_dir():
     return all(_UNFINISHED in save.name for save in entry.iterdir())
   return bool(_NOBODYS.fullmatch(entry.name))
+
+
+def describe_saved(workdir: epath.Path) -> str:
+  """What a process that ends now leaves in the folder, and how to go on."""
+  steps = saved_steps(workdir / CHECKPOINTS)
+  if not steps:
+    return "nothing was saved; the same command begins again"
+  return f"step {steps[-1]} is saved; the same command goes on from there"
 
 
 def check_data(workdir: epath.Path, data: Datasets) -> None:

@@ -1,0 +1,24 @@
+"""What a person does with a model, as functions: train, restore, evaluate, report, compile.
+
+    from dense_jax import experiment, runs
+
+    config = experiment.load("experiments/smoke.py:debug")
+    result = runs.train_run(config, "runs/debug")
+    run = runs.restore("runs/debug", "best")
+    print(result.heldout_loss, runs.evaluate_run(run).held_out.perplexity)
+
+`dense_jax.cli` parses arguments and prints around these.
+"""
+
+from dense_jax.evaluation.evaluators import Evaluator, HeldOutLoss, Snapshot
+from dense_jax.runs.compile import CompiledProgram, compile_program
+from dense_jax.runs.report import Report, write_report
+from dense_jax.runs.restoring import Run, restore
+from dense_jax.runs.scoring import Score, evaluate_run
+from dense_jax.runs.training import RunResult, train_run
+from dense_jax.training.loop import Hook, Moment
+
+__all__ = [
+    "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "Moment", "Report", "Run", "RunResult",
+    "Score", "Snapshot", "compile_program", "evaluate_run", "restore", "train_run", "write_report",
+]

@@ -1,0 +1,83 @@
+"""Evaluators at work in a run: when they score, and where their numbers go."""
+
+from collections.abc import Sequence
+
+from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.data.pipeline import Datasets
+from dense_jax.errors import InputError
+from dense_jax.evaluation.evaluators import Evaluator, HeldOutLoss, Snapshot
+from dense_jax.training.loop import Hook, Logger, Moment
+from dense_jax.training.metrics import MetricsWriter, Progress
+from dense_jax.training.step import Trainer
+
+
+def with_heldout_loss(evaluators: Sequence[Evaluator]) -> list[Evaluator]:
+  """The evaluators, with the held-out loss first where it is not among them.
+
+  Raises:
+    InputError: two have one name, or one has no valid interval.
+  """
+  chosen = list(evaluators)
+  if not any(isinstance(evaluator, HeldOutLoss) for evaluator in chosen):
+    chosen.insert(0, HeldOutLoss())
+  names = [evaluator.name for evaluator in chosen]
+  for evaluator in chosen:
+    if names.count(evaluator.name) > 1:
+      raise InputError(f"evaluators: expected one of each name, but two are {evaluator.name!r}")
+    if type(evaluator.every) is not int or evaluator.every < 0:
+      raise invalid(
+          f"evaluators: {evaluator.name}.every", evaluator.every,
+          "an integer >= 0, where 0 takes config.train.eval_every",
+      )
+  return chosen
+
+
+class Evaluations:
+  """A run's evaluators. Each scores at most once a step, and what it takes is not training time."""
+
+  def __init__(
+      self, evaluators: Sequence[Evaluator], config: ExperimentConfig, data: Datasets,
+      trainer: Trainer, writer: MetricsWriter, progress: Progress, logger: Logger,
+  ) -> None:
+    """Scores nothing yet; `evaluators` are those of `with_heldout_loss`."""
+    self._evaluators, self._config, self._data = evaluators, config, data
+    self._trainer, self._writer = trainer, writer
+    self._progress, self._logger = progress, logger
+    self._scored: dict[str, int] = {}
+    self._heldout_loss: float | None = None
+
+  def hooks(self) -> list[Hook]:
+    """One for each evaluator. A run that must stop has no time to score."""
+
+    def hook(evaluator: Evaluator) -> Hook:
+      every = evaluator.every or self._config.train.eval_every
+      return Hook(every, lambda moment: self._score(evaluator, moment), if_interrupted=False)
+
+    return [hook(evaluator) for evaluator in self._evaluators]
+
+  def heldout_loss(self, moment: Moment) -> float | None:
+    """The held-out loss at that moment."""
+    for evaluator in self._evaluators:
+      if isinstance(evaluator, HeldOutLoss):
+        self._score(evaluator, moment)
+    return self._heldout_loss
+
+  def _score(self, evaluator: Evaluator, moment: Moment) -> None:
+    """Scores, writes down and prints, once a step."""
+    if self._scored.get(evaluator.name) == moment.step:
+      return
+    self._scored[evaluator.name] = moment.step
+    self._logger.pause()
+    trainer = self._trainer
+    snapshot = Snapshot(
+        moment.step, self._config, trainer.model, moment.state.params, self._data, trainer.rows,
+        trainer.put,
+    )
+    numbers = {key: float(value) for key, value in evaluator.evaluate(snapshot).items()}
+    if isinstance(evaluator, HeldOutLoss):
+      self._heldout_loss = numbers["loss"]
+    self._writer.write(
+        moment.step, {f"{evaluator.name}_{key}": value for key, value in numbers.items()}
+    )
+    self._progress.line(f"step {moment.step}  {evaluator.describe(numbers, snapshot)}")
+    self._logger.resume()

@@ -1,0 +1,54 @@
+"""Text for people: tables, numbers with units, and text that is safe on a terminal."""
+
+import re
+from collections.abc import Sequence
+
+from dense_jax.types import Params
+
+# What a terminal obeys rather than shows: the control characters but for tabs and line ends (a
+# carriage return alone lets a line overwrite itself), and the overrides and isolates that turn
+# the direction of what follows them.
+_CONTROL = re.compile("\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+  """Text from a model, a prompt or data, to be printed: each control character becomes U+FFFD.
+
+  Everything else stays as it is, character by character: spaces of all kinds, joined emoji,
+  combining marks, every script. The length stays the same too.
+  """
+  return _CONTROL.sub("\ufffd", text)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+  """Aligned columns: the first to the left, all others to the right."""
+  widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+  lines = []
+  for row in rows:
+    first, *others = (cell.ljust(w) if not i else cell.rjust(w)
+                      for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    lines.append("  ".join([first, *others]).rstrip())
+  return "\n".join(lines)
+
+
+def scaled(value: float, unit: str) -> str:
+  """Three digits and a decimal prefix, such as 4.83 MB."""
+  prefixes = ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"))
+  for power, prefix in prefixes:
+    if value >= 10**power:
+      return f"{value / 10**power:.3g} {prefix}{unit}"
+  return f"{value / 1e-6:.3g} u{unit}" if value else f"0 {unit}"
+
+
+def parameter_table(params: Params) -> str:
+  """Parameters by module; the same module of all layers is one row."""
+  sizes: dict[str, int] = {}
+  for name, leaf in params.items():
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    module = ".".join(part for part in parts if part not in ("head", "blocks") or len(parts) == 1)
+    module = module.removesuffix(".kernel").removesuffix(".scale")
+    sizes[module] = sizes.get(module, 0) + leaf.size
+  total = sum(sizes.values())
+  rows = [("module", "parameters", "share")]
+  rows += [(name, f"{size:,}", f"{size / total:.1%}") for name, size in sorted(sizes.items())]
+  return table([*rows, ("all", f"{total:,}", f"{1:.1%}")])

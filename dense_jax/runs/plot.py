@@ -1,0 +1,52 @@
+"""A run's losses, drawn."""
+
+import io
+import math
+
+from etils import epath
+
+from dense_jax.files import write_atomically
+from dense_jax.runs.workdir import PLOT_FILE
+from dense_jax.training.metrics import read_metrics
+
+# matplotlib computes with numbers far beyond those that it draws.
+_LARGEST_DRAWN = 1e100
+
+
+def plot_loss(workdir: epath.Path) -> epath.Path:
+  """Draws training and held-out loss of the run's metrics.
+
+  A loss that is not finite, or beyond 1e100, leaves a gap. The axis is logarithmic unless a loss
+  is not above 0 (1e-100).
+  """
+  # Without pyplot, whose backend may be a notebook's.
+  from matplotlib.figure import Figure
+
+  lines = read_metrics(workdir)
+  figure = Figure(figsize=(7, 4), layout="constrained")
+  axes = figure.subplots()
+  drawn: list[float] = []
+  for key, label, style in (("loss", "training", "-"), ("heldout_loss", "held-out", "o-")):
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    losses = [loss if abs(loss) < _LARGEST_DRAWN else math.nan for _, loss in points]
+    finite = [loss for loss in losses if not math.isnan(loss)]
+    if finite:
+      axes.plot([step for step, _ in points], losses, style, label=label, markersize=4)
+      drawn += finite
+  axes.set_xlabel("step")
+  axes.set_ylabel("loss (nats per token)")
+  axes.grid(alpha=0.3, which="both")
+  if drawn:
+    axes.legend()
+  else:
+    axes.text(0.5, 0.5, "no finite loss", ha="center", transform=axes.transAxes)
+  if drawn and min(drawn) > 1 / _LARGEST_DRAWN:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    # Names of the ticks between powers of ten, where there are few of those.
+    axes.yaxis.set_minor_formatter("{x:g}" if max(drawn) < 1e3 * min(drawn) else "")
+  file = workdir / PLOT_FILE
+  image = io.BytesIO()
+  figure.savefig(image, dpi=120)
+  write_atomically(file, image.getvalue())
+  return file

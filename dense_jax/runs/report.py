@@ -1,0 +1,174 @@
+"""What a run has reached, at any time after it began: the table, the samples, the plot."""
+
+import dataclasses
+import logging
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from etils import epath
+
+from dense_jax.data.packing import TokenStore, build_store
+from dense_jax.data.sources import Document, split
+from dense_jax.data.tokenizer import Tokenizer, spell
+from dense_jax.evaluation.baselines import byte_ngram_bits_per_byte, xz_bits_per_byte
+from dense_jax.evaluation.perplexity import fixed
+from dense_jax.files import make_path, write_atomically
+from dense_jax.generation.decode import Generator
+from dense_jax.generation.sampling import Sampling
+from dense_jax.models.language_model import LanguageModel
+from dense_jax.outputs import check_file
+from dense_jax.runs.formatting import printable, table
+from dense_jax.runs.plot import plot_loss
+from dense_jax.runs.recording import DEVICE_MEMORY, HOST_MEMORY
+from dense_jax.runs.restoring import restore
+from dense_jax.runs.scoring import Score, evaluate_run
+from dense_jax.runs.workdir import REPORT_FILE
+from dense_jax.training.metrics import read_metrics
+
+# Baselines read at most this much text of each part, in bytes.
+_BASELINE_BYTES = 64 * 2**20
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a run has reached.
+
+  Attributes:
+    step: of the checkpoint.
+    score: of the held-out text.
+    table: bits per byte beside the baselines', speed and memory, in aligned columns.
+    samples: prompts, which begin held-out documents, and their continuations.
+    plot, file: where the plot and the report's text were written.
+  """
+
+  step: int
+  score: Score
+  table: str
+  samples: Sequence[tuple[str, str]]
+  plot: epath.Path
+  file: epath.Path
+
+  @property
+  def text(self) -> str:
+    """The table and the samples, printable."""
+    parts = [self.table]
+    for prompt, continuation in self.samples:
+      parts.append(f"--- prompt\n{prompt}\n--- continuation\n{continuation}")
+    return "\n\n".join(parts)
+
+
+def write_report(
+    workdir: str | os.PathLike[str], checkpoint: str = "latest", *, batches: int = 200,
+    batch_size: int = 16,
+) -> Report:
+  """Scores a run, samples from it, and draws its losses; on one device.
+
+  Writes loss.png and report.md into the run's folder. The run may be training meanwhile, and on
+  any number of devices.
+
+  Args:
+    workdir: the folder that training wrote.
+    checkpoint: "latest", "best" (by held-out loss) or a step's number.
+    batches: of the held-out text, score at most so many, spread evenly over it; 0 takes all.
+    batch_size: windows of `config.data.seq_len` tokens in a batch.
+
+  Raises:
+    InputError: no such run or checkpoint, its text is not where it was, or the folder cannot be
+      written.
+  """
+  folder = make_path(os.fspath(workdir), "--workdir")
+  run = restore(folder, checkpoint)
+  config = run.config
+  check_file(os.fspath(folder / REPORT_FILE), "--workdir")
+  score = evaluate_run(run, batch_size=batch_size, batches=batches)
+  train, heldout = split(config.data)
+  name = f"this model ({config.model.family}, dense depth {config.model.dense.depth})"
+  rows = comparison(score, _text(train), _text(heldout), name, read_metrics(folder))
+  store = build_store(heldout, run.tokenizer, config.data.cache_dir)
+  report = Report(
+      run.step, score, table(rows), samples(run.model, store, run.tokenizer, seed=config.seed),
+      plot_loss(folder), folder / REPORT_FILE,
+  )
+  # Indented, so that nothing in a sample ends the block of code.
+  indented = "".join(f"    {line}\n" for line in report.text.splitlines())
+  title = f"# Step {run.step} of {config.train.steps}"
+  content = f"{title}\n\n{indented}\n![training and held-out loss]({report.plot.name})\n"
+  write_atomically(report.file, content.encode(errors="replace"))
+  if not math.isfinite(score.held_out.loss):
+    _LOG.warning("the loss is not finite: lower the learning rate")
+  return report
+
+
+def _text(documents: Iterable[Document]) -> bytes:
+  """The documents' text, up to the baselines' limit."""
+  parts, size = [], 0
+  for document in documents:
+    parts.append(document.text.encode())
+    size += len(parts[-1])
+    if size >= _BASELINE_BYTES:
+      break
+  return b"".join(parts)[:_BASELINE_BYTES]
+
+
+def comparison(
+    score: Score, train: bytes, heldout: bytes, name: str,
+    metrics: Sequence[Mapping[str, float]],
+) -> list[tuple[str, str]]:
+  """The rows of the table: bits per byte beside the baselines', speed and memory.
+
+  Args:
+    score: of the held-out text.
+    train: the text that the n-grams count.
+    heldout: the text that the baselines are scored on.
+    name: of the model.
+    metrics: the run's records, of `read_metrics`.
+  """
+  held_out = score.held_out
+  rows = [
+      ("held-out text", "bits per byte"),
+      ("byte bigram", f"{byte_ngram_bits_per_byte(train, heldout, 2):.3f}"),
+      ("byte trigram", f"{byte_ngram_bits_per_byte(train, heldout, 3):.3f}"),
+      ("xz -9", f"{xz_bits_per_byte(heldout):.3f}"),
+      (name, fixed(score.bits_per_byte, 3)),
+      ("", ""),
+      ("perplexity per token", fixed(held_out.perplexity, 2)),
+  ]
+  if held_out.context:
+    rows.append(("context", held_out.context))
+  if score.scored < score.windows:
+    rows.append(("windows scored", f"{score.scored:,} of {score.windows:,}"))
+  speeds = [record["tokens_per_second"] for record in metrics if "tokens_per_second" in record]
+  if speeds:
+    rows.append(("training tokens/s (median)", f"{statistics.median_high(speeds):,.0f}"))
+  for key, what in ((HOST_MEMORY, "peak memory (RSS)"), (DEVICE_MEMORY, "peak device memory")):
+    sizes = [record[key] for record in metrics if key in record]
+    if sizes:
+      rows.append((what, f"{max(sizes) / 2**20:,.0f} MiB"))
+  return rows
+
+
+def samples(
+    model: LanguageModel, store: TokenStore, tokenizer: Tokenizer, *, seed: int
+) -> list[tuple[str, str]]:
+  """Two prompts, the beginnings of held-out documents, and what they are continued with.
+
+  Joined, a prompt and its continuation are the text that the tokenizer spells for both, printable.
+  """
+  texts = []
+  for document in (0, store.num_documents // 2):
+    first, is_last = store.starts[document], document + 1 == store.num_documents
+    end = store.num_tokens if is_last else store.starts[document + 1]
+    # Without the document's bos and its end token.
+    texts.append(store.tokens[first + 1 : min(first + 24, end - 1)].tolist())
+  generator = Generator(model, Sampling(temperature=0.8, top_p=0.95))
+  prompts = [[tokenizer.bos_id, *ids] for ids in texts]
+  continuations = generator(prompts, max_new_tokens=64, seed=seed, stop_id=tokenizer.eos_id)
+  pairs = []
+  for ids, new_ids in zip(texts, continuations, strict=True):
+    prompt, new = spell(tokenizer, ids, new_ids)
+    text = printable(prompt + new)  # Joined, for a line end of two characters is one.
+    pairs.append((text[: len(prompt)], text[len(prompt) :]))
+  return pairs

@@ -1,0 +1,81 @@
+"""Loss, perplexity and bits per byte of a restored run on held-out text."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.data.packing import build_store
+from dense_jax.data.pipeline import heldout_batches
+from dense_jax.data.sources import TextSource, split
+from dense_jax.evaluation.perplexity import HeldOut, Scorer
+from dense_jax.runs.formatting import scaled
+from dense_jax.runs.memory import device_memory
+from dense_jax.runs.restoring import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Figures of a text.
+
+  Attributes:
+    held_out: loss and perplexity of the targets that were scored.
+    bits_per_byte: of the text; estimated where a part of it was scored.
+    num_bytes: UTF-8 bytes of the whole text.
+    windows, scored: rows of `config.data.seq_len` tokens, of the whole text and scored.
+  """
+
+  held_out: HeldOut
+  bits_per_byte: float
+  num_bytes: int
+  windows: int
+  scored: int
+
+
+def evaluate_run(
+    run: Run, text: TextSource | None = None, *, batch_size: int = 16, batches: int = 0
+) -> Score:
+  """Scores a text in windows of `config.data.seq_len` tokens, each with a fresh context.
+
+  Args:
+    run: of `restore`.
+    text: what to score (see `dense_jax.data.sources.find`); None means the run's held-out text.
+    batch_size: windows at a time. More than there are take all.
+    batches: score at most so many batches, spread evenly over the text; 0 takes all.
+
+  Raises:
+    InputError: the text cannot be read, or not even one layer's activations fit the memory.
+  """
+  config = run.config
+  cache_dir = config.data.cache_dir
+  text = split(config.data)[1] if text is None else dataclasses.replace(text, cache_dir=cache_dir)
+  store = build_store(text, run.tokenizer, cache_dir)
+  windows = store.num_windows(config.data.seq_len)
+  batch_size = min(batch_size, windows)  # A row without a window is only padding.
+  _check_memory(config, batch_size)
+  total = -(-windows // batch_size)
+  taken = min(batches, total) if batches else total
+  scorer = Scorer(run.model, chunk=config.train.loss_chunk)
+  with tqdm.tqdm(
+      heldout_batches(store, config.data.seq_len, batch_size, batches), total=taken,
+      unit="batch", leave=False, disable=not sys.stderr.isatty(),
+  ) as bar:
+    held_out = scorer(run.params, bar, jax.device_put)
+  return Score(
+      held_out, held_out.bits_per_byte(store.num_targets / store.num_bytes), store.num_bytes,
+      windows, min(taken * batch_size, windows),
+  )
+
+
+def _check_memory(config: ExperimentConfig, batch_size: int) -> None:
+  """Refuses windows of which not even one layer's activations fit."""
+  row = config.data.seq_len * config.model.width * jnp.dtype(config.model.dtype).itemsize
+  needed, available = batch_size * row, device_memory()
+  if needed > available:
+    raise invalid(
+        "--batch-size", batch_size, f"at most {available // row}: one layer's activations take "
+        f"{scaled(needed, 'B')}, and there are {scaled(available, 'B')}",
+    )

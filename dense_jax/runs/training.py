@@ -1,0 +1,241 @@
+"""Training a run from its beginning, or from its newest checkpoint on."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import jax
+import tqdm
+from etils import epath
+from jax.sharding import Mesh
+
+from dense_jax import distributed, sharding
+from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.data.pipeline import Datasets, TrainBatches, load_datasets
+from dense_jax.evaluation.evaluators import Evaluator
+from dense_jax.files import make_path
+from dense_jax.interrupt import Interrupt
+from dense_jax.models.params import get_params
+from dense_jax.models.registry import family
+from dense_jax.ops import resolver
+from dense_jax.runs import resume
+from dense_jax.runs import workdir as folders
+from dense_jax.runs.evaluating import Evaluations, with_heldout_loss
+from dense_jax.runs.formatting import parameter_table
+from dense_jax.runs.memory import check_memory
+from dense_jax.runs.recording import Recorder
+from dense_jax.training.checkpoint import Checkpoints, check_name
+from dense_jax.training.lock import RunLock
+from dense_jax.training.loop import Hook, Logger, Moment, checkpoint_hook, train
+from dense_jax.training.metrics import Progress
+from dense_jax.training.step import Metrics, Trainer, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+  """How a run stands when training returns.
+
+  Attributes:
+    workdir: the run's folder.
+    config: the run's configuration, with the tokenizer's vocabulary.
+    step: updates done, all of them saved.
+    interrupted: who asked it to end before its last step, such as "SIGTERM"; empty where all
+      steps are done.
+    metrics: the newest number of each name in metrics.jsonl, such as "loss" (training's, of the
+      last step that was logged) and "heldout_loss".
+  """
+
+  workdir: epath.Path
+  config: ExperimentConfig
+  step: int
+  interrupted: str
+  metrics: Mapping[str, float]
+
+  @property
+  def heldout_loss(self) -> float | None:
+    """The newest held-out loss, mean nats a token; None where none was computed yet."""
+    return self.metrics.get("heldout_loss")
+
+
+def train_run(
+    config: ExperimentConfig, workdir: str | os.PathLike[str], *, hooks: Sequence[Hook] = (),
+    evaluators: Sequence[Evaluator] = (), allow_change: Collection[str] = (),
+    interrupt: Interrupt | None = None,
+) -> RunResult:
+  """Trains a model in a folder, or goes on with the run that the folder holds.
+
+  Progress is printed. Checkpoints, metrics.jsonl, TensorBoard's events, the configuration and the
+  tokenizer are written into the folder. Of several processes (see `distributed.initialize`) all
+  call it alike, and the first writes. When it returns or raises, no thread, lock or open file of
+  it is left.
+
+  Args:
+    config: of the run.
+    workdir: the folder, local or in a bucket; it is made where it is missing.
+    hooks: called after the evaluators and before a checkpoint is saved.
+    evaluators: scores to take beside the held-out loss, which every run takes because its
+      checkpoints are ranked by it. A `HeldOutLoss` among them stands in for the default one.
+    allow_change: keys such as "train.steps" that may differ from those that the run in the folder
+      was made with, although they alter its course; see `dense_jax.runs.resume`.
+    interrupt: an active one that may end the process, as a command line has. None means that
+      signals are heard here: the first makes it save and return, and only ever the caller ends
+      the process.
+
+  Raises:
+    InputError: the configuration, the data or the folder do not fit, naming field, value and
+      what is valid; the state is not finite any more; or the folder has vanished.
+    Stopped: a KeyboardInterrupt. It was asked to end before its first step was done, or twice.
+  """
+  folder = make_path(os.fspath(workdir), "--workdir")
+  check_name(folder, "--workdir")
+  resume.check_allowed(config, allow_change)
+  evaluators = with_heldout_loss(evaluators)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(distributed.only_first_prints())
+    if interrupt is None:
+      interrupt = stack.enter_context(Interrupt(ends_process=False))
+    interrupt.obey(lambda: folders.describe_saved(folder))
+    lock = _take_lock(stack, folder)
+    distributed.by_first(lambda: folders.check_config(folder, config, allow_change))
+    mesh = sharding.make_mesh(config.mesh)
+    data = _load_data(config)
+    config = _with_vocab(config, data)
+    check_memory(config)
+    trainer = Trainer(config, mesh)
+    _say_what_runs(config, mesh, trainer)
+    # Before the first of them writes, all have looked at the folder.
+    distributed.check_same({"the configuration": config, "config.data": data.fingerprint})
+    distributed.by_first(lambda: folders.check_data(folder, data))
+    batches = stack.enter_context(contextlib.closing(TrainBatches(
+        data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
+    )))
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
+        folder / folders.CHECKPOINTS,
+        keep_last=config.train.keep_last, keep_best=config.train.keep_best,
+    )))
+    distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})
+    state = _start(trainer, checkpoints, batches, config.seed)
+    distributed.by_first(lambda: folders.begin(folder, config, data))
+    step = int(state.step)
+    print(f"from step {step} to {config.train.steps} in {folder}", flush=True)
+    recorder = stack.enter_context(contextlib.closing(Recorder(folder, step)))
+    progress = stack.enter_context(contextlib.closing(Progress(step, config.train.steps)))
+    logger = Logger(
+        recorder, progress, every=config.train.log_every, first_step=step,
+        steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.seq_len,
+    )
+    evaluations = Evaluations(evaluators, config, data, trainer, recorder, progress, logger)
+    state = train(
+        trainer, state, batches, steps=config.train.steps,
+        hooks=[
+            *evaluations.hooks(), *hooks,
+            _saving_hook(config, checkpoints, batches, recorder, evaluations, lock),
+        ],
+        on_metrics=_watching(lock, logger), interrupt=interrupt,
+        meanwhile=lambda: _saved_at_once(folder),
+    )
+    checkpoints.wait()
+    step = int(state.step)
+  interrupted = ""
+  if step < config.train.steps:
+    interrupted = interrupt.requested or "a signal to another process"
+  return RunResult(folder, config, step, interrupted, recorder.newest)
+
+
+def _load_data(config: ExperimentConfig) -> Datasets:
+  with tqdm.tqdm(unit="B", unit_scale=True, desc="tokenizing", leave=False,
+                 disable=not sys.stderr.isatty()) as bar:
+    return load_datasets(config.data, lambda done: bar.update(max(done - bar.n, 0)))
+
+
+def _with_vocab(config: ExperimentConfig, data: Datasets) -> ExperimentConfig:
+  """The configuration with the tokenizer's vocabulary, if it names none."""
+  needed = data.tokenizer.vocab_size
+  if config.model.vocab_size and config.model.vocab_size < needed:
+    raise invalid(
+        "config.model.vocab_size", config.model.vocab_size,
+        f"0, or an integer >= the tokenizer's {needed}",
+    )
+  model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or needed)
+  return dataclasses.replace(config, model=model)
+
+
+def _say_what_runs(config: ExperimentConfig, mesh: Mesh, trainer: Trainer) -> None:
+  devices = jax.devices()
+  form = family(config.model.family).form
+  implementation = resolver.resolve(form, config.model.implementation)
+  dense = config.model.dense
+  where = f"devices: {len(devices)} x {devices[0].device_kind}"
+  if jax.process_count() > 1:
+    where = (f"{jax.process_count()} processes x {jax.local_device_count()} devices: "
+             f"{devices[0].device_kind}")
+  print(
+      f"{where} | mesh: {sharding.describe_mesh(mesh.shape)}"
+      f" | {config.model.family}, dense depth {dense.depth}"
+      + (f" ({dense.inject})" if dense.depth else "")
+      + f" | {form} states by: {implementation} | {config.model.dtype}"
+  )
+  print(parameter_table(get_params(trainer.model)), flush=True)
+
+
+def _take_lock(stack: contextlib.ExitStack, folder: epath.Path) -> RunLock | None:
+  """The right to write into the folder, which the first process takes for all."""
+  locks: list[RunLock] = []
+
+  def take() -> None:
+    locks.append(RunLock(folder, lambda said: print(said, flush=True)))
+    stack.callback(locks[0].release)
+
+  distributed.by_first(take)
+  return locks[0] if locks else None
+
+
+def _start(
+    trainer: Trainer, checkpoints: Checkpoints, batches: TrainBatches, seed: int
+) -> TrainState:
+  """The newest checkpoint's state, or a fresh one."""
+  if checkpoints.latest is None:
+    return trainer.init(seed)
+  state, position = checkpoints.restore(trainer.state_shapes, checkpoints.latest)
+  batches.set_state(position)
+  return state
+
+
+def _saved_at_once(folder: epath.Path) -> str:
+  """What is left where steps or a save were under way, and how to go on."""
+  return (
+      "ended at once, without what was done since the newest checkpoint (a save that was under "
+      f"way is cleared by the next start): {folders.describe_saved(folder)}"
+  )
+
+
+def _saving_hook(
+    config: ExperimentConfig, checkpoints: Checkpoints, batches: TrainBatches, recorder: Recorder,
+    evaluations: Evaluations, lock: RunLock | None,
+) -> Hook:
+  """Saves, ranked by the held-out loss, as long as the folder is the run's."""
+
+  def heldout_loss(moment: Moment) -> float | None:
+    if lock:
+      lock.check()
+    # A run that must stop has no time to score.
+    if moment.interrupted or not config.train.keep_best:
+      return None
+    return evaluations.heldout_loss(moment)
+
+  return checkpoint_hook(
+      checkpoints, batches, recorder, config.train.checkpoint_every, heldout_loss
+  )
+
+
+def _watching(lock: RunLock | None, logger: Logger) -> Callable[[int, Metrics], None]:
+  """Logs each step, as long as the folder is there."""
+
+  def on_metrics(step: int, metrics: Metrics) -> None:
+    if lock and lock.lost:
+      lock.check()
+    logger(step, metrics)
+
+  return on_metrics
