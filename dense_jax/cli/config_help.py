@@ -15,6 +15,7 @@ from dense_jax import experiment
 from dense_jax.cli import common
 from dense_jax.config import LARGEST, ExperimentConfig
 from dense_jax.models.registry import FAMILIES
+from dense_jax.runs import resume
 
 _OPTION = "--help-config"
 _WIDEST = 100
@@ -28,6 +29,9 @@ keys in its `get_config`, and a command line sets them by `--config.KEY=VALUE`, 
 `--config.model.dense.depth=2`. The same of one experiment, with its own values, is printed by
 
     dense-jax train --config experiments/smoke.py {_OPTION}
+
+The last column says whether a key may change when a run goes on: never, freely, or when asked by
+name with `{resume.FLAG}`. Paths may change freely, because the data that they lead to are compared.
 
 Integers are at most {LARGEST}, which int32 holds, unless a smaller bound is given. Letters are
 those of `dense_jax/types.py`. This file is the output of `python -m dense_jax.cli.config_help`.
@@ -43,12 +47,14 @@ class Key:
     value: what the configuration has.
     valid: which values are valid, in words.
     meaning: one line.
+    change: whether it may change when a run goes on: never, freely, or when asked.
   """
 
   name: str
   value: str
   valid: str
   meaning: str
+  change: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +84,8 @@ def groups(
 
 def _key(path: str, field: dataclasses.Field[Any], value: Any) -> Key:
   valid = _VALID.get(path, field.metadata["valid"]).removesuffix(f" and <= {LARGEST}")
-  return Key(field.name, _as_typed(value), valid, field.metadata["help"])
+  change = resume.classify(path).value
+  return Key(field.name, _as_typed(value), valid, field.metadata["help"], change)
 
 
 def _as_typed(value: Any) -> str:
@@ -89,7 +96,7 @@ def _as_typed(value: Any) -> str:
 
 
 def listing(config: ExperimentConfig, width: int = _WIDEST) -> str:
-  """Lists every key of an experiment with its value, what it means and what is valid.
+  """Lists every key of an experiment: its value, meaning, valid range and change on resume.
 
   Args:
     config: the experiment.
@@ -103,7 +110,8 @@ def listing(config: ExperimentConfig, width: int = _WIDEST) -> str:
     lines += ["", *textwrap.wrap(f"{group.path}: {group.meaning}", width)]
     for key in group.keys:
       head = f"  {key.name} = {key.value}"
-      text = textwrap.wrap(f"{key.meaning} [{key.valid}]", max(width - left, 20))
+      about = f"{key.meaning} [{key.valid}; resume: {key.change}]"
+      text = textwrap.wrap(about, max(width - left, 20))
       if len(head) > left - 2:
         lines.append(head)
       else:
@@ -129,13 +137,14 @@ def document() -> str:
 
 def _section(group: Group, of: str = "") -> str:
   rows = [
-      f"| `{key.name}` | `{key.value}` | {key.valid} | {key.meaning} |".replace("<", "&lt;")
+      f"| `{key.name}` | `{key.value}` | {key.valid} | {key.meaning} | {key.change} |".replace(
+          "<", "&lt;")
       for key in group.keys
   ]
   meaning = group.meaning[0].upper() + group.meaning[1:]
   return "\n".join([
-      f"## {group.path}{of}", "", f"{meaning}.", "", "| key | default | valid | meaning |",
-      "|---|---|---|---|", *rows, "",
+      f"## {group.path}{of}", "", f"{meaning}.", "",
+      "| key | default | valid | meaning | on resume |", "|---|---|---|---|---|", *rows, "",
   ])
 
 

@@ -44,8 +44,9 @@ def test_the_listing_is_of_the_experiment_that_is_given(main, capsys, monkeypatc
   out = capsys.readouterr().out
   assert all(len(line) <= 80 for line in out.splitlines())
   words = " ".join(out.split())
-  for line in ("width = 192 D: channels of the residual stream [an integer >= 1]",
-               "heads = 4 H: heads; N = K / H [an integer >= 1]", "heldout_path = '' held-out text",
+  for line in ("width = 192 D: channels of the residual stream [an integer >= 1; resume: never]",
+               "heads = 4 H: heads; N = K / H [an integer >= 1; resume: never]",
+               "heldout_path = '' held-out text; empty",
                "config.model.dense: dense hidden connections; docs/dense.md depth = 1 m: how many",
                "tie_embeddings = true whether the head is the embedding's transpose [true or"):
     assert line in words
