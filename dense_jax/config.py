@@ -344,6 +344,7 @@ class TrainConfig:
     z_loss: weight of mean(log Z ** 2), which keeps logits from drifting; 0 is none.
     loss_chunk: tokens of a row whose logits exist at one time.
     log_every, eval_every, checkpoint_every: steps; the last step always does all three.
+    layer_metrics_every: steps between those that measure what layers record; 0 measures none.
     eval_batches: held-out batches of an evaluation during training; 0 takes all.
     keep_last, keep_best: checkpoints kept: the newest, and the best by held-out loss.
   """
@@ -354,6 +355,7 @@ class TrainConfig:
   z_loss: float = number(0.0, 0)
   loss_chunk: int = integer(256, 1)
   log_every: int = integer(10, 1)
+  layer_metrics_every: int = integer(0, 0)
   eval_every: int = integer(500, 1)
   eval_batches: int = integer(16, 0)
   checkpoint_every: int = integer(500, 1)

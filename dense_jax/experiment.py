@@ -31,6 +31,7 @@ CONFIG_FILE = "config.json"
 # Keys that change how a run computes, or where it caches, but not what it is. Where text and
 # tokenizer lie may change: what they hold is compared.
 _FREE = ("config.model.implementation", "config.model.chunk", "config.model.remat",
+         "config.model.block_layers",
          "config.data.cache_dir", "config.data.path", "config.data.heldout_path",
          "config.data.tokenizer")
 _MIXER = "config.model.mixer"
