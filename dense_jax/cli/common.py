@@ -198,7 +198,7 @@ def restore(workdir: str, which: str) -> Run:
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   if not (folder / CHECKPOINTS).is_dir():
     raise InputError(f"--workdir = {workdir!r} is not valid: it has no checkpoints yet")
-  checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+  checkpoints = Checkpoints(folder / CHECKPOINTS, config.model, read_only=True)
   step, params = checkpoints.restore_params(shapes, which)
   checkpoints.close()
   return Run(config, load_saved_tokenizer(folder / TOKENIZER), model, params, step)

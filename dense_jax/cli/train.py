@@ -189,7 +189,7 @@ def _run(config: ExperimentConfig, workdir: epath.Path) -> int:
         data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
     )))
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
-        workdir / common.CHECKPOINTS,
+        workdir / common.CHECKPOINTS, config.model,
         keep_last=config.train.keep_last, keep_best=config.train.keep_best,
     )))
     distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})

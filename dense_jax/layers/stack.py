@@ -191,7 +191,7 @@ class Stack(nnx.Module):
     after = []
     for layer, state in zip(layers, states, strict=True):
       graph, params = nnx.split(layer)
-      run = functools.partial(_run_layer, graph, wanted)
+      run: Callable[..., Any] = functools.partial(_run_layer, graph, wanted)
       if checkpoint:
         run = jax.checkpoint(run, policy=self._policy)
       x, shared, layer_after = run(params, x, tokens, state, bank)
