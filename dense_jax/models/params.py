@@ -13,7 +13,7 @@ Whatever is kept or exchanged (checkpoints, `save_hf`, reports) is by layer.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,9 @@ from dense_jax.layers.linear import Axes
 from dense_jax.layers.stack import plan_layers
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.types import Array, Params, PyTree
+
+Split = Callable[[Any, int], Sequence[Any]]
+Join = Callable[[Sequence[Any]], Any]
 
 # A parameter of the stack by its two names.
 _SCANNED = re.compile(r"stack\.(prefix_layers|scanned_layers)\.(\d+)\.(.+)")
@@ -77,17 +80,17 @@ def init_params(config: ModelConfig, key: Array) -> Params:
   return get_params(LanguageModel(config, rngs=nnx.Rngs(key)))
 
 
-def by_layer(config: ModelConfig, tree: PyTree) -> PyTree:
+def by_layer(config: ModelConfig, tree: PyTree, *, split: Split | None = None) -> PyTree:
   """Gives each layer its own entry, in every dict of parameters that a tree holds.
 
   Args:
     config: the model's, which says how its layers are scanned.
     tree: `Params`, or anything that has such dicts in it, like the state of an optimizer.
-      Their leaves are arrays or ShapeDtypeStructs; global arrays need jit around this.
+      Their leaves are arrays or ShapeDtypeStructs.
+    split: cuts a stacked leaf into the parts of its R layers; None means `split_rows`.
 
   Returns:
-    The tree with `layers.<N>.<rest>` for the stack's names. A layer's array is its part of
-    the stacked one, and a shape's sharding that of the part. All else is left as it is.
+    The tree with `layers.<N>.<rest>` for the stack's names. All else is left as it is.
   """
   plan = plan_layers(config)
 
@@ -100,17 +103,24 @@ def by_layer(config: ModelConfig, tree: PyTree) -> PyTree:
       elif match[1] == "prefix_layers":
         converted[f"layers.{match[2]}.{match[3]}"] = value
       else:
-        for row, layer in enumerate(plan.layers(int(match[2]))):
-          converted[f"layers.{layer}.{match[3]}"] = _row(value, row)
+        layers = plan.layers(int(match[2]))
+        parts = (split or split_rows)(value, len(layers))
+        for layer, part in zip(layers, parts, strict=True):
+          converted[f"layers.{layer}.{match[3]}"] = part
     return converted
 
   return _map_dicts(_SCANNED, convert, tree)
 
 
-def as_scanned(config: ModelConfig, tree: PyTree) -> PyTree:
+def as_scanned(config: ModelConfig, tree: PyTree, *, stack: Join | None = None) -> PyTree:
   """Inverts `by_layer`: names and stacks parameters as the model of `config` does.
 
   The tree may come from a model of the same layers that was scanned in another way.
+
+  Args:
+    config: the model's, which says how its layers are to be scanned.
+    tree: as `by_layer` returns it.
+    stack: joins the parts of R layers to one leaf; None means `stack_rows`.
   """
   plan = plan_layers(config)
 
@@ -126,8 +136,8 @@ def as_scanned(config: ModelConfig, tree: PyTree) -> PyTree:
       if layer < plan.prefix:
         converted[f"stack.prefix_layers.{layer}.{rest}"] = value
       elif row == 0:
-        rows = [params[f"layers.{other}.{rest}"] for other in plan.layers(position)]
-        converted[f"stack.scanned_layers.{position}.{rest}"] = _stacked(rows)
+        parts = [params[f"layers.{other}.{rest}"] for other in plan.layers(position)]
+        converted[f"stack.scanned_layers.{position}.{rest}"] = (stack or stack_rows)(parts)
     return converted
 
   return _map_dicts(_BY_LAYER, convert, tree)
@@ -148,25 +158,37 @@ def _map_dicts(
   )
 
 
-def _row(leaf: Any, row: int) -> Any:
-  """One layer's part of a stacked array or shape."""
+def split_rows(leaf: Any, rows: int) -> list[Any]:
+  """Cuts an array or shape [R, ...] into R; a shape's sharding becomes that of a part."""
   if not isinstance(leaf, jax.ShapeDtypeStruct):
-    return leaf[row]
-  placed = leaf.sharding
-  if isinstance(placed, NamedSharding):
-    placed = NamedSharding(placed.mesh, PartitionSpec(*placed.spec[1:]))
-  return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=placed)
+    return [leaf[row] for row in range(rows)]
+  placed = row_sharding(leaf.sharding)
+  return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=placed)] * rows
 
 
-def _stacked(leaves: list[Any]) -> Any:
-  """The parts of all layers as one array or shape."""
+def stack_rows(leaves: Sequence[Any]) -> Any:
+  """Inverts `split_rows`."""
   first = leaves[0]
   if not isinstance(first, jax.ShapeDtypeStruct):
     return jnp.stack(leaves)
-  placed = first.sharding
-  if isinstance(placed, NamedSharding):
-    placed = NamedSharding(placed.mesh, PartitionSpec(None, *placed.spec))
+  placed = stacked_sharding(first.sharding)
   return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype, sharding=placed)
+
+
+def row_sharding(placed: Any) -> Any:
+  """The sharding of a part of an array [R, ...] with that sharding (or None)."""
+  if not isinstance(placed, NamedSharding):
+    return placed
+  spec = PartitionSpec(*placed.spec[1:])
+  return NamedSharding(placed.mesh, spec, memory_kind=placed.memory_kind)
+
+
+def stacked_sharding(placed: Any) -> Any:
+  """Inverts `row_sharding`."""
+  if not isinstance(placed, NamedSharding):
+    return placed
+  spec = PartitionSpec(None, *placed.spec)
+  return NamedSharding(placed.mesh, spec, memory_kind=placed.memory_kind)
 
 
 def unrolled_config(config: ModelConfig) -> ModelConfig:

@@ -2,8 +2,8 @@
 
 A checkpoint has one entry a layer, `layers.<N>.<rest>`, for a parameter and its moments
 (`dense_jax.models.params.by_layer`). How layers were scanned is not in it, so that a run may go
-on with another `block_layers`. Entries are made and stacked again between the devices and the
-hosts' memory: a device never holds them beside the state.
+on with another `block_layers`. Stacked arrays are cut on the way from the devices to the memory
+of their hosts, and stacked on the way back: no device holds a second copy of the state.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -25,7 +25,14 @@ from dense_jax import distributed
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.errors import InputError
 from dense_jax.files import is_remote
-from dense_jax.models.params import as_scanned, by_layer
+from dense_jax.models.params import (
+    as_scanned,
+    by_layer,
+    row_sharding,
+    split_rows,
+    stack_rows,
+    stacked_sharding,
+)
 from dense_jax.training.step import TrainState
 from dense_jax.types import Params, PyTree
 
@@ -135,7 +142,6 @@ class Checkpoints:
   ) -> None:
     self._folder = folder if is_remote(folder) else folder.absolute()
     self._model = model
-    self._split: Callable[[TrainState], TrainState] | None = None
     self._manager = _retried(lambda: _manager(self._folder, keep_last, keep_best, read_only))
 
   @property
@@ -163,12 +169,7 @@ class Checkpoints:
       return True
     if not distributed.to_host(_all_finite((state.params, state.opt_state))):
       return False
-    if self._split is None:
-      layers = _on_hosts(by_layer(self._model, jax.tree.map(_shape, state)))
-      self._split = jax.jit(
-          functools.partial(by_layer, self._model), out_shardings=_shardings(layers)
-      )
-    state = self._split(state)
+    state = by_layer(self._model, state, split=_to_hosts)
     ranked = heldout_loss is not None and math.isfinite(heldout_loss)
     self._manager.save(
         step,
@@ -205,8 +206,8 @@ class Checkpoints:
 
   def _join(self, tree: PyTree, shapes: PyTree) -> PyTree:
     """Entries of layers as the model has them, placed as `shapes` says."""
-    join = functools.partial(as_scanned, self._model)
-    return jax.jit(join, out_shardings=_shardings(shapes))(tree)
+    scanned = as_scanned(self._model, tree, stack=_to_devices)
+    return jax.device_put(scanned, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
   def restore_params(self, shapes: Params, which: str) -> tuple[int, Params]:
     """A step and its parameters, for evaluation and sampling.
@@ -302,19 +303,36 @@ def _all_finite(tree: PyTree) -> jax.Array:
   return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
-def _shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+_HOST = "pinned_host"
 
 
-def _shardings(shapes: PyTree) -> PyTree:
-  return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+def _to_hosts(leaf: jax.Array, rows: int) -> Sequence[jax.Array]:
+  """Cuts an array [R, ...] into R, which have its sharding in the hosts' memory."""
+  return _splitter(rows, row_sharding(leaf.sharding).with_memory_kind(_HOST))(leaf)
+
+
+def _to_devices(leaves: Sequence[jax.Array]) -> jax.Array:
+  """Inverts `_to_hosts`."""
+  placed = stacked_sharding(leaves[0].sharding)
+  return _stacker(placed.with_memory_kind("device"))(leaves)
+
+
+# Compiled once for each shape and sharding, not once for each leaf.
+@functools.cache
+def _splitter(rows: int, placed: jax.sharding.Sharding) -> Callable[..., Sequence[jax.Array]]:
+  return jax.jit(functools.partial(split_rows, rows=rows), out_shardings=placed)
+
+
+@functools.cache
+def _stacker(placed: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+  return jax.jit(stack_rows, out_shardings=placed)
 
 
 def _on_hosts(shapes: PyTree) -> PyTree:
-  """The same shapes and shardings, in the memory of the devices' hosts."""
+  """Returns the same shapes and shardings in the memory of the devices' hosts."""
   return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind("pinned_host")
+          leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST)
       ),
       shapes,
   )

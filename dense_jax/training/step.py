@@ -27,6 +27,8 @@ from dense_jax.training.losses import loss_sum
 from dense_jax.training.optimizer import learning_rate, make_optimizer
 from dense_jax.types import Array, Params, PyTree
 
+_LAYERS = "layers/"
+
 Metrics = dict[str, Array]
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
@@ -116,12 +118,17 @@ def _layer_metrics(config: ModelConfig, aux: list[Aux], gradients: Params) -> Me
       of_layer.setdefault(int(name.split(".")[1]), []).append(gradient)
   digits = len(str(config.layers))  # So that names sort as numbers do.
   return {
-      f"layers/{layer:0{digits}}/{name}": value
+      f"{_LAYERS}{layer:0{digits}}/{name}": value
       for layer, recorded in enumerate(aux)
       for name, value in {
           **recorded, "gradient_norm": optax.global_norm(of_layer[layer])
       }.items()
   }
+
+
+def has_layers(metrics: Metrics) -> bool:
+  """Whether a step's metrics have those of its layers."""
+  return any(name.startswith(_LAYERS) for name in metrics)
 
 
 class Trainer:
@@ -213,6 +220,14 @@ class Trainer:
     """Returns the function for update number `step`, which count from 1."""
     measured = self._measure_every and step % self._measure_every == 0
     return self.measured_step if measured else self.train_step
+
+  def compile(self, state: TrainState, batch: Batch) -> None:
+    """Compiles all functions that `step_at` may return, so that no later step waits for it."""
+    functions: list[Any] = [self.train_step]
+    if self._measure_every:
+      functions.append(self.measured_step)
+    for function in functions:
+      function.lower(state, batch).compile()
 
   def init(self, seed: int) -> TrainState:
     """Makes a fresh state in place on its devices."""
