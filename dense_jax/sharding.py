@@ -203,22 +203,31 @@ def constrain_tokens(x: Array, axis: str | None) -> Array:
   return constrain(x, "batch", *("length",) * (x.ndim - 2), axis)
 
 
-def sum_over_sequence(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-  """function(whole, batch), summed over the parts of the rows' tokens, on the mesh in use.
+def sum_over_sequence(
+    function: Callable[..., PyTree], *, has_aux: bool = False
+) -> Callable[..., PyTree]:
+  """Sums function(whole, batch) over the parts of the rows' tokens, on the mesh in use.
 
   Args:
     function: of anything that is the same on all devices of `sequence`, and of a tree of [B, T],
       of which each has its own tokens. Inside, `ops.sequence_parallel` knows what has to pass
       between them; all else is as on one device.
+    has_aux: the function returns (what is summed, what all devices have the same already).
   """
 
   def summed(whole: PyTree, batch: PyTree) -> PyTree:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape[SEQUENCE_AXIS] == 1:
       return function(whole, batch)
+
+    def part(whole: PyTree, batch: PyTree) -> PyTree:
+      if not has_aux:
+        return jax.lax.psum(function(whole, batch), SEQUENCE_AXIS)
+      sums, aux = function(whole, batch)
+      return jax.lax.psum(sums, SEQUENCE_AXIS), aux
+
     return jax.shard_map(
-        lambda whole, batch: jax.lax.psum(function(whole, batch), SEQUENCE_AXIS),
-        in_specs=(PartitionSpec(), PartitionSpec(None, SEQUENCE_AXIS)),
+        part, in_specs=(PartitionSpec(), PartitionSpec(None, SEQUENCE_AXIS)),
         out_specs=PartitionSpec(), axis_names={SEQUENCE_AXIS}, check_vma=False,
     )(whole, batch)
 

@@ -32,7 +32,7 @@ WIDTH_AXIS = "tensor"
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
 Params: TypeAlias = dict[str, jax.Array]
-"""A model's parameters, flat: dotted path (``stack.head.0.mixer.a_log``) to array."""
+"""A model's parameters, flat: dotted path (``stack.prefix_layers.0.mixer.a_log``) to array."""
 
 
 # Registered here, for `dense_jax.batch` is to be imported without jax.

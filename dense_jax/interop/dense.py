@@ -6,19 +6,17 @@
     format_version    1
     model             the keys of `dense_jax.config.ModelConfig`, `dense` and `mixer` nested
 
-`model.safetensors`: float32 parameters by their own names (`dense_jax.models.params`) and in
-their own shapes, every layer apart: `embedding`, `stack.head.<layer>.<parameter>`,
-`norm.scale` and, if it is not tied, `head`. So that the names do not depend on how layers
-were compiled, `block_layers` equals `layers`.
+`model.safetensors`: float32 parameters in their own shapes and by their own names, by layer
+(`dense_jax.models.params`): `embedding`, `layers.<layer>.<parameter>`, `norm.scale` and, if it
+is not tied, `head`. How layers were scanned is no part of a model: `block_layers` is `layers`.
 """
 
-import dataclasses
 from typing import Any
 
 from dense_jax.config import ModelConfig, build, defaults
 from dense_jax.interop.keys import Keys
 from dense_jax.interop.layout import PLAIN, Config, Layout
-from dense_jax.models.params import abstract_model, get_params
+from dense_jax.models.params import abstract_model, by_layer, get_params, unrolled_config
 from dense_jax.models.registry import family
 
 NAME = "dense_jax"
@@ -41,11 +39,11 @@ def layout(config: Config) -> Layout | None:
   mixer_class = family(model_keys.get("family")).config
   path = "config.json: model"
   model = build(ModelConfig, values, path, {f"{path}.mixer": mixer_class})
-  model = dataclasses.replace(model, block_layers=model.layers)
-  return Layout(model, {name: (name, PLAIN) for name in get_params(abstract_model(model))})
+  names = by_layer(model, get_params(abstract_model(model)))
+  return Layout(model, {name: (name, PLAIN) for name in names})
 
 
 def config_json(config: ModelConfig) -> dict[str, Any] | None:
   """See `Kind`; never None."""
-  model = dataclasses.replace(config, block_layers=config.layers)
-  return {"model_type": NAME, "format_version": FORMAT_VERSION, "model": defaults(model)}
+  model = defaults(unrolled_config(config))
+  return {"model_type": NAME, "format_version": FORMAT_VERSION, "model": model}

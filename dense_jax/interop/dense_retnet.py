@@ -63,7 +63,6 @@ def layout(config: Config) -> Layout | None:
           "layers": layers,
           "tie_embeddings": keys.flag("tie_word_embeddings"),
           "norm_eps": keys.positive("rms_norm_eps"),
-          "block_layers": layers,
           "dense": {"depth": depth, "inject": "inputs", "input_norm": True},
           "mixer": {
               "heads": keys.integer("num_attention_heads"),

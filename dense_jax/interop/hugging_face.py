@@ -9,7 +9,14 @@ from dense_jax.files import is_remote, make_path, parse_json
 from dense_jax.interop.kinds import recognise
 from dense_jax.interop.weights import read_tensors
 from dense_jax.models.language_model import LanguageModel
-from dense_jax.models.params import abstract_model, get_params, with_params
+from dense_jax.models.params import (
+    abstract_model,
+    as_scanned,
+    by_layer,
+    get_params,
+    unrolled_config,
+    with_params,
+)
 
 
 def load_hf(path: str) -> LanguageModel:
@@ -40,8 +47,10 @@ def load_hf(path: str) -> LanguageModel:
     raise invalid("path", path, "a folder on this machine")
   folder = pathlib.Path(place)
   layout = recognise(_read_config(folder / "config.json"))
-  model = abstract_model(layout.config)
-  return with_params(model, layout.to_ours(read_tensors(folder), get_params(model)))
+  model = abstract_model(unrolled_config(layout.config))
+  expected = by_layer(model.config, get_params(model))
+  params = layout.to_ours(read_tensors(folder), expected)
+  return with_params(model, as_scanned(model.config, params))
 
 
 def _read_config(file: pathlib.Path) -> dict[str, Any]:

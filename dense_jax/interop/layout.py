@@ -48,12 +48,12 @@ def per_layer(table: Mapping[str, Place], prefix: str, layers: Iterable[int]) ->
   """Expands `table`, which has the places of one layer's parameters, to all `layers`.
 
   Args:
-    table: our parameter below `stack.head.<layer>` -> its place below theirs.
+    table: our parameter below `layers.<layer>` -> its place below theirs.
     prefix: what stands before the layer's number in their names.
     layers: the layers' numbers.
   """
   return {
-      f"stack.head.{layer}.{ours}": (f"{prefix}{layer}.{theirs}", form)
+      f"layers.{layer}.{ours}": (f"{prefix}{layer}.{theirs}", form)
       for layer in layers for ours, (theirs, form) in table.items()
   }
 
@@ -63,8 +63,8 @@ class Layout:
   """One checkpoint's layout.
 
   Attributes:
-    config: the model that it describes, every layer compiled apart.
-    places: our parameter -> where it is.
+    config: the model that it describes.
+    places: our parameter, by layer (`dense_jax.models.params`) -> where it is.
     unused: their tensors that the model does not use, which may be there or not.
     aliases: other names of tensors in some checkpoints -> their names in `places`. A tied head is
       another name of the embedding.
@@ -80,7 +80,7 @@ class Layout:
 
     Args:
       tensors: their name -> array.
-      expected: parameters of the right shapes.
+      expected: parameters of the right shapes, by layer.
 
     Raises:
       InputError: tensors are missing, extra, of another shape, not floating-point, or different

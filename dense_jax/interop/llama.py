@@ -53,7 +53,6 @@ def layout(config: Config) -> Layout | None:
           "layers": layers,
           "tie_embeddings": keys.flag("tie_word_embeddings"),
           "norm_eps": keys.positive("rms_norm_eps"),
-          "block_layers": layers,
           "mixer": {
               "heads": heads,
               "kv_heads": kv_heads,

@@ -83,7 +83,6 @@ def selective_layout(
           "layers": layers,
           "tie_embeddings": keys.flag("tie_word_embeddings"),
           "norm_eps": keys.positive("layer_norm_epsilon"),
-          "block_layers": layers,
           "mixer": mixer | {
               "expand": expand,
               "state_size": keys.integer("state_size"),

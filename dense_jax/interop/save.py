@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dense_jax.files import temporary_beside, write_atomically
 from dense_jax.interop.kinds import choose
 from dense_jax.models.language_model import LanguageModel
-from dense_jax.models.params import get_params, unrolled
+from dense_jax.models.params import by_layer, get_params
 from dense_jax.outputs import check_destination
 
 
@@ -47,7 +47,7 @@ def save_hf(
 
   folder = check_destination(path, "path")
   name, config, layout = choose(model.config)
-  tensors = layout.to_theirs(get_params(unrolled(model)))
+  tensors = layout.to_theirs(by_layer(model.config, get_params(model)))
   tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
   text = json.dumps(config | tokens | {"torch_dtype": "float32"}, indent=2) + "\n"
 

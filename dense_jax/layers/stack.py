@@ -1,22 +1,9 @@
-"""The layers of a model: the first ones apart, the rest as a scan over super-blocks.
+"""The layers of a model: the first ones apart, the others as a scan over a repeated pattern."""
 
-With dense connections of depth m the first m layers have fewer than m sources, and so
-other parameters; they (or all below `dense.start`), and as many more as do not fill a
-super-block, are compiled apart (`head`). All others repeat one pattern of `dense.stride`
-layers, whose parameters are stacked along a leading axis (`blocks`, one module a layer of the
-pattern), and are scanned in super-blocks of b layers with the last m layers' shared states
-in the carry.
-
-Without remat a super-block is the scan's body, and with b >= m its carry is kept once in b
-layers. With remat "full" each layer is computed again, one at a time (`layer_scan.py`), and
-so is each super-block: kept are what enters each super-block and, of one super-block at a
-time, what enters each layer. "reads" leaves out the second level: kept are each layer's input
-and what deeper layers read of it, for one forward pass less.
-"""
-
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,77 +12,121 @@ from flax import nnx
 from dense_jax.batch import Segments, Token
 from dense_jax.config import ModelConfig
 from dense_jax.layers.dense.connection import Shared
+from dense_jax.layers.layer import FeedForwardFactory, Layer, MixerFactory
 from dense_jax.layers.layer_scan import scan_layers
-from dense_jax.layers.linear import RMSNorm
-from dense_jax.layers.mixer import Mixer, MixerOutput
-from dense_jax.sharding import constrain_tokens
+from dense_jax.layers.metrics import Aux, collecting
 from dense_jax.types import Array, PyTree
 
-MixerFactory = Callable[..., Mixer]
 Bank = tuple[Shared, ...]
-LayerCall = Callable[["Layer", Array, PyTree, PyTree, Bank], tuple[Array, MixerOutput]]
-Remat = Callable[[Callable], Callable]
-FeedForwardFactory = Callable[[ModelConfig, nnx.Rngs], nnx.Module | None]
+"""What the last m layers share, nearest first."""
 
 
-class Layer(nnx.Module):
-  """x + mixer(norm(x)), and then x + feed_forward(ffn_norm(x)) in families that have one."""
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+  """Which layers of a model are compiled apart, and how the others are scanned.
 
-  def __init__(
-      self,
-      config: ModelConfig,
-      mixer: MixerFactory,
-      feed_forward: FeedForwardFactory | None,
-      *,
-      sources: int,
-      rngs: nnx.Rngs,
-  ) -> None:
-    self.norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
-    self.mixer = mixer(config, sources=sources, rngs=rngs)
-    module = feed_forward(config, rngs) if feed_forward else None
-    if module is not None:
-      self.ffn_norm = RMSNorm(config.width, axis="embed", epsilon=config.norm_eps, rngs=rngs)
-      self.feed_forward = module
+  Layer numbers count from 0. The scanned ones are `prefix` and above; all of them repeat one
+  pattern.
 
-  def _join(self, x: Array, output: MixerOutput) -> tuple[Array, MixerOutput]:
-    x = constrain_tokens(x + output.y, "embed")
-    if hasattr(self, "feed_forward"):
-      x = constrain_tokens(x + self.feed_forward(self.ffn_norm(x)), "embed")
-    return x, output
+  Attributes:
+    prefix: how many of the first layers are compiled apart.
+    pattern: layers after which the kinds of layers repeat; 0 where nothing is scanned.
+    repeats: of the pattern in a super-block.
+    super_blocks: their number.
+  """
 
-  def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree | None, shallow: Sequence[Shared]
-  ) -> tuple[Array, MixerOutput]:
-    """Returns the next x_BTD, and all that the mixer gave."""
-    return self._join(x_BTD, self.mixer(self.norm(x_BTD), segments, state, shallow))
+  prefix: int
+  pattern: int = 0
+  repeats: int = 0
+  super_blocks: int = 0
 
-  def step(
-      self, x_BD: Array, position_B: Array, state: PyTree, shallow: Sequence[Shared]
-  ) -> tuple[Array, MixerOutput]:
-    """One token of `__call__`."""
-    return self._join(x_BD, self.mixer(self.norm(x_BD), Token(position_B), state, shallow))
+  @property
+  def rows(self) -> int:
+    """R: how often the pattern occurs, the leading axis of a scanned parameter."""
+    return self.repeats * self.super_blocks
+
+  def layers(self, position: int) -> range:
+    """The layers at that position of the pattern, in the order of the leading axis."""
+    return range(self.prefix + position, self.prefix + self.rows * self.pattern, self.pattern)
 
 
-def pattern_length(config: ModelConfig) -> int:
-  """Layers after which the kinds of layers repeat."""
-  return config.dense.stride if config.dense.depth else 1
+def plan_layers(config: ModelConfig) -> LayerPlan:
+  """Divides a model's layers into those compiled apart and super-blocks of `block_layers`.
 
-
-def block_sizes(config: ModelConfig) -> tuple[int, int, int]:
-  """Layers apart, layers of a super-block, super-blocks."""
+  Apart are the layers below the first one that has all its m sources, for their parameters
+  differ, and as many more as do not fill a super-block.
+  """
   dense, layers = config.dense, config.layers
   if dense.depth and dense.inject == "state" and dense.source == "fused":
-    return layers, 0, 0  # Each layer reads a longer chain than the one below.
-  apart, stride = max(dense.depth, dense.start) if dense.depth else 0, pattern_length(config)
-  block = config.block_layers or -(-max(dense.depth, 1) // stride) * stride
-  blocks = (layers - apart) // block
-  if blocks < 2:  # A scan of one step would only hide the layers.
-    return layers, 0, 0
-  return layers - blocks * block, block, blocks
+    return LayerPlan(layers)  # Each layer reads a longer chain than the one below.
+  apart, pattern = (max(dense.depth, dense.start), dense.stride) if dense.depth else (0, 1)
+  block = config.block_layers or -(-max(dense.depth, 1) // pattern) * pattern
+  super_blocks = (layers - apart) // block
+  if super_blocks < 2:  # A scan of one step would only hide the layers.
+    return LayerPlan(layers)
+  return LayerPlan(layers - super_blocks * block, pattern, block // pattern, super_blocks)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackState:
+  """The states of all mixers.
+
+  Attributes:
+    prefix_layers: one for each layer compiled apart.
+    scanned_layers: one for each layer of the pattern, stacked [R, ...].
+  """
+
+  prefix_layers: tuple[PyTree, ...]
+  scanned_layers: tuple[PyTree, ...]
+
+
+class _After(NamedTuple):
+  """What a layer, or several stacked, leaves behind.
+
+  Attributes:
+    state: the mixer's; None where it is not kept.
+    aux: the layer's metrics; empty where they are not measured.
+  """
+
+  state: PyTree
+  aux: Aux
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+  """What a call is to return beside x."""
+
+  state: bool
+  aux: bool
 
 
 class Stack(nnx.Module):
-  """All layers. Its state: {"head": [a layer's state], "blocks": [the same, stacked]}."""
+  """All layers of a model.
+
+  With dense connections of depth m the first layers have fewer than m sources, and so other
+  parameters: they are compiled apart (`prefix_layers`). All others repeat one pattern of
+  `dense.stride` layers. Their parameters are stacked along a leading axis (`scanned_layers`,
+  one module for each layer of the pattern), and a loop runs over super-blocks of
+  b = `block_layers` layers, with what the last m layers share in its carry.
+
+  What the backward pass finds in memory, and what it computes again (L layers; x is a layer's
+  input, [B, T, D]; s is what deeper layers read of a layer):
+
+  | remat   | kept                               | computed again            | cost             |
+  |---------|------------------------------------|---------------------------|------------------|
+  | none    | all intermediate values            | nothing                   | memory           |
+  | minimal | of each super-block x, m s and the | a super-block's           | the elementwise  |
+  |         | results of its matmuls             | elementwise operations    | part of a pass   |
+  | reads   | of each layer x and s              | one layer at a time       | one forward pass |
+  | full    | of each super-block x and m s; of  | a super-block, and in it  | two forward      |
+  |         | one super-block at a time as reads | one layer at a time       | passes           |
+
+  "reads" and "full" run layers by `scan_layers`, which keeps each s once, where a plain scan
+  keeps its carry, m of them, at every step. With one pattern in a super-block "full" has
+  nothing to add to "reads" but that it recomputes the prefix as a whole. Prefix layers are
+  checkpointed one by one in every mode but "none".
+  """
 
   def __init__(
       self,
@@ -105,128 +136,186 @@ class Stack(nnx.Module):
       *,
       rngs: nnx.Rngs,
   ) -> None:
-    self.inject = config.dense.inject
     self.depth = config.dense.depth
     self.remat = config.remat
-    head, block, self.num_blocks = block_sizes(config)
-    pattern = pattern_length(config) if block else 0
-    self.repeats = block // pattern if block else 0  # of the pattern in a super-block
+    self.plan = plan_layers(config)
 
     def make(index: int, key: Array) -> Layer:
       sources = config.dense.sources(index)
       return Layer(config, mixer, feed_forward, sources=sources, rngs=nnx.Rngs(key))
 
     def make_stacked(index: int) -> Layer:
-      keys = jax.random.split(rngs.params(), self.num_blocks * self.repeats)
+      keys = jax.random.split(rngs.params(), self.plan.rows)
       graph = nnx.split(nnx.eval_shape(lambda: make(index, jax.random.key(0))))[0]
       return nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(index, key))[1])(keys))
 
-    self.head = nnx.List([make(index, rngs.params()) for index in range(head)])
-    self.blocks = nnx.List([make_stacked(head + index) for index in range(pattern)])
+    first, pattern = self.plan.prefix, self.plan.pattern
+    self.prefix_layers = nnx.List([make(index, rngs.params()) for index in range(first)])
+    self.scanned_layers = nnx.List([make_stacked(first + index) for index in range(pattern)])
 
   def __call__(
-      self, x_BTD: Array, segments: Segments, state: PyTree | None, *, keep_state: bool = True
-  ) -> tuple[Array, PyTree]:
-    """Runs a sequence from `state` (None: a fresh one).
+      self, x: Array, tokens: Segments | Token, state: StackState | None, *,
+      keep_state: bool = True, measure: bool = False,
+  ) -> tuple[Array, StackState | None, list[Aux]]:
+    """Runs a sequence, or one token of decoding, through all layers.
+
+    Args:
+      x: the embedded tokens, [B, T, D], or [B, D] for a Token.
+      tokens: the sequence's documents, or the token's position.
+      state: the state before; None means a fresh one, and is not for a Token.
+      keep_state: false leaves the states after the last token out.
+      measure: collects what layers record (`dense_jax.layers.metrics`).
 
     Returns:
-      x_BTD, and the state after it or, without `keep_state`, None.
+      The residual stream after the last layer; the state, or None without `keep_state`; and
+      each layer's metrics, all of them empty without `measure`.
     """
     if state is None:
-      state = {"head": [None] * len(self.head), "blocks": [None] * len(self.blocks)}
-    x_BTD, state = self._run(Layer.__call__, x_BTD, segments, state, keep_state)
-    return x_BTD, state if keep_state else None
-
-  def step(self, x_BD: Array, position_B: Array, state: PyTree) -> tuple[Array, PyTree]:
-    """One token of `__call__`."""
-    return self._run(Layer.step, x_BD, position_B, state, True)
-
-  def _run(
-      self, call: LayerCall, x: Array, context: PyTree, state: PyTree, keep_state: bool
-  ) -> tuple[Array, PyTree]:
-    keep: Remat = lambda f: f  # noqa: E731
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    again: Any = functools.partial(
-        jax.checkpoint, policy=policy if self.remat == "minimal" else None
+      state = StackState((None,) * len(self.prefix_layers), (None,) * len(self.scanned_layers))
+    wanted = _Wanted(keep_state, measure)
+    x, bank, prefix = self._prefix(x, tokens, state.prefix_layers, wanted)
+    scanned: tuple[_After, ...] = ()
+    if self.scanned_layers:
+      run = self._recomputed if self.remat in ("reads", "full") else self._scanned
+      x, scanned = run(x, tokens, bank, state.scanned_layers, wanted)
+    after = StackState(
+        tuple(layer.state for layer in prefix), tuple(layer.state for layer in scanned)
     )
-    recompute = keep if self.remat == "none" else again
+    return x, after if keep_state else None, self._by_layer(prefix, scanned)
 
-    def chain(
-        layers: Sequence[Layer], x: Array, context: PyTree, bank: Bank,
-        states: Sequence[PyTree], remat: Remat,
-    ) -> tuple[Array, Bank, list[PyTree]]:
-      """Runs layers one after the other; the bank holds the last m, nearest first."""
-      after = []
-      for layer, layer_state in zip(layers, states, strict=True):
-        graph, params = nnx.split(layer)
+  def _unrolled(
+      self, layers: Sequence[Layer], x: Array, tokens: Segments | Token, bank: Bank,
+      states: Sequence[PyTree], wanted: _Wanted, *, checkpoint: bool,
+  ) -> tuple[Array, Bank, tuple[_After, ...]]:
+    """Runs layers one after the other; with `checkpoint` each is computed again by itself."""
+    after = []
+    for layer, state in zip(layers, states, strict=True):
+      graph, params = nnx.split(layer)
+      run: Callable[..., Any] = functools.partial(_run_layer, graph, wanted)
+      if checkpoint:
+        run = jax.checkpoint(run, policy=self._policy)
+      x, shared, layer_after = run(params, x, tokens, state, bank)
+      after.append(layer_after)
+      bank = (shared, *bank)[: self.depth]
+    return x, bank, tuple(after)
 
-        def apply(
-            params: PyTree, x: Array, context: PyTree, layer_state: PyTree, bank: Bank,
-            graph: Any = graph,
-        ) -> tuple[Array, PyTree, Shared]:
-          x, output = call(nnx.merge(graph, params), x, context, layer_state, bank)
-          return x, output.state if keep_state else None, output.shared
-
-        x, layer_state, shared = remat(apply)(params, x, context, layer_state, bank)
-        after.append(layer_state)
-        bank = (shared, *bank)[: self.depth]
-      return x, bank, after
-
-    def head(graph: Any, params: PyTree, x: Array, context: PyTree, states: PyTree) -> PyTree:
-      return chain(nnx.merge(graph, params), x, context, (), states, recompute)
-
-    if self.remat == "full" and self.num_blocks:  # As a super-block.
-      head = jax.checkpoint(head, static_argnums=0)
-    x, bank, head_states = head(*nnx.split(self.head), x, context, state["head"])
-    if not self.num_blocks:
-      return x, {"head": head_states, "blocks": []}
-
+  def _prefix(
+      self, x: Array, tokens: Segments | Token, states: Sequence[PyTree], wanted: _Wanted
+  ) -> tuple[Array, Bank, tuple[_After, ...]]:
+    """Runs the layers that are compiled apart."""
     graph: Any
-    graph, params = nnx.split(self.blocks)
-    pattern = len(self.blocks)
+    graph, params = nnx.split(self.prefix_layers)
 
-    def unit(
-        params: PyTree, states: PyTree, context: PyTree, x: Array, bank: Bank
-    ) -> tuple[Array, Bank, PyTree]:
-      within = recompute if computed_again and pattern > 1 else keep
-      return chain(nnx.merge(graph, params), x, context, bank, states, within)
+    def run(params: PyTree, x: Array, tokens: Segments | Token, states: PyTree) -> PyTree:
+      return self._unrolled(
+          nnx.merge(graph, params), x, tokens, (), states, wanted,
+          checkpoint=self.remat != "none",
+      )
 
-    def block(carry: tuple[Array, Bank], inputs: PyTree) -> tuple[tuple[Array, Bank], PyTree]:
-      (x, bank), (params, states) = carry, inputs
-      if computed_again:
-        fresh = min(pattern, self.depth)
-        x, bank, after = scan_layers(unit, params, states, context, x, bank, fresh)
-        return (x, bank), after
+    if self.remat == "full" and self.scanned_layers:
+      run = jax.checkpoint(run)  # As a super-block.
+    return run(params, x, tokens, states)
+
+  def _scanned(
+      self, x: Array, tokens: Segments | Token, bank: Bank, states: PyTree, wanted: _Wanted
+  ) -> tuple[Array, tuple[_After, ...]]:
+    """Runs the scanned layers with remat "none" or "minimal": a loop over super-blocks."""
+    graph: Any
+    graph, params = nnx.split(self.scanned_layers)
+
+    def super_block(
+        carry: tuple[Array, Bank], inputs: PyTree
+    ) -> tuple[tuple[Array, Bank], tuple[_After, ...]]:
+      x, bank = carry
       after = []
-      for index in range(self.repeats):
-        one_params, one_states = jax.tree.map(lambda leaf, i=index: leaf[i], inputs)
-        x, bank, states = unit(one_params, one_states, context, x, bank)
-        after.append(states)
+      for repeat in range(self.plan.repeats):
+        row_params, row_states = jax.tree.map(lambda leaf, i=repeat: leaf[i], inputs)
+        x, bank, row_after = self._unrolled(
+            nnx.merge(graph, row_params), x, tokens, bank, row_states, wanted, checkpoint=False
+        )
+        after.append(row_after)
       return (x, bank), jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
 
-    computed_again = self.remat in ("reads", "full")
-    inputs = params, state["blocks"]
-    if self.remat == "reads" or (computed_again and self.repeats == 1):
-      (x, _), after = block((x, bank), inputs)
-      return x, {"head": head_states, "blocks": after}
-    if self.remat != "none":
-      # Only a scan's own body may say so: elsewhere the compiler would merge the
-      # recomputation with the first computation, and nothing would be saved.
-      block = functools.partial(again, prevent_cse=False)(block)
-    by_block = jax.tree.map(
-        lambda leaf: leaf.reshape(self.num_blocks, self.repeats, *leaf.shape[1:]), inputs
-    )
-    (x, _), after = jax.lax.scan(block, (x, bank), by_block)
-    after = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), after)
-    return x, {"head": head_states, "blocks": after}
+    return self._over_super_blocks(super_block, x, bank, (params, states))
 
-  def init_state(self, batch: int) -> PyTree:
+  def _recomputed(
+      self, x: Array, tokens: Segments | Token, bank: Bank, states: PyTree, wanted: _Wanted
+  ) -> tuple[Array, tuple[_After, ...]]:
+    """Runs the scanned layers with remat "reads" (one loop) or "full" (a loop in a loop)."""
+    graph: Any
+    graph, params = nnx.split(self.scanned_layers)
+    pattern = self.plan.pattern
+
+    def row(
+        params: PyTree, states: PyTree, tokens: Segments | Token, x: Array, bank: Bank
+    ) -> tuple[Array, Bank, tuple[_After, ...]]:
+      # `scan_layers` computes a row again; within it, one layer at a time.
+      return self._unrolled(
+          nnx.merge(graph, params), x, tokens, bank, states, wanted, checkpoint=pattern > 1
+      )
+
+    def rows(
+        carry: tuple[Array, Bank], inputs: PyTree
+    ) -> tuple[tuple[Array, Bank], tuple[_After, ...]]:
+      (x, bank), (params, states) = carry, inputs
+      fresh = min(pattern, self.depth)
+      x, bank, after = scan_layers(row, params, states, tokens, x, bank, fresh)
+      return (x, bank), after
+
+    if self.remat == "full" and self.plan.repeats > 1:
+      return self._over_super_blocks(rows, x, bank, (params, states))
+    (x, _), after = rows((x, bank), (params, states))
+    return x, after
+
+  def _over_super_blocks(
+      self, super_block: Callable[..., Any], x: Array, bank: Bank, inputs: PyTree
+  ) -> tuple[Array, tuple[_After, ...]]:
+    """Scans over super-blocks of inputs that are stacked [R, ...]."""
+    if self.remat != "none":
+      # Only a scan's own body may say prevent_cse=False: elsewhere the compiler would merge the
+      # recomputation with the first computation, and nothing would be saved.
+      super_block = jax.checkpoint(super_block, policy=self._policy, prevent_cse=False)
+    shape = self.plan.super_blocks, self.plan.repeats
+    inputs = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), inputs)
+    (x, _), after = jax.lax.scan(super_block, (x, bank), inputs)
+    return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), after)
+
+  @property
+  def _policy(self) -> Callable[..., bool] | None:
+    """What `jax.checkpoint` keeps beside its arguments; None means nothing."""
+    policies = jax.checkpoint_policies
+    return policies.dots_with_no_batch_dims_saveable if self.remat == "minimal" else None
+
+  def _by_layer(self, prefix: Sequence[_After], scanned: Sequence[_After]) -> list[Aux]:
+    """The metrics of each layer."""
+    aux = [layer.aux for layer in prefix]
+    for row in range(self.plan.rows):
+      aux += [{name: value[row] for name, value in layer.aux.items()} for layer in scanned]
+    return aux
+
+  def init_state(self, batch: int) -> StackState:
     """The state before the first token."""
-    stacked = [
+    stacked = tuple(
         jax.tree.map(
-            lambda x: jnp.broadcast_to(x[None], (self.num_blocks * self.repeats, *x.shape)),
+            lambda leaf: jnp.broadcast_to(leaf[None], (self.plan.rows, *leaf.shape)),
             layer.mixer.init_state(batch),
         )
-        for layer in self.blocks
-    ]
-    return {"head": [layer.mixer.init_state(batch) for layer in self.head], "blocks": stacked}
+        for layer in self.scanned_layers
+    )
+    return StackState(
+        tuple(layer.mixer.init_state(batch) for layer in self.prefix_layers), stacked
+    )
+
+
+def _run_layer(
+    graph: Any, wanted: _Wanted, params: PyTree, x: Array, tokens: Segments | Token,
+    state: PyTree, bank: Bank,
+) -> tuple[Array, Shared, _After]:
+  """Runs one layer, given as nnx's graph and its parameters."""
+  layer = nnx.merge(graph, params)
+  if not wanted.aux:
+    x, state, shared = layer(x, tokens, state, bank)
+    return x, shared, _After(state if wanted.state else None, {})
+  with collecting() as aux:
+    x, state, shared = layer(x, tokens, state, bank)
+  return x, shared, _After(state if wanted.state else None, aux)

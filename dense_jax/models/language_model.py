@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.batch import Batch, Segments
+from dense_jax.batch import Batch, Segments, Token
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.linear import RMSNorm, normal, parameter
-from dense_jax.layers.stack import Stack
+from dense_jax.layers.metrics import Aux
+from dense_jax.layers.stack import Stack, StackState
 from dense_jax.models.registry import family
 from dense_jax.ops.cross_entropy import chunked_cross_entropy
 from dense_jax.sharding import constrain, constrain_tokens
-from dense_jax.types import Array, PyTree
+from dense_jax.types import Array
 
 
 @jax.tree_util.register_dataclass
@@ -23,11 +24,11 @@ class ModelState:
 
   Attributes:
     position_B: int32, the next token's position in its document.
-    layers: the stack's state.
+    layers: the stack's state; None where it was not kept.
   """
 
   position_B: Array
-  layers: PyTree
+  layers: StackState | None
 
 
 class LanguageModel(nnx.Module):
@@ -56,22 +57,28 @@ class LanguageModel(nnx.Module):
       )
 
   def __call__(self, tokens_BT: Array, segments: Segments | None = None) -> Array:
-    """Float32 logits_BTV of whole sequences; without segments each row is one document."""
+    """Returns float32 logits_BTV of sequences; without segments each row is one document."""
     hidden_BTD, _ = self.hidden(tokens_BT, segments)
     return self.logits(hidden_BTD)
 
   def hidden(
-      self, tokens_BT: Array, segments: Segments | None = None, state: ModelState | None = None,
-      *, keep_state: bool = True,
+      self, tokens_BT: Array, segments: Segments | None = None, state: ModelState | None = None
   ) -> tuple[Array, ModelState]:
-    """The last norm's output, and the state to carry on from.
+    """Runs sequences; returns the last norm's output hidden_BTD, and the state to go on from.
 
     Args:
       tokens_BT: int32 token ids.
-      segments: documents and padding; None is one document a row, going on from `state`.
-      state: the state before the first token; None is a fresh one.
-      keep_state: false leaves the layers' states out, for training, which has no use for them.
+      segments: documents and padding; None means one document a row, going on from `state`.
+      state: the state before the first token; None means a fresh one.
     """
+    hidden_BTD, state, _ = self._run(tokens_BT, segments, state)
+    return hidden_BTD, state
+
+  def _run(
+      self, tokens_BT: Array, segments: Segments | None, state: ModelState | None, *,
+      keep_state: bool = True, measure: bool = False,
+  ) -> tuple[Array, ModelState, list[Aux]]:
+    """`hidden`, and each layer's metrics; the two flags are the stack's."""
     batch, time = tokens_BT.shape
     before_B = jnp.zeros(batch, jnp.int32) if state is None else state.position_B
     if segments is None:
@@ -80,8 +87,9 @@ class LanguageModel(nnx.Module):
     # Whole: XLA splits no lookup in a table of parts while another axis is manual.
     table_VD = constrain(self.embedding[...].astype(self.dtype), None, None)
     x_BTD = constrain_tokens(table_VD[tokens_BT], "embed")
-    x_BTD, layers = self.stack(
-        x_BTD, segments, None if state is None else state.layers, keep_state=keep_state
+    x_BTD, layers, aux = self.stack(
+        x_BTD, segments, None if state is None else state.layers,
+        keep_state=keep_state, measure=measure,
     )
     position_B = before_B + time
     if segments.valid_BT is not None:
@@ -89,26 +97,38 @@ class LanguageModel(nnx.Module):
       last_B1 = jnp.sum(segments.valid_BT, axis=1, keepdims=True) - 1
       last_position_B = jnp.take_along_axis(segments.positions_BT, last_B1, axis=1)[:, 0]
       position_B = jnp.where(last_B1[:, 0] < 0, before_B, last_position_B + 1)
-    return constrain_tokens(self.norm(x_BTD), "embed"), ModelState(position_B, layers)
+    return constrain_tokens(self.norm(x_BTD), "embed"), ModelState(position_B, layers), aux
 
   def head_DV(self) -> Array:
-    """The head's matrix, float32."""
+    """Returns the head's matrix, float32."""
     return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
   def logits(self, hidden: Array) -> Array:
-    """[..., D] -> float32 [..., V]."""
+    """Maps [..., D] to float32 logits [..., V]."""
     head_DV = self.head_DV().astype(hidden.dtype)
     return jnp.dot(hidden, head_DV, preferred_element_type=jnp.float32)
 
   def token_losses(self, batch: Batch, *, chunk: int) -> tuple[Array, Array]:
-    """nll_BT and log_z_BT in nats, float32, `chunk` tokens of logits at a time."""
-    hidden_BTD, _ = self.hidden(batch.tokens_BT, batch.segments, keep_state=False)
-    return chunked_cross_entropy(hidden_BTD, self.head_DV(), batch.targets_BT, chunk=chunk)
+    """Returns nll_BT and log_z_BT in nats, float32, making `chunk` tokens of logits at a time."""
+    nll_BT, log_z_BT, _ = self.measured_losses(batch, chunk=chunk, measure=False)
+    return nll_BT, log_z_BT
+
+  def measured_losses(
+      self, batch: Batch, *, chunk: int, measure: bool = True
+  ) -> tuple[Array, Array, list[Aux]]:
+    """Returns `token_losses`, and each layer's metrics: all empty without `measure`."""
+    hidden_BTD, _, aux = self._run(
+        batch.tokens_BT, batch.segments, None, keep_state=False, measure=measure
+    )
+    nll_BT, log_z_BT = chunked_cross_entropy(
+        hidden_BTD, self.head_DV(), batch.targets_BT, chunk=chunk
+    )
+    return nll_BT, log_z_BT, aux
 
   def prefill(
       self, tokens_BT: Array, segments: Segments | None = None, state: ModelState | None = None
   ) -> tuple[ModelState, Array]:
-    """Reads prompts in parallel: the state after them, and the next token's logits_BV.
+    """Reads prompts in parallel; returns the state after them and the next token's logits_BV.
 
     Prompts of different lengths are padded on the right with segment id 0.
     """
@@ -120,11 +140,11 @@ class LanguageModel(nnx.Module):
     return state, self.logits(last_BD)
 
   def init_state(self, batch_size: int) -> ModelState:
-    """The state before a document's first token."""
+    """Returns the state before a document's first token."""
     return ModelState(jnp.zeros(batch_size, jnp.int32), self.stack.init_state(batch_size))
 
   def step(self, state: ModelState, tokens_B: Array) -> tuple[ModelState, Array]:
-    """One token of each row: the next state, and float32 logits_BV."""
+    """Reads one token of each row; returns the next state and float32 logits_BV."""
     x_BD = self.embedding[...].astype(self.dtype)[tokens_B]
-    x_BD, layers = self.stack.step(x_BD, state.position_B, state.layers)
+    x_BD, layers, _ = self.stack(x_BD, Token(state.position_B), state.layers)
     return ModelState(state.position_B + 1, layers), self.logits(self.norm(x_BD))

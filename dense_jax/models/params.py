@@ -1,20 +1,38 @@
 """Parameters as one flat dict, and models made from them.
 
-Training, checkpoints, sharding and interop see a model as its definition (static) and
-`Params`: dotted path -> array, such as ``stack.head.0.mixer.in_proj.kernel``.
+Training, checkpoints, sharding and interop see a model as its definition (static) and `Params`:
+name -> array. There are two ways to name a layer's parameters:
+
+    scanned     stack.prefix_layers.0.mixer.a_log       a layer compiled apart
+                stack.scanned_layers.1.mixer.a_log      layers of one kind, stacked [R, ...]
+    by layer    layers.7.mixer.a_log                    each layer by itself
+
+The first is a model's own and depends on `block_layers`; `by_layer` and `as_scanned` convert.
+Whatever is kept or exchanged (checkpoints, `save_hf`, reports) is by layer.
 """
 
 import dataclasses
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Axes
-from dense_jax.layers.stack import block_sizes, pattern_length
+from dense_jax.layers.stack import plan_layers
 from dense_jax.models.language_model import LanguageModel
-from dense_jax.types import Array, Params
+from dense_jax.types import Array, Params, PyTree
+
+Split = Callable[[Any, int], Sequence[Any]]
+Join = Callable[[Sequence[Any]], Any]
+
+# A parameter of the stack by its two names.
+_SCANNED = re.compile(r"stack\.(prefix_layers|scanned_layers)\.(\d+)\.(.+)")
+_BY_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
@@ -22,17 +40,17 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def get_params(model: LanguageModel) -> Params:
-  """The model's parameters."""
+  """Returns the model's parameters, by the names that the model has for them."""
   return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
 def abstract_model(config: ModelConfig) -> LanguageModel:
-  """The model with shapes for parameters: nothing is computed or stored."""
+  """Returns the model with shapes for parameters: nothing is computed or stored."""
   return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
 
 
 def logical_axes(model: LanguageModel) -> dict[str, Axes]:
-  """The logical axes of each parameter; stacked ones begin with "layers"."""
+  """Returns the logical axes of each parameter; stacked ones begin with "layers"."""
   axes = {}
   for path, leaf in nnx.to_flat_state(nnx.state(model)):
     names = leaf.get_metadata()["axes"]
@@ -42,10 +60,10 @@ def logical_axes(model: LanguageModel) -> dict[str, Axes]:
 
 
 def with_params(model: LanguageModel, params: Params) -> LanguageModel:
-  """A model like `model` (abstract or not) that holds `params`.
+  """Returns a model like `model` (abstract or not) that holds `params`.
 
   Raises:
-    ValueError: `params` has not exactly the model's paths.
+    ValueError: `params` has not exactly the model's names.
   """
   graph, state = nnx.split(model)
   flat = dict(nnx.to_flat_state(state))
@@ -58,29 +76,135 @@ def with_params(model: LanguageModel, params: Params) -> LanguageModel:
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-  """Fresh parameters; jit it, with shardings if they are to start out sharded."""
+  """Makes fresh parameters; jit it, with shardings if they are to start out sharded."""
   return get_params(LanguageModel(config, rngs=nnx.Rngs(key)))
 
 
+def by_layer(config: ModelConfig, tree: PyTree, *, split: Split | None = None) -> PyTree:
+  """Gives each layer its own entry, in every dict of parameters that a tree holds.
+
+  Args:
+    config: the model's, which says how its layers are scanned.
+    tree: `Params`, or anything that has such dicts in it, like the state of an optimizer.
+      Their leaves are arrays or ShapeDtypeStructs.
+    split: cuts a stacked leaf into the parts of its R layers; None means `split_rows`.
+
+  Returns:
+    The tree with `layers.<N>.<rest>` for the stack's names. All else is left as it is.
+  """
+  plan = plan_layers(config)
+
+  def convert(params: dict[str, Any]) -> dict[str, Any]:
+    converted = {}
+    for name, value in params.items():
+      match = _SCANNED.fullmatch(name)
+      if match is None:
+        converted[name] = value
+      elif match[1] == "prefix_layers":
+        converted[f"layers.{match[2]}.{match[3]}"] = value
+      else:
+        layers = plan.layers(int(match[2]))
+        parts = (split or split_rows)(value, len(layers))
+        for layer, part in zip(layers, parts, strict=True):
+          converted[f"layers.{layer}.{match[3]}"] = part
+    return converted
+
+  return _map_dicts(_SCANNED, convert, tree)
+
+
+def as_scanned(config: ModelConfig, tree: PyTree, *, stack: Join | None = None) -> PyTree:
+  """Inverts `by_layer`: names and stacks parameters as the model of `config` does.
+
+  The tree may come from a model of the same layers that was scanned in another way.
+
+  Args:
+    config: the model's, which says how its layers are to be scanned.
+    tree: as `by_layer` returns it.
+    stack: joins the parts of R layers to one leaf; None means `stack_rows`.
+  """
+  plan = plan_layers(config)
+
+  def convert(params: dict[str, Any]) -> dict[str, Any]:
+    converted = {}
+    for name, value in params.items():
+      match = _BY_LAYER.fullmatch(name)
+      if match is None:
+        converted[name] = value
+        continue
+      layer, rest = int(match[1]), match[2]
+      row, position = divmod(layer - plan.prefix, plan.pattern or 1)
+      if layer < plan.prefix:
+        converted[f"stack.prefix_layers.{layer}.{rest}"] = value
+      elif row == 0:
+        parts = [params[f"layers.{other}.{rest}"] for other in plan.layers(position)]
+        converted[f"stack.scanned_layers.{position}.{rest}"] = (stack or stack_rows)(parts)
+    return converted
+
+  return _map_dicts(_BY_LAYER, convert, tree)
+
+
+def _map_dicts(
+    name: re.Pattern[str], convert: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree
+) -> PyTree:
+  """Converts each dict in a tree that has a key of that form."""
+
+  def is_params(node: Any) -> bool:
+    return isinstance(node, dict) and any(
+        isinstance(key, str) and name.fullmatch(key) for key in node
+    )
+
+  return jax.tree.map(
+      lambda node: convert(node) if is_params(node) else node, tree, is_leaf=is_params
+  )
+
+
+def split_rows(leaf: Any, rows: int) -> list[Any]:
+  """Cuts an array or shape [R, ...] into R; a shape's sharding becomes that of a part."""
+  if not isinstance(leaf, jax.ShapeDtypeStruct):
+    return [leaf[row] for row in range(rows)]
+  placed = row_sharding(leaf.sharding)
+  return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=placed)] * rows
+
+
+def stack_rows(leaves: Sequence[Any]) -> Any:
+  """Inverts `split_rows`."""
+  first = leaves[0]
+  if not isinstance(first, jax.ShapeDtypeStruct):
+    return jnp.stack(leaves)
+  placed = stacked_sharding(first.sharding)
+  return jax.ShapeDtypeStruct((len(leaves), *first.shape), first.dtype, sharding=placed)
+
+
+def row_sharding(placed: Any) -> Any:
+  """The sharding of a part of an array [R, ...] with that sharding (or None)."""
+  if not isinstance(placed, NamedSharding):
+    return placed
+  spec = PartitionSpec(*placed.spec[1:])
+  return NamedSharding(placed.mesh, spec, memory_kind=placed.memory_kind)
+
+
+def stacked_sharding(placed: Any) -> Any:
+  """Inverts `row_sharding`."""
+  if not isinstance(placed, NamedSharding):
+    return placed
+  spec = PartitionSpec(None, *placed.spec)
+  return NamedSharding(placed.mesh, spec, memory_kind=placed.memory_kind)
+
+
+def unrolled_config(config: ModelConfig) -> ModelConfig:
+  """Returns the configuration of the same model with every layer compiled apart."""
+  return dataclasses.replace(config, block_layers=config.layers)
+
+
 def unrolled(model: LanguageModel) -> LanguageModel:
-  """The same function with every layer compiled apart: how decoding runs."""
-  head, block, blocks = block_sizes(model.config)
-  pattern = pattern_length(model.config)
-  if not blocks:
+  """Returns the same function with every layer compiled apart: how decoding runs."""
+  if not model.stack.scanned_layers:
     return model
-  params = {}
-  for name, value in get_params(model).items():
-    if not name.startswith("stack.blocks."):
-      params[name] = value
-      continue
-    _, _, index, rest = name.split(".", 3)
-    for repeat in range(blocks * block // pattern):
-      layer = head + repeat * pattern + int(index)
-      params[f"stack.head.{layer}.{rest}"] = value[repeat]
-  config = dataclasses.replace(model.config, block_layers=model.config.layers)
+  config = unrolled_config(model.config)
+  params = as_scanned(config, by_layer(model.config, get_params(model)))
   return with_params(abstract_model(config), params)
 
 
 def count_params(params: Params) -> int:
-  """Numbers in all parameters."""
+  """Returns the number of numbers in all parameters."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -45,7 +45,7 @@ def parameter_table(params: Params) -> str:
   sizes: dict[str, int] = {}
   for name, leaf in params.items():
     parts = [part for part in name.split(".") if not part.isdigit()]
-    module = ".".join(part for part in parts if part not in ("head", "blocks") or len(parts) == 1)
+    module = ".".join(part for part in parts if part not in ("prefix_layers", "scanned_layers"))
     module = module.removesuffix(".kernel").removesuffix(".scale")
     sizes[module] = sizes.get(module, 0) + leaf.size
   total = sum(sizes.values())

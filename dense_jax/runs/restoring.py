@@ -53,7 +53,7 @@ def restore(workdir: str | os.PathLike[str], checkpoint: str = "latest") -> Run:
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   if not (folder / CHECKPOINTS).is_dir():
     raise InputError(f"--workdir = {os.fspath(workdir)!r} is not valid: it has no checkpoints yet")
-  checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+  checkpoints = Checkpoints(folder / CHECKPOINTS, config.model, read_only=True)
   try:
     step, params = checkpoints.restore_params(shapes, checkpoint)
   finally:

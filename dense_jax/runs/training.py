@@ -112,7 +112,7 @@ def train_run(
         data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
     )))
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
-        folder / folders.CHECKPOINTS,
+        folder / folders.CHECKPOINTS, config.model,
         keep_last=config.train.keep_last, keep_best=config.train.keep_best,
     )))
     distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})

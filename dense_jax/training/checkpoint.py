@@ -1,11 +1,18 @@
-"""Checkpoints: parameters, optimizer, step and data position, by orbax."""
+"""Checkpoints: parameters, optimizer, step and data position, by orbax.
+
+A checkpoint has one entry a layer, `layers.<N>.<rest>`, for a parameter and its moments
+(`dense_jax.models.params.by_layer`). How layers were scanned is not in it, so that a run may go
+on with another `block_layers`. Stacked arrays are cut on the way from the devices to the memory
+of their hosts, and stacked on the way back: no device holds a second copy of the state.
+"""
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -15,9 +22,17 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dense_jax import distributed
-from dense_jax.config import invalid
+from dense_jax.config import ModelConfig, invalid
 from dense_jax.errors import InputError
 from dense_jax.files import is_remote
+from dense_jax.models.params import (
+    as_scanned,
+    by_layer,
+    row_sharding,
+    split_rows,
+    stack_rows,
+    stacked_sharding,
+)
 from dense_jax.training.step import TrainState
 from dense_jax.types import Params, PyTree
 
@@ -112,13 +127,21 @@ class Checkpoints:
   """A run's checkpoints. Saving is asynchronous, and a checkpoint is whole or absent.
 
   Kept are the newest `keep_last` and the best `keep_best` by held-out loss.
+
+  Args:
+    folder: where they are, or will be.
+    model: the model's configuration, which says how its layers are scanned now.
+    keep_last: the number of newest checkpoints that are kept.
+    keep_best: the number of best ones that are kept beside them.
+    read_only: changes nothing in the folder.
   """
 
   def __init__(
-      self, folder: epath.Path, *, keep_last: int = 1, keep_best: int = 0,
+      self, folder: epath.Path, model: ModelConfig, *, keep_last: int = 1, keep_best: int = 0,
       read_only: bool = False,
   ) -> None:
     self._folder = folder if is_remote(folder) else folder.absolute()
+    self._model = model
     self._manager = _retried(lambda: _manager(self._folder, keep_last, keep_best, read_only))
 
   @property
@@ -146,6 +169,7 @@ class Checkpoints:
       return True
     if not distributed.to_host(_all_finite((state.params, state.opt_state))):
       return False
+    state = by_layer(self._model, state, split=_to_hosts)
     ranked = heldout_loss is not None and math.isfinite(heldout_loss)
     self._manager.save(
         step,
@@ -165,19 +189,25 @@ class Checkpoints:
     Raises:
       InputError: a part of the checkpoint is missing, damaged, or of another form.
     """
+    layers = _on_hosts(by_layer(self._model, shapes))
     restored = self._read(
         step,
         ocp.args.Composite(
-            params=ocp.args.StandardRestore(shapes.params),
+            params=ocp.args.StandardRestore(layers.params),
             optimizer=ocp.args.StandardRestore(
-                {"step": shapes.step, "optimizer": shapes.opt_state}
+                {"step": layers.step, "optimizer": layers.opt_state}
             ),
             data=ocp.args.JsonRestore(),
         ),
     )
     rest = restored["optimizer"]
     state = TrainState(rest["step"], restored["params"], rest["optimizer"])
-    return state, restored["data"]
+    return self._join(state, shapes), restored["data"]
+
+  def _join(self, tree: PyTree, shapes: PyTree) -> PyTree:
+    """Entries of layers as the model has them, placed as `shapes` says."""
+    scanned = as_scanned(self._model, tree, stack=_to_devices)
+    return jax.device_put(scanned, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
   def restore_params(self, shapes: Params, which: str) -> tuple[int, Params]:
     """A step and its parameters, for evaluation and sampling.
@@ -186,13 +216,14 @@ class Checkpoints:
     "latest" and "best" then take the next one that can be read, and log which.
 
     Args:
-      shapes: the parameters' shapes (and shardings).
+      shapes: the parameters' shapes and shardings.
       which: "latest", "best" (by held-out loss, if it is finite) or a step's number.
 
     Raises:
       InputError: there is no such checkpoint, or none that can be read.
     """
-    arguments = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
+    layers = _on_hosts(by_layer(self._model, shapes))
+    arguments = ocp.args.Composite(params=ocp.args.StandardRestore(layers))
     failed: dict[int, InputError] = {}
     while len(failed) < _MOST_TRIED:
       candidates = [step for step in self._candidates(which) if step not in failed]
@@ -207,7 +238,7 @@ class Checkpoints:
         continue
       for why_not in failed.values():
         _LOG.warning("%s; checkpoint %d is taken", why_not, step)
-      return step, params
+      return step, self._join(params, shapes)
     if failed:
       raise [*failed.values()][-1]
     steps = self._manager.all_steps()
@@ -274,8 +305,43 @@ def _all_finite(tree: PyTree) -> jax.Array:
   return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
+_HOST = "pinned_host"
+
+
+def _to_hosts(leaf: jax.Array, rows: int) -> Sequence[jax.Array]:
+  """Cuts an array [R, ...] into R, which have its sharding in the hosts' memory."""
+  return _splitter(rows, row_sharding(leaf.sharding).with_memory_kind(_HOST))(leaf)
+
+
+def _to_devices(leaves: Sequence[jax.Array]) -> jax.Array:
+  """Inverts `_to_hosts`."""
+  placed = stacked_sharding(leaves[0].sharding)
+  return _stacker(placed.with_memory_kind("device"))(leaves)
+
+
+# Compiled once for each shape and sharding, not once for each leaf.
+@functools.cache
+def _splitter(rows: int, placed: jax.sharding.Sharding) -> Callable[..., Sequence[jax.Array]]:
+  return jax.jit(functools.partial(split_rows, rows=rows), out_shardings=placed)
+
+
+@functools.cache
+def _stacker(placed: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+  return jax.jit(stack_rows, out_shardings=placed)
+
+
+def _on_hosts(shapes: PyTree) -> PyTree:
+  """Returns the same shapes and shardings in the memory of the devices' hosts."""
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST)
+      ),
+      shapes,
+  )
+
+
 def placed_on(params: Params, device: jax.sharding.Sharding) -> Params:
-  """Shapes of `params`, to be restored onto `device`."""
+  """Returns shapes of `params`, to be restored onto `device`."""
   return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), params
   )

@@ -13,7 +13,7 @@ from dense_jax.errors import InputError
 from dense_jax.interrupt import Interrupt
 from dense_jax.training.checkpoint import Checkpoints
 from dense_jax.training.metrics import MetricsWriter, Progress
-from dense_jax.training.step import Metrics, Trainer, TrainState
+from dense_jax.training.step import Metrics, Trainer, TrainState, has_layers
 
 
 class Batches(Protocol):
@@ -91,10 +91,10 @@ def train(
     batch = trainer.put(next(batches))
     with jax.transfer_guard("disallow"):
       if step == first:
-        state, metrics = _first_step(trainer, state, batch)
+        state, metrics = _first_step(trainer, state, batch, step + 1)
         interrupt.wait(meanwhile)
       else:
-        state, metrics = trainer.train_step(state, batch)
+        state, metrics = trainer.step_at(step + 1)(state, batch)
     step += 1
     if pending:
       on_metrics(*pending)
@@ -114,10 +114,13 @@ def train(
   return state
 
 
-def _first_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-  """A step that compiles; what does not fit now never will, however often it is started."""
+def _first_step(
+    trainer: Trainer, state: TrainState, batch: Batch, step: int
+) -> tuple[TrainState, Metrics]:
+  """Compiles and runs a step; what does not fit now never will, however often it is started."""
   try:
-    return jax.block_until_ready(trainer.train_step(state, batch))
+    trainer.compile(state, batch)
+    return jax.block_until_ready(trainer.step_at(step)(state, batch))
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -129,7 +132,10 @@ def _first_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Trai
 
 
 class Logger:
-  """Turns metrics into lines, events and the bar, every `every` steps."""
+  """Turns metrics into lines, events and the bar.
+
+  Lines are written every `every` steps, and after each step whose layers were measured.
+  """
 
   def __init__(
       self, writer: MetricsWriter, progress: Progress, *, every: int, first_step: int,
@@ -144,7 +150,10 @@ class Logger:
     self.tokens_per_second: list[float] = []
 
   def pause(self) -> None:
-    """Time until `resume` is not training time; waits for the steps under way."""
+    """Stops the clock, as time until `resume` is not training time.
+
+    It waits for the steps under way.
+    """
     jax.block_until_ready(self._newest)
     self._paused = time.perf_counter()
 
@@ -153,15 +162,17 @@ class Logger:
     self._time += time.perf_counter() - self._paused
 
   def __call__(self, step: int, metrics: Metrics) -> None:
-    """For every step; waits for the device only where it logs."""
+    """Takes each step's metrics; waits for the device only where it writes."""
     self._progress.step(step)
     self._newest = metrics
     if step % self._every and step != self._steps:
+      if has_layers(metrics):
+        self._writer.write(step, _floats(metrics))
       if step == self._first:  # It compiled: the clock starts after it.
         jax.block_until_ready(metrics)
         self._step, self._time = step, time.perf_counter()
       return
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values = _floats(metrics)
     now = time.perf_counter()
     rate = (step - self._step) * self._tokens / max(now - self._time, 1e-9)
     self._step, self._time = step, now
@@ -169,6 +180,10 @@ class Logger:
     self._writer.write(step, {**values, "tokens_per_second": rate})
     left = (self._steps - step) * self._tokens / rate
     self._progress.log(step, values["loss"], rate, left)
+
+
+def _floats(metrics: Metrics) -> dict[str, float]:
+  return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
 def checkpoint_hook(

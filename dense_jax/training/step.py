@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 
 from dense_jax import sharding
 from dense_jax.batch import Batch, Segments
-from dense_jax.config import ExperimentConfig
+from dense_jax.config import ExperimentConfig, ModelConfig
+from dense_jax.layers.metrics import Aux
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import (
   abstract_model,
+  by_layer,
   get_params,
   init_params,
   logical_axes,
@@ -25,8 +27,10 @@ from dense_jax.training.losses import loss_sum
 from dense_jax.training.optimizer import learning_rate, make_optimizer
 from dense_jax.types import Array, Params, PyTree
 
-Metrics = dict[str, Array]
+_LAYERS = "layers/"
 
+Metrics = dict[str, Array]
+Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -44,42 +48,87 @@ class TrainState:
   opt_state: PyTree
 
 
-def _gradients(
-    model: LanguageModel, params: Params, batch: Batch, config: ExperimentConfig
-) -> tuple[Params, Array, Array]:
-  """Gradients and cross-entropy, both a mean over all targets, and the targets' number.
+class _Gradients(NamedTuple):
+  """What a batch says about the parameters.
 
-  Accumulation divides by the whole batch's targets, so that it changes no result.
+  Attributes:
+    gradients: of the objective, a mean over all targets.
+    loss: the cross-entropy, mean nats a target.
+    targets: their number.
+    aux: each layer's metrics.
+  """
+
+  gradients: Params
+  loss: Array
+  targets: Array
+  aux: list[Aux]
+
+
+def _gradients(
+    model: LanguageModel, params: Params, batch: Batch, config: ExperimentConfig, measure: bool
+) -> _Gradients:
+  """Differentiates the loss of a batch, in `train.accumulate` parts.
+
+  Accumulation divides by the whole batch's targets, so that it changes no result; a layer's
+  metric is the mean over the parts.
   """
   train = config.train
   targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.float32), 1.0)
 
-  def objective(params: Params, part: Batch, targets: Array) -> tuple[Array, Array]:
-    total, nll = loss_sum(
-        with_params(model, params), part, z_loss=train.z_loss, chunk=train.loss_chunk
+  def objective(
+      params: Params, part: Batch, targets: Array
+  ) -> tuple[Array, tuple[Array, list[Aux]]]:
+    total, nll, aux = loss_sum(
+        with_params(model, params), part, z_loss=train.z_loss, chunk=train.loss_chunk,
+        measure=measure,
     )
-    return total / targets, nll / targets
+    return total / targets, (nll / targets, aux)
 
-  @sharding.sum_over_sequence
-  def gradient(whole: tuple[Params, Array], part: Batch) -> tuple[Params, Array]:
+  def gradient(
+      whole: tuple[Params, Array], part: Batch
+  ) -> tuple[tuple[Params, Array], list[Aux]]:
     params, targets = whole
-    return jax.grad(objective, has_aux=True)(params, part, targets)
+    gradients, (loss, aux) = jax.grad(objective, has_aux=True)(params, part, targets)
+    return (gradients, loss), aux
 
+  gradient = sharding.sum_over_sequence(gradient, has_aux=True)
   whole = params, targets
   if train.accumulate == 1:
-    gradients, loss = gradient(whole, batch)
-    return gradients, loss, targets
+    (gradients, loss), aux = gradient(whole, batch)
+    return _Gradients(gradients, loss, targets, aux)
 
-  def body(carry: PyTree, part: Batch) -> tuple[PyTree, None]:
-    return jax.tree.map(jnp.add, carry, gradient(whole, part)), None
+  def body(carry: PyTree, part: Batch) -> tuple[PyTree, list[Aux]]:
+    sums, aux = gradient(whole, part)
+    return jax.tree.map(jnp.add, carry, sums), aux
 
   # Every accumulate-th row, so that each device keeps to the rows that it has.
   parts = jax.tree.map(
       lambda x: x.reshape(-1, train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
   )
   zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32))
-  (gradients, loss), _ = jax.lax.scan(body, zero, parts)
-  return gradients, loss, targets
+  (gradients, loss), aux = jax.lax.scan(body, zero, parts)
+  return _Gradients(gradients, loss, targets, jax.tree.map(jnp.mean, aux))
+
+
+def _layer_metrics(config: ModelConfig, aux: list[Aux], gradients: Params) -> Metrics:
+  """What layers recorded and the norm of each one's gradient, named `layers/<N>/<name>`."""
+  of_layer: dict[int, list[Array]] = {}
+  for name, gradient in by_layer(config, gradients).items():
+    if name.startswith("layers."):
+      of_layer.setdefault(int(name.split(".")[1]), []).append(gradient)
+  digits = len(str(config.layers))  # So that names sort as numbers do.
+  return {
+      f"{_LAYERS}{layer:0{digits}}/{name}": value
+      for layer, recorded in enumerate(aux)
+      for name, value in {
+          **recorded, "gradient_norm": optax.global_norm(of_layer[layer])
+      }.items()
+  }
+
+
+def has_layers(metrics: Metrics) -> bool:
+  """Whether a step's metrics have those of its layers."""
+  return any(name.startswith(_LAYERS) for name in metrics)
 
 
 class Trainer:
@@ -90,6 +139,8 @@ class Trainer:
     state_shapes: the state's shapes, dtypes and shardings.
     train_step: (state, batch) -> (state, metrics); donates the state. Metrics, float32
       scalars: loss (mean nats a target), grad_norm, learning_rate, targets.
+    measured_step: the same update; its metrics have those of each layer too, by the names
+      `layers/<N>/<name>`: what layers record (`dense_jax.layers.metrics`), and gradient_norm.
   """
 
   def __init__(self, config: ExperimentConfig, mesh: Mesh) -> None:
@@ -113,9 +164,11 @@ class Trainer:
       params = init_params(config.model, key)
       return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, measure: bool) -> tuple[TrainState, Metrics]:
       with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Kernels ask for it.
-        gradients, loss, targets = _gradients(self.model, state.params, batch, config)
+        gradients, loss, targets, aux = _gradients(
+            self.model, state.params, batch, config, measure
+        )
       updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
       metrics = {
           "loss": loss,
@@ -123,6 +176,8 @@ class Trainer:
           "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
           "targets": targets,
       }
+      if measure:
+        metrics |= _layer_metrics(config.model, aux, gradients)
       params = optax.apply_updates(state.params, updates)
       return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -143,31 +198,54 @@ class Trainer:
     )
     self._batch_sharding = sharding.batch_sharding(mesh)
     self._batch_shape = (train.batch_size, config.data.seq_len)
+    self._measure_every = train.layer_metrics_every
     self._init = jax.jit(init, out_shardings=shardings)
-    self.train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = jax.jit(
-        train_step,
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+      return step(state, batch, measure=False)
+
+    def measured_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+      return step(state, batch, measure=True)
+
+    compiled = functools.partial(
+        jax.jit,
         in_shardings=(shardings, self._batch_sharding),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
+    self.train_step: Step = compiled(train_step)
+    self.measured_step: Step = compiled(measured_step)
+
+  def step_at(self, step: int) -> Step:
+    """Returns the function for update number `step`, which count from 1."""
+    measured = self._measure_every and step % self._measure_every == 0
+    return self.measured_step if measured else self.train_step
+
+  def compile(self, state: TrainState, batch: Batch) -> None:
+    """Compiles all functions that `step_at` may return, so that no later step waits for it."""
+    functions: list[Any] = [self.train_step]
+    if self._measure_every:
+      functions.append(self.measured_step)
+    for function in functions:
+      function.lower(state, batch).compile()
 
   def init(self, seed: int) -> TrainState:
-    """A fresh state, made in place on its devices."""
+    """Makes a fresh state in place on its devices."""
     return self._init(jax.random.key(seed))
 
   @functools.cached_property
   def rows(self) -> slice:
-    """Of the global batch, those that this process loads."""
+    """The rows of the global batch that this process loads."""
     return sharding.local_rows(self._batch_sharding, self._batch_shape)
 
   def put(self, batch: Batch) -> Batch:
-    """A host batch, `rows` of the global one, on the mesh."""
+    """Places a host batch, `rows` of the global one, on the mesh."""
     return jax.tree.map(
         lambda x: sharding.put_rows(x, self.rows, self._batch_shape[0], self._batch_sharding), batch
     )
 
   def batch_shapes(self, batch_size: int, seq_len: int) -> Batch:
-    """A batch's shapes and shardings, to lower the step without one."""
+    """Returns a batch's shapes and shardings, to lower the step without one."""
     def shape(dtype: Any) -> Any:
       return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=self._batch_sharding)
 

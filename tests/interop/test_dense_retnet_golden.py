@@ -15,16 +15,16 @@ from safetensors.numpy import load_file, save_file
 
 from dense_jax.errors import InputError
 from dense_jax.interop import load_hf, save_hf
-from dense_jax.models.params import abstract_model, get_params, with_params
+from dense_jax.models.params import abstract_model, by_layer, get_params, with_params
 from dense_jax.ops.cross_entropy import token_cross_entropy
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 # Their parameter -> ours, for the gradients that the files hold.
 GRADIENTS = {
     "model.layers.1.self_attn.k_select.fc1.weight":
-        "stack.head.1.mixer.dense.gates.k.0.down.kernel",
-    "model.layers.1.self_attn.v_select.fc2.weight": "stack.head.1.mixer.dense.gates.v.0.up.kernel",
-    "model.layers.0.self_attn.k_proj.weight": "stack.head.0.mixer.k_proj.kernel",
+        "layers.1.mixer.dense.gates.k.0.down.kernel",
+    "model.layers.1.self_attn.v_select.fc2.weight": "layers.1.mixer.dense.gates.v.0.up.kernel",
+    "model.layers.0.self_attn.k_proj.weight": "layers.0.mixer.k_proj.kernel",
     "model.embed_tokens.weight": "embedding",
 }
 
@@ -92,6 +92,7 @@ def test_loss_and_gradients(golden, form):
 
   value, gradients = jax.jit(jax.value_and_grad(loss))(get_params(model))
   np.testing.assert_allclose(value, golden["loss"], rtol=1e-5)
+  gradients = by_layer(model.config, gradients)
   for theirs, ours in GRADIENTS.items():
     expected = golden[f"grad/{theirs}"]
     actual = gradients[ours] if ours == "embedding" else gradients[ours].T

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dense_jax.layers.stack import block_sizes, pattern_length
+from dense_jax.layers.stack import LayerPlan, StackState, plan_layers
 from dense_jax.models.language_model import ModelState
 from dense_jax.models.params import abstract_model, get_params, unrolled, with_params
 from tests.builders import (
@@ -41,30 +41,40 @@ SEGMENTS = packed([[3, 4], [5]], time=T, first=[2, 0])
     (5, 2, 5, (5, 0, 0)),
     (48, 4, 4, (4, 4, 11)),
 ])
-def test_block_sizes(layers, depth, block_layers, expected):
+def test_the_plan_of_layers(layers, depth, block_layers, expected):
   config = model_config("gau_retnet", depth, layers=layers, block_layers=block_layers)
-  head, block, blocks = block_sizes(config)
-  assert (head, block, blocks) == expected
-  assert head + block * blocks == layers
-  assert head >= min(depth, layers)  # Layers with fewer sources have other parameters.
+  plan = plan_layers(config)
+  block = plan.pattern * plan.repeats
+  assert (plan.prefix, block, plan.super_blocks) == expected
+  assert plan.prefix + block * plan.super_blocks == layers
+  assert plan.prefix >= min(depth, layers)  # Layers with fewer sources have other parameters.
+  scanned = [layer for position in range(plan.pattern) for layer in plan.layers(position)]
+  assert sorted(scanned) == list(range(plan.prefix, layers))
 
 
-def _stacked(parts, head, pattern):
+def test_layers_of_a_pattern_that_repeats():
+  config = model_config("gau_retnet", 1, layers=9, start=2, stride=2, block_layers=2)
+  plan = plan_layers(config)
+  assert plan == LayerPlan(prefix=3, pattern=2, repeats=1, super_blocks=3)
+  assert [list(plan.layers(position)) for position in (0, 1)] == [[3, 5, 7], [4, 6, 8]]
+
+
+def _stacked(parts, plan):
   """A list of layers' states as the scanned stack has them."""
-  blocks = [
-      jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts[head + index :: pattern])
-      for index in range(pattern)
-  ]
-  return {"head": parts[:head], "blocks": blocks}
+  scanned = tuple(
+      jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts[i] for i in plan.layers(position)))
+      for position in range(plan.pattern)
+  )
+  return StackState(tuple(parts[: plan.prefix]), scanned)
 
 
-def _apart(state, layers):
+def _apart(state, plan):
   """The inverse: a scanned stack's state as a list of layers' states."""
-  parts, pattern = list(state["head"]), len(state["blocks"])
-  for index in range(layers - len(parts)):
-    repeat, of_pattern = divmod(index, pattern)
-    parts.append(jax.tree.map(lambda leaf, r=repeat: leaf[r], state["blocks"][of_pattern]))
-  return parts
+  parts = dict(enumerate(state.prefix_layers))
+  for position, stacked in enumerate(state.scanned_layers):
+    for row, layer in enumerate(plan.layers(position)):
+      parts[layer] = jax.tree.map(lambda leaf, r=row: leaf[r], stacked)
+  return [parts[layer] for layer in sorted(parts)]
 
 
 @pytest.mark.parametrize(("family", "inject", "depth", "options"), [
@@ -90,12 +100,11 @@ def _apart(state, layers):
 ])
 def test_scanned_equals_unrolled(family, inject, depth, options):
   config = model_config(family, depth, inject, **options)
-  layers = config.layers
-  head, _, blocks = block_sizes(config)
-  assert blocks >= 2
+  plan = plan_layers(config)
+  assert plan.super_blocks >= 2
   model, abstract = random_model(config), abstract_model(config)
   state = random_state(model, [2, 0])
-  apart = _apart(state.layers, layers)
+  apart = _apart(state.layers, plan)
   tokens, weights = random_tokens(0, B, T), normal(1, B, T, VOCAB, scale=0.1)
   weights = weights * SEGMENTS.valid_BT[..., None]
   cotangent = random_like(apart, 3)
@@ -103,11 +112,11 @@ def test_scanned_equals_unrolled(family, inject, depth, options):
   def run(params, layer_states, scanned):
     bound = with_params(abstract, params)
     if scanned:
-      start = _stacked(layer_states, head, pattern_length(config))
+      start = _stacked(layer_states, plan)
     else:
-      bound, start = unrolled(bound), {"head": layer_states, "blocks": []}
+      bound, start = unrolled(bound), StackState(tuple(layer_states), ())
     hidden, after = bound.hidden(tokens, SEGMENTS, ModelState(state.position_B, start))
-    after = _apart(after.layers, layers) if scanned else after.layers["head"]
+    after = _apart(after.layers, plan if scanned else LayerPlan(config.layers))
     logits = bound.logits(hidden) * SEGMENTS.valid_BT[..., None]
     objective = jnp.sum(logits * weights) + 0.01 * tree_dot(after, cotangent)
     return objective, (logits, after)
@@ -133,10 +142,12 @@ def test_a_decoding_step_of_the_scan_equals_the_unrolled_one(family, inject, lay
 
   @fast_jit
   def both(model, state):
-    flat = ModelState(state.position_B, {"head": _apart(state.layers, layers), "blocks": []})
+    plan = plan_layers(model.config)
+    flat = ModelState(state.position_B, StackState(tuple(_apart(state.layers, plan)), ()))
     after, logits = model.step(state, tokens)
     flat_after, flat_logits = unrolled(model).step(flat, tokens)
-    return (_apart(after.layers, layers), logits), (flat_after.layers["head"], flat_logits)
+    flat_layers = list(flat_after.layers.prefix_layers)
+    return (_apart(after.layers, plan), logits), (flat_layers, flat_logits)
 
   scanned, one_by_one = both(model, state)
   assert_trees_close(scanned, one_by_one)
@@ -147,7 +158,7 @@ def test_a_decoding_step_of_the_scan_equals_the_unrolled_one(family, inject, lay
 ])
 def test_remat_changes_nothing(family, inject):
   config = model_config(family, 1, inject, layers=4)
-  assert block_sizes(config) == (1, 1, 3)
+  assert plan_layers(config) == LayerPlan(prefix=1, pattern=1, repeats=1, super_blocks=3)
   model = random_model(config)
   tokens, weights = random_tokens(0, B, T), normal(1, B, T, VOCAB, scale=0.1)
   state = random_state(model, [2, 0])
@@ -188,5 +199,5 @@ def test_fewer_layers_than_a_block_have_no_scan():
   model = random_model(model_config("mamba", 1, layers=3, block_layers=3))
   text = str(jax.make_jaxpr(model.step)(model.init_state(B), random_tokens(0, B)))
   assert "scan[" not in text
-  assert model.init_state(B).layers["blocks"] == []
-  assert len(model.init_state(B).layers["head"]) == 3
+  assert model.init_state(B).layers.scanned_layers == ()
+  assert len(model.init_state(B).layers.prefix_layers) == 3

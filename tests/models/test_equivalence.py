@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dense_jax.batch import Segments
+from dense_jax.layers.stack import StackState
 from dense_jax.models.language_model import ModelState
 from dense_jax.models.params import (
   abstract_model,
@@ -206,9 +207,9 @@ def _at(states, index_B):
     rows = [jnp.take(leaf[index], row, axis=batch_axis) for row, index in enumerate(index_B)]
     return jnp.stack(rows, axis=batch_axis)
 
-  head = jax.tree.map(lambda leaf: pick(leaf, 0), states.layers["head"])
-  blocks = jax.tree.map(lambda leaf: pick(leaf, 1), states.layers["blocks"])
-  return ModelState(pick(states.position_B, 0), {"head": head, "blocks": blocks})
+  prefix = jax.tree.map(lambda leaf: pick(leaf, 0), states.layers.prefix_layers)
+  scanned = jax.tree.map(lambda leaf: pick(leaf, 1), states.layers.scanned_layers)
+  return ModelState(pick(states.position_B, 0), StackState(prefix, scanned))
 
 
 @each_kind

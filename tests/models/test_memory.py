@@ -52,7 +52,7 @@ def test_training_never_holds_the_states_of_all_tokens(family, documents, option
       family, 2, layers=3, remat="full", chunk=16, **MIXERS[family], **OPTIONS[option]
   )
   abstract = abstract_model(config)
-  channels = abstract.stack.head[0].mixer.width
+  channels = abstract.stack.prefix_layers[0].mixer.width
   batch = random_batch(packed([[40, 56], [T]]))
 
   def loss(params):

@@ -3,11 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dense_jax import sharding
+from dense_jax.config import MeshConfig
+from dense_jax.layers.stack import plan_layers
 from dense_jax.models.params import (
     abstract_model,
+    as_scanned,
+    by_layer,
     count_params,
     get_params,
     init_params,
@@ -57,7 +62,7 @@ def test_logical_axes_cover_every_parameter(kind):
   for name, names in axes.items():
     assert len(names) == params[name].ndim, name
     assert set(names) <= known, name
-    assert (names[0] == "layers") == name.startswith("stack.blocks."), name
+    assert (names[0] == "layers") == name.startswith("stack.scanned_layers."), name
   assert set(sharding.PARAMETERS) <= known
 
 
@@ -76,15 +81,15 @@ def test_unrolled_holds_the_same_numbers_layer_by_layer(kind):
   config = _config(kind)
   model = random_model(config)
   flat = unrolled(model)
-  assert not any(name.startswith("stack.blocks.") for name in get_params(flat))
+  assert not any(name.startswith("stack.scanned_layers.") for name in get_params(flat))
   assert unrolled(flat) is flat
   assert count_params(get_params(flat)) == count_params(get_params(model))
-  scanned, head = get_params(model), len(model.stack.head)
-  assert (head + max(kind[1], 1) * model.stack.num_blocks, model.stack.num_blocks >= 2) == (7, True)
-  for layer in range(head, 7):
+  scanned, plan = get_params(model), model.stack.plan
+  assert plan.super_blocks >= 2
+  for row, layer in enumerate(plan.layers(0)):
     np.testing.assert_array_equal(
-        get_params(flat)[f"stack.head.{layer}.norm.scale"],
-        scanned["stack.blocks.0.norm.scale"][layer - head],
+        get_params(flat)[f"stack.prefix_layers.{layer}.norm.scale"],
+        scanned["stack.scanned_layers.0.norm.scale"][row],
     )
 
 
@@ -105,7 +110,7 @@ def test_fresh_parameters(family):
     elif kernel or name in ("embedding", "head"):
       assert not np.array_equal(value, other[name]), name
       assert np.abs(np.mean(value)) < 0.5 * np.std(value) + 1e-3, name
-    if kernel and name.startswith("stack.blocks.") and not gate:
+    if kernel and name.startswith("stack.scanned_layers.") and not gate:
       assert not np.array_equal(value[0], value[1]), name
     if name.endswith("transition.linear"):
       np.testing.assert_array_equal(value, np.broadcast_to(np.eye(value.shape[-1]), value.shape))
@@ -128,3 +133,69 @@ def test_a_model_is_a_pytree_that_jit_takes(family):
   run = fast_jit(lambda model, tokens: model(tokens))
   bound = fast_jit(lambda params, tokens: with_params(model, params)(tokens))
   assert_trees_close(run(model, tokens), bound(get_params(model), tokens))
+
+
+# Three ways to scan ten layers: two of a pattern of two, and none at all.
+FORMS = [{"block_layers": 4}, {"block_layers": 2, "remat": "full"}, {"block_layers": 10}]
+
+
+def _form(options):
+  return model_config("gau_retnet", 1, layers=10, start=2, stride=2, **options)
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_by_layer_names_each_layer_and_comes_back(options):
+  config = _form(options)
+  params = random_params(config)
+  state = (optax.EmptyState(), optax.adam(1.0).init(params), {"other": jnp.zeros(3)})
+  flat, flat_state = by_layer(config, params), by_layer(config, state)
+  assert not any(name.startswith("stack.") for name in flat)
+  layers = {name.split(".")[1] for name in flat if name.startswith("layers.")}
+  assert layers == {str(layer) for layer in range(10)}
+  # Layers 2, 4, 6 and 8 read the one below: they alone have a dense connection.
+  dense = {name.split(".")[1] for name in flat if ".dense." in name}
+  assert dense == {"2", "4", "6", "8"}
+  assert flat_state[1][0].mu.keys() == flat_state[1][0].nu.keys() == flat.keys()
+  plan = plan_layers(config)
+  for position in range(plan.pattern):
+    for row, layer in enumerate(plan.layers(position)):
+      np.testing.assert_array_equal(
+          flat[f"layers.{layer}.norm.scale"],
+          params[f"stack.scanned_layers.{position}.norm.scale"][row],
+      )
+  for tree, expected in ((flat, params), (flat_state, state)):
+    again = jax.jit(lambda tree: as_scanned(config, tree))(tree)
+    assert_trees_close(again, expected, scale=0.0)
+
+
+def test_every_form_has_the_same_entries_by_layer():
+  expected = by_layer(_form(FORMS[2]), get_params(abstract_model(_form(FORMS[2]))))
+  for options in FORMS:
+    config = _form(options)
+    shapes = get_params(abstract_model(config))
+    flat = by_layer(config, shapes)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in flat.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in expected.items()
+    }
+    again = as_scanned(config, flat)
+    assert {name: leaf.shape for name, leaf in again.items()} == {
+        name: leaf.shape for name, leaf in shapes.items()
+    }
+
+
+def test_shapes_keep_their_shardings_by_layer():
+  config = _form(FORMS[0])
+  model = abstract_model(config)
+  shapes = get_params(model)
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+  placed = sharding.param_shardings(
+      logical_axes(model), {name: leaf.shape for name, leaf in shapes.items()}, mesh
+  )
+  shapes = {
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
+      for name, leaf in shapes.items()
+  }
+  flat = by_layer(config, shapes)
+  assert tuple(flat["layers.5.mixer.q_proj.kernel"].sharding.spec) == ("fsdp", "tensor")
+  again = as_scanned(config, flat)
+  assert again == shapes

@@ -69,7 +69,7 @@ def test_parameters_losses_and_logits_are_float32(kind):
 def _outputs(model, call):
   """Runs the layers one after the other; y, state, shared states and inputs of each."""
   bank, outputs = [], []
-  for layer in model.stack.head:
+  for layer in model.stack.prefix_layers:
     output = call(layer.mixer, bank)
     outputs.append({
         "y": output.y, "state": output.state, "states": output.states, "inputs": output.inputs,

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from dense_jax.config import ModelConfig
 from dense_jax.errors import InputError
 from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on, saved_steps
 from dense_jax.training.step import TrainState
 
 NAN, INF = math.nan, math.inf
+MODEL = ModelConfig()  # The states of most tests have no layers.
 
 
 def state(value, moment=1.0):
@@ -27,7 +29,7 @@ def on_device(tree):
 
 def read(folder, which):
   """The step, which is also the value of the parameters."""
-  checkpoints = Checkpoints(epath.Path(folder), read_only=True)
+  checkpoints = Checkpoints(epath.Path(folder), MODEL, read_only=True)
   step, params = checkpoints.restore_params(on_device(state(0).params), which)
   checkpoints.close()
   assert params["w"].tolist() == [step] * 3
@@ -35,7 +37,7 @@ def read(folder, which):
 
 
 def save(folder, losses, **keep):
-  checkpoints = Checkpoints(epath.Path(folder), **keep)
+  checkpoints = Checkpoints(epath.Path(folder), MODEL, **keep)
   for step, loss in enumerate(losses, 1):
     assert checkpoints.save(state(step), step, {"step": step}, loss)
   checkpoints.close()
@@ -71,7 +73,7 @@ def test_without_a_finite_loss_there_is_no_best(tmp_path, losses):
     TrainState(jnp.zeros((), jnp.int32), {"w": jnp.array([3, 3, NAN], jnp.bfloat16)}, {}),
 ])
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, bad):
-  checkpoints = Checkpoints(epath.Path(tmp_path), keep_last=1, keep_best=1)
+  checkpoints = Checkpoints(epath.Path(tmp_path), MODEL, keep_last=1, keep_best=1)
   assert checkpoints.save(state(1), 1, {}, 3.0)
   assert checkpoints.save(state(2), 2, {}, 4.0)
   assert not checkpoints.save(bad, 3, {}, 1.0)
@@ -95,7 +97,7 @@ def test_another_checkpoint_is_taken_where_one_cannot_be_read(tmp_path, damage, 
 def test_a_damaged_checkpoint_is_named_on_resume(tmp_path):
   save(tmp_path, [2.0, 3.0], keep_last=2, keep_best=1)
   shutil.rmtree(tmp_path / "2" / "optimizer")
-  checkpoints = Checkpoints(epath.Path(tmp_path), keep_last=2, keep_best=1)
+  checkpoints = Checkpoints(epath.Path(tmp_path), MODEL, keep_last=2, keep_best=1)
   with pytest.raises(InputError, match=r"checkpoint 2 in .* cannot be read.*Others there: 1"):
     checkpoints.restore(on_device(state(0)), 2)
   restored, position = checkpoints.restore(on_device(state(0)), 1)

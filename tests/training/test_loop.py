@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dense_jax.interrupt import Interrupt
-from dense_jax.training.loop import Hook, train
+from dense_jax.training.loop import Hook, Logger, train
 from dense_jax.training.step import TrainState
 
 
@@ -17,14 +17,21 @@ class Counter:
   def put(self, batch):
     return batch
 
-  def train_step(self, state, batch):
-    return dataclasses.replace(state, step=state.step + 1), {}
+  def __init__(self):
+    self.asked = []
+
+  def compile(self, state, batch):
+    pass
+
+  def step_at(self, step):
+    self.asked.append(step)
+    return lambda state, batch: (dataclasses.replace(state, step=state.step + 1), {})
 
 
-def _run(steps, hooks, interrupt, on_metrics=lambda step, metrics: None):
-  state = TrainState(0, {}, jnp.zeros(()))
+def _run(steps, hooks, interrupt, on_metrics=lambda step, metrics: None, trainer=None, first=0):
+  state = TrainState(first, {}, jnp.zeros(()))
   return train(
-      Counter(), state, itertools.repeat(None), steps=steps, hooks=hooks,
+      trainer or Counter(), state, itertools.repeat(None), steps=steps, hooks=hooks,
       on_metrics=on_metrics, interrupt=interrupt,
   ).step
 
@@ -66,3 +73,39 @@ def test_who_is_asked_saves_before_it_stops(asked_in, stops_at):
   assert _run(9, [asking, evaluate, save], interrupt, on_metrics) == stops_at
   assert saves == [(stops_at, True)]
   assert [step for step, _ in evaluations] == list(range(1, stops_at))
+
+
+def test_each_step_is_asked_for_by_its_number():
+  trainer = Counter()
+  assert _run(7, [], Interrupt(), trainer=trainer, first=3) == 7
+  assert trainer.asked == [4, 5, 6, 7]
+
+
+class Lines:
+  """In place of a writer and of a progress bar."""
+
+  def __init__(self):
+    self.written, self.logged = [], []
+
+  def write(self, step, values):
+    self.written.append((step, sorted(values)))
+
+  def step(self, step):
+    pass
+
+  def log(self, step, *figures):
+    self.logged.append(step)
+
+
+def test_steps_whose_layers_were_measured_are_written_whenever_it_logs():
+  lines = Lines()
+  logger = Logger(lines, lines, every=4, first_step=0, steps=7, tokens_per_step=1)
+  for step in range(1, 8):
+    measured = {} if step % 2 else {"layers/0/residual_rms": jnp.ones(())}
+    logger(step, {"loss": jnp.ones(())} | measured)
+  with_layers = ["layers/0/residual_rms", "loss"]
+  assert lines.written == [
+      (2, with_layers), (4, [*with_layers, "tokens_per_second"]), (6, with_layers),
+      (7, ["loss", "tokens_per_second"]),
+  ]
+  assert lines.logged == [4, 7]
