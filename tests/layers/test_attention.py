@@ -87,9 +87,10 @@ def _by_hand(layer, x, segments, state):
              for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
   x, positions = np.asarray(x, np.float64), np.broadcast_to(segments.positions_BT, x.shape[:2])
   ids = np.ones(x.shape[:2]) if segments.ids_BT is None else segments.ids_BT
-  outputs, rings = np.zeros(x.shape), jax.tree.map(lambda leaf: np.array(leaf, np.float64), state)
+  rings = [np.array(leaf, np.float64) for leaf in (state.k_BCJN, state.v_BCJN)]
+  before, outputs = [ring.copy() for ring in rings], np.zeros(x.shape)
   for row in range(len(x)):
-    held = {p: tuple(np.asarray(state[name][row, p % CONTEXT], np.float64) for name in "kv")
+    held = {p: tuple(ring[row, p % CONTEXT] for ring in before)
             for p in range(max(0, positions[row, 0] - CONTEXT), positions[row, 0])}
     for t in range(x.shape[1]):
       p = int(positions[row, t])
@@ -107,11 +108,11 @@ def _by_hand(layer, x, segments, state):
                  / scores.sum())
       outputs[row, t] = np.concatenate(y) @ kernels[3]
     last = max(held, default=-1)
-    for name, part in (("k", 0), ("v", 1)):
-      rings[name][row] = 0
+    for part, ring in enumerate(rings):
+      ring[row] = 0
       for p in range(max(0, last - CONTEXT + 1), last + 1):
-        rings[name][row, p % CONTEXT] = held[p][part]
-  return outputs, rings
+        ring[row, p % CONTEXT] = held[p][part]
+  return outputs, AttentionState(*rings)
 
 
 @pytest.mark.parametrize("segments", [
@@ -261,10 +262,10 @@ def test_the_layer_around_it():
   parts = layer.feed_forward
   gate, up = inner @ parts.gate_proj.kernel[...], inner @ parts.up_proj.kernel[...]
   expected = between + (gate * jax.nn.sigmoid(gate) * up) @ parts.down_proj.kernel[...]
-  actual, _ = model.stack(x, segments, None)
+  actual, *_ = model.stack(x, segments, None)
   assert_trees_close(actual, expected)
   first = Token(jnp.zeros(B, jnp.int32))
-  token, _ = model.stack(x[:, 0], first, model.stack.init_state(B))
+  token, *_ = model.stack(x[:, 0], first, model.stack.init_state(B))
   assert_trees_close(token, expected[:, 0])
 
 

@@ -259,11 +259,11 @@ def test_each_layer_has_one_gate_for_all_its_sources(family, inject):
   # Layer 0 reads nothing and so has none of them.
   layers = (1, 2, 3)
   assert dense == sorted(
-      f"stack.head.{layer}.mixer.dense.{name}" for layer in layers for name in one
+      f"stack.prefix_layers.{layer}.mixer.dense.{name}" for layer in layers for name in one
   )
   if inject == "state":
-    linear = [params[f"stack.head.{layer}.mixer.dense.transition.linear"] for layer in layers]
-    sources = [value.shape[0] for value in linear]
+    linear = "stack.prefix_layers.{}.mixer.dense.transition.linear"
+    sources = [params[linear.format(layer)].shape[0] for layer in layers]
     assert sources == [1, 2, 2]
   # The gate's bottleneck does not depend on the number of sources.
   down = [params[name].shape for name in dense if name.endswith("down.kernel")]
@@ -278,7 +278,7 @@ def test_depth_0_is_the_base_model_exactly(family):
 
   def by_hand(model):
     x_BTD = model.embedding[...][tokens]
-    for layer in model.stack.head:
+    for layer in model.stack.prefix_layers:
       x_BTD = layer(x_BTD, SEGMENTS, None, ())[0]
     return model.logits(model.norm(x_BTD))
 
@@ -358,7 +358,7 @@ def _felt(family, inject, change=lambda params: params, **options):
     return jax.grad(objective)(params)
 
   by = gradients(change(silent))
-  return [bool(np.any(by[f"stack.head.{layer}.norm.scale"])) for layer in range(4)]
+  return [bool(np.any(by[f"stack.prefix_layers.{layer}.norm.scale"])) for layer in range(4)]
 
 
 @pytest.mark.parametrize(("family", "inject"), [("mamba", "state"), ("gau_retnet", "inputs")])
@@ -368,7 +368,7 @@ def test_the_layers_that_are_read_are_the_m_nearest(family, inject):
 
 
 def test_transitions_belong_to_the_sources_nearest_first():
-  name = "stack.head.3.mixer.dense.transition.linear"
+  name = "stack.prefix_layers.3.mixer.dense.transition.linear"
   felt = _felt(
       "mamba", "state", lambda params: params | {name: params[name].at[1].set(0.0)},
       transition="linear",

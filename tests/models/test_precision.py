@@ -1,10 +1,12 @@
 """With dtype bfloat16: what stays float32, and how near the float32 model it is."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dense_jax.batch import Segments
+from dense_jax.batch import Segments, Token
 from dense_jax.models.params import get_params, with_params
 from dense_jax.models.registry import FAMILIES as REGISTRY
 from dense_jax.ops.diagonal.step_sizes import StepSizes
@@ -29,8 +31,7 @@ from tests.helpers import assert_trees_close
 B, T = 2, 11
 # Of a layer's shared states and the model's state; everything else may be bfloat16.
 FLOAT32 = {"kernel_RE", "bias_E", "a_NE", "log_decay_BTH", "a_re_ME", "a_im_ME", "dt_E", "b_NE",
-           "initial_BNE", "initial_BHPN", "before_BGHPN",
-           "final_BNE", "final_BHPN", "h_BNE", "h_BHPN", "h"}
+           "initial_BNE", "initial_BHPN", "h_BNE", "h_BHPN"}
 
 
 def _model(kind, **options):
@@ -49,6 +50,12 @@ def _dtypes(tree):
   return found
 
 
+def _state_dtypes(state):
+  """The dtypes of all layers' recurrences' states."""
+  (name,) = {"h_BNE", "h_BHPN"} & _dtypes(state.layers).keys()
+  return _dtypes(state.layers)[name]
+
+
 @each_kind
 def test_parameters_losses_and_logits_are_float32(kind):
   model = _model(kind)
@@ -63,18 +70,27 @@ def test_parameters_losses_and_logits_are_float32(kind):
   assert hidden.dtype == jnp.bfloat16  # Or else all of this says nothing.
   for carried in (jax.eval_shape(lambda: model.init_state(B)), state, stepped):
     if kind[0] in STATE_FAMILIES:  # A cache of keys and values is no state that adds up.
-      assert _dtypes(carried.layers)["h"] == {jnp.dtype("float32")}
+      assert _state_dtypes(carried) == {jnp.dtype("float32")}
 
 
 def _outputs(model, call):
-  """Runs the layers one after the other; y, state, shared states and inputs of each."""
+  """Runs the layers one after the other; y, state, recurrence and what is shared of each."""
   bank, outputs = [], []
   for layer in model.stack.prefix_layers:
-    output = call(layer.mixer, bank)
+    recurrences, connection = [], type(layer.mixer.dense)
+    run = connection.run
+
+    def watch(self, x_D, query, states, shallow, run=run, recurrences=recurrences):
+      recurrences.append(states)
+      return run(self, x_D, query, states, shallow)
+
+    with mock.patch.object(connection, "run", watch):
+      output = call(layer.mixer, bank)
+    (recurrence,) = recurrences
     outputs.append({
-        "y": output.y, "state": output.state, "states": output.states, "inputs": output.inputs,
+        "y": output.y, "state": output.state, "recurrence": recurrence, "shared": output.shared,
     })
-    bank = [output.shared(model.config.dense.inject), *bank][: model.config.dense.depth]
+    bank = [output.shared, *bank][: model.config.dense.depth]
   return outputs
 
 
@@ -88,11 +104,12 @@ def test_what_layers_compute_states_with_is_float32(kind, which):
       model, lambda mixer, bank: mixer(x_BTD, segments, mixer.init_state(B), bank)
   ))
   token = jax.eval_shape(lambda: _outputs(
-      model, lambda mixer, bank: mixer.step(
-          x_BTD[:, 0], jnp.zeros(B, jnp.int32), mixer.init_state(B), bank)
+      model, lambda mixer, bank: mixer(
+          x_BTD[:, 0], Token(jnp.zeros(B, jnp.int32)), mixer.init_state(B), bank)
   ))
   decay = {"mamba": "bias_E", "s4": "a_re_ME", "s4d": "a_re_ME"}.get(kind[0], "log_decay_BTH")
-  for outputs, expected in ((sequence, {"h", decay}), (token, {"h"})):
+  state = "h_BNE" if kind[0] in ("mamba", "s4", "s4d") else "h_BHPN"
+  for outputs, expected in ((sequence, {state, decay}), (token, {state})):
     assert len(outputs) == 3
     for output in outputs:
       assert output["y"].dtype == jnp.bfloat16
@@ -139,7 +156,7 @@ def test_decoding_is_near_the_sequence(family):
 
   actual, expected, after = run(model)
   assert_trees_close(_distance(actual, expected), 0.0, "bfloat16")
-  assert _dtypes(after.layers)["h"] == {jnp.dtype("float32")}
+  assert _state_dtypes(after) == {jnp.dtype("float32")}
 
 
 @each_state_family

@@ -245,7 +245,7 @@ def test_moments_of_another_dtype_are_the_runs_own_rounded(config, tmp_path):
   mesh = sharding.make_mesh(config.mesh)
   state = Trainer(config, mesh).init(0)
   state = dataclasses.replace(state, opt_state=random_like(state.opt_state, 0))
-  checkpoints = Checkpoints(epath.Path(tmp_path))
+  checkpoints = Checkpoints(epath.Path(tmp_path), config.model)
   checkpoints.save(state, 4, {}, None)
   checkpoints.wait()
   shapes = Trainer(changed(config, optimizer=ADAM), mesh).state_shapes
