@@ -205,7 +205,7 @@ def _start(
 
 
 def _saved_at_once(folder: epath.Path) -> str:
-  """What is left where steps or a save were under way, and how to go on."""
+  """Says what is left where steps or a save were under way, and how to go on."""
   return (
       "ended at once, without what was done since the newest checkpoint (a save that was under "
       f"way is cleared by the next start): {folders.describe_saved(folder)}"
