@@ -54,7 +54,7 @@ class Evaluator(abc.ABC):
     """The score's numbers by their keys. Of several processes all call it at the same step."""
 
   def describe(self, numbers: Mapping[str, float], snapshot: Snapshot) -> str:
-    """What is printed of the numbers that `evaluate` returned."""
+    """The line that is printed of the numbers that `evaluate` returned."""
     del snapshot
     return f"{self.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 

@@ -10,16 +10,18 @@ from dense_jax.training.loop import Hook, Logger, Moment
 from dense_jax.training.metrics import MetricsWriter, Progress
 from dense_jax.training.step import Trainer
 
+# The evaluators of every run, each made without arguments.
+STANDARD: tuple[type[Evaluator], ...] = (HeldOutLoss,)
 
-def with_heldout_loss(evaluators: Sequence[Evaluator]) -> list[Evaluator]:
-  """The evaluators, with the held-out loss first where it is not among them.
+
+def with_standard(evaluators: Sequence[Evaluator]) -> list[Evaluator]:
+  """The standard evaluators and these; one of these stands in for a standard one of its name.
 
   Raises:
-    InputError: two have one name, or one has no valid interval.
+    InputError: two of these have one name, or one has no valid interval.
   """
-  chosen = list(evaluators)
-  if not any(isinstance(evaluator, HeldOutLoss) for evaluator in chosen):
-    chosen.insert(0, HeldOutLoss())
+  given = {evaluator.name for evaluator in evaluators}
+  chosen = [*(cls() for cls in STANDARD if cls.name not in given), *evaluators]
   names = [evaluator.name for evaluator in chosen]
   for evaluator in chosen:
     if names.count(evaluator.name) > 1:
@@ -39,7 +41,7 @@ class Evaluations:
       self, evaluators: Sequence[Evaluator], config: ExperimentConfig, data: Datasets,
       trainer: Trainer, writer: MetricsWriter, progress: Progress, logger: Logger,
   ) -> None:
-    """Scores nothing yet; `evaluators` are those of `with_heldout_loss`."""
+    """Scores nothing yet; `evaluators` are those of `with_standard`."""
     self._evaluators, self._config, self._data = evaluators, config, data
     self._trainer, self._writer = trainer, writer
     self._progress, self._logger = progress, logger
@@ -58,7 +60,7 @@ class Evaluations:
   def heldout_loss(self, moment: Moment) -> float | None:
     """The held-out loss at that moment."""
     for evaluator in self._evaluators:
-      if isinstance(evaluator, HeldOutLoss):
+      if evaluator.name == HeldOutLoss.name:
         self._score(evaluator, moment)
     return self._heldout_loss
 
@@ -74,7 +76,7 @@ class Evaluations:
         trainer.put,
     )
     numbers = {key: float(value) for key, value in evaluator.evaluate(snapshot).items()}
-    if isinstance(evaluator, HeldOutLoss):
+    if evaluator.name == HeldOutLoss.name:
       self._heldout_loss = numbers["loss"]
     self._writer.write(
         moment.step, {f"{evaluator.name}_{key}": value for key, value in numbers.items()}

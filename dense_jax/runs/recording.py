@@ -1,4 +1,4 @@
-"""What a run writes down of itself, with the memory that it has taken so far."""
+"""A run's records: its metrics, with the memory that it has taken so far."""
 
 from collections.abc import Mapping
 

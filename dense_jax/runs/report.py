@@ -1,4 +1,4 @@
-"""What a run has reached, at any time after it began: the table, the samples, the plot."""
+"""The report of a run, at any time after its first checkpoint: table, samples and plot."""
 
 import dataclasses
 import logging
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a run has reached.
+  """A run's scores, samples and plot at one of its checkpoints.
 
   Attributes:
     step: of the checkpoint.

@@ -1,4 +1,4 @@
-"""What may change when a run goes on: one table, of which every key has exactly one row.
+"""Which keys may change when a run goes on: one table, in which every key has exactly one row.
 
 | may change | keys | what changes with them |
 |---|---|---|
@@ -177,7 +177,7 @@ def follows_length(optimizer: OptimizerConfig) -> bool:
 
 
 def _rates_to_come(config: ExperimentConfig, step: int) -> tuple[int, int]:
-  """What the learning rates of updates from `step` on have of the schedule's length.
+  """The parts of the schedule's length on which the rates of updates from `step` on depend.
 
   Returns:
     The length, 0 where none of them depends on it; and the updates of the warm-up, 0 once it is

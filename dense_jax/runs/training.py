@@ -22,7 +22,7 @@ from dense_jax.models.registry import family
 from dense_jax.ops import resolver
 from dense_jax.runs import resume
 from dense_jax.runs import workdir as folders
-from dense_jax.runs.evaluating import Evaluations, with_heldout_loss
+from dense_jax.runs.evaluating import Evaluations, with_standard
 from dense_jax.runs.formatting import parameter_table
 from dense_jax.runs.memory import check_memory
 from dense_jax.runs.recording import Recorder
@@ -75,8 +75,9 @@ def train_run(
     config: of the run.
     workdir: the folder, local or in a bucket; it is made where it is missing.
     hooks: called after the evaluators and before a checkpoint is saved.
-    evaluators: scores to take beside the held-out loss, which every run takes because its
-      checkpoints are ranked by it. A `HeldOutLoss` among them stands in for the default one.
+    evaluators: scores to take beside those of every run (`dense_jax.runs.evaluating.STANDARD`:
+      the held-out loss, by which checkpoints are ranked). One of a standard one's name, such as a
+      `HeldOutLoss` of another interval, stands in for it.
     allow_change: keys such as "train.steps" that may differ from those that the run in the folder
       was made with, although they alter its course; see `dense_jax.runs.resume`.
     interrupt: an active one that may end the process, as a command line has. None means that
@@ -91,7 +92,7 @@ def train_run(
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")
   resume.check_allowed(config, allow_change)
-  evaluators = with_heldout_loss(evaluators)
+  evaluators = with_standard(evaluators)
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.only_first_prints())
     if interrupt is None:
@@ -204,7 +205,7 @@ def _start(
 
 
 def _saved_at_once(folder: epath.Path) -> str:
-  """What is left where steps or a save were under way, and how to go on."""
+  """Says what is left where steps or a save were under way, and how to go on."""
   return (
       "ended at once, without what was done since the newest checkpoint (a save that was under "
       f"way is cleared by the next start): {folders.describe_saved(folder)}"

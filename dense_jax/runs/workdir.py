@@ -83,7 +83,7 @@ def _is_leftover(entry: epath.Path) -> bool:
 
 
 def describe_saved(workdir: epath.Path) -> str:
-  """What a process that ends now leaves in the folder, and how to go on."""
+  """Says what a process that ends now leaves in the folder, and how to go on."""
   steps = saved_steps(workdir / CHECKPOINTS)
   if not steps:
     return "nothing was saved; the same command begins again"
