@@ -1,9 +1,9 @@
-"""A scan over layers whose backward pass computes each layer again from what it keeps once.
+"""A scan over layers whose backward pass recomputes one layer at a time.
 
-`jax.lax.scan` over layers keeps its carry at every step. With dense connections of depth m
-the carry holds the last m layers' shared states, so that each of them would be kept m times.
-Here they go, once each, into a buffer that the backward pass reads by index: kept are a
-layer's input and what deeper layers read of it, and nothing else.
+`jax.lax.scan` over layers saves its carry at every step. With dense connections of depth m the
+carry holds what the last m layers share, so that each of these would be saved m times. Here they
+are saved once each, in a buffer that the backward pass reads by index. Nothing else is saved but
+each layer's input.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,10 @@ from dense_jax.types import Array, PyTree
 
 Bank = tuple[PyTree, ...]
 Unit = Callable[[PyTree, PyTree, PyTree, Array, Bank], tuple[Array, Bank, PyTree]]
-"""(params, state, context, x, bank) -> x, the bank with what these layers share in front, and
-the state after them. It may not close over arrays."""
+"""One step's layers: (params, states, context, x, bank) -> (x, bank, after).
+
+The bank that it returns has what these layers share in front, nearest first; `after` is whatever
+else they return, a tree of float arrays. It may not close over arrays."""
 
 
 def _is_float(leaf: Array) -> bool:
@@ -25,7 +27,7 @@ def _is_float(leaf: Array) -> bool:
 
 
 class _Parts:
-  """A tree's leaves in two lists: those with gradients, and the others."""
+  """Splits a tree's leaves into two lists: those with gradients, and the others."""
 
   def __init__(self, tree: PyTree) -> None:
     leaves, self._structure = jax.tree.flatten(tree)
@@ -46,19 +48,19 @@ class _Parts:
 def scan_layers(
     unit: Unit, params: PyTree, states: PyTree, context: PyTree, x: Array, bank: Bank, fresh: int
 ) -> tuple[Array, Bank, PyTree]:
-  """Runs n units of layers one after the other.
+  """Runs n steps of layers one after the other.
 
   Args:
     unit: the layers of one step.
-    params: their parameters, stacked [n, ...].
-    states: their states, stacked [n, ...], of floats; None where they begin without.
-    context: arrays without gradients that all layers see.
+    params: the steps' parameters, stacked [n, ...].
+    states: their float states, stacked [n, ...], or None for a fresh start.
+    context: arrays without gradients that all steps see.
     x: the first layer's input.
     bank: what the m layers below share, nearest first.
-    fresh: the members of the bank that a unit replaces.
+    fresh: how many entries of the bank a step replaces.
 
   Returns:
-    The last layer's output, the bank after it, and the states after, stacked.
+    The last layer's output, the bank after it, and each step's `after`, stacked [n, ...].
   """
   count = jax.tree.leaves(params)[0].shape[0]
   depth = len(bank)
@@ -73,7 +75,7 @@ def scan_layers(
     return unit(unit_params, state, context, x, bank)
 
   def bank_at(buffer: PyTree, index: Array) -> Bank:
-    """What the unit of that number sees; the buffer has the oldest first."""
+    """Returns the bank before that step; the buffer has the oldest entry first."""
     return tuple(
         jax.tree.map(
             lambda leaf, k=k: jax.lax.dynamic_index_in_dim(
@@ -85,11 +87,11 @@ def scan_layers(
     )
 
   def forward(
-      floats: list[Array], others: list[Array], context: PyTree, keep: bool
+      floats: list[Array], others: list[Array], context: PyTree, save: bool
   ) -> tuple[PyTree, PyTree]:
     params, states, x, bank = inputs.join(floats, others)
     buffer = None
-    if keep and depth:
+    if save and depth:
       first = jax.tree.map(lambda *leaves: jnp.stack(leaves), *reversed(bank))
       buffer = jax.tree.map(
           lambda leaf: jnp.concatenate(
@@ -108,23 +110,23 @@ def scan_layers(
             ),
             buffer, bank[k],
         )
-      return (after_x, bank, buffer), (after, x if keep else None)
+      return (after_x, bank, buffer), (after, x if save else None)
 
-    (x, bank, buffer), (after, kept) = jax.lax.scan(
+    (x, bank, buffer), (after, saved_x) = jax.lax.scan(
         body, (x, bank, buffer), (jnp.arange(count), params, states)
     )
-    return (x, bank, after), (kept, buffer)
+    return (x, bank, after), (saved_x, buffer)
 
   @jax.custom_vjp
   def run(floats: list[Array], others: list[Array], context: PyTree) -> PyTree:
-    return forward(floats, others, context, keep=False)[0]
+    return forward(floats, others, context, save=False)[0]
 
   def run_forward(floats: list[Array], others: list[Array], context: PyTree) -> PyTree:
-    outputs, kept = forward(floats, others, context, keep=True)
-    return outputs, (floats, others, context, kept)
+    outputs, saved = forward(floats, others, context, save=True)
+    return outputs, (floats, others, context, saved)
 
   def run_backward(saved: PyTree, cotangents: PyTree) -> PyTree:
-    floats, others, context, (kept, buffer) = saved
+    floats, others, context, (saved_x, buffer) = saved
     params, states, _, _ = inputs.join(floats, others)
     d_x, d_bank, d_after = cotangents
 
@@ -133,19 +135,21 @@ def scan_layers(
       seen = bank_at(buffer, index) if depth else ()
       seen_floats, seen_others = bank_parts.split(seen)
 
-      def again(unit_params: PyTree, state: PyTree, x: Array, seen_floats: list[Array]) -> PyTree:
+      def one_step(
+          unit_params: PyTree, state: PyTree, x: Array, seen_floats: list[Array]
+      ) -> PyTree:
         x, after_bank, after = call(
             unit_params, state, context, x, bank_parts.join(seen_floats, seen_others)
         )
         return x, bank_parts.split(after_bank)[0], after
 
-      _, transpose = jax.vjp(again, unit_params, state, x, seen_floats)
+      _, transpose = jax.vjp(one_step, unit_params, state, x, seen_floats)
       d_params, d_state, d_x, d_bank = transpose((d_x, d_bank, d_after))
       return (d_x, d_bank), (d_params, d_state)
 
     (d_x, d_bank), (d_params, d_states) = jax.lax.scan(
         body, (d_x, bank_parts.split(d_bank)[0]),
-        (jnp.arange(count), params, states, kept, d_after), reverse=True,
+        (jnp.arange(count), params, states, saved_x, d_after), reverse=True,
     )
     return [*jax.tree.leaves((d_params, d_states, d_x)), *d_bank], None, None
 

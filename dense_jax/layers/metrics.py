@@ -1,9 +1,10 @@
 """Numbers that leave a layer, to be plotted: `record` in a layer, `collecting` around it.
 
-A layer says `record("gate_mean", gate)`, and that is all: the stack collects what each
-of its layers records, the train step returns it beside the loss, and the loop writes it down
-(`config.train.layer_metrics_every`). In all other steps `record` does nothing and what
-would be computed for it is not, so that the compiled program is the same as without it.
+A layer says `record("gate_mean", gate)`, and that is all. In every
+`config.train.layer_metrics_every`-th step the stack collects what each layer records, the train
+step returns it beside the loss, and metrics.jsonl and TensorBoard have it as
+`layers/<N>/gate_mean`. In all other steps `record` does nothing and what it would
+compute is not: the compiled program is the same as without it.
 """
 
 import contextlib
@@ -29,8 +30,9 @@ _AUX: contextvars.ContextVar[Aux | None] = contextvars.ContextVar("aux", default
 def collecting() -> Iterator[Aux]:
   """Collects what is recorded inside, into the dict that it gives.
 
-  The values belong to the trace that records them: a function under `jax.checkpoint`,
-  `jax.lax.scan` or the like opens its own and returns it.
+  The values belong to the trace that records them. A function under `jax.checkpoint`,
+  `jax.lax.scan` or the like that records opens its own `collecting` and returns the dict, as
+  the stack does for each layer.
   """
   aux: Aux = {}
   token = _AUX.set(aux)

@@ -140,18 +140,24 @@ class Stack(nnx.Module):
     self.remat = config.remat
     self.plan = plan_layers(config)
 
-    def make(index: int, key: Array) -> Layer:
-      sources = config.dense.sources(index)
-      return Layer(config, mixer, feed_forward, sources=sources, rngs=nnx.Rngs(key))
+    key = rngs.params()
 
-    def make_stacked(index: int) -> Layer:
-      keys = jax.random.split(rngs.params(), self.plan.rows)
-      graph = nnx.split(nnx.eval_shape(lambda: make(index, jax.random.key(0))))[0]
-      return nnx.merge(graph, jax.vmap(lambda key: nnx.split(make(index, key))[1])(keys))
+    def make(layer: int, like: int) -> Layer:
+      """That layer, whose kind is that of the layer `like`: a number that jax need not know."""
+      sources = config.dense.sources(like)
+      own = nnx.Rngs(jax.random.fold_in(key, layer))
+      return Layer(config, mixer, feed_forward, sources=sources, rngs=own)
 
-    first, pattern = self.plan.prefix, self.plan.pattern
-    self.prefix_layers = nnx.List([make(index, rngs.params()) for index in range(first)])
-    self.scanned_layers = nnx.List([make_stacked(first + index) for index in range(pattern)])
+    def make_stacked(layers: range) -> Layer:
+      first = layers[0]
+      graph = nnx.split(nnx.eval_shape(lambda: make(first, first)))[0]
+      params = jax.vmap(lambda layer: nnx.split(make(layer, first))[1])(jnp.asarray(layers))
+      return nnx.merge(graph, params)
+
+    self.prefix_layers = nnx.List([make(layer, layer) for layer in range(self.plan.prefix)])
+    self.scanned_layers = nnx.List([
+        make_stacked(self.plan.layers(position)) for position in range(self.plan.pattern)
+    ])
 
   def __call__(
       self, x: Array, tokens: Segments | Token, state: StackState | None, *,

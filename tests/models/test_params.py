@@ -1,5 +1,7 @@
 """Parameters as a flat dict: round trips, logical axes, errors that name paths."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,3 +201,25 @@ def test_shapes_keep_their_shardings_by_layer():
   assert tuple(flat["layers.5.mixer.q_proj.kernel"].sharding.spec) == ("fsdp", "tensor")
   again = as_scanned(config, flat)
   assert again == shapes
+
+
+@each_family
+def test_fresh_parameters_do_not_depend_on_how_layers_are_scanned(family):
+  """Bitwise: a layer's numbers follow from the seed and its own number."""
+  depth = 1 if family in STATE_FAMILIES else 0
+
+  def fresh(block_layers):
+    config = model_config(family, depth, layers=5, block_layers=block_layers)
+    init = jax.jit(lambda key: by_layer(config, init_params(config, key)))
+    return init(jax.random.key(3))
+
+  apart = fresh(5)
+  for block_layers in (1, 2):
+    scanned = fresh(block_layers)
+    assert scanned.keys() == apart.keys()
+    for name, value in scanned.items():
+      np.testing.assert_array_equal(value, apart[name], err_msg=name)
+  kernels = [name for name in apart if name.endswith("_proj.kernel")]
+  for name in kernels:
+    other = re.sub(r"layers\.\d", "layers.0", name)
+    assert name == other or not np.array_equal(apart[name], apart[other]), name
