@@ -1,7 +1,8 @@
-"""Packed rows of documents, as the data pipeline makes them and models read them.
+"""Packed rows of documents, which the data pipeline makes and models read.
 
-No jax is imported here, for the pipeline does without: arrays are numpy's there and jax's on
-devices, and `dense_jax.types` registers the classes with jax. Letters: `dense_jax.types`.
+This module does not import jax, because the pipeline does not need it. Arrays are NumPy arrays in
+the pipeline and jax arrays on devices; `dense_jax.types` registers the classes with jax. Letters:
+`dense_jax.types`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-  """Where the documents of packed rows begin and end.
+  """The borders of documents in packed rows.
 
   Attributes:
-    positions_BT: int32, the token's position in its own document; its B may be 1. A row
-      that goes on with a document begun elsewhere (a carried state, a shard border)
-      begins with a position above 0.
-    ids_BT: int32, or None where each row is one document without padding. 1, 2, ... number
-      the documents of a row, and every state is reset where a position is 0; 0 is padding,
-      which may only follow a row's last token and leaves every state as it is.
+    positions_BT: int32, each token's position in its own document; its B may be 1. A row that
+      continues a document begun elsewhere (a carried state, a shard border) begins with a
+      position above 0.
+    ids_BT: int32. 1, 2, ... number the documents of a row, and every state is reset at a
+      document's position 0. 0 is padding, which may only follow a row's last token and leaves
+      every state unchanged. None means that each row is one document without padding.
   """
 
   positions_BT: Array
@@ -31,19 +32,19 @@ class Segments:
 
   @property
   def resets_BT(self) -> Array | None:
-    """bool, true at each document's first token; None where nothing is ever reset."""
+    """bool, true at each document's first token; None means that no state is ever reset."""
     if self.ids_BT is None:
       return None
     return (self.positions_BT == 0) & (self.ids_BT != 0)
 
   @property
   def valid_BT(self) -> Array | None:
-    """bool, false at padding; None where there is none."""
+    """bool, false at padding; None means no padding."""
     return None if self.ids_BT is None else self.ids_BT != 0
 
   @property
   def positions(self) -> Array:
-    """positions_BT, by the name that it has for one token too."""
+    """positions_BT, under the name that `Token` shares."""
     return self.positions_BT
 
 
@@ -59,7 +60,7 @@ class Token:
 
   @property
   def positions(self) -> Array:
-    """positions_B, by the name that it has for a sequence too."""
+    """positions_B, under the name that `Segments` shares."""
     return self.positions_B
 
 

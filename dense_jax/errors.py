@@ -1,9 +1,9 @@
-"""What a user can get wrong, as one kind of error."""
+"""`InputError`, the one exception for wrong user input."""
 
 
 class InputError(ValueError):
-  """The user's input is wrong: a config value, a path, a file's content.
+  """Wrong user input, such as a config value, a path or a file's content.
 
-  Its message names the field, the value and what would be valid. Every command
-  line prints it without a traceback and ends with status 2.
+  The message names the field, its value and what would be valid. Every command prints it without a
+  traceback and exits with status 2.
   """

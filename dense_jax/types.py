@@ -12,8 +12,8 @@ Arrays carry their axes as a suffix: ``x_BTD`` is batch, time, model width.
     R  rank of a low-rank map    J  groups of heads that share keys and queries
     M  conjugate pairs of a complex state, N / 2
 
-An axis of size one that broadcasts keeps its letter. In code that serves whole sequences and one
-token alike, suffixes name the trailing axes only: ``x_D`` is [B, T, D] or [B, D].
+An axis of size one that broadcasts keeps its letter. In code that serves both whole sequences and
+one token, suffixes name only the trailing axes: ``x_D`` is [B, T, D] or [B, D].
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Params: TypeAlias = dict[str, jax.Array]
 """A model's parameters, flat: dotted path (``stack.prefix_layers.0.mixer.a_log``) to array."""
 
 
-# Registered here, for `dense_jax.batch` is to be imported without jax.
+# Registered here because `dense_jax.batch` must not import jax.
 for _cls in (Batch, Segments, Token):
   jax.tree_util.register_dataclass(
       _cls, [field.name for field in dataclasses.fields(_cls)], []

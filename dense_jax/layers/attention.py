@@ -1,16 +1,16 @@
-"""Softmax attention with rotary positions: the decoder layer that others are measured by.
+"""Softmax attention with rotary positions: the Transformer baseline.
 
     q, k, v = W_q u, W_k u, W_v u        q, k = rot(q), rot(k)
     y_t = sum_{s in window(t)} softmax_s(q_t . k_s / sqrt(N)) v_s,        out = W_o y
 
-LLaMA's layer (arXiv 2302.13971): rotary positions (arXiv 2104.09864), key and value heads
-that several query heads share (arXiv 2305.13245), and after the mixer a SwiGLU layer. The
-window holds the last `context` tokens of the token's document, itself included.
+LLaMA's layer (arXiv 2302.13971): rotary positions (arXiv 2104.09864), key and value heads that
+several query heads share (arXiv 2305.13245), and a SwiGLU layer after the mixer. The window of a
+token holds the last `context` tokens of its document, itself included.
 
-The cache is a ring: the token at position p of its document is in slot p mod C, C the
-context. Positions alone say which slots hold what, so nothing but keys and values is
-carried; in this file C is the context, not a chunk's length, and J counts the heads of
-keys and values.
+The cache is a ring buffer: the token at position p of its document is in slot p mod C, where C is
+the context. Positions determine which token each slot holds, so the cache stores only keys and
+values. In this file C is the context, not a chunk's length, and J is the number of heads of keys
+and values.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-  """The family's own options."""
+  """Options of attention."""
 
   heads: int = integer(4, 1, help="H: heads of queries")
   kv_heads: int = integer(
@@ -61,10 +61,10 @@ class AttentionConfig:
 
 
 def head_dim(config: ModelConfig) -> int:
-  """Returns N.
+  """Returns N, the channels of a head.
 
   Raises:
-    InputError: it is left to D / heads, which is not an even integer.
+    InputError: `head_dim` is 0, and D / heads is not an even integer.
   """
   options: AttentionConfig = config.mixer
   if not options.head_dim and config.width % (2 * options.heads):
@@ -89,17 +89,19 @@ def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionState:
-  """The cache: rotated keys and values, in the model's dtype."""
+  """The cache of rotated keys and of values, in the model's dtype."""
 
   k_BCJN: Array
   v_BCJN: Array
 
 
 class Attention(nnx.Module):
-  """The mixer.
+  """Attention as a mixer; see `Mixer`.
 
-  Weights start Gaussian with standard deviation 0.02, that of the output map divided by
-  sqrt(2 L).
+  Weights start Gaussian with standard deviation 0.02, divided for the output map by sqrt(2 L).
+
+  Raises:
+    InputError: the model has dense connections, or an implementation other than "softmax".
   """
 
   form: ClassVar[str] = "attention"
@@ -112,7 +114,7 @@ class Attention(nnx.Module):
           "config.model.dense.depth", config.dense.depth,
           "0 with this family: attention has no states that deeper layers could read",
       )
-    resolver.resolve(self.form, config.implementation)  # Refuses all but its own.
+    resolver.resolve(self.form, config.implementation)  # Refuses other implementations.
     self.head_dim = head_dim(config)
     self.kv_heads = options.kv_heads or options.heads
     self.theta = options.rope_theta
@@ -130,7 +132,7 @@ class Attention(nnx.Module):
     )
 
   def _project(self, x: Array, position: Array) -> tuple[Array, Array, Array]:
-    """Rotated q, rotated k, and v, [..., heads, N]."""
+    """Returns rotated q, rotated k, and v, [..., heads, N]."""
     def by_head(x: Array) -> Array:
       return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
@@ -144,10 +146,10 @@ class Attention(nnx.Module):
       self, x_D: Array, tokens: Segments | Token, state: AttentionState | None,
       shallow: Sequence[Shared],
   ) -> MixerOutput:
-    """See `Mixer`; a `state` of None has no tokens before the rows' first.
+    """See `Mixer`; a `state` of None means an empty cache.
 
     Raises:
-      InputError: rows' tokens are spread over devices.
+      InputError: the tokens of a row are split over devices.
     """
     del shallow
     if (parts := sequence_parallel.shards()) > 1:
@@ -168,7 +170,7 @@ class Attention(nnx.Module):
       self, q_BTHN: Array, k_BTJN: Array, v_BTJN: Array, segments: Segments,
       state: AttentionState | None,
   ) -> Array:
-    """y_BTHN of the rows' tokens and, given a state, the cache's; the softmax is float32."""
+    """Attends to the rows' tokens and, given a state, to the cache; softmax in float32."""
     time = q_BTHN.shape[1]
     if state is None and segments.ids_BT is None:
       return jax.nn.dot_product_attention(
@@ -191,12 +193,12 @@ class Attention(nnx.Module):
       self, q_BHN: Array, k_BJN: Array, v_BJN: Array, position_B: Array,
       state: AttentionState | None,
   ) -> tuple[Array, AttentionState]:
-    """y_BHN of one token, and the cache with its key and value."""
+    """Returns y_BHN of one token, and the cache with its key and value added."""
     assert state is not None
     rows, slot_B = jnp.arange(q_BHN.shape[0]), position_B % self.context
     k_BCJN = state.k_BCJN.at[rows, slot_B].set(k_BJN, unique_indices=True)
     v_BCJN = state.v_BCJN.at[rows, slot_B].set(v_BJN, unique_indices=True)
-    # Slots fill from the first on, and once all are full all are of the window.
+    # Slots fill in order; once all are full, all of them are in the window.
     held_BC = jnp.arange(self.context)[None] <= position_B[:, None]
     y_B1HN = jax.nn.dot_product_attention(
         q_BHN[:, None], k_BCJN, v_BCJN, mask=held_BC[:, None, None]
@@ -210,18 +212,18 @@ class Attention(nnx.Module):
 
 
 def _row_mask(segments: Segments, time: int, context: int) -> Array:
-  """bool [B, T, T] (B may be 1): which of the row's own tokens each token attends to."""
+  """Returns a bool mask [B, T, T] (B may be 1), true where a query attends to a key of its row."""
   distance_TT = jnp.arange(time)[:, None] - jnp.arange(time)[None]
   mask_BTT = ((distance_TT >= 0) & (distance_TT < context))[None]
   if segments.resets_BT is None:
     return mask_BTT
-  # Padding counts as the last document's: causality hides it from all that is valid.
+  # Padding counts as part of the last document; causality hides it from all valid tokens.
   document_BT = jnp.cumsum(segments.resets_BT, axis=1, dtype=jnp.int32)
   return mask_BTT & (document_BT[:, :, None] == document_BT[:, None])
 
 
 def _cache_mask(segments: Segments, time: int, context: int) -> Array:
-  """bool [B, T, C] (B may be 1): which slots of the cache each token attends to."""
+  """Returns a bool mask [B, T, C] (B may be 1), true where a query attends to a cache slot."""
   first_B1 = segments.positions_BT[:, :1]
   held_BC = _held(first_B1 - 1, context)
   # The window moves on with the tokens; a slot below position 0 was never written.
@@ -229,13 +231,13 @@ def _cache_mask(segments: Segments, time: int, context: int) -> Array:
   mask_BTC = (held_BC >= 0)[:, None] & (position_BT1 - held_BC[:, None] < context)
   if segments.resets_BT is None:
     return mask_BTC
-  # The cache belongs to the document that goes on where the row does not reset.
+  # The cache belongs to the document that continues until the row's first reset.
   goes_on_BT = jnp.cumsum(segments.resets_BT, axis=1, dtype=jnp.int32) == 0
   return mask_BTC & goes_on_BT[..., None]
 
 
 def _held(last_B1: Array, context: int) -> Array:
-  """[B, C]: the position that each slot holds after the token at `last_B1`; < 0 is none."""
+  """Returns [B, C], each slot's position after the token at `last_B1`; below 0 means empty."""
   return last_B1 - (last_B1 - jnp.arange(context)[None]) % context
 
 
@@ -245,14 +247,14 @@ def _ring_after(
   """Computes the cache after the rows' last tokens that are not padding.
 
   Args:
-    before: the cache before the rows.
+    before: the cache before the rows' first tokens.
     row: the rows' own keys and values, [B, T, J, N].
     segments: the rows' documents.
     context: C.
 
   Returns:
-    The cache: zero in slots of which the last document has no token, unchanged where
-    a row is all padding.
+    The cache. Slots for which the last document has no token are zero; a row of padding alone
+    leaves its cache unchanged.
   """
   time = segments.positions_BT.shape[1]
   index_B1 = jnp.full((1, 1), time - 1, jnp.int32)
@@ -261,7 +263,7 @@ def _ring_after(
   positions_BT = segments.positions_BT
   last_B1 = jnp.take_along_axis(positions_BT, jnp.maximum(index_B1, 0), axis=1)
   held_BC = _held(last_B1, context)
-  # Where in the row a slot's token is; before the row, the same slot has it already.
+  # The index of each slot's token in the row; if negative, the slot holds that token already.
   source_BC = index_B1 - (last_B1 - held_BC)
 
   def ring(old: Array, new: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Feed-forward layers: what a family without gates of its own puts after its mixer."""
+"""Feed-forward layers, which follow the mixers of some families."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Linear, normal
 from dense_jax.types import Array
 
-# Kind -> (its activation, whether the activated map gates a second one).
+# Kind -> (activation, true if the activated map multiplies a second one).
 KINDS: Mapping[str, tuple[Callable[[Array], Array], bool]] = {
     "swiglu": (jax.nn.silu, True),
     "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
@@ -19,13 +19,13 @@ KINDS: Mapping[str, tuple[Callable[[Array], Array], bool]] = {
 
 
 class FeedForward(nnx.Module):
-  """One token's own map: D -> F -> D.
+  """A feed-forward layer on each token alone, D -> F -> D.
 
       swiglu   W_down (silu(W_gate x) * W_up x)     (arXiv 2002.05202)
       gelu     W_down gelu(W_up x), with the exact gelu
 
-  Weights start Gaussian with standard deviation 0.02, that of the last map divided by
-  sqrt(2 L): as many terms are added to the residual stream.
+  Weights start Gaussian with standard deviation 0.02, divided for the last map by sqrt(2 L), as
+  2 L terms are added to the residual stream.
 
   Args:
     config: the model.
@@ -48,7 +48,7 @@ class FeedForward(nnx.Module):
     )
 
   def __call__(self, x: Array) -> Array:
-    """[..., D] -> [..., D], in x's dtype."""
+    """Maps [..., D] to [..., D], in x's dtype."""
     up = self.up_proj(x)
     inner = self.activation(self.gate_proj(x)) * up if self.gated else self.activation(up)
     return self.down_proj(inner)

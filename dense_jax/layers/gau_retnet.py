@@ -3,7 +3,7 @@
     q = silu(W_q u)      k = silu(W_k u) / sqrt(N)      v, g = silu(W_v u), silu(W_g u)
     out = W_o (RMSNorm_head(retention(q, k, v)) * g)
 
-After arXiv 2403.00818 (section 4 and its released code).
+Source: arXiv 2403.00818, section 4, and its released code.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class GauRetNetConfig:
-  """The family's own options."""
+  """Options of GAU-RetNet."""
 
   heads: int = integer(2, 1, help="H: heads; N = K / H")
   key_dim: int = integer(
@@ -28,7 +28,7 @@ class GauRetNetConfig:
 
 
 class GauRetNet(Retention):
-  """The mixer."""
+  """GAU-RetNet's mixer; see `Mixer`."""
 
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
     options: GauRetNetConfig = config.mixer
@@ -36,7 +36,8 @@ class GauRetNet(Retention):
         config, heads=options.heads, key_dim=options.key_dim or config.width // 2,
         width=options.expand * config.width, sources=sources, rngs=rngs,
     )
-    # Apart, so that each device of a mesh has the same heads of both; started as one matrix.
+    # Two maps, so that each device of a mesh has the same heads of both; initialised as parts of
+    # one matrix.
     self.v_proj, self.gate_proj = (
         self.project(config, self.width, "inner", rngs, parts=2) for _ in range(2)
     )

@@ -1,7 +1,7 @@
 """Linear maps, norms and initialisers.
 
-Every parameter carries its logical axes (`axes`), which `dense_jax.sharding` maps to the
-mesh. Parameters are float32; a module computes in its input's dtype.
+Every parameter carries its logical axes (`axes`), which `dense_jax.sharding` maps to mesh axes.
+Parameters are float32; a module computes in its input's dtype.
 """
 
 import math
@@ -20,24 +20,24 @@ Axes = tuple[str | None, ...]
 
 
 def normal(std: float) -> Initializer:
-  """Gaussian with standard deviation `std`."""
+  """Makes a Gaussian initialiser with standard deviation `std`."""
   return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
 def uniform(bound: float) -> Initializer:
-  """Uniform in [-bound, bound]."""
+  """Makes an initialiser that is uniform in [-bound, bound]."""
   return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def fan_in_uniform(scale: float = 1.0) -> Initializer:
-  """Uniform with bound scale / sqrt(fan in): what PyTorch's Linear starts with."""
+  """Makes a uniform initialiser with bound scale / sqrt(fan in), PyTorch's default for Linear."""
   return lambda key, shape: uniform(scale / math.sqrt(shape[0]))(key, shape)
 
 
 def xavier_uniform(gain: float, *, parts: int = 1) -> Initializer:
-  """Uniform with bound gain * sqrt(6 / (fan in + fan out)) (Glorot and Bengio, 2010).
+  """Makes a uniform initialiser with bound gain * sqrt(6 / (fan in + fan out)).
 
-  The fan out is that of `parts` such matrices side by side.
+  From Glorot and Bengio, 2010. The fan out is that of `parts` such matrices side by side.
   """
 
   def init(key: Array, shape: tuple[int, ...]) -> Array:
@@ -47,7 +47,7 @@ def xavier_uniform(gain: float, *, parts: int = 1) -> Initializer:
 
 
 def zeros(key: Array, shape: tuple[int, ...]) -> Array:
-  """All zero."""
+  """Initialises with zeros."""
   del key
   return jnp.zeros(shape, jnp.float32)
 
@@ -55,14 +55,18 @@ def zeros(key: Array, shape: tuple[int, ...]) -> Array:
 def parameter(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: Initializer
 ) -> nnx.Param[Array]:
-  """A float32 parameter with logical axes."""
+  """Makes a float32 parameter with one logical axis (or None) for each dimension.
+
+  Raises:
+    ValueError: `axes` and `shape` differ in length.
+  """
   if len(axes) != len(shape):
     raise ValueError(f"axes {axes} do not name the dimensions of shape {shape}")
   return nnx.Param(init(rngs.params(), shape), axes=axes)
 
 
 class Linear(nnx.Module):
-  """y = x W, with W `kernel` [in, out]; no bias."""
+  """A linear map y = x W, with W `kernel` [in, out], without a bias."""
 
   def __init__(
       self, width_in: int, width_out: int, *, axes: Axes, init: Initializer, rngs: nnx.Rngs
@@ -76,9 +80,9 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square norm (arXiv 1910.07467) over the last axis; statistics in float32.
+  """Root-mean-square norm (arXiv 1910.07467) over the last axis, with float32 statistics.
 
-  With `groups`, over each of that many equal parts of the axis.
+  With `groups` above 1, each of that many equal parts of the axis is normalised by itself.
   """
 
   def __init__(

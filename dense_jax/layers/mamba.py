@@ -5,8 +5,8 @@
     h_t = exp(dt A) h_{t-1} + dt x B,     y = C h + D x,     out = W_out (y silu(z))
 
 Initialisation as published (section 3.6 and the released code): A = -(1 .. N) in each
-channel (S4D-Real), softplus(b_dt) log-uniform in [dt_min, dt_max], D = 1, and the output
-projection divided by sqrt(L).
+channel (S4D-Real), softplus(b_dt) log-uniform in [dt_min, dt_max], D = 1, and an output
+projection that is divided by sqrt(L).
 """
 
 import dataclasses
@@ -42,14 +42,14 @@ class MambaConfig(SelectiveConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MambaState:
-  """The convolution's tail, in the model's dtype, and the recurrence's state, float32."""
+  """The convolution's last W - 1 inputs, in the model's dtype, and h_BNE, float32."""
 
   tail_BWE: Array
   h_BNE: Array
 
 
 class Mamba(nnx.Module):
-  """The mixer."""
+  """Mamba's mixer; see `Mixer`."""
 
   form: ClassVar[str] = "diagonal"
 
@@ -65,7 +65,7 @@ class Mamba(nnx.Module):
           config.width, self.width, axes=("embed", "inner"), init=fan_in_uniform(), rngs=rngs
       )
 
-    # Apart, so that each device of a mesh has the same channels of both.
+    # Two maps, so that each device of a mesh has the same channels of both.
     self.in_proj, self.gate_proj = widen(), widen()
     self.conv = ShortConv(options, self.width, "inner", config.dtype, rngs)
     self.x_proj = Linear(
@@ -91,7 +91,7 @@ class Mamba(nnx.Module):
     )
 
   def _selected(self, x_E: Array) -> tuple[StepSizes, Array, Array]:
-    """dt, B and C of the convolved input."""
+    """Returns dt, B and C, made from the convolved input."""
     low_R, b_N, c_N = jnp.split(
         self.x_proj(x_E), [self.dt_rank, self.dt_rank + self.state_size], axis=-1
     )

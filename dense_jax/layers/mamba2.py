@@ -1,4 +1,4 @@
-"""Mamba-2 (arXiv 2405.21060): state space duality, one scalar decay a head.
+"""Mamba-2 (arXiv 2405.21060): state space duality, with one scalar decay per head.
 
     x, z, (B, C, dt) = W_in u, W_gate u, W_bcdt u
     x, B, C = silu(conv(x)), silu(conv(B)), silu(conv(C)),     dt = clip(softplus(dt + b_dt))
@@ -6,7 +6,7 @@
 
 Heads of a group share B and C, and the gated norm is taken over a group's channels.
 Initialisation as published (the released code): A uniform in [-16, -1], softplus(b_dt)
-log-uniform in [dt_min, dt_max], D = 1, and the output projection divided by sqrt(L).
+log-uniform in [dt_min, dt_max], D = 1, and an output projection that is divided by sqrt(L).
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ def _init_a_log(key: Array, shape: tuple[int, ...]) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mamba2State:
-  """The convolutions' tails, in the model's dtype, and the recurrence's state, float32.
+  """The mixer's state.
 
   Attributes:
-    x_tail_BWE: of x.
-    bc_tail_BWN: of B and C, 2 J N channels.
-    h_BHPN: the state.
+    x_tail_BWE: the last W - 1 inputs of the convolution of x, in the model's dtype.
+    bc_tail_BWN: the same for B and C, 2 J N channels.
+    h_BHPN: the recurrence's state, float32.
   """
 
   x_tail_BWE: Array
@@ -72,7 +72,7 @@ class Mamba2State:
 
 
 class Mamba2(nnx.Module):
-  """The mixer."""
+  """Mamba-2's mixer; see `Mixer`."""
 
   form: ClassVar[str] = "matrix"
 
@@ -98,8 +98,8 @@ class Mamba2(nnx.Module):
     def widen(width: int, axis: str | None) -> Linear:
       return Linear(config.width, width, axes=("embed", axis), init=fan_in_uniform(), rngs=rngs)
 
-    # Apart, so that each device of a mesh has the same heads of both; what all heads of a group
-    # share, and a number a head beside it, every device makes for itself.
+    # Two maps, so that each device of a mesh has the same heads of both. B and C, which the heads
+    # of a group share, and dt, one number per head, are computed whole on every device.
     self.in_proj, self.gate_proj = widen(self.width, "inner"), widen(self.width, "inner")
     self.bcdt_proj = widen(bc_width + self.heads, None)
     self.x_conv = ShortConv(options, self.width, "inner", config.dtype, rngs)
@@ -121,8 +121,8 @@ class Mamba2(nnx.Module):
     )
 
   def _project(self, x_D: Array) -> tuple[Array, Array, Array, Array]:
-    """z, the convolutions' inputs x and (B, C), and dt, float32."""
-    # Whole on each device: dt, whose heads are split, would have the compiler split all of it.
+    """Returns z, the convolutions' inputs x and (B, C), and dt; dt is float32."""
+    # Whole on each device: otherwise dt, whose heads are split, makes the compiler split all of it.
     bcdt = constrain_tokens(self.bcdt_proj(x_D), None)
     bc, dt_H = jnp.split(bcdt, [2 * self.groups * self.state_size], axis=-1)
     dt_H = jax.nn.softplus(dt_H.astype(jnp.float32) + spread(self.dt_bias[...], dt_H))
@@ -136,7 +136,7 @@ class Mamba2(nnx.Module):
     return x_E.reshape(*x_E.shape[:-1], self.heads, self.head_dim)
 
   def _output(self, y_HP: Array, x_E: Array, z_E: Array) -> Array:
-    """Skip connection, gated norm and output projection."""
+    """Applies skip connection, gated norm and output projection."""
     x_HP = self._by_head(x_E).astype(jnp.float32)
     y_HP = y_HP + spread(self.d[...][:, None], x_HP) * x_HP
     y_E = y_HP.reshape(z_E.shape) * jax.nn.silu(z_E.astype(jnp.float32))

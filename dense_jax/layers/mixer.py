@@ -11,12 +11,12 @@ from dense_jax.types import Array, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class MixerOutput:
-  """What a mixer gives.
+  """The result of a mixer.
 
   Attributes:
-    y: [B, T, D], or [B, D] for one token.
-    state: the mixer's state after the last token, as `init_state` shapes it.
-    shared: what deeper layers may read; None where there is nothing.
+    y: [B, T, D], or [B, D] for one token, in the input's dtype.
+    state: the mixer's state after the last token, of the structure of `init_state`.
+    shared: the states or inputs that deeper layers may read; None means nothing.
   """
 
   y: Array
@@ -25,10 +25,10 @@ class MixerOutput:
 
 
 class Mixer(Protocol):
-  """A family's mixer: one path for a sequence in parallel and for one token of decoding."""
+  """A family's mixer, with one call for a sequence in parallel and for one token of decoding."""
 
   form: ClassVar[str]
-  """The form of its state, a key of `dense_jax.ops.resolver.IMPLEMENTATIONS`."""
+  """The form of the mixer's state, a key of `dense_jax.ops.resolver.IMPLEMENTATIONS`."""
 
   def __call__(
       self, x_D: Array, tokens: Segments | Token, state: PyTree | None,
@@ -39,8 +39,9 @@ class Mixer(Protocol):
     Args:
       x_D: the layer's input after its norm.
       tokens: the sequence's documents, or the one token.
-      state: the state before the first token; None means a fresh one, of a sequence.
-      shallow: what the layers below share, nearest first.
+      state: the state before the first token; None means a fresh one, and is not allowed for one
+        token.
+      shallow: `MixerOutput.shared` of the layers that this one reads, nearest first.
     """
 
   def init_state(self, batch: int) -> PyTree:

@@ -1,10 +1,10 @@
-"""Retention (arXiv 2307.08621): what families with a constant decay a head share.
+"""Retention (arXiv 2307.08621), the mixer of families with a constant decay per head.
 
     h_t = gamma h_{t-1} + v_t rot(k_t)^T,      y_t = h_t rot(q_t) / sqrt(sum_{s<=t} gamma^(t-s))
 
-The published parallel form divides by the scores' absolute sum too, which the norm of each
-head undoes; here the divisor depends on the position alone, so that every mode and every
-chunk length computes the same function.
+The published parallel form also divides by the absolute sum of the scores, which the norm of each
+head undoes. Here the divisor depends on the position alone, so that every mode and every chunk
+length computes the same function.
 """
 
 import dataclasses
@@ -35,20 +35,23 @@ def log_decay(heads: int) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RetentionState:
-  """The recurrence's state, float32."""
+  """The recurrence's state, h_BHPN, float32."""
 
   h_BHPN: Array
 
 
 class Retention(nnx.Module):
-  """The mixer but for its projections and norm.
+  """The base class of retention mixers, which add their projections and norm; see `Mixer`.
 
   Args:
     config: the model.
     heads: H.
-    key_dim: K.
+    key_dim: K, the query and key width of all heads together.
     width: E.
-    sources: S.
+    sources: S, the layers that are read.
+
+  Raises:
+    InputError: K is not a multiple of 2 H, or E not one of H.
   """
 
   form: ClassVar[str] = "matrix"
@@ -78,12 +81,12 @@ class Retention(nnx.Module):
   def project(
       self, config: ModelConfig, width: int, axis: str, rngs: nnx.Rngs, *, parts: int = 1
   ) -> Linear:
-    """Makes a map from the layer's input, started as published: as one of `parts` of a matrix."""
+    """Makes a map from the layer's input, initialised as one of `parts` parts of a matrix."""
     init = xavier_uniform(2**-2.5, parts=parts)
     return Linear(config.width, width, axes=("embed", axis), init=init, rngs=rngs)
 
   def inputs(self, x_D: Array) -> tuple[Array, dict[str, Array], Array]:
-    """Returns the query [..., K], the recurrence's own inputs k and v, and the output gate."""
+    """Returns the query [..., K], the inputs k [..., K] and v [..., E], and the gate [..., E]."""
     raise NotImplementedError
 
   def normalize(self, y_HP: Array) -> Array:
@@ -94,7 +97,7 @@ class Retention(nnx.Module):
     return x.reshape(*x.shape[:-1], self.heads, -1)
 
   def _output(self, y_HP: Array, position: Array, gate_E: Array) -> Array:
-    """Scale, norm of each head, gate and output projection."""
+    """Applies scale, norm of each head, gate and output projection."""
     gamma_log = log_decay(self.heads).reshape((1,) * (y_HP.ndim - 2) + (-1,))
     # sum over s <= t of gamma^(t - s), in closed form.
     count = position.astype(jnp.float32)[..., None] + 1
@@ -112,7 +115,7 @@ class Retention(nnx.Module):
     fused = self.dense.fuse_inputs(x_D, own, shallow)
     q_HN = rotate_neighbours(self._by_head(q_K), position)
     k_HN = rotate_neighbours(self._by_head(fused["k"]), position)
-    # All rows share it: its batch axis has size one.
+    # All rows share the decay, so its batch axis has size one.
     log_decay_H = jnp.broadcast_to(
         log_decay(self.heads).reshape((1,) * (x_D.ndim - 1) + (-1,)),
         (1, *x_D.shape[1:-1], self.heads),

@@ -3,9 +3,9 @@
     q, v, g = W_q u, W_v u, silu(W_g u)      k = W_k u / sqrt(N)
     out = W_o (GroupNorm_head(retention(q, k, v)) * g)
 
-As published (equations 6 to 9): decays that double their reach from head to head, rotated
-queries and keys, a group norm over each head without learned scales, values of width 2 D,
-and a feed-forward layer of the same width with GELU.
+As published (equations 6 to 9): decays whose reach doubles from head to head, rotated queries and
+keys, a group norm over each head without learned scales, values of width 2 D, and a feed-forward
+layer of the same width with GELU.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class RetNetConfig:
-  """The family's own options."""
+  """Options of RetNet."""
 
   heads: int = integer(4, 1, help="H: heads; N = K / H")
   key_dim: int = integer(
@@ -37,7 +37,7 @@ def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
 
 
 class RetNet(Retention):
-  """The mixer."""
+  """RetNet's mixer, multi-scale retention; see `Mixer`."""
 
   def __init__(self, config: ModelConfig, *, sources: int, rngs: nnx.Rngs) -> None:
     options: RetNetConfig = config.mixer

@@ -2,14 +2,15 @@
 
     y = C h + D u,    out = a * sigmoid(b)  with  a, b = split(W_out gelu(y))
 
-Each of E = D channels has a system of its own: S4's is diagonal plus a matrix of rank one,
-S4D's is diagonal. A and dt are kept as logarithms, so that the continuous system stays
-stable. dt starts log-uniform in [dt_min, dt_max], C Gaussian; A, P and B come from HiPPO
-(`dense_jax.ops.hippo`). A feed-forward layer follows, as in the published language model.
+Each of the E = D channels has a system of its own, with an A that is diagonal (S4D) or diagonal
+plus rank one (S4). The real part of A and dt are parametrised by logarithms, so that the
+continuous system stays stable. dt starts log-uniform in [dt_min, dt_max] and C Gaussian; A, P and
+B come from HiPPO (`dense_jax.ops.lti.hippo`). A feed-forward layer follows, as in the published
+language model.
 
-The state's input is B u with a constant B: there is nothing that the token chooses, and so
-nothing for dense injection "inputs". The query C is constant too, which makes every read,
-of the own states or of a shallow layer's, one convolution.
+The input map B is constant: no input of the recurrence is a function of the token, so dense
+injection "inputs" has nothing to fuse. The query C is constant too, so every read, of the layer's
+own states or of a shallower layer's, is one convolution.
 """
 
 import dataclasses
@@ -77,13 +78,13 @@ def feed_forward(config: ModelConfig, rngs: nnx.Rngs) -> FeedForward:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class S4State:
-  """The systems' state, float32: real parts first, then imaginary parts."""
+  """The systems' states, h_BNE, float32: real parts first, then imaginary parts."""
 
   h_BNE: Array
 
 
 class S4D(nnx.Module):
-  """The mixer."""
+  """S4D's mixer; see `Mixer`."""
 
   form: ClassVar[str] = "lti"
   log_a: nnx.Param
@@ -96,7 +97,7 @@ class S4D(nnx.Module):
     self.recurrence = resolver.lti_form(config.implementation, config.chunk)
 
     def constant(values: np.ndarray) -> nnx.Param:
-      """Of a state's numbers, the same in each channel."""
+      """Makes a parameter [values, E] that starts the same in each channel."""
       return parameter(
           rngs, (len(values), self.width), (None, "inner"),
           lambda _, shape: jnp.broadcast_to(jnp.asarray(values, jnp.float32)[:, None], shape),
@@ -109,7 +110,7 @@ class S4D(nnx.Module):
     for name, values in self.initial_system(options).items():
       setattr(self, name, constant(values))
     self.log_dt = parameter(rngs, (self.width,), ("inner",), log_dt)
-    # 2 Re(C h) of a complex C with unit variance.
+    # Corresponds to 2 Re(C h) for a complex C of unit variance.
     self.c = parameter(
         rngs, (self.width, self.state_size), ("inner", None), normal(math.sqrt(2))
     )
@@ -125,7 +126,7 @@ class S4D(nnx.Module):
     )
 
   def initial_system(self, options: S4Config) -> dict[str, np.ndarray]:
-    """Names and values of the system's parameters, without the channels' axis."""
+    """Returns names and initial values of the system's parameters, without the channel axis."""
     assert isinstance(options, S4DConfig)
     size = options.state_size
     make = {"lin": hippo.s4d_lin, "inv": hippo.s4d_inv, "legs": hippo.s4d_legs}
@@ -137,14 +138,14 @@ class S4D(nnx.Module):
     }
 
   def system(self) -> System:
-    """The systems of all channels."""
+    """Returns the systems of all channels."""
     return DiagonalSystem(
         -jnp.exp(self.log_a[...]), self.a_imag[...], jnp.exp(self.log_dt[...]), self.b[...],
         self.discretization,
     )
 
   def _output(self, y_E: Array, x_E: Array) -> Array:
-    """Skip connection, activation and gated output projection."""
+    """Applies skip connection, activation and gated output projection."""
     y_E = y_E + spread(self.d[...], x_E) * x_E.astype(jnp.float32)
     y_E = jax.nn.gelu(y_E, approximate=False).astype(x_E.dtype)
     a_D, b_D = jnp.split(self.out_proj(y_E), 2, axis=-1)
@@ -155,7 +156,7 @@ class S4D(nnx.Module):
       shallow: Sequence[Shared],
   ) -> MixerOutput:
     """See `Mixer`."""
-    # Of the continuous diagonal part: |exp(dt a)| = exp(dt Re a).
+    # From the diagonal part in continuous time: |exp(dt a)| = exp(dt Re a).
     record_spread(
         "memory_tokens",
         lambda: -1 / jnp.expm1(-jnp.exp(self.log_dt[...][None] + self.log_a[...])),
@@ -173,7 +174,7 @@ class S4D(nnx.Module):
 
 
 class S4(S4D):
-  """The mixer with the full HiPPO-LegS matrix, discretised bilinearly."""
+  """S4's mixer: the full HiPPO-LegS matrix, discretised bilinearly; see `Mixer`."""
 
   p: nnx.Param
 

@@ -1,4 +1,4 @@
-"""What Mamba and Mamba-2 share: the short convolution, step sizes and their options."""
+"""Shared parts of Mamba and Mamba-2: the short convolution, step sizes and their options."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ class SelectiveConfig:
       )
 
   def init_dt_bias(self, key: Array, shape: tuple[int, ...]) -> Array:
-    """softplus^-1 of step sizes that are log-uniform in [dt_min, dt_max]."""
+    """Draws softplus^-1 of step sizes that are log-uniform in [dt_min, dt_max], float32."""
     low, high = math.log(self.dt_min), math.log(self.dt_max)
     dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
     dt = jnp.maximum(dt, self.dt_floor)
@@ -42,13 +42,13 @@ class SelectiveConfig:
 
 
 class ShortConv(nnx.Module):
-  """silu(conv(x)) of a short causal depthwise convolution. Its state: the last W - 1 inputs.
+  """A short causal depthwise convolution, silu(conv(x)); its state is the last W - 1 inputs.
 
   Args:
-    options: of the family.
-    width: channels.
-    axis: their logical axis.
-    dtype: the compute dtype.
+    options: the family's options.
+    width: E, the channels.
+    axis: the logical axis of channels.
+    dtype: the dtype of the state, the model's.
   """
 
   def __init__(
@@ -62,7 +62,7 @@ class ShortConv(nnx.Module):
   def __call__(
       self, x_E: Array, tokens: Segments | Token, tail_BWE: Array | None
   ) -> tuple[Array, Array]:
-    """Returns the convolved input and the tail to carry on from; None means a tail of zeros."""
+    """Returns the convolved input [..., E] and the next tail; a tail of None means zeros."""
     if tail_BWE is None:
       tail_BWE = self.init_state(x_E.shape[0])
     kernel_WE, bias_E = self.kernel[...], self.bias[...]
@@ -73,5 +73,5 @@ class ShortConv(nnx.Module):
     return jax.nn.silu(x_E), tail_BWE
 
   def init_state(self, batch: int) -> Array:
-    """Returns the tail before the first token."""
+    """Returns the tail before the first token, zeros [B, W - 1, E]."""
     return jnp.zeros((batch, *self.tail_shape), self.dtype)

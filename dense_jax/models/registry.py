@@ -1,4 +1,4 @@
-"""The families of models: one line each."""
+"""The registry of model families, one line for each."""
 
 import dataclasses
 
@@ -20,9 +20,9 @@ class Family:
   """A family of models.
 
   Attributes:
-    config: the class of its own options, `config.model.mixer`.
-    mixer: its mixer.
-    feed_forward: what follows the mixer in each layer, if anything.
+    config: the class of the family's own options, `config.model.mixer`.
+    mixer: the class of its mixer.
+    feed_forward: makes the layer that follows each mixer; None means none.
   """
 
   config: type
@@ -31,7 +31,7 @@ class Family:
 
   @property
   def form(self) -> str:
-    """The form of its state, a key of `dense_jax.ops.resolver.IMPLEMENTATIONS`."""
+    """The form of the mixer's state, a key of `dense_jax.ops.resolver.IMPLEMENTATIONS`."""
     return self.mixer.form
 
 
@@ -47,12 +47,12 @@ FAMILIES = {
 
 
 def family(name: str) -> Family:
-  """The family of that name.
+  """Returns the family of that name.
 
   Raises:
-    InputError: there is none.
+    InputError: no family has that name.
   """
-  if not isinstance(name, str):  # Of a damaged config.json.
+  if not isinstance(name, str):  # From a damaged config.json.
     raise invalid("config.model.family", name, f"one of {', '.join(FAMILIES)}")
   if name not in FAMILIES:
     near = unknown_key(name, list(FAMILIES))

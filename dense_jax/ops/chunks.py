@@ -6,7 +6,7 @@ from dense_jax.types import Array
 
 
 def chunk_length(chunk: int, default: int, time: int) -> int:
-  """The chunk that is used: `default` where `chunk` is 0, never longer than the sequence."""
+  """Returns the tokens per chunk: `chunk`, or `default` if it is 0; at most `time`."""
   return min(chunk or default, time)
 
 
@@ -19,6 +19,6 @@ def pad_time(x_BT: Array, chunk: int) -> Array:
 
 
 def split_time(x_BT: Array, chunk: int) -> Array:
-  """[B, T, ...] -> [B, G, C, ...], padded with zeros where C does not divide T."""
+  """Splits [B, T, ...] into [B, G, C, ...], padded with zeros if C does not divide T."""
   x_BT = pad_time(x_BT, chunk)
   return x_BT.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:])

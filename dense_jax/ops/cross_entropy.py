@@ -11,26 +11,34 @@ from dense_jax.types import Array
 
 
 def _is_target(targets: Array, vocabulary: int) -> Array:
-  """bool [..., V]."""
+  """Returns a one-hot bool mask [..., V] of the targets."""
   return targets[..., None] == jnp.arange(vocabulary).reshape((1,) * targets.ndim + (-1,))
 
 
 def token_cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
-  """Negative log-likelihood of each target and log Z, float32, in nats."""
+  """Computes the negative log-likelihood of each target.
+
+  Args:
+    logits: [..., V], any float dtype.
+    targets: int32 [...].
+
+  Returns:
+    nll and log_z (the log-sum-exp of the logits), [...], float32, in nats.
+  """
   logits = logits.astype(jnp.float32)
   log_z = jax.nn.logsumexp(logits, axis=-1)
-  # A sum and no lookup: devices that have parts of the vocabulary add up what they find.
+  # A masked sum instead of a lookup: the vocabulary may be split over devices, and sums add up.
   is_target = _is_target(targets, logits.shape[-1])
   return log_z - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), log_z
 
 
 def _by_chunk(chunk: int, *arrays_BT: Array) -> tuple[Array, ...]:
-  """Each [B, T, ...] -> [G, B, C, ...], padded with zeros."""
+  """Splits each [B, T, ...] into [G, B, C, ...], padded with zeros."""
   return tuple(jnp.moveaxis(split_time(x, chunk), 1, 0) for x in arrays_BT)
 
 
 def _joined(x_GBC: Array, time: int) -> Array:
-  """[G, B, C, ...] -> [B, T, ...]."""
+  """Joins the chunks [G, B, C, ...] to [B, T, ...]."""
   _, batch, _, *rest = x_GBC.shape
   return jnp.moveaxis(x_GBC, 0, 1).reshape(batch, -1, *rest)[:, :time]
 
@@ -91,16 +99,16 @@ _cross_entropy.defvjp(_forward, _backward)
 def chunked_cross_entropy(
     hidden_BTD: Array, head_DV: Array, targets_BT: Array, *, chunk: int
 ) -> tuple[Array, Array]:
-  """`token_cross_entropy(hidden @ head, targets)`, `chunk` tokens of a row at a time.
+  """Computes `token_cross_entropy(hidden @ head, targets)`, `chunk` tokens of a row at a time.
 
-  The backward pass makes a chunk's logits again and turns them into gradients at once, so
-  at most [B, chunk, V] exist; the head's gradient is summed over chunks in float32.
+  The backward pass recomputes a chunk's logits and turns them into gradients at once, so that
+  at most [B, chunk, V] logits exist. The head's gradient is summed over chunks in float32.
 
   Args:
     hidden_BTD: the last norm's output, in the compute dtype.
-    head_DV: the head; used in hidden's dtype, with float32 sums.
-    targets_BT: int32.
-    chunk: tokens of a row.
+    head_DV: the output matrix; cast to hidden's dtype, with float32 sums.
+    targets_BT: int32 token ids.
+    chunk: tokens of a row per step; values above T mean T.
 
   Returns:
     nll_BT and log_z_BT, float32, in nats.

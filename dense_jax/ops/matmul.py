@@ -1,4 +1,4 @@
-"""x W, the product that every linear map of the layers is."""
+"""The matrix product x W of linear layers, with gradients in the dtype of each factor."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from dense_jax.types import Array
 
 
 def matmul(x: Array, kernel: Array) -> Array:
-  """Multiplies [..., in] by [in, out], in x's dtype; the kernel's gradient has the kernel's.
+  """Multiplies x [..., in] by kernel [in, out], in x's dtype.
 
-  Where the two dtypes differ (bfloat16 activations, float32 parameters), JAX's own rule would
-  round the kernel's gradient to x's dtype, so that a rule of our own takes its place: such
-  products have reverse-mode derivatives only.
+  Each factor's gradient has that factor's dtype. If the two dtypes differ (bfloat16 activations,
+  float32 parameters), JAX's own rule would round the kernel's gradient to x's dtype; a custom
+  rule replaces it, and such products have reverse-mode derivatives only.
   """
   if x.dtype == kernel.dtype:
     return jnp.dot(x, kernel)
@@ -20,7 +20,7 @@ def matmul(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def matmul_by_contractions(x: Array, kernel: Array) -> Array:
-  """As `matmul`, with both gradients written as contractions; no forward-mode derivatives."""
+  """Computes `matmul`, with gradients written as contractions; no forward-mode derivatives."""
   return jnp.dot(x, kernel.astype(x.dtype))
 
 

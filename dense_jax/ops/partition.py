@@ -1,7 +1,7 @@
-"""Kernels on several devices: each runs on the rows, channels and heads that a device has.
+"""Runs Pallas kernels on several devices, each on its own rows and channels or heads.
 
-The compiler splits no kernel by itself. Rows are independent of each other, and so are
-channels and heads: a kernel needs nothing of other devices.
+The compiler cannot partition a kernel by itself. Rows are independent of each other, and so are
+channels and heads, so a kernel needs no data from other devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array
 
 
 def split(*axes: str | tuple[str, ...] | None) -> Any:
-  """Returns a specification; it stands where dataclasses are annotated with arrays."""
+  """Returns a `PartitionSpec`, typed Any because it fills dataclass fields annotated as arrays."""
   return PartitionSpec(*axes)
 
 
 def by_row(*rest: str | None) -> Any:
-  """Returns the specification of an array whose first axis is that of rows."""
+  """Returns the `PartitionSpec` of an array whose first axis is the batch."""
   return split(BATCH_AXES, *rest)
 
 
@@ -30,16 +30,20 @@ def over_mesh(
     sources: Sequence[Any],
     resets_BT: Array | None,
 ) -> tuple[Array, Array]:
-  """Runs kernel(sources, resets_BT) on each device of the mesh in use, if there is one.
+  """Runs kernel(sources, resets_BT) on each device of the current mesh, if there is one.
 
   The mesh's sequence axis must already be manual here.
 
   Args:
-    kernel: gives y and the final state.
-    specs: a source and the width axis' size -> the source with specifications for arrays.
-    outputs: the specifications of y and of the final state.
+    kernel: returns y and the final state.
+    specs: called as specs(source, size of the width axis); returns the source with a
+      `PartitionSpec` in place of each array.
+    outputs: the specs of y and of the final state.
     sources: the recurrences that the kernel reads.
-    resets_BT: bool, clears the state before a token; None never does.
+    resets_BT: bool, true where the state is cleared before the token; None means never.
+
+  Returns:
+    y and the final state, global arrays.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

@@ -1,12 +1,12 @@
-"""The seam between families and dense connections: `Recurrence`, and what reads it.
+"""The interface between families and dense connections: `Recurrence` and `Read`.
 
-A layer makes its recurrence from its input and runs it. A deeper layer asks the same recurrence a
-question of its own, a query, and gets the answer of equation (2) without the states ever being
-stored: a recurrence holds its inputs, and reading makes the states again. That identity is what
-makes dense state connections affordable.
+A layer makes its recurrence from its input and runs it. A deeper layer reads the same recurrence
+with a query of its own and gets y of equation (2), although no states are stored: a recurrence
+holds its inputs, and each read computes the states again. Reading with another query instead of
+storing states is what makes dense state connections affordable.
 
-Letters: `dense_jax.types`. A query has the form that the family's recurrence asks for, and a read
-the size of the layer's output, [..., E] or [..., H, P]; leading axes are [B, T] for a sequence and
+Letters: `dense_jax.types`. A query has the shape that the form of state defines, and a read has
+the size of the layer's output, [..., E] or [..., H, P]. Leading axes are [B, T] for a sequence and
 [B] for one token of decoding.
 """
 
@@ -22,7 +22,7 @@ from dense_jax.types import Array, PyTree
 FLOAT32 = jnp.dtype("float32")
 
 StateMap = Callable[[Array, PyTree], Array]
-"""A function of one token's states, [B, ..., N] to the same shape, and of that token's inputs."""
+"""Maps one token's states [B, ..., N], and that token's inputs, to states of the same shape."""
 
 
 class Recurrence(Protocol):
@@ -35,8 +35,8 @@ class Recurrence(Protocol):
     """Runs the recurrence for the layer that owns it.
 
     Args:
-      query: C, the layer's own.
-      reads: gated reads of other layers' recurrences, to be added to the layer's own.
+      query: C of the layer itself.
+      reads: gated reads of other layers' recurrences, which are added to the layer's own read.
 
     Returns:
       The sum of all reads, float32, and the state after the last token that is not padding,
@@ -44,30 +44,31 @@ class Recurrence(Protocol):
     """
 
   def read(self, query: Array) -> Array:
-    """Answers equation (2) for any query, float32."""
+    """Computes y of equation (2) for any query, float32."""
 
   def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
-    """Answers equation (2) for `function(h, inputs)` in place of h, float32.
+    """Computes y of equation (2) with `function(h, inputs)` in place of h, float32.
 
-    Runs token by token in rematerialised chunks: exact for any function, and far slower than
+    Runs token by token in rematerialised chunks: exact for any function, but far slower than
     `read`.
 
     Args:
-      query: as of `read`.
-      function: what is made of a token's states.
-      inputs: a tree of [B, T, ...] (in decoding [B, ...]), or None.
+      query: as in `read`.
+      function: maps the states of each token.
+      inputs: further inputs of `function`, a tree of [B, T, ...] (in decoding [B, ...]); None
+        means none.
     """
 
   def materialize(self) -> Array:
-    """Computes the states themselves, N last; for tests and analysis, never for training."""
+    """Computes the states of all tokens, N last; for tests and analysis, never for training."""
 
 
 @runtime_checkable
 class TokenRecurrence(Recurrence, Protocol):
-  """A recurrence at one token of decoding, where the states themselves are there."""
+  """A recurrence at one token of decoding, which holds its state instead of its inputs."""
 
   def plus(self, h: Array) -> Self:
-    """Adds other states, N last, to these."""
+    """Returns the recurrence whose state is the sum of its own and h, N last."""
 
 
 @jax.tree_util.register_dataclass
@@ -76,16 +77,15 @@ class Read:
   """A gated read of another layer's states: gate * (C f(h)).
 
   Attributes:
-    recurrence: the other layer's.
+    recurrence: the other layer's recurrence.
     query: C.
-    gate: in the size of the read; None means 1.
-    inputs: of `function`.
-    function: f, a pytree that can be called, where no query of h reads f(h); None means the
-      identity.
-    dtype: the dtype to which the read is rounded before the gate, in which the backward pass
-      keeps it.
-    recompute: whether the backward pass computes the read again, alone, instead of keeping
-      what is inside it.
+    gate: of the read's size, in any shape; None means 1.
+    inputs: the inputs of `function`.
+    function: f, a callable pytree, needed if reading f(h) cannot be written as reading h with
+      another query; None means the identity.
+    dtype: the read is rounded to this dtype before the gate, and the backward pass keeps it so.
+    recompute: true if the backward pass recomputes the read on its own instead of keeping its
+      intermediate values.
   """
 
   recurrence: Recurrence
@@ -108,12 +108,12 @@ class Read:
     if not self.recompute:
       return gated(self.gate, self.ungated())
     y = jax.checkpoint(Read.ungated)(dataclasses.replace(self, gate=None))
-    # Kept are the gate and the read in the model's dtype, not in float32.
+    # The backward pass keeps the gate and the read in the model's dtype, not in float32.
     return jax.checkpoint(gated)(self.gate, y)
 
 
 def gated(gate: Array | None, y: Array) -> Array:
-  """Multiplies a read by its gate, which may have another shape of the same size; float32."""
+  """Multiplies a read by its gate, which may have any shape of the same size; float32."""
   y = y.astype(jnp.float32)
   return y if gate is None else gate.astype(jnp.float32).reshape(y.shape) * y
 
@@ -123,16 +123,16 @@ def gated_reads(own: Array, reads: Sequence[Read]) -> list[Array]:
 
   Args:
     own: the layer's own read, float32.
-    reads: those of other layers' recurrences.
+    reads: the reads of other layers' recurrences.
 
   Returns:
-    The own read and the gated ones, all float32.
+    The layer's own read, then each gated read, all float32.
   """
   values = [own]
   for read in reads:
     if read.recompute:
-      # One after the other in the backward pass too: so that no two reads' intermediate values
-      # exist together.
+      # The barrier keeps this order in the backward pass too, so that intermediate values of
+      # only one read exist at a time.
       recurrence, values[-1] = jax.lax.optimization_barrier((read.recurrence, values[-1]))
       read = dataclasses.replace(read, recurrence=recurrence)
     values.append(read.value())

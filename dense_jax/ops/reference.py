@@ -1,4 +1,4 @@
-"""The plain scan that the specifications of all recurrences run."""
+"""The plain `lax.scan` behind the specification of every recurrence."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,16 @@ from dense_jax.types import Array, PyTree
 def scan_states(
     step: Callable[..., Array], initial: Array, inputs: PyTree, resets_BT: Array | None
 ) -> tuple[Array, Array]:
-  """Runs `step(h, *inputs_t)` over axis 1, clearing the state where `resets_BT` says so.
+  """Runs h_t = step(h_{t-1}, *inputs_t) over axis 1.
+
+  Args:
+    step: one step, on arrays without the time axis.
+    initial: the state before the first token, [B, ...].
+    inputs: arrays [B, T, ...].
+    resets_BT: bool, true where the state is cleared before the token; None means never.
 
   Returns:
-    All states, [B, T, ...], and the last.
+    All states, [B, T, ...], and the last one, [B, ...].
   """
   time_first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, resets_BT))
 

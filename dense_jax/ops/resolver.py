@@ -1,7 +1,7 @@
-"""The resolver: the one place that picks an implementation, and that looks at the platform.
+"""The resolver: the only place that chooses implementations and looks at the platform.
 
-Whoever needs states of a form asks for it here once, when a module is made, and gets an object
-that makes recurrences; nobody asks later which implementation it is.
+A module asks here once, when it is made, for the form of state that it needs, and gets an object
+that makes recurrences. No other code asks which implementation runs.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ from dense_jax.types import Array
 
 _LOG = logging.getLogger(__name__)
 
-# What "pallas" resolves to where there is no TPU: the same kernels, interpreted.
+# "pallas" resolves to this if there is no TPU: the same kernels, interpreted.
 INTERPRETED = "pallas (interpreted)"
 
-# Form of state -> implementation -> its class. "pallas", kernels for TPUs, is chosen by nobody
-# but the user until it has been measured on a chip.
+# Form of state -> implementation -> its class. "auto" never chooses "pallas" (kernels for TPUs)
+# until it has been measured on a chip.
 _DIAGONAL: Mapping[str, type[DiagonalSequence]] = {
     "associative": AssociativeDiagonal, "pallas": KernelDiagonal, "recurrent": RecurrentDiagonal,
 }
@@ -74,14 +74,14 @@ def compiling_for(platform: str) -> Iterator[None]:
 
 
 def diagonal_form(requested: str, chunk: int) -> DiagonalForm:
-  """Returns what makes recurrences with diagonal states.
+  """Returns the object that makes recurrences with diagonal states.
 
   Args:
     requested: `config.model.implementation`.
-    chunk: `config.model.chunk`, tokens a chunk; 0 takes the implementation's own.
+    chunk: `config.model.chunk`, tokens per chunk; 0 means the implementation's default.
 
   Raises:
-    InputError: diagonal states have no such implementation.
+    InputError: diagonal states have no implementation of that name.
   """
   name = resolve("diagonal", requested)
   sequence = InterpretedDiagonal if name == INTERPRETED else _DIAGONAL[name]
@@ -91,7 +91,7 @@ def diagonal_form(requested: str, chunk: int) -> DiagonalForm:
 
 
 def matrix_form(requested: str, chunk: int) -> MatrixForm:
-  """Returns what makes recurrences with matrix states; see `diagonal_form`."""
+  """Returns the object that makes recurrences with matrix states; see `diagonal_form`."""
   name = resolve("matrix", requested)
   sequence = InterpretedMatrix if name == INTERPRETED else _MATRIX[name]
   step = cpu_matrix_step if _platform() == "cpu" else matrix_step
@@ -99,13 +99,13 @@ def matrix_form(requested: str, chunk: int) -> MatrixForm:
 
 
 def lti_form(requested: str, chunk: int) -> LtiForm:
-  """Returns what makes recurrences of time-invariant systems; see `diagonal_form`."""
+  """Returns the object that makes recurrences of time-invariant systems; see `diagonal_form`."""
   name = resolve("lti", requested)
   return LtiForm(_LTI[name], chunk)
 
 
 def matmul_function() -> Callable[[Array, Array], Array]:
-  """Returns `matmul`, or a function of the same contract that suits the platform."""
+  """Returns `matmul`, or `cpu_matmul` if the platform is a CPU."""
   return cpu_matmul if _platform() == "cpu" else matmul
 
 
@@ -113,11 +113,11 @@ def resolve(form: str, requested: str) -> str:
   """Returns the name of the implementation that runs.
 
   Args:
-    form: a state's form, a key of IMPLEMENTATIONS.
+    form: the form of state, a key of IMPLEMENTATIONS.
     requested: "auto" or one of the form's implementations.
 
   Raises:
-    InputError: the form has no such implementation.
+    InputError: the form has no implementation of that name.
   """
   options, platform = IMPLEMENTATIONS[form], _platform()
   if requested == "auto":
@@ -136,10 +136,10 @@ def _platform() -> str:
 
 @functools.cache  # So that the choice is logged once.
 def _choose(form: str, platform: str) -> str:
-  # The associative scan does more arithmetic to gain lanes. On two CPU cores the scan inside
-  # rematerialised chunks trains a selective layer 5 times as fast; TPUs find lanes enough in
-  # B N E, and by their compiler it moves 2 % (v5p) to 76 % (v6e) of the bytes
-  # (tests/ops/test_tpu_compile.py).
+  # The associative scan does more arithmetic to gain parallelism. On two CPU cores, the token
+  # scan inside rematerialised chunks trains a selective layer 5 times as fast. TPUs have enough
+  # parallelism in B N E, and by their compiler the token scan moves 2 % (v5p) to 76 % (v6e) of
+  # the bytes (tests/ops/test_tpu_compile.py).
   diagonal = "recurrent" if platform in ("cpu", "tpu") else "associative"
   chosen = {
       "diagonal": diagonal, "matrix": "chunked", "lti": "conv", "attention": "softmax"

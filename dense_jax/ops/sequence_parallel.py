@@ -1,11 +1,12 @@
-"""Rows whose tokens are spread over devices: each scans its own, states pass between them.
+"""Sequence parallelism: each device scans its own tokens of a row, and devices exchange states.
 
-Inside `jax.shard_map` over the mesh axis `sequence` a device has consecutive tokens of each
-row, and every operation is local but two: a recurrence's state before the device's first
-token, and a short convolution's last inputs. A linear recurrence takes a device's tokens as one
-step, h -> A h + u, so that the states before all devices are a prefix sum in log2(devices)
-exchanges of (A, u) with a neighbour; bytes do not depend on T. Documents need no more: a device
-in which one begins has A = 0. Outside such a map these functions change nothing.
+Inside `jax.shard_map` over the mesh axis `sequence`, a device holds consecutive tokens of each
+row. All operations are local except two: a recurrence needs the state before the device's first
+token, and a short convolution the inputs before it. A linear recurrence maps the state before a
+device's tokens to the state after them by one affine step, h -> A h + u. So the states before all
+devices are a prefix scan of (A, u), in log2(devices) exchanges whose size does not depend on T.
+Documents need nothing more: a device in which one begins has A = 0. Without such a `shard_map`,
+`shards()` is 1 and callers skip the exchange.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from dense_jax.errors import InputError
 from dense_jax.types import SEQUENCE_AXIS, Array, PyTree
 
 Join = Callable[[tuple[Array, Array], tuple[Array, Array], int], tuple[Array, Array]]
-"""Composes affine maps h -> A h + u of two runs of tokens, the left one first.
+"""Composes affine maps h -> A h + u, the left one first.
 
-Its last argument is how many devices the right run spans."""
+The last argument is the number of devices whose tokens the right map covers."""
 
 
 def shards() -> int:
-  """How many devices share a row's tokens."""
+  """Returns the number of devices that a row's tokens are split over; 1 outside `shard_map`."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or SEQUENCE_AXIS not in mesh.axis_names:
     return 1
@@ -33,18 +34,18 @@ def shards() -> int:
 
 
 def is_first() -> Array:
-  """bool: this device has the rows' first tokens."""
+  """Returns a bool scalar, true on the device that holds the rows' first tokens."""
   return jax.lax.axis_index(SEQUENCE_AXIS) == 0
 
 
 def from_left(x: PyTree, distance: int = 1) -> PyTree:
-  """x of the device so many places to the left; zero where there is none."""
+  """Returns x of the device `distance` places to the left, or zeros if there is none."""
   pairs = [(source, source + distance) for source in range(shards() - distance)]
   return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, SEQUENCE_AXIS, pairs), x)
 
 
 def mean_over_shards(x: Array) -> Array:
-  """The mean of x over the devices that share rows' tokens, the same on all of them."""
+  """Returns the mean of x over the devices that a row is split over; the same on all of them."""
   return jax.lax.pmean(x, SEQUENCE_AXIS) if shards() > 1 else x
 
 
@@ -52,12 +53,12 @@ def before_shard(own: tuple[Array, Array], initial: Array, join: Join) -> Array:
   """Computes the state before this device's tokens.
 
   Args:
-    own: (A, u) of the tokens; on the first device u is the state after them.
+    own: (A, u) of this device's tokens; on the first device, u is the state after them.
     initial: the state before the first device's tokens.
-    join: composes two runs.
+    join: composes the maps of adjacent tokens.
   """
   run, distance = from_left(own), 1
-  # The zeros that the first devices get stand for no tokens: nothing is to their left.
+  # The first devices receive zeros, and nothing to their left contributes to their states.
   while distance < shards() - 1:
     run, distance = join(from_left(run, distance), run, distance), 2 * distance
   return jnp.where(is_first(), initial, run[1])
@@ -66,18 +67,18 @@ def before_shard(own: tuple[Array, Array], initial: Array, join: Join) -> Array:
 def elementwise(
     left: tuple[Array, Array], right: tuple[Array, Array], devices: int
 ) -> tuple[Array, Array]:
-  """Joins runs whose A multiplies each number of a state."""
+  """Composes maps whose A multiplies the state elementwise; see `Join`."""
   del devices
   return left[0] * right[0], right[0] * left[1] + right[1]
 
 
 def on_first_shard(initial: Array) -> Array:
-  """The rows' first state on the first device, and zero on all others."""
+  """Returns the rows' initial state on the first device, and zeros on all others."""
   return jnp.where(is_first(), initial, 0.0)
 
 
 def unless_reset(decay: Array, resets_BT: Array | None) -> Array:
-  """A of tokens that may clear the state; [B, ...]."""
+  """Returns the decay A [B, ...], or zero in rows in which a token clears the state."""
   if resets_BT is None:
     return decay
   cleared_B = jnp.any(resets_BT, axis=1).reshape(-1, *(1,) * (decay.ndim - 1))
@@ -85,15 +86,19 @@ def unless_reset(decay: Array, resets_BT: Array | None) -> Array:
 
 
 def tail_before(x_BTE: Array, resets_BT: Array | None, tail_BWE: Array) -> Array:
-  """The inputs before this device's first, of the document that goes on there.
+  """Returns the short convolution's inputs before this device's first token.
 
   Args:
-    x_BTE: this device's inputs, at least as many as the tail is long.
-    resets_BT: bool, where documents begin; None is nowhere.
-    tail_BWE: the inputs before the rows' first.
+    x_BTE: this device's inputs, at least W - 1 tokens.
+    resets_BT: bool, true at the first token of each document; None means that none begins.
+    tail_BWE: the W - 1 inputs before the rows' first token.
+
+  Returns:
+    The W - 1 inputs before this device's tokens, zero where they belong to another document than
+    the last of them; x's dtype.
 
   Raises:
-    InputError: a device has fewer tokens than that.
+    InputError: a device has fewer than W - 1 tokens of a row.
   """
   time, taps = x_BTE.shape[1], tail_BWE.shape[1]
   if time < taps:

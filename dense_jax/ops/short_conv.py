@@ -1,4 +1,4 @@
-"""Short causal depthwise convolution that knows documents and carries its tail."""
+"""Short causal depthwise convolution that respects documents and carries its last inputs."""
 
 import chex
 import jax.numpy as jnp
@@ -16,17 +16,17 @@ def short_conv(
     segments: Segments,
     tail_BWE: Array,
 ) -> tuple[Array, Array]:
-  """y_t = bias + sum_j kernel[W - 1 - j] x_{t-j}, over tokens of t's own document.
+  """Computes y_t = bias + sum_j kernel[W - 1 - j] x_{t-j}, over tokens of t's own document.
 
   Args:
     x_BTE: inputs.
-    kernel_WE: the taps, the newest token's last.
+    kernel_WE: the taps; the last one multiplies the newest token.
     bias_E: added to every output.
     segments: the documents.
-    tail_BWE: the W - 1 inputs before the first, zero where there were none.
+    tail_BWE: the W - 1 inputs before the first token, zero where the document has none.
 
   Returns:
-    y_BTE, and the tail after the last token that is not padding; both of x's dtype.
+    y_BTE, and the tail after the last token that is not padding; both in x's dtype.
   """
   batch, time, width = x_BTE.shape
   taps = kernel_WE.shape[0]
@@ -43,7 +43,7 @@ def short_conv(
       y_BTE = y_BTE + past[:, tap : tap + time] * spread(kernel_WE[tap], x_BTE)
     return y_BTE, past[:, time:]
 
-  # The tail belongs to document 0: the one that goes on where the row does not reset.
+  # The tail belongs to document 0, the one that continues until the row's first reset.
   document = jnp.cumsum(resets_BT, axis=1, dtype=jnp.int32)
   document = jnp.pad(document, ((0, 0), (taps - 1, 0)))
   for tap in range(taps):
@@ -61,11 +61,11 @@ def short_conv(
 def short_conv_step(
     x_BE: Array, kernel_WE: Array, bias_E: Array, tail_BWE: Array
 ) -> tuple[Array, Array]:
-  """One token of `short_conv`: y_BE and the next tail."""
+  """Computes one token of `short_conv`; returns y_BE and the next tail, in x's dtype."""
   window = jnp.concatenate([tail_BWE.astype(x_BE.dtype), x_BE[:, None]], axis=1)
   kernel_WE = kernel_WE.astype(x_BE.dtype)
   y_BE = spread(bias_E.astype(x_BE.dtype), x_BE)
-  # Tap by tap, in the order of `short_conv`; a sum over W is slow on a CPU.
+  # Tap by tap, in the same order as `short_conv`; a sum over W is slow on a CPU.
   for tap in range(kernel_WE.shape[0]):
     y_BE = y_BE + window[:, tap] * spread(kernel_WE[tap], x_BE)
   return y_BE, window[:, 1:]

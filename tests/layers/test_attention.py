@@ -1,4 +1,4 @@
-"""Attention: against one by hand, in parts, step by step, packed, and with dtypes."""
+"""Tests of attention: by hand, in parts, step by step, with packed documents and other dtypes."""
 
 import functools
 
@@ -20,7 +20,7 @@ from tests.helpers import assert_trees_close
 B, T, D = 3, 11, 16
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 4, 2, 6, 5
 ROWS = [[4, 7], [2, 3, 6], [5, 3]]
-FIRST = [8, 0, 2]  # The first row goes on past the context, the third within it.
+FIRST = [8, 0, 2]  # The first row continues beyond the context, the third within it.
 
 
 def _config(**options):
@@ -32,7 +32,7 @@ def _config(**options):
 
 
 def _randomized(module):
-  """The module with weights of unit-scale results."""
+  """Returns the module with random weights that give results of unit scale."""
   graph, state = nnx.split(module)
   leaves, structure = jax.tree.flatten(state)
   rng = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def _call(layer, x, segments, state):
 
 @fast_jit
 def _gradients(layer, x, segments, state, weights, cotangent):
-  """Of the sum of weights * y and cotangent * final state; and (y, final state)."""
+  """Gradients of sum(weights * y) + sum(cotangent * final state), and (y, final state)."""
   graph, params = nnx.split(layer)
 
   def objective(params, x, state):
@@ -82,7 +82,7 @@ def _rotated(x, position):
 
 
 def _by_hand(layer, x, segments, state):
-  """One token after the other, from lists of keys and values; and the rings at the end."""
+  """Computes attention token by token from lists of keys and values; returns y and final rings."""
   kernels = [np.asarray(getattr(layer, name).kernel[...], np.float64)
              for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
   x, positions = np.asarray(x, np.float64), np.broadcast_to(segments.positions_BT, x.shape[:2])
@@ -217,7 +217,7 @@ def test_steps_equal_the_sequence_beyond_the_context_and_its_padded_parts():
   assert_trees_close((y, jax.tree.map(lambda leaf: leaf[-1], states)), (whole, after))
   assert after.k_BCJN.shape == (B, CONTEXT, KV_HEADS, HEAD_DIM)
 
-  # Prompts of their own lengths, padded on the right; then the rest step by step.
+  # Prompts of different lengths, padded on the right; then the rest step by step.
   lengths = [3, 7, 11]
   prompts, ragged = _call(layer, x, packed([[n] for n in lengths], time=T), None)
   for row, n in enumerate(lengths):
@@ -253,7 +253,7 @@ def test_bfloat16_is_near_and_its_softmax_is_float32():
 
 
 def test_the_layer_around_it():
-  """x + attention(norm(x)), and then x + swiglu(norm(x)); for a sequence and for a token."""
+  """The layer is x + attention(norm(x)), then x + swiglu(norm(x)); for a sequence and a token."""
   model = _randomized(LanguageModel(_config(layers=1, ffn_width=24), rngs=nnx.Rngs(0)))
   (layer,), x = model.stack.prefix_layers, normal(0, B, T, D)
   segments = Segments(jnp.arange(T)[None])

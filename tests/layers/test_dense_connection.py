@@ -31,7 +31,7 @@ SEGMENTS = packed([[3, 4], [5]], time=T, first=[2, 0])
 
 
 def _connection(inject, sources, query=(N,), **options):
-  """A connection of depth 2 whose parameters are all random; they are returned too."""
+  """Makes a connection of depth 2 with random parameters; returns both."""
   config = model_config("mamba", **{"depth": 2, "inject": inject, "layers": 4} | options)
   module = make_connection(
       config, sources=sources, inputs={"b": (N, None), "x": (E, "inner")}, query=query,
@@ -66,7 +66,7 @@ STATES = _diagonal_states(0)
 
 
 def _phi_by_hand(connection, x, h, index):
-  """g_E * g_N * project(h) of states [..., channels, N], the matrix's [..., H, P, N]."""
+  """g_E * g_N * project(h) of states [..., channels, N] or, for matrix states, [..., H, P, N]."""
   transition = connection.transition
   lead, matrix_form = x.shape[:-1], h.ndim == x.ndim + 2
 
@@ -86,7 +86,7 @@ def _phi_by_hand(connection, x, h, index):
 
 
 def _by_hand(connection, fusion, x, states, query):
-  """Equations (3) and (4) with the states themselves: y = C fuse(h, phi(h_1), ...)."""
+  """Equations (3) and (4) on materialized states: y = C fuse(h, phi(h_1), ...)."""
   own, *sources = [state.materialize() for state in states]
   phis = [_phi_by_hand(connection, x, h, index) for index, h in enumerate(sources)]
   per_head = own.ndim == x.ndim + 2
@@ -224,7 +224,7 @@ def test_input_injection_is_equation_5(sources, input_norm):
   actual = connection.fuse_inputs(x_BTD, own, shallow)
   assert_trees_close(actual, expected)
   assert connection.share(own, actual, STATES) is own
-  # The other injection's place in a mixer does nothing.
+  # The hook of the other kind of injection does nothing.
   read = connection.run(x_BTD, own["b"], STATES, shallow)[0]
   assert_trees_close(read, STATES.read(own["b"]))
 
@@ -256,7 +256,7 @@ def test_each_layer_has_one_gate_for_all_its_sources(family, inject):
   else:
     one = [f"gates.{name}.0.{part}.kernel" for name in inputs for part in ("down", "up")]
     one += [f"norms.{name}.scale" for name in inputs]
-  # Layer 0 reads nothing and so has none of them.
+  # Layer 0 reads no other layer and so has no such parameters.
   layers = (1, 2, 3)
   assert dense == sorted(
       f"stack.prefix_layers.{layer}.mixer.dense.{name}" for layer in layers for name in one
@@ -338,9 +338,10 @@ def test_gates_start_as_configured_and_zero_is_exactly_nothing(inject, init):
 
 
 def _felt(family, inject, change=lambda params: params, **options):
-  """Which of 4 layers the last one's output depends on, the others writing nothing to it.
+  """Returns, for each of 4 layers, whether the last layer's output depends on it.
 
-  Without its mixer's output projection a layer is felt only by those that read it.
+  The output projections of the other layers' mixers are zero, so that a layer acts only on the
+  layers that read it by a dense connection.
   """
   model = random_model(model_config(family, 2, inject, layers=4, block_layers=4, **options))
   silent = {
@@ -363,7 +364,7 @@ def _felt(family, inject, change=lambda params: params, **options):
 
 @pytest.mark.parametrize(("family", "inject"), [("mamba", "state"), ("gau_retnet", "inputs")])
 def test_the_layers_that_are_read_are_the_m_nearest(family, inject):
-  # With inputs shared before their fusion, and raw states, nothing is passed further on.
+  # Layers share unfused inputs and states, so nothing reaches a layer from beyond its sources.
   assert _felt(family, inject) == [False, True, True, True]
 
 

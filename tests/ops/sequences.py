@@ -1,4 +1,4 @@
-"""What the tests of sequence forms share: documents, and one comparison of everything."""
+"""Helpers of the tests of sequence forms: documents, and outputs with all gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,12 +12,12 @@ from tests.builders import normal, packed
 
 
 def documents(time: int, first_row: Sequence[int]) -> Segments:
-  """Three rows of `time` tokens that go on with a document, end in padding, and hold nothing.
+  """Makes three rows: one that continues a document, one that ends in padding, one of padding.
 
   Args:
-    time: T.
-    first_row: the lengths of the first row's documents, as many of them as `time` holds:
-      such that some begin inside chunks and some at their borders.
+    time: T, tokens per row.
+    first_row: the lengths of the first row's documents, of which those within `time` are used.
+      Choose them so that some documents begin inside chunks and some at their borders.
   """
   wanted = [first_row, [time // 2, time], []]
   rows = []
@@ -32,12 +32,12 @@ def documents(time: int, first_row: Sequence[int]) -> Segments:
 
 
 def one_document(time: int) -> Segments:
-  """Rows without segments."""
+  """Makes rows that are one document each, without padding."""
   return Segments(jnp.arange(time)[None])
 
 
 def after_last_valid(states: Array, initial: Array, segments: Segments) -> Array:
-  """The state that a row ends with: of states [B, T, ...], that of its last valid token."""
+  """Returns, from states [B, T, ...], the state after each row's last valid token."""
   if segments.valid_BT is None:
     return states[:, -1]
   states = jnp.concatenate([initial[:, None], states], axis=1)
@@ -50,9 +50,9 @@ def everything(
     segments: Segments,
     weights: tuple[Array, Array],
 ) -> tuple[tuple[Array, Array], PyTree]:
-  """((y, final state), gradients by every input of their weighted sum) of `run`.
+  """Returns ((y, final state) of `run`, gradients of their weighted sum for every input).
 
-  Outputs in the padding are zeroed, as nobody reads them.
+  Outputs in the padding are undefined and set to zero.
   """
 
   def objective(inputs: Mapping[str, PyTree]) -> tuple[Array, tuple[Array, Array]]:
@@ -66,7 +66,7 @@ def everything(
 
 
 def strong_decays(size: float, *shape: int, share: float) -> Array:
-  """Log decays [B, T, H] of about -size in a share of the tokens, and near 0 in the others."""
+  """Makes log decays [B, T, H] of about -size in a share of the tokens, and near 0 elsewhere."""
   strong = np.random.default_rng(8).random(shape) < share
   weak = jnp.exp(normal(9, *shape) - 6)
   return -jnp.where(strong, size * jnp.exp(0.1 * normal(10, *shape)), weak)
@@ -75,12 +75,12 @@ def strong_decays(size: float, *shape: int, share: float) -> Array:
 def matrix_float64(
     inputs: Mapping[str, Array], segments: Segments, weights: tuple[Array, Array]
 ) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
-  """What `everything` gives of a matrix-state recurrence, token by token in float64.
+  """Computes `everything` of a matrix-state recurrence, token by token in float64.
 
   Args:
     inputs: q_BTHN, k_BTHN, v_BTHP, log_decay_BTH and the state `initial` before the first token.
-    segments: the documents; what a row reads in its padding is zero.
-    weights: of outputs and of the final state in the sum whose gradient is taken.
+    segments: the documents; reads in the padding are zero.
+    weights: weights of the outputs and the final state in the sum whose gradient is taken.
   """
   x = {name: np.asarray(value, np.float64) for name, value in inputs.items()}
   d_y, d_h = (np.asarray(weight, np.float64) for weight in weights)

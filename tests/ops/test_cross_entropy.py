@@ -1,4 +1,4 @@
-"""The chunked cross-entropy: its value, its gradients, and the logits that it never holds."""
+"""Tests of the chunked cross-entropy: value, gradients, and no array of all logits."""
 
 import functools
 import math
@@ -61,7 +61,7 @@ def test_large_logits_stay_finite():
 
 
 def _largest_array(text: str, types: str) -> int:
-  """Elements of the largest floating-point array of a jaxpr or an HLO module."""
+  """Returns the size of the largest floating-point array in a jaxpr or an HLO module."""
   shapes = re.findall(rf"\b(?:{types})\[([\d,]+)\]", text)
   return max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
 
@@ -82,7 +82,7 @@ def test_no_array_holds_all_logits(dtype):
 
   all_logits = B * time * vocab
   assert max(largest(functools.partial(chunked_cross_entropy, chunk=6))) < all_logits
-  assert min(largest(_direct)) >= all_logits  # The check itself sees such an array.
+  assert min(largest(_direct)) >= all_logits  # The check does find such an array.
 
 
 def test_bfloat16_hidden_has_float32_losses_near_the_float32_ones():
@@ -93,7 +93,7 @@ def test_bfloat16_hidden_has_float32_losses_near_the_float32_ones():
   expected = _direct(hidden, head, targets)
   for low_leaf, leaf in zip(actual, expected, strict=True):
     assert_trees_close(low_leaf, leaf, "bfloat16", scale=float(jnp.std(leaf)))
-  # The logits' sums are float32: nothing but the inputs' own rounding is lost.
+  # Logits are summed in float32, so the only error is the rounding of the inputs.
   rounded = _direct(
       low.astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32), targets
   )

@@ -1,4 +1,4 @@
-"""Products of activations and parameters: values, gradients, their dtypes, forward mode."""
+"""Tests of products of activations and parameters: values, gradients, dtypes, forward mode."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_values_and_gradients(product, dtype):
 
 
 def test_a_kernels_gradient_is_not_rounded_to_bfloat16():
-  # 256 + 1 needs nine bits, which bfloat16 has not.
+  # 256 + 1 needs nine bits, more than bfloat16 has.
   x = jnp.asarray([[256.0], [1.0]], jnp.bfloat16)
   gradient = jax.grad(lambda kernel: jnp.sum(matmul(x, kernel).astype(jnp.float32)))
   assert gradient(jnp.ones((1, 1)))[0, 0] == 257

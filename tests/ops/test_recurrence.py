@@ -1,4 +1,4 @@
-"""Recurrences: lazy reads, gated reads of others, final states, what a compiled program holds."""
+"""Tests of recurrences: reads, gated reads of others, final states, memory of compiled programs."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ FORMS = [
 
 
 def _diagonal(implementation, time=T, segments=SEGMENTS, chunk=C, seed=0):
-  """A sequence of diagonal states, its own query, and another one."""
+  """Makes a sequence of diagonal states, its own query, and another query."""
   form = resolver.diagonal_form(implementation, chunk)
   states = form(
       jax.nn.softplus(normal(seed, B, time, E)), -jnp.exp(normal(seed + 1, N, E)),
@@ -54,13 +54,13 @@ def _sequence(form, implementation, **options):
 
 
 def _read(form, states_BT, query_BT):
-  """Equation (2) at every token of materialized states."""
+  """Computes equation (2) from materialized states, at every token."""
   rule = {"diagonal": "bten,btn->bte", "matrix": "bthpn,bthn->bthp"}[form]
   return jnp.einsum(rule, states_BT, query_BT)
 
 
 def _valid(y):
-  """Zeroes a read's padding, which nobody reads."""
+  """Sets a read to zero in the padding, where it is undefined."""
   return y * SEGMENTS.valid_BT[(...,) + (None,) * (y.ndim - 2)]
 
 
@@ -79,12 +79,12 @@ def test_a_read_is_the_read_of_the_materialized_states(form, implementation):
 
 @pytest.mark.parametrize(("form", "implementation"), FORMS)
 def test_run_adds_gated_reads_of_others(form, implementation):
-  """With a gate and without, mapped states, and states of another implementation among them."""
+  """Reads with and without a gate, of mapped states, and of another implementation's states."""
   states, own, other = _sequence(form, implementation)
   alike, _, _ = _sequence(form, implementation, seed=20)
   unlike, _, _ = _sequence(form, "recurrent", seed=40)
   channels = normal(60, *_read(form, states.materialize(), own).shape)
-  flat = channels.reshape(B, T, -1)  # A gate of channels has one axis for heads and theirs.
+  flat = channels.reshape(B, T, -1)  # A gate of channels has one axis for heads and their channels.
   gates = normal(61, B, T, N)
 
   def double(h, gate_BN):
@@ -141,7 +141,7 @@ def test_the_final_state_is_that_after_the_last_valid_token(form, implementation
   expected = jnp.stack([materialized[0, 12], materialized[1, 9]])
   by_channel = jnp.swapaxes(final, 1, 2) if form == "diagonal" else final
   assert_trees_close(by_channel, expected)
-  assert_trees_close(materialized[1, -1], expected[1])  # Padding leaves it as it is.
+  assert_trees_close(materialized[1, -1], expected[1])  # Padding leaves it unchanged.
 
 
 @pytest.mark.parametrize(("form", "implementation"), [FORMS[1], FORMS[2]])
@@ -164,7 +164,7 @@ def test_it_passes_through_jit_scan_and_checkpoint(form, implementation):
 
 
 def _largest_array(compiled) -> int:
-  """Elements of the largest array that the optimised program names."""
+  """Returns the size of the largest array in the optimised program."""
   shapes = re.findall(r"\b(?:f32|f64|bf16|f16|pred|s32|u32)\[([\d,]+)\]", compiled.as_text())
   return max(math.prod(int(size) for size in shape.split(",")) for shape in shapes)
 
@@ -196,7 +196,7 @@ def test_the_gradient_of_a_read_never_holds_all_states(form, implementation):
   lazy = gradient(lambda states, query: states.read(query))
   stored = gradient(lambda states, query: _read(form, states.materialize(), query))
   assert _largest_array(lazy) < all_states
-  assert _largest_array(stored) >= all_states  # The check itself sees such an array.
+  assert _largest_array(stored) >= all_states  # The check does find such an array.
 
 
 def test_one_token_states_read_and_carry_on():

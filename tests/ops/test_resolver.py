@@ -1,4 +1,4 @@
-"""The resolver: what "auto" picks, and what a bad request is told."""
+"""Tests of the resolver: the choice of "auto", and errors for bad requests."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Rotations by position times angle, against exact integer arithmetic, at every position."""
+"""Tests of rotary positions against exact integer arithmetic, at small and large positions."""
 
 from fractions import Fraction
 
@@ -16,18 +16,18 @@ ANGLES = {
     "retention": RETENTION, "attention": 500000.0 ** (-np.arange(M) / M),
     "more than a turn": np.linspace(0.0, 20.0, M),
 }
-# Of radians: float32 holds half a turn to 1.2e-7, which is scaled, and has a cosine taken.
+# In radians: float32 holds half a turn to 1.2e-7; scaling and the cosine add to that.
 ERROR = 5e-7
 
 
 def _positions(end):
-  """The last ones below `end`, and some before them."""
+  """Returns the last positions below `end`, and some before them."""
   rng = np.random.default_rng(0)
   return np.concatenate([np.arange(end - 9, end), rng.integers(0, end, 50)]).astype(np.int32)
 
 
 def _phases(positions, angles):
-  """position * angle less whole turns, float64 [T, M], from exact products."""
+  """Returns position * angle modulo one turn, float64 [T, M], from exact products."""
   turns = [Fraction(angle) / (2 * PI) for angle in angles]
   return np.asarray([
       [2 * np.pi * float(turn * int(position) % 1) for turn in turns] for position in positions
@@ -41,7 +41,7 @@ def test_cosine_and_sine_are_exact_at_every_position(name, end):
   cos, sin = fast_jit(lambda position: rotation(position, ANGLES[name]))(positions)
   assert cos.dtype == sin.dtype == jnp.float32
   phases = _phases(positions, ANGLES[name])
-  # Angles are float64, which an angle of many radians brings nearer to its end.
+  # Angles are rounded to float64, and positions multiply that error.
   error = ERROR + end * 2.0**-53 * ANGLES[name].max()
   assert np.max(np.abs(cos - np.cos(phases))) < error
   assert np.max(np.abs(sin - np.sin(phases))) < error
@@ -83,7 +83,7 @@ def test_a_row_of_positions_may_be_shared():
   x, positions = normal(0, 2, 5, 3, 2 * M), jnp.arange(5)[None] + 2**24 + 1
   actual = fast_jit(rotate_neighbours)(x, positions)
   np.testing.assert_array_equal(actual, fast_jit(rotate_neighbours)(x, jnp.tile(positions, (2, 1))))
-  # Beyond 2^24 float32 has no odd numbers: neighbours must differ as they do at the start.
+  # Beyond 2^24 float32 has no odd numbers, yet neighbours must differ as at the start.
   start = fast_jit(rotate_neighbours)(x, jnp.arange(5)[None])
   inner = [np.einsum("bshn,bthn->bhst", rotated, rotated) for rotated in (actual, start)]
   np.testing.assert_allclose(inner[0], inner[1], atol=1e-5)

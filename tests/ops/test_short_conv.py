@@ -1,4 +1,4 @@
-"""The short convolution against a plain loop: documents, tails, padding, single steps."""
+"""Tests of the short convolution against a loop: documents, tails, padding, single steps."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tests.builders import fast_jit, normal, packed
 from tests.helpers import assert_trees_close
 
 B, T, E = 3, 9, 2
-# A row that goes on with a document; documents shorter than the taps; an empty row.
+# A row that continues a document; documents shorter than the taps; an empty row.
 PACKED = packed([[2, 5, 2], [1, 1, 3], []], time=T, first=[3, 0, 0])
 
 
@@ -27,7 +27,7 @@ def _run(inputs, segments):
 
 
 def _loop(inputs, segments):
-  """Token by token, with the list of the inputs that its document has seen."""
+  """Computes the convolution token by token, from a list of the document's inputs."""
   x, kernel, bias, tail = (np.asarray(inputs[name]) for name in ("x", "kernel", "bias", "tail"))
   taps = kernel.shape[0]
   positions = np.broadcast_to(np.asarray(segments.positions_BT), x.shape[:2])
@@ -59,7 +59,7 @@ def test_it_is_the_plain_loop(segments, taps):
 
 @fast_jit
 def _at_every_split(inputs, segments):
-  """Outputs and last tail of [:t] and then [t:] with the tail between, for every t."""
+  """Computes outputs and last tail in two parts, [:t] and [t:], for every t."""
   valid = segments.valid_BT[..., None]
   results = []
   for split in range(T):  # The first is the whole.

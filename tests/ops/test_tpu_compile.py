@@ -1,4 +1,4 @@
-"""Kernels and the forms without them compile for TPUs, by the real compiler, and need little."""
+"""Tests that kernels and XLA's forms compile for TPUs, with the real compiler, in little memory."""
 
 import json
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 from tests.helpers import ROOT, tpu_compiler_environment
 
 # Program of tpu_kernels.py -> GB of temporaries that it may need on any chip. With three
-# sources these are the states before chunks, 8.4 MB a source, and sums in float32; of matrix
-# states 34 MB a source of mamba2, and 151, 67 and 252 MB of the retentions (wide: its keys, of
-# 320, are padded to 384). libtpu 0.0.50 copies more than 0.0.42 does: up to a fifth of these.
+# sources these are the states before chunks, 8.4 MB per source, and sums in float32; for matrix
+# states 34 MB per source of mamba2, and 151, 67 and 252 MB of the retentions (wide: its keys, of
+# size 320, are padded to 384). libtpu 0.0.50 copies more than 0.0.42: up to a fifth of these.
 TEMPORARIES = {
     "selective-recurrent": 0.20,
     "selective-associative": 0.25,
@@ -42,12 +42,12 @@ def test_recurrences_compile_for_every_tpu_and_need_little_memory():
     assert found[name].keys() == {"v4", "v5e", "v5p", "v6e"}
     for tpu, needed in found[name].items():
       assert needed["temporaries"] <= limit * 1e9, (name, tpu, needed)
-      # The kernels say what they do; to the compiler they are opaque.
+      # The kernels give their own cost estimates; the compiler cannot look inside.
       assert needed["flops"] > 0 and needed["transcendentals"] > 0, (name, tpu, needed)
 
   by_token, associative = found["selective-recurrent"], found["selective-associative"]
-  # 5.2 GB by one associative scan of the whole length.
+  # One associative scan of the whole length takes 5.2 GB.
   assert by_token["v5e"]["temporaries"] <= 0.10e9
-  # Why the resolver takes it on TPUs: 0.32 to 0.59 GB against 0.42 (v6e) to 34.6 (v5p).
+  # The reason for the resolver's choice on TPUs: 0.32 to 0.59 GB against 0.42 (v6e) to 34.6 (v5p).
   for tpu, needed in by_token.items():
     assert needed["bytes"] < 0.9 * associative[tpu]["bytes"], (tpu, needed)

@@ -1,8 +1,8 @@
 """Compiles Pallas kernels and XLA's forms for one chip of each TPU and prints what they need.
 
-Run in a process of its own, by test_tpu_compile.py: the TPU compiler must not be found by
-the tests' own jax. Its last line is JSON: for each program and TPU the bytes of arguments and
-of temporaries, what the cost analysis counts, and the bytes of HBM traffic.
+test_tpu_compile.py runs this in a process of its own, because the tests' own jax must not find the
+TPU compiler. The last line of output is JSON: for each program and TPU the bytes of arguments and
+of temporaries, the counts of the cost analysis, and the bytes of HBM traffic.
 """
 
 import json
@@ -22,7 +22,7 @@ from dense_jax.ops.diagonal.tpu_kernels import Diagonal
 from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
 from dense_jax.types import Array, PyTree
 
-# TPU -> the smallest topology that it comes in.
+# TPU -> its smallest topology.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 Program = tuple[Callable[..., PyTree], tuple[PyTree, ...]]
@@ -34,7 +34,7 @@ def _shape(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 def _with_gradients(function: Callable[..., tuple[Array, ...]]) -> Callable[..., PyTree]:
-  """Outputs and gradients by the first argument, for given cotangents (the last one)."""
+  """Computes outputs and gradients of the first argument, for cotangents (the last argument)."""
 
   def run(inputs: PyTree, *others: PyTree) -> PyTree:
     *others, cotangents = others
@@ -123,14 +123,14 @@ PROGRAMS: dict[str, Program] = {
     "mamba2-1-forward": matrix("mamba2", 1, packed=False, gradient=False),
     "mamba2-1-gradient": matrix("mamba2", 1, packed=False, gradient=True),
 } | {
-    # A gradient's program has the forward kernel in it, and three sources need the most VMEM.
+    # Programs of gradients include the forward kernel, and three sources need the most VMEM.
     f"{family}-3-packed-gradient": matrix(family, 3, packed=True, gradient=True)
     for family in MATRIX
 }
 
 
 def compile_for(topology: str, program: Program) -> dict[str, float]:
-  """What the compiled program needs on one chip."""
+  """Compiles a program for one chip and returns its memory and costs."""
   devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
   mesh = Mesh(np.array(devices[:1]), ("data",))
   one_chip = NamedSharding(mesh, PartitionSpec())
@@ -138,7 +138,7 @@ def compile_for(topology: str, program: Program) -> dict[str, float]:
   arguments = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_chip), shapes
   )
-  # From jax 0.12 on a kernel learns from the mesh which TPU it is lowered for.
+  # Since jax 0.12, the mesh tells a kernel for which TPU it is lowered.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     compiled = jax.jit(function).lower(*arguments).compile()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()

@@ -1,8 +1,8 @@
 """Dense hidden connections (arXiv 2403.00818, section 3), one class for each part.
 
-`NoConnection` is the base layer; `InputInjection` is equation (5) and `StateInjection` equations
-(3) and (4), with the `Transition` phi of each source and a fusion of `FUSIONS`; `FusedStates` is
-the chain that deeper layers read where fused states are shared.
+`NoConnection` is the base layer. `InputInjection` is equation (5). `StateInjection` is equations
+(3) and (4), with the `Transition` phi of each source and one fusion of `FUSIONS`. `FusedStates` is
+the chain of states that deeper layers read if the source is "fused".
 """
 
 from collections.abc import Mapping
@@ -30,16 +30,16 @@ def make_connection(
 
   Args:
     config: the model.
-    sources: S, the layers that are read; fewer than m next to the input.
-    inputs: name -> (width, logical axis) of the recurrence's inputs, for injection
-      "inputs"; empty where a family has none that depend on the token.
+    sources: S, the layers that are read: m, or fewer near the model's input; 0 means none.
+    inputs: name -> (width, logical axis) of the recurrence's inputs, for injection "inputs";
+      empty means that the family has none that depend on the token.
     query: trailing shape of the mixer's query, (N,) or (J, N).
     channels: E, the width of a read.
-    fixed_query: whether the query is a parameter [E, N], not a function of the token.
+    fixed_query: true if the query is a parameter [E, N] instead of a function of the token.
     rngs: for the parameters.
 
   Raises:
-    InputError: the injection is "inputs", and there are none.
+    InputError: the injection is "inputs" and `inputs` is empty.
   """
   inject = config.dense.inject
   if not sources:

@@ -1,4 +1,4 @@
-"""A layer's dense connection as its mixer sees it, and the connection of a layer without one."""
+"""The interface between a mixer and its layer's dense connection, and the empty connection."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
@@ -9,22 +9,22 @@ from dense_jax.ops.recurrence import Recurrence
 from dense_jax.types import Array
 
 Inputs: TypeAlias = Mapping[str, Array]
-"""The inputs of a recurrence that may be fused, by name, [..., width] each."""
+"""Name -> a recurrence's input that may be fused, [..., width]."""
 
 Shared: TypeAlias = Recurrence | Inputs | None
-"""What a layer leaves for deeper ones to read: its states, or its recurrence's inputs."""
+"""The states or recurrence inputs that a layer shares with deeper layers; None means nothing."""
 
 
 class Connection(Protocol):
-  """How a layer reads what shallower layers share, for a sequence and for one token alike.
+  """A layer's connection to shallower layers, for a sequence and for one token.
 
-  A mixer hands over what it has and knows nothing of fusion; a connection knows nothing of
-  families. `x_D` is the layer's input after its norm, and `shallow` what the sources shared,
-  nearest first; suffixes name trailing axes, and leading axes are [B, T] or [B].
+  Mixers know nothing of fusion, and connections nothing of families. `x_D` is the layer's input
+  after its norm; `shallow` is what the sources shared, nearest first. Suffixes name trailing axes;
+  leading axes are [B, T] or [B].
   """
 
   def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
-    """Returns the inputs that enter the layer's recurrence, made from its own ones."""
+    """Fuses the recurrence's own inputs with those that the sources shared."""
 
   def run(
       self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared]
@@ -33,27 +33,27 @@ class Connection(Protocol):
 
     Args:
       x_D: the layer's input.
-      query: the mixer's query, [..., N], [..., J, N], or [E, N] where it is fixed.
+      query: the mixer's query, [..., N] or [..., J, N], or [E, N] if it is a parameter.
       states: the layer's recurrence.
       shallow: what the sources shared.
 
     Returns:
-      The fused read, [..., E] or [..., H, P] in float32; the state to carry on from; and the
-      recurrence that deeper layers may read.
+      The fused read, [..., E] or [..., H, P] in float32; the state after the last token, float32;
+      and the recurrence that deeper layers may read.
     """
 
   def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
-    """Chooses what the layer leaves for deeper ones, from what the two methods above gave."""
+    """Returns what deeper layers may read: the states, or the inputs before or after fusion."""
 
 
 class NoConnection(nnx.Module):
-  """The connection of a layer that reads no other; it shares what deeper layers read."""
+  """The connection of a layer that reads no other layer; it still shares with deeper ones."""
 
   def __init__(self, inject: str) -> None:
     self.inject = inject
 
   def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
-    """See `Connection`: the layer's own inputs as they are."""
+    """See `Connection`: the layer's own inputs, unchanged."""
     del x_D, shallow
     return own
 

@@ -1,4 +1,4 @@
-"""The chain of fused states: h' of a layer, as deeper layers read it."""
+"""Fused states h' of a layer as a chain of recurrences that deeper layers can read."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from dense_jax.types import Array, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FusedStates:
-  """h' = h + phi(h' of the layer below), as the two: one lazy read for each layer of the chain.
+  """The recurrence of h' = h + phi(h' of the layer below); a read reads each layer of the chain.
 
   Attributes:
     own: h.
     below: h' of the layer below.
-    phi: the transition of the layer that owns h, linear in states.
+    phi: the transition of the layer that owns h; must be linear in states.
   """
 
   own: Recurrence
@@ -26,7 +26,7 @@ class FusedStates:
   phi: Phi
 
   def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`; the state to carry on from is that of h."""
+    """See `Recurrence`; the final state is that of h."""
     return self.own.run(query, (self.phi.as_read(self.below, query), *reads))
 
   def read(self, query: Array) -> Array:
@@ -50,7 +50,7 @@ class FusedStates:
 
 
 def fused_states(own: Recurrence, below: Recurrence, phi: Phi) -> Recurrence:
-  """Returns h' = own + phi(below): the states' sum at one token, a chain over a sequence."""
+  """Returns h' = own + phi(below): at one token their sum, over a sequence a `FusedStates`."""
   if isinstance(own, TokenRecurrence):
     return own.plus(phi(below.materialize()))
   return FusedStates(own, below, phi)

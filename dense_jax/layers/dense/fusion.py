@@ -1,7 +1,7 @@
-"""Hidden fusion: how the sources' reads join a layer's own.
+"""Hidden fusion: the functions Fuse of equation (3), which join sources' reads to a layer's own.
 
-Each fusion leaves the own read as it is where all reads of sources, and its own gates, are
-zero. All are functions of reads (and of queries), so none needs a state to be stored.
+Every fusion returns the own read unchanged if the reads of all sources and the fusion's own gates
+are zero. All are functions of reads and queries, so none needs stored states.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ class Add(nnx.Module):
 
   Args:
     config: the model.
-    reads: what is read.
+    reads: the number and shape of reads.
   """
 
   def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:
@@ -31,7 +31,7 @@ class Add(nnx.Module):
     self.sources = reads.sources
 
   def queries(self, query: Array) -> list[Array]:
-    """Returns the queries of the own states and of each source's, nearest first."""
+    """Returns the queries of the layer's own states and of each source's, nearest first."""
     return [query] * (1 + self.sources)
 
   def __call__(
@@ -42,11 +42,11 @@ class Add(nnx.Module):
     Args:
       x_D: the layer's input, [..., D].
       states: the layer's recurrence.
-      query: the own states'.
+      query: the query of the layer's own states.
       reads: the gated reads of sources, nearest first.
 
     Returns:
-      The fused read, [..., E] or [..., H, P] in float32, and the state to carry on from.
+      The fused read, [..., E] or [..., H, P] in float32, and the state after the last token.
     """
     del x_D
     return states.run(query, reads)
@@ -55,8 +55,8 @@ class Add(nnx.Module):
 class Concat(Add):
   """h' = W_0 h + sum_i W_i phi_i(h_i): one linear map over the concatenated states.
 
-  Each W is N x N (for each group of heads) and starts as the identity. Reading W h is
-  reading h with the query W^T C.
+  Each W is N x N, one for each group of heads, and starts as the identity. Reading W h with the
+  query C is reading h with the query W^T C.
   """
 
   def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:
@@ -70,7 +70,7 @@ class Concat(Add):
 
 
 class _OfReads(Add):
-  """A fusion that needs each read by itself."""
+  """A fusion that needs each read separately."""
 
   def join(self, x_D: Array, own: Array, reads: Sequence[Array]) -> Array:
     """Joins the own read and the sources', [..., E] or [..., H, P] in float32."""
@@ -99,10 +99,10 @@ class Gated(_OfReads):
 
 
 class Attention(_OfReads):
-  """h' = h + sum_i w_i phi_i(h_i): a softmax over sources, from what was read of them.
+  """h' = h + sum_i w_i phi_i(h_i), with softmax weights w over sources, computed from their reads.
 
-  Low-rank keys are made from the reads and a query from the layer's input. The own read
-  takes part, so that a layer may attend to no source; its weight is not used otherwise.
+  Keys are low-rank maps of the reads, and the query is one of the layer's input. The softmax
+  includes the own read, so that a layer may attend to no source; its weight is not used otherwise.
   """
 
   def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:

@@ -16,17 +16,17 @@ def bottleneck(config: ModelConfig) -> int:
 
 
 class Gate(nnx.Module):
-  """silu(silu(x W1) W2) of the layer's input (released DenseRetNet).
+  """The gate silu(silu(x W1) W2) of the layer's input (released DenseRetNet).
 
   Args:
     config: the model.
     width: channels of the gate.
-    axis: their logical axis.
+    axis: the logical axis of these channels.
   """
 
   def __init__(self, config: ModelConfig, width: int, axis: str | None, rngs: nnx.Rngs) -> None:
     rank = bottleneck(config)
-    # Started at zero the gate is zero, yet it learns: silu has slope 1/2 there.
+    # With W2 zero the gate starts at zero, yet it learns, because silu has slope 1/2 there.
     last = zeros if config.dense.gate_init == "zeros" else xavier_uniform(2**-2.5)
     self.down = Linear(
         config.width, rank, axes=("embed", None), init=xavier_uniform(2**-2.5), rngs=rngs
@@ -47,5 +47,5 @@ def make_gates(
 
 
 def of_source(gates: Sequence[Gate], source: int) -> Gate:
-  """Returns the gate of a source, where one may stand for all."""
+  """Returns the gate of a source (0 is the nearest); a single gate serves all sources."""
   return gates[source if len(gates) > 1 else 0]

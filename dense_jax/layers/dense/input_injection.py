@@ -1,4 +1,4 @@
-"""Input injection (released DenseRetNet): shallow inputs enter a layer's recurrence."""
+"""Input injection (arXiv 2403.00818, released code): shallower inputs enter a recurrence."""
 
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -19,8 +19,8 @@ class InputInjection(nnx.Module):
 
       k' = RMSNorm(k + sum_i gate_k(x) * k_i)
 
-  with k_i the same input of the i-th layer below, before that layer's own fusion (or, with
-  `source="fused"`, after it).
+  where k_i is the same input of the i-th layer below, before that layer's own fusion or, if
+  `source` is "fused", after it.
 
   Args:
     config: the model.
@@ -63,7 +63,7 @@ class InputInjection(nnx.Module):
   def run(
       self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared]
   ) -> tuple[Array, Array, Recurrence]:
-    """See `Connection`: equation (2), on the fused inputs."""
+    """See `Connection`: equation (2); `states` are those of the fused inputs."""
     del x_D, shallow
     return *states.run(query), states
 

@@ -1,4 +1,4 @@
-"""State injection (arXiv 2403.00818, section 3): a layer reads the states of those below it."""
+"""State injection (arXiv 2403.00818, section 3): a layer reads the states of layers below it."""
 
 import functools
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from dense_jax.types import Array
 
 
 class StateInjection(nnx.Module):
-  """Equations (3) and (4), for the layer's own states h and those h_i of the i-th layer below.
+  """Equations (3) and (4), for the layer's own states h and the states h_i of the i-th layer below.
 
       h' = Fuse(h, phi_1(h_1), ..., phi_S(h_S))        y = C h'
 
-  h' is read and never carried on, so that each layer's recurrence stays as it is. No state is
-  stored either: as far as phi and Fuse are linear in states, reading h' is reading h and each
-  h_i with a query of its own, and the reads are added.
+  h' is only read, never carried to the next token, so each layer's recurrence is unchanged. No
+  states are stored: where phi and Fuse are linear in states, reading h' is the sum of reads of h
+  and each h_i, each with a query of its own.
 
   Args:
     config: the model.
-    reads: what is read.
+    reads: the number and shape of reads.
   """
 
   def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:
@@ -50,12 +50,12 @@ class StateInjection(nnx.Module):
     ]
     _record(states, own_query, reads)
     y, final = self.fusion(x_D, states, own_query, reads)
-    if self.share_fused:  # One source, for then each layer's h' holds all those below it.
+    if self.share_fused:  # One source, as its h' contains those of all layers below.
       states = fused_states(states, sources[0], phis[0])
     return y, final, states
 
   def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
-    """See `Connection`: the layer's own inputs as they are."""
+    """See `Connection`: the layer's own inputs, unchanged."""
     del x_D, shallow
     return own
 
@@ -66,7 +66,7 @@ class StateInjection(nnx.Module):
 
 
 def _record(states: Recurrence, own_query: Array, reads: Sequence[Read]) -> None:
-  """Records the size of the own read and, for each source, of its gate and its gated read."""
+  """Records the RMS of the own read and, for each source, of its gated read, and its gate."""
   own = record_rms("own_read_rms", lambda: states.read(own_query))
   for number, read in enumerate(reads, 1):
     if read.gate is not None:

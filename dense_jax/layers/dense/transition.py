@@ -1,9 +1,9 @@
-"""The selective transition phi: what a layer makes of a shallower layer's states.
+"""The selective transition phi: a map of a shallower layer's states for the layer that reads them.
 
     phi(h) = g_E * g_N * W h
 
-with gates made from the reading layer's own input. Where W is linear, reading phi(h) with a
-query is reading h with another query, so that no state is ever stored.
+The gates are functions of the reading layer's input. If W is linear, reading phi(h) with a query
+is reading h with another query, so no states are stored.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from dense_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class ReadShape:
-  """What a layer reads of shallower layers' states.
+  """The number and shape of a layer's reads of shallower layers' states.
 
   Attributes:
     sources: S, the layers that are read.
     query: trailing shape of the mixer's query, (N,) or (J, N).
     channels: E, the width of a read.
-    fixed_query: whether the query is a parameter [E, N], not a function of the token.
+    fixed_query: true if the query is a parameter [E, N] instead of a function of the token.
   """
 
   sources: int
@@ -43,7 +43,7 @@ def project_query(query_N: Array, matrix: Array) -> Array:
 
 
 def identity_matrices(rngs: nnx.Rngs, count: int, query: tuple[int, ...]) -> nnx.Param:
-  """Makes `count` maps over the state axis, for queries of that trailing shape: identities."""
+  """Makes `count` identity maps over the state axis, for queries of trailing shape `query`."""
   return parameter(
       rngs, (count, *query, query[-1]),
       (None, "heads", None, None) if len(query) == 2 else (None, None, None),
@@ -54,11 +54,11 @@ def identity_matrices(rngs: nnx.Rngs, count: int, query: tuple[int, ...]) -> nnx
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projection:
-  """g_N * W h as a function of one token's states.
+  """The map g_N * W h of one token's states.
 
   Attributes:
-    matrix: W if it is linear, [N, N] or [J, N, N]; None means the identity.
-    low_rank: V [N, R] and U [R, N] of h + U silu(V h), added to W; None means neither.
+    matrix: a linear W, [N, N] or [J, N, N]; None means the identity.
+    low_rank: V [N, R] and U [R, N] of the nonlinear W h = h + U silu(V h); None means a linear W.
   """
 
   matrix: Array | None
@@ -91,13 +91,13 @@ def gate_states(gate_E: Array | None, h_EN: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Phi:
-  """The transition of one source, at the tokens at hand.
+  """The transition phi of one source, with its gates at the tokens of a call.
 
   Attributes:
-    gate_E: of channels, [..., E]; None means 1.
-    gate_N: of the state axis, [..., N]; None means 1.
+    gate_E: the gate of channels, [..., E]; None means 1.
+    gate_N: the gate of the state axis, [..., N]; None means 1.
     projection: W.
-    fixed_query: whether the family's query is a parameter [E, N].
+    fixed_query: true if the family's query is a parameter [E, N].
   """
 
   gate_E: Array | None
@@ -111,8 +111,8 @@ class Phi:
   ) -> Read:
     """Returns the read of phi(h) with a query; `dtype` and `recompute` are those of `Read`.
 
-    It asks h another query where there is one, and maps the states token by token else: where
-    W is not linear, or g_N depends on the token and the query does not.
+    The read uses another query of h if there is an equivalent one. Otherwise it maps the states
+    token by token: if W is not linear, or if g_N depends on the token and the query does not.
     """
     matrix, gate_N = self.projection.matrix, self.gate_N
     if self.projection.low_rank is not None or (gate_N is not None and self.fixed_query):
@@ -136,7 +136,7 @@ class Transition(nnx.Module):
 
   Args:
     config: the model.
-    reads: what is read.
+    reads: the number and shape of reads.
   """
 
   def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:
@@ -159,12 +159,12 @@ class Transition(nnx.Module):
       )
 
   def __call__(self, x_D: Array, source: int) -> Phi:
-    """Returns phi of a source (0 is the nearest) at the layer's input [..., D]."""
+    """Returns phi of a source (0 is the nearest) for the layer's input [..., D]."""
     gate_E = gate_N = matrix = low_rank = None
     if hasattr(self, "channel_gates"):
       gate_E = of_source(self.channel_gates, source)(x_D)
     if hasattr(self, "state_gates"):
-      # Around one: were both gates zero at the start, neither would learn.
+      # Around one, because if both gates started at zero, neither would learn.
       gate_N = 1 + of_source(self.state_gates, source)(x_D)
     if self.projection == "linear":
       matrix = self.linear[...][source]

@@ -1,6 +1,6 @@
-"""Diagonal states, one decay for each of E x N numbers: the selective recurrence of Mamba.
+"""Diagonal states with one decay for each of E x N numbers: the selective recurrence of Mamba.
 
-`reference.py` is the specification, `sequence.py` and `token.py` are the recurrences that layers
-make by `form.py`, and the other files are what they run; `tpu*.py` and `cpu.py` are for those
-platforms only.
+`reference.py` is the specification. Layers make recurrences through `form.py`; `sequence.py` and
+`token.py` hold their classes, and the other files the computations that they run. `tpu*.py` and
+`cpu.py` are for those platforms only.
 """

@@ -2,10 +2,10 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = C_t h_t
 
-The sequence is scanned chunk by chunk. The backward pass keeps the states between chunks
-and computes those inside a chunk again, so [B, T, N, E] never exists. Inside a chunk the
-states come from `jax.lax.associative_scan` or from a `lax.scan` over tokens, which does less
-arithmetic and leaves less in memory.
+The sequence is scanned chunk by chunk. The backward pass keeps the states between chunks and
+recomputes those inside a chunk, so [B, T, N, E] never exists. Inside a chunk the states come
+from `jax.lax.associative_scan`, or from a `jax.lax.scan` over tokens, which does less arithmetic
+and needs less memory.
 """
 
 import functools
@@ -19,8 +19,9 @@ from dense_jax.ops.diagonal.reference import diagonal_read, diagonal_step
 from dense_jax.ops.token_scan import join_chunks, split_chunks, token_scan
 from dense_jax.types import Array
 
-# Tokens a chunk. By the TPU v5e compiler one layer, forward and backward (4 x 2048 tokens,
-# E 2048, N 16), token by token, moves 0.92 GB at 8, 0.71 at 16, 0.96 at 32 and 3.10 at 64.
+# Tokens per chunk. By the TPU v5e compiler, one layer, forward and backward (4 x 2048 tokens,
+# E 2048, N 16), token by token, moves 0.92 GB of memory at 8 tokens per chunk, 0.71 at 16,
+# 0.96 at 32 and 3.10 at 64.
 DEFAULT_CHUNK = 16
 
 
@@ -59,9 +60,10 @@ def token_by_token(
     *,
     chunk: int = 0,
 ) -> tuple[Array, Array]:
-  """Answers one query by a `lax.scan` over tokens, which does the least arithmetic.
+  """Computes the read of one query by a `jax.lax.scan` over tokens.
 
-  Arguments and results are those of `associative_scan`, but for `a_BNE`, whose B may be 1.
+  Arguments and results are those of `associative_scan`, except that the decay rates `a_BNE` have
+  a batch axis, of size B or 1.
   """
   _check(dt_BTE, a_BNE[0], x_BTE, b_BTN, c_BTN, initial_BNE)
 
@@ -85,25 +87,25 @@ def associative_scan(
     *,
     chunk: int = 0,
 ) -> tuple[Array, Array]:
-  """Answers one query by `jax.lax.associative_scan` (arXiv 2312.00752, algorithm 2).
+  """Computes the read of one query by `jax.lax.associative_scan` (arXiv 2312.00752, algorithm 2).
 
   Args:
-    dt_BTE: step sizes >= 0; zero leaves the state as it is.
+    dt_BTE: step sizes >= 0; zero leaves the state unchanged.
     a_NE: float32 decay rates <= 0.
     x_BTE: inputs.
     b_BTN: input maps.
-    c_BTN: queries; None reads nothing.
-    resets_BT: bool, clears the state before a token; None never does.
+    c_BTN: queries; None means no read.
+    resets_BT: bool, true where the state is cleared before the token; None means never.
     initial_BNE: float32 state before the first token.
-    chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
+    chunk: tokens per chunk; 0 means DEFAULT_CHUNK.
 
   Returns:
-    y_BTE (None without queries) and the state after the last token, final_BNE; both float32.
+    y_BTE (None without queries) and final_BNE, the state after the last token; both float32.
   """
   _check(dt_BTE, a_NE, x_BTE, b_BTN, c_BTN, initial_BNE)
   time = x_BTE.shape[1]
   chunk = chunk_length(chunk, DEFAULT_CHUNK, time)
-  # dt = 0 in the padding: it leaves the state as it is.
+  # dt = 0 in the padding, which leaves the state unchanged.
   inputs = split_chunks((dt_BTE, x_BTE, b_BTN, c_BTN, resets_BT), chunk)
   body = jax.checkpoint(functools.partial(_associative_chunk, a_NE), prevent_cse=False)
   final_BNE, y = jax.lax.scan(body, initial_BNE, inputs)

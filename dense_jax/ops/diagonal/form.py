@@ -1,4 +1,4 @@
-"""How a layer makes recurrences with diagonal states."""
+"""`DiagonalForm`: makes the recurrences of layers with diagonal states."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ class DiagonalForm:
   """The chosen implementation of diagonal states; calling it makes a recurrence.
 
   Attributes:
-    sequence: its class for whole sequences.
-    chunk: tokens a chunk; 0 takes the implementation's own.
+    sequence: the class of recurrences over whole sequences.
+    chunk: tokens per chunk; 0 means the implementation's default.
   """
 
   sequence: type[DiagonalSequence]
@@ -33,12 +33,13 @@ class DiagonalForm:
     """Makes a recurrence of a sequence or of one token.
 
     Args:
-      dt: step sizes dt_BTE (for one token dt_BE) >= 0, or what they are made from.
+      dt: step sizes dt_BTE (for one token dt_BE) >= 0, or a `StepSizes` that computes them.
       a_NE: float32 decay rates <= 0.
       x: inputs x_BTE or x_BE.
       b: input maps b_BTN or b_BN.
       tokens: the sequence's documents, or the one token.
-      initial_BNE: float32 state before the first token; None means zero (of a sequence).
+      initial_BNE: float32 state before the first token; None means zero, and is not allowed
+        for one token.
     """
     if isinstance(tokens, Token):
       assert initial_BNE is not None
@@ -57,7 +58,7 @@ class DiagonalForm:
 
 
 def _before_shard(states: DiagonalSequence) -> Array:
-  """The state before this device's tokens, h_BNE, from those of all devices to the left."""
+  """Computes the state before this device's tokens, h_BNE, from the tokens to the left."""
   first_BNE = states.before_first()
   on_first = dataclasses.replace(
       states, initial_BNE=sequence_parallel.on_first_shard(first_BNE)

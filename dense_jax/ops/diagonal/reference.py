@@ -1,8 +1,8 @@
 """The selective diagonal recurrence as a plain float32 `lax.scan`: the specification.
 
-The one-step functions are also what decoding runs. Every faster form is tested against this
-file: outputs, final states and gradients. `resets_BT` (bool) clears the state before a token is
-absorbed, and None never does; the initial state is as valid for the gradient as any other input.
+Decoding runs the one-step functions of this file. Every faster form is tested against it:
+outputs, final states and gradients, that of the initial state included. `resets_BT` is bool, true
+where the state is cleared before the token; None means never.
 Letters: `dense_jax.types`.
 """
 
@@ -12,19 +12,19 @@ import jax.numpy as jnp
 from dense_jax.ops.reference import scan_states
 from dense_jax.types import Array
 
-# Reads are contractions: XLA's CPU backend sums products over N up to 60 times as slowly where
-# B is 1 (E 1024, N 16: 85 us a token against 1.5, two cores).
+# Reads are contractions because XLA's CPU backend computes a sum of products over N up to 60
+# times as slowly if B is 1 (E 1024, N 16: 85 us a token against 1.5, two cores).
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def diagonal_step(a_BNE: Array, h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
-  """One step of the selective diagonal recurrence (arXiv 2312.00752, equation 2a).
+  """Computes one step of the selective diagonal recurrence (arXiv 2312.00752, equation 2a).
 
   Args:
-    a_BNE: float32 continuous decay rate <= 0; its B may be 1. N comes before E so that the
+    a_BNE: float32 continuous decay rates <= 0; its B may be 1. N comes before E so that the
       long axis fills vector lanes.
     h_BNE: float32 state.
-    dt_BE: float32 step size >= 0.
+    dt_BE: step sizes >= 0, computed with in float32.
     x_BE: the channels' inputs.
     b_BN: the input map.
 
@@ -38,7 +38,7 @@ def diagonal_step(a_BNE: Array, h_BNE: Array, dt_BE: Array, x_BE: Array, b_BN: A
 
 
 def diagonal_read(h_BNE: Array, c_BN: Array) -> Array:
-  """y_BE = sum over N of c h, float32."""
+  """Computes the read y_BE = sum over N of c h, float32."""
   return jnp.einsum("bne,bn->be", h_BNE, c_BN.astype(jnp.float32), precision=_HIGHEST)
 
 
@@ -50,7 +50,7 @@ def diagonal_states(
     resets_BT: Array | None,
     initial_BNE: Array,
 ) -> tuple[Array, Array]:
-  """All states h_BTNE of the selective diagonal recurrence, and the last, float32."""
+  """Computes all states h_BTNE of the selective recurrence, and the last, h_BNE; float32."""
 
   def step(h: Array, dt_BE: Array, x_BE: Array, b_BN: Array) -> Array:
     return diagonal_step(a_NE[None], h, dt_BE, x_BE, b_BN)

@@ -1,4 +1,4 @@
-"""Diagonal states of whole sequences, as recurrences."""
+"""Recurrences with diagonal states over whole sequences."""
 
 import dataclasses
 import functools
@@ -19,19 +19,19 @@ from dense_jax.types import Array, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiagonalSequence:
-  """States h_BTNE of the selective recurrence, as the inputs that make them.
+  """States h_BTNE of the selective recurrence, represented by its inputs.
 
-  The base class of the implementations: each says in `_scan` how one query is answered.
+  The base class of the implementations, which override `_scan`.
 
   Attributes:
-    dt: step sizes dt_BTE >= 0, or what they are made from, which is kept in their place and
-      made into step sizes for each read; zero at padding.
+    dt: step sizes dt_BTE >= 0, zero at padding; or a `StepSizes`, from which each read computes
+      them again.
     a_NE: float32 decay rates <= 0.
     x_BTE: inputs.
     b_BTN: input maps.
-    resets_BT: bool, clears the state before a token; None never does.
+    resets_BT: bool, true where the state is cleared before the token; None means never.
     initial_BNE: float32 state before the first token; None means zero.
-    chunk: tokens a chunk; 0 takes the implementation's own.
+    chunk: tokens per chunk; 0 means the implementation's default.
   """
 
   dt: Array | StepSizes
@@ -53,11 +53,11 @@ class DiagonalSequence:
     return jnp.zeros((self.x_BTE.shape[0], *self.a_NE.shape), jnp.float32)
 
   def _scan(self, c_BTN: Array) -> tuple[Array, Array]:
-    """y_BTE and the state after the last token, h_BNE; float32."""
+    """Computes the read y_BTE and the state after the last token, h_BNE; float32."""
     raise NotImplementedError
 
   def after_last(self) -> Array:
-    """Computes the state after the last token alone, h_BNE."""
+    """Computes the state after the last token, h_BNE, without any read."""
     return associative_scan(
         self.dt_BTE(), self.a_NE, self.x_BTE, self.b_BTN, None, self.resets_BT,
         self.before_first(), chunk=self.chunk,
@@ -96,7 +96,7 @@ class DiagonalSequence:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AssociativeDiagonal(DiagonalSequence):
-  """By `jax.lax.associative_scan` inside rematerialised chunks."""
+  """Runs `jax.lax.associative_scan` inside rematerialised chunks."""
 
   def _scan(self, c_BTN: Array) -> tuple[Array, Array]:
     return associative_scan(
@@ -108,7 +108,7 @@ class AssociativeDiagonal(DiagonalSequence):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RecurrentDiagonal(DiagonalSequence):
-  """Token by token, by `jax.lax.scan` inside rematerialised chunks."""
+  """Runs token by token, with `jax.lax.scan` inside rematerialised chunks."""
 
   def _scan(self, c_BTN: Array) -> tuple[Array, Array]:
     return token_by_token(

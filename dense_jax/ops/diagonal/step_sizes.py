@@ -1,4 +1,4 @@
-"""Step sizes of the selective recurrence, kept as what they are made from."""
+"""Step sizes of the selective recurrence in low-rank form."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from dense_jax.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepSizes:
-  """dt = softplus(low W + bias), as what it is made from: R numbers a token, not E.
+  """Step sizes dt = softplus(low W + bias), stored as `low`: R numbers per token instead of E.
 
   Attributes:
-    low_BTR: the low-rank step sizes; in decoding low_BR.
+    low_BTR: the input of the low-rank map, in the model's dtype; in decoding low_BR.
     kernel_RE: float32 map W.
-    bias_E: float32.
+    bias_E: float32 bias.
     valid_BT: bool, false where dt is zero (padding); None means all true.
-    matmul: the product, `matmul` or one that suits the platform.
+    matmul: `matmul`, or an equivalent for the platform.
   """
 
   low_BTR: Array
@@ -33,7 +33,7 @@ class StepSizes:
   )
 
   def dt(self) -> Array:
-    """Computes dt_BTE, float32."""
+    """Computes dt_BTE (in decoding dt_BE), float32."""
     dt = self.matmul(self.low_BTR, self.kernel_RE).astype(jnp.float32)
     dt = jax.nn.softplus(dt + spread(self.bias_E, dt))
     return dt if self.valid_BT is None else jnp.where(self.valid_BT[..., None], dt, 0)

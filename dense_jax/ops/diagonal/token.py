@@ -1,4 +1,4 @@
-"""A diagonal state at one token of decoding, as a recurrence."""
+"""The recurrence with a diagonal state at one token of decoding."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -37,5 +37,5 @@ class DiagonalToken:
     return jnp.swapaxes(self.h_BNE, 1, 2)
 
   def plus(self, h: Array) -> Self:
-    """See `TokenRecurrence`."""
+    """See `TokenRecurrence`: h_BEN."""
     return dataclasses.replace(self, h_BNE=self.h_BNE + jnp.swapaxes(h, 1, 2))

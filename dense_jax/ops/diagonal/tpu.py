@@ -2,11 +2,11 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = sum over sources of g_t (C_t h_t)
 
-States live in VMEM: the forward pass that will be differentiated writes only those before
-each chunk to memory, and the backward kernel makes the others of a chunk again. Chunks of
-one row are visited one after another; within a chunk, tiles of E. So B and C are fetched
-once a chunk, their gradients (sums over E) are complete when the chunk is left, and the
-states of all of E (N x E numbers a source) wait in scratch memory for the next chunk.
+States stay in VMEM. Under differentiation, the forward pass writes only the state before each
+chunk to HBM, and the backward kernel recomputes the others. The grid visits the chunks of a row
+one after the other and, within a chunk, the tiles of E. So B and C are fetched once per chunk,
+their gradients (sums over E) are complete at the chunk's end, and the states of all channels
+(N x E numbers per source) stay in scratch memory until the next chunk.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from dense_jax.ops.diagonal.tpu_kernels import (
 )
 from dense_jax.types import Array, PyTree
 
-# Channels of a tile are a multiple of a register's lanes. With N = 16 a state of 256 is 4 of
-# the 64 registers: three sources' states stay in registers across tokens.
+# The channels of a tile are a multiple of a register's lanes. With N = 16, a state of 256 channels
+# takes 4 of the 64 registers, so three sources' states stay in registers across tokens.
 LANES = 128
 TILE = 256
-# What the backward kernel's blocks may fill of the 16 MB that the compiler grants by default.
+# Limit of the backward kernel's blocks, out of the 16 MB that the compiler grants by default.
 # At N = 16 it allows chunks of 128 tokens for two sources, of 64 for three.
 VMEM_BYTES = 8 * 2**20
-# Longer chunks save no memory worth having: at 128 the saved states are 1/8 of dt, N = 16.
+# Longer chunks would save little memory: at 128 and N = 16 the saved states are 1/8 of dt.
 MAX_CHUNK = 128
 
 
@@ -47,17 +47,17 @@ def selective_reads(
     chunk: int = 0,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-  """The sum of gated reads of selective recurrences (arXiv 2312.00752, equation 2a).
+  """Computes the sum of gated reads of selective recurrences (arXiv 2312.00752, equation 2a).
 
-  Differentiable by every array of every source; gradients have their inputs' dtypes, and
-  all sums are float32.
+  Differentiable in every array of every source. Each gradient has its input's dtype, and all
+  sums are float32.
 
   Args:
-    sources: the recurrences, all of the same B, T and E, and of one N; at least one.
-    resets_BT: bool, clears all states before a token; None never does.
+    sources: the recurrences, at least one, all with the same B, T, E and N.
+    resets_BT: bool, true where all states are cleared before the token; None means never.
     chunk: tokens between the states that are kept for the backward pass, rounded up to a
-      multiple of 16; 0 takes what VMEM has room for.
-    interpret: runs the kernels without a TPU, for tests.
+      multiple of 16; 0 means the longest chunk that fits VMEM.
+    interpret: true to run the kernels without a TPU, for tests.
 
   Returns:
     y_BTE, the sum over sources of gate (C h), and final_BNE, the first source's state after
@@ -85,7 +85,7 @@ def selective_reads(
 
 
 def _pad(source: Diagonal, chunk: int) -> Diagonal:
-  """Fills the last chunk with tokens of dt = 0, and the last tile with channels of zeros."""
+  """Pads the last chunk with tokens of dt = 0, and the last tile with channels of zeros."""
   extra = -source.a_NE.shape[1] % LANES
 
   def lanes(x: Array) -> Array:
@@ -103,24 +103,24 @@ def _pad(source: Diagonal, chunk: int) -> Diagonal:
 
 
 def _default_chunk(sources: Sequence[Diagonal]) -> int:
-  """The longest chunk, in tokens, with which the backward kernel fills VMEM_BYTES at most."""
+  """Returns the longest chunk, in tokens, with which the backward kernel fits VMEM_BYTES."""
   state_size, width = sources[0].a_NE.shape
   state_rows = state_size + -state_size % 8
   state_lanes = state_size + -state_size % LANES
-  # float32 numbers a token. Of each source dt, x, gate, B, C and their gradients; dy and resets.
+  # float32 numbers per token: each source's dt, x, gate, B, C and their gradients; dy, resets.
   moving = len(sources) * (6 * TILE + 4 * state_lanes) + TILE + LANES
-  # What moves is there twice, for the next block comes while this one is computed with.
+  # Streamed blocks are double-buffered.
   token = 4 * (2 * moving + state_rows * TILE)
   waiting = 4 * len(sources) * 2 * state_rows * width
   chunk = MAX_CHUNK
   while chunk > GROUP and waiting + chunk * token > VMEM_BYTES:
-    chunk //= 2  # A power of two divides most lengths, which then need no padding.
+    chunk //= 2  # Most lengths are multiples of a power of two and then need no padding.
   return chunk
 
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-  """The points at which a kernel runs: rows, chunks, tiles; and the arrays' blocks there."""
+  """The grid of a kernel (rows, chunks, tiles), and the blocks of arrays at each point."""
 
   batch: int
   chunks: int
@@ -129,17 +129,17 @@ class _Grid:
   tiles: int
   tile: int
   reverse: bool
-  """Whether the last chunk comes first."""
+  """True if the last chunk is visited first."""
 
   @classmethod
   def of(cls, source: Diagonal, chunk: int, *, reverse: bool = False) -> Self:
-    """The grid of padded arrays."""
+    """Returns the grid for padded arrays."""
     batch, time, width = source.x_BTE.shape
     tile = TILE if width % TILE == 0 else LANES
     return cls(batch, time // chunk, chunk, source.a_NE.shape[0], width // tile, tile, reverse)
 
   def _block(self, shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> Any:
-    """`index(b, g, e)` says which block is the one of a row, a chunk of its tokens, a tile."""
+    """Makes a block spec; `index(b, g, e)` is the block's index for a row, a chunk and a tile."""
 
     def of_point(b: Array, g: Array, e: Array) -> tuple[Any, ...]:
       return index(b, self.chunks - 1 - g if self.reverse else g, e)
@@ -147,22 +147,23 @@ class _Grid:
     return pl.BlockSpec(shape, of_point)
 
   def channels(self) -> Any:
-    """Blocks of an array BTE."""
+    """Returns the block spec of an array [B, T, E]."""
     return self._block((None, self.chunk, self.tile), lambda b, g, e: (b, g, e))
 
   def tokens(self, size: int) -> Any:
-    """Blocks of an array [B, T, size], the same at all tiles."""
+    """Returns the block spec of an array [B, T, size], the same at all tiles."""
     return self._block((None, self.chunk, size), lambda b, g, e: (b, g, 0))
 
   def states(self) -> Any:
-    """Blocks of an array BGNE."""
+    """Returns the block spec of an array [B, G, N, E]."""
     shape = (None, None, self.state_size, self.tile)
     return self._block(shape, lambda b, g, e: (b, g, 0, e))
 
   def row_states(self, *, before: bool) -> Any:
-    """Blocks of an array BNE that has to do with the state before a row, or after it.
+    """Returns the block spec of an array [B, N, E] of states before a row, or after it.
 
-    Everywhere but at the row's own border the index stays as it is, so nothing is moved.
+    The index changes only at the row's first chunk (or last, if not `before`), so that no block
+    is moved elsewhere.
     """
     border = 0 if before else self.chunks - 1
     first = border == (self.chunks - 1 if self.reverse else 0)
@@ -171,11 +172,11 @@ class _Grid:
     return self._block(shape, lambda b, g, e: (b, 0, jnp.where(g == border, e, elsewhere)))
 
   def rates(self) -> Any:
-    """Blocks of an array NE."""
+    """Returns the block spec of an array [N, E]."""
     return self._block((self.state_size, self.tile), lambda b, g, e: (0, e))
 
   def recurrence(self, source: Diagonal) -> Any:
-    """Blocks of a recurrence's inputs."""
+    """Returns the block specs of a recurrence's inputs."""
     blocks: Any = Diagonal
     return blocks(
         dt_BTE=self.channels(),
@@ -188,7 +189,7 @@ class _Grid:
     )
 
   def waiting(self, sources: int) -> Any:
-    """Scratch memory for a state of each tile."""
+    """Returns scratch memory for the state of each source and tile."""
     return pltpu.VMEM((sources, self.tiles, self.state_size, self.tile), jnp.float32)
 
   def call(
@@ -200,15 +201,15 @@ class _Grid:
       cost: tuple[int, int],
       interpret: bool,
   ) -> PyTree:
-    """Runs a kernel, whose arguments are inputs, outputs and scratch memory.
+    """Runs a kernel at each point of the grid.
 
     Args:
-      kernel: what is done at each point.
-      inputs: arrays and their blocks.
-      outputs: shapes and their blocks.
-      scratch: memory that is the kernel's own.
-      cost: floating-point operations and exponentials, all in all.
-      interpret: runs without a TPU.
+      kernel: takes references to the inputs, the outputs and the scratch memory.
+      inputs: pairs of arrays and their block specs.
+      outputs: pairs of shapes and their block specs.
+      scratch: the kernel's scratch memory.
+      cost: total floating-point operations and exponentials.
+      interpret: true to run without a TPU.
 
     Returns:
       The outputs.
@@ -240,7 +241,7 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _numbers(sources: tuple[Diagonal, ...]) -> int:
-  """How many numbers the states of all tokens of all sources would be."""
+  """Returns the size of the states of all tokens and sources, S B T N E, for cost estimates."""
   return len(sources) * sources[0].x_BTE.size * sources[0].a_NE.shape[0]
 
 
@@ -261,11 +262,11 @@ def _forward(
     *,
     save: bool,
 ) -> tuple[Array, Array, tuple[Array, ...]]:
-  """y_BTE, final_BNE, and, if `save`, each source's states before chunks, BGNE."""
+  """Computes y_BTE, final_BNE and, if `save`, each source's states before chunks [B, G, N, E]."""
   grid = _Grid.of(sources[0], chunk)
   batch, time, width = sources[0].x_BTE.shape
   size, saved = grid.state_size, len(sources) if save else 0
-  # A step is four operations on a number of the state, a read two.
+  # For each number of the state, a step takes four operations and a read two.
   numbers = _numbers(sources)
   return grid.call(
       forward_kernel,
@@ -305,7 +306,7 @@ def _reads_backward(
   size = grid.state_size
 
   def shapes(source: Diagonal) -> Any:
-    # Sums over tokens or channels are float32 until they are complete.
+    # Sums over tokens or channels are float32 until complete.
     shape: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source)
     return dataclasses.replace(
         shape,
@@ -332,7 +333,7 @@ def _reads_backward(
           grid.waiting(len(sources)),
           grid.waiting(len(sources)),
       ],
-      # The steps again, their decays once more, and the adjoint's 16 operations.
+      # The steps and their decays are recomputed; the adjoint takes 16 operations.
       (21 * numbers, 2 * numbers),
       interpret,
   )

@@ -1,7 +1,8 @@
-"""What the selective kernels do at one chunk of tokens and one tile of channels.
+"""Selective kernels, each for one chunk of tokens and one tile of channels.
 
-Here C is the tokens of one group, E the channels of one tile, and the fields of a `Diagonal`
-are blocks of the arrays that they name: references, which are read and written by index.
+In this file C is the tokens of one group (of GROUP tokens), E the channels of one tile, and the
+fields of a `Diagonal` are references to blocks of the arrays that they name, read and written by
+index.
 """
 
 import dataclasses
@@ -14,25 +15,25 @@ from jax.experimental import pallas as pl
 
 from dense_jax.types import Array
 
-# Tokens whose steps are unrolled: the rows of a bfloat16 tile, so that blocks are aligned.
+# Tokens whose steps are unrolled together: the rows of a bfloat16 tile, to keep blocks aligned.
 GROUP = 16
 
 Ref: TypeAlias = Any
-"""A block in memory, of Pallas' own type."""
+"""A Pallas reference to a block in memory."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Diagonal:
-  """One recurrence and the question that it is asked.
+  """One selective recurrence, with the query and gate of its read.
 
   Attributes:
-    dt_BTE: step sizes >= 0, float32 or bfloat16; zero leaves the state as it is.
+    dt_BTE: step sizes >= 0, float32 or bfloat16; zero leaves the state unchanged.
     a_NE: float32 decay rates <= 0.
     x_BTE: inputs, float32 or bfloat16.
     b_BTN: input maps, float32 or bfloat16.
     c_BTN: queries, float32 or bfloat16.
-    gate_BTE: factors of the read, float32 or bfloat16; None is one.
+    gate_BTE: factors of the read, float32 or bfloat16; None means 1.
     initial_BNE: float32 state before the first token.
   """
 
@@ -46,7 +47,7 @@ class Diagonal:
 
 
 class _Tokens(NamedTuple):
-  """A group of tokens of one source, float32. Maps are columns, so that they face N."""
+  """A group of tokens of one source, float32. B and C are transposed: a column per token."""
 
   dt_CE: Array
   x_CE: Array
@@ -56,12 +57,12 @@ class _Tokens(NamedTuple):
   keep_CE: Array | None
 
   def decay(self, a_NE: Array, token: int) -> Array:
-    """What the state before the token is multiplied by, decay_NE."""
+    """Returns decay_NE, the factor of the state before the token."""
     decay_NE = jnp.exp(_row(self.dt_CE, token) * a_NE)
     return decay_NE if self.keep_CE is None else decay_NE * _row(self.keep_CE, token)
 
   def step(self, a_NE: Array, h_NE: Array, token: int) -> Array:
-    """The state after the token, h_NE."""
+    """Returns h_NE, the state after the token."""
     u_NE = _row(self.u_CE, token) * _column(self.b_NC, token)
     return self.decay(a_NE, token) * h_NE + u_NE
 
@@ -75,7 +76,7 @@ def _column(x_NC: Array, token: int) -> Array:
 
 
 def _rows(group: Array) -> Any:
-  """The slice of a chunk's rows that a group is; Mosaic must see that it is aligned."""
+  """Returns a group's slice of a chunk's rows, marked as aligned for Mosaic."""
   return pl.ds(pl.multiple_of(group * GROUP, GROUP), GROUP)
 
 
@@ -107,9 +108,15 @@ def forward_kernel(
     before: tuple[Ref, ...],
     states: Ref,
 ) -> None:
-  """One chunk and tile. All but the first two arguments are written.
+  """Computes the sum of gated reads of one chunk and tile.
 
-  `states` [S, tiles, N, E] holds what the chunk before this one left behind.
+  Args:
+    sources: the recurrences.
+    keep: 1, or 0 where the state is cleared before the token, [tokens, 1]; None means no resets.
+    y: the sum of gated reads, an output.
+    final: the first source's state after the chunk, an output.
+    before: each source's state before the chunk, outputs; empty if not saved.
+    states: scratch [S, tiles, N, E], the states between chunks.
   """
   chunk, tile = pl.program_id(1), pl.program_id(2)
 
@@ -156,10 +163,18 @@ def backward_kernel(
     carry: Ref,
     da: Ref,
 ) -> None:
-  """One chunk and tile, the last chunk first. The last four arguments are written.
+  """Computes the gradients of one chunk and tile; chunks are visited in reverse.
 
-  `states` [tokens + 1, N, E] are a chunk's, the one before it first. `carry` and `da`
-  [S, tiles, N, E] are the gradients, by the chunks so far, of the state before them and of A.
+  Args:
+    sources: the recurrences.
+    keep: as in `forward_kernel`.
+    before: each source's state before the chunk.
+    dy: the gradient of the sum of reads.
+    dfinal: the gradient of the first source's last state.
+    gradients: the sources' gradients, outputs.
+    states: scratch [tokens + 1, N, E], a chunk's states after the one before it.
+    carry: scratch [S, tiles, N, E], the gradient of the state before the chunks done so far.
+    da: scratch [S, tiles, N, E], the gradient of A from the chunks done so far.
   """
   chunk, tile = pl.program_id(1), pl.program_id(2)
 
@@ -187,7 +202,7 @@ def backward_kernel(
 
 
 def _make_states(source: Diagonal, keep: Ref, states: Ref) -> None:
-  """Fills `states` [tokens + 1, N, E] from the first on."""
+  """Fills `states` [tokens + 1, N, E], of which the first is given."""
   a_NE = source.a_NE[...]
 
   def group(number: Array, h_NE: Array) -> Array:
@@ -209,10 +224,10 @@ def _adjoint(
     carry_NE: Array,
     da_NE: Array,
 ) -> tuple[Array, Array]:
-  """Runs one source's chunk backwards, and writes the gradients of its tokens.
+  """Runs one source's chunk in reverse, and writes the gradients of its tokens.
 
   Returns:
-    The gradients of the state before the chunk and of A, the latter added to `da_NE`.
+    The gradient of the state before the chunk, and `da_NE` plus the chunk's gradient of A.
   """
   groups = source.x_BTE.shape[0] // GROUP
   a_NE = source.a_NE[...]
@@ -238,7 +253,7 @@ def _adjoint(
       du.append(jnp.sum(dh_NE * b_N1, axis=0, keepdims=True))
       carry_NE = dh_NE * tokens.decay(a_NE, token)
       h_NE = states[number * GROUP + token]
-      dlog_NE = carry_NE * h_NE  # By dt A, the logarithm of the decay.
+      dlog_NE = carry_NE * h_NE  # The gradient with respect to dt A, the log decay.
       ddecay.append(jnp.sum(dlog_NE * a_NE, axis=0, keepdims=True))
       da_NE += dlog_NE * _row(tokens.dt_CE, token)
 

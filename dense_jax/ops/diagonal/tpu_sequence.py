@@ -1,4 +1,4 @@
-"""Diagonal states by TPU kernels: a layer's recurrence and its sources' in one pass."""
+"""Diagonal states by TPU kernels: a layer's own and its sources' reads in one pass over memory."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from dense_jax.types import WIDTH_AXIS, Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KernelDiagonal(DiagonalSequence):
-  """By the kernels of `dense_jax.ops.diagonal.tpu`, compiled for a TPU."""
+  """Runs the kernels of `dense_jax.ops.diagonal.tpu`, compiled for a TPU."""
 
   interpret: ClassVar[bool] = False
 
@@ -27,7 +27,11 @@ class KernelDiagonal(DiagonalSequence):
     return self.run(c_BTN)
 
   def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`; one kernel answers all queries of states that kernels can read."""
+    """See `Recurrence`: c_BTN -> y_BTE, h_BNE.
+
+    One kernel computes the own read and all `reads`, if each of those reads a `KernelDiagonal`
+    without a function; otherwise they are added one after the other.
+    """
     joint = all(isinstance(r.recurrence, KernelDiagonal) and r.function is None for r in reads)
     sources = [self._asked(query, None)]
     for read in reads if joint else ():
@@ -40,7 +44,7 @@ class KernelDiagonal(DiagonalSequence):
     return y_BTE if joint else add_reads(y_BTE, reads), final_BNE
 
   def _asked(self, c_BTN: Array, gate: Array | None) -> Diagonal:
-    """This recurrence and a question, as the kernel takes them."""
+    """Returns this recurrence with a query and a gate, as the kernel's input."""
     if gate is not None:
       gate = gate.astype(jnp.float32).reshape(self.x_BTE.shape)
     return Diagonal(
@@ -51,13 +55,13 @@ class KernelDiagonal(DiagonalSequence):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InterpretedDiagonal(KernelDiagonal):
-  """By the same kernels, interpreted: slow, on any platform."""
+  """Runs the same kernels interpreted: slow, on any platform."""
 
   interpret: ClassVar[bool] = True
 
 
 def _specs(source: Diagonal, width: int) -> Diagonal:
-  """How a mesh splits a source's arrays."""
+  """Returns the source with specs for its arrays; `width` is unused."""
   del width
   channels = partition.by_row(None, WIDTH_AXIS)
   return dataclasses.replace(

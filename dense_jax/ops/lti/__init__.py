@@ -1,6 +1,5 @@
-"""Time-invariant systems, one a channel: S4 and S4D.
+"""Linear time-invariant systems, one per channel: S4 and S4D.
 
-`reference.py` is the specification, `sequence.py` and `token.py` are the recurrences that layers
-make by `form.py`, and the other files are what they run; `tpu*.py` and `cpu.py` are for those
-platforms only.
+`reference.py` is the specification. Layers make recurrences through `form.py`; `sequence.py` and
+`token.py` hold their classes, and the other files the computations that they run.
 """

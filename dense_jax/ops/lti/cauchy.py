@@ -4,9 +4,11 @@ The discrete system's generating function at z = exp(-i theta), through the bili
 
     sum_j z^j c A^j b  =  exp(i theta / 2) dt / 2  c [i sin - cos dt / 2 A]^-1 B
 
-with sin and cos of theta / 2. (The usual factor tan(theta / 2) is this divided by cos; it
-has no value at theta = pi, this has.) The resolvent of A = Lambda - 2 p p^T follows from
-that of Lambda, which is a sum over conjugate pairs (arXiv 2111.00396, section 3.3).
+with sin and cos of theta / 2. (The usual formula, with tan(theta / 2), is this one divided by cos,
+and is undefined at theta = pi.) The resolvent of A = Lambda - 2 p p^T follows from that of Lambda,
+which is a sum over conjugate pairs (arXiv 2111.00396, section 3.3).
+
+Letters of this file alone: F frequencies in a block, Q rows of weights (8), S sine and cosine (2).
 """
 
 import functools
@@ -17,26 +19,31 @@ import numpy as np
 
 from dense_jax.types import Array
 
-# Frequencies a block: 1 / N of what they would take at once is held, in both directions.
+# Frequencies per block. Blocks bound the memory of [E, M, F] arrays, forward and backward.
 _BLOCK = 64
 
 
 def _block(
     w_re_EM: Array, w_im_EM: Array, weights_EQM: Array, dt_E: Array, angles_SF: Array
 ) -> tuple[Array, Array]:
-  """The transfer function's real and imaginary part, each [E, F], at one block of angles.
+  """Computes the transfer function's real and imaginary part, each [E, F], at a block of angles.
 
-  `weights` are 8 rows: for each of the products (c, b), (c, p), (p, b), (p, p) the even and
-  the odd weight of every pair.
+  Args:
+    w_re_EM: dt / 2 times the real part of the continuous eigenvalues.
+    w_im_EM: dt / 2 times their imaginary part.
+    weights_EQM: for each of the products (c, b), (c, p), (p, b), (p, p), the even and the odd
+      weight of every pair.
+    dt_E: step sizes.
+    angles_SF: sine and cosine of theta / 2.
   """
   sin, cos = angles_SF[0][None, None], angles_SF[1][None, None]
   re, im = cos * w_re_EM[..., None], cos * w_im_EM[..., None]
-  # The pair's determinant, (i sin - cos w)(i sin - cos w*), from factors that keep their
-  # precision at a resonance, where sin is about cos Im w.
+  # The pair's determinant, (i sin - cos w)(i sin - cos w*), from factors that stay accurate at a
+  # resonance, where sin is about cos Im w.
   square = re * re
   below, above = im - sin, im + sin
   det_re, det_im = square + below * above, -2 * sin * re
-  # Two reciprocals: the gradient of one would square a product that is near overflow.
+  # Two reciprocals, because the gradient of a single one would square a product near overflow.
   scale = 1 / (square + below * below) * (1 / (square + above * above))
   inverse_EM2F = jnp.stack([det_re * scale, det_im * scale], axis=2)
   batch, pairs = w_re_EM.shape
@@ -71,17 +78,17 @@ def truncated_kernel(
     c_NE: Array,
     length: int,
 ) -> Array:
-  """The inverse transform of the bilinear system's transfer function at `length` roots of unity.
+  """Inverts the bilinear system's transfer function, sampled at `length` roots of unity.
 
   Args:
     a_re_ME: float32 real part of the continuous eigenvalues, < 0.
     a_im_ME: float32 imaginary part.
     p_NE: float32 low-rank part.
     b_NE: float32 continuous input map.
-    dt_E: float32 step size > 0.
-    c_NE: float32 query. With (I - A^length)^T c here, the result is c A^j b itself; with c,
-      it is that kernel wrapped around `length`.
-    length: number of roots of unity, and of values.
+    dt_E: float32 step sizes > 0.
+    c_NE: float32 query. Given (I - A^length)^T c, the result is the kernel c A^j b itself; given
+      c, it is that kernel wrapped around `length`.
+    length: the number of roots of unity, and of values.
 
   Returns:
     k_TE, float32.
@@ -89,7 +96,7 @@ def truncated_kernel(
   frequencies = length // 2 + 1
   blocks = -(-frequencies // _BLOCK)
   size = -(-frequencies // blocks)
-  # Beyond the last frequency there is only padding, and any angle will do.
+  # Beyond the last frequency there is only padding, for which any angle is valid.
   half_F = np.minimum(np.arange(blocks * size) / length, 0.5) * np.pi
   waves = np.stack([np.sin(half_F), np.cos(half_F)]).reshape(2, blocks, size)
   angles = jnp.asarray(np.moveaxis(waves, 1, 0), jnp.float32)
@@ -105,7 +112,7 @@ def truncated_kernel(
   rows = [*weights(c_NE, b_NE), *weights(c_NE, p_NE), *weights(p_NE, b_NE), *weights(p_NE, p_NE)]
   weights_EQM = jnp.moveaxis(jnp.stack(rows), 2, 0)
   block = functools.partial(_block, w_re_ME.T, w_im_ME.T, weights_EQM, dt_E)
-  # [E, M, F] is made again for the gradient, block by block.
+  # The backward pass recomputes [E, M, F], block by block.
   re, im = jax.lax.map(jax.checkpoint(block, prevent_cse=False), angles)
   re_EF, im_EF = (jnp.moveaxis(part, 0, 1).reshape(dt_E.shape[0], -1) for part in (re, im))
   spectrum = jax.lax.complex(re_EF[:, :frequencies], im_EF[:, :frequencies])

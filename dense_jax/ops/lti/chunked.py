@@ -1,7 +1,10 @@
 """Time-invariant systems by chunks, float32: exact with documents and carried states.
 
-In two parts, as `dense_jax.ops.matrix.chunked`: `lti_chunk_states` finds the state before each
-chunk, `lti_chunk_read` answers any query from those and the tokens inside the chunk.
+In two functions, as in `dense_jax.ops.matrix.chunked`: `lti_chunk_states` computes the state
+before each chunk, and `lti_chunk_read` answers any query from those states and the tokens inside
+each chunk.
+
+Letter of this file alone: Q query positions in a chunk, C then being key positions.
 """
 
 import chex
@@ -13,9 +16,9 @@ from dense_jax.ops.lti.system import System
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array
 
-# Tokens a chunk. Measured with one layer, forward and backward, on two CPU cores that had
+# Tokens per chunk. Measured with one layer, forward and backward, on two CPU cores that had
 # other work too (8 x 256 tokens, E 256, N 64): S4D takes 0.09 s at 16, 0.10 at 32 and 0.15 at
-# 64, S4 0.10, 0.10 and 0.17; documents change little. States kept shrink with 1 / C.
+# 64, S4 0.10, 0.10 and 0.17; documents change little. The number of kept states falls with 1 / C.
 DEFAULT_CHUNK = 32
 
 
@@ -37,11 +40,11 @@ def lti_chunk_states(
   Args:
     system: the discretised systems.
     x_BTE: inputs.
-    resets_BT: bool, clears the state before a token; None never does.
-    valid_BT: bool, false at padding, which may only follow a row's last token; None means
-      that there is none.
+    resets_BT: bool, true where the state is cleared before the token; None means never.
+    valid_BT: bool, false at padding, which may only follow a row's last token; None means no
+      padding.
     initial_BNE: float32 state before the first token.
-    chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
+    chunk: tokens per chunk; 0 means DEFAULT_CHUNK.
 
   Returns:
     before_BGNE, the state before each chunk, and final_BNE, the state after each row's last
@@ -77,7 +80,8 @@ def lti_chunk_states(
   if valid_BT is None and time % chunk == 0:
     return before_BGNE, final_BNE
 
-  # A step does not stop at padding: each row is finished inside the chunk where it ends.
+  # Padding would advance the state, so each row's last state is computed again, token by token
+  # inside the chunk in which the row ends.
   if valid_BT is None:
     lengths_B = jnp.full(batch, time)
   else:
@@ -94,9 +98,9 @@ def lti_chunk_states(
 
 
 def _toeplitz(k_CE: Array) -> Array:
-  """k[q - c] at [e, c, q], zero where q < c."""
+  """Returns the Toeplitz matrices [E, C, Q] with k[q - c] at [e, c, q], zero where q < c."""
   chunk = k_CE.shape[0]
-  # Rows of 2 C - 1 out of copies of 2 C: each begins one further left than the one before.
+  # Copies of length 2 C, cut into rows of 2 C - 1: each row is shifted by one more position.
   copies = jnp.tile(jnp.pad(k_CE.T, ((0, 0), (0, chunk))), (1, chunk))
   skewed = copies[:, : chunk * (2 * chunk - 1)].reshape(-1, chunk, 2 * chunk - 1)
   return skewed[:, :, :chunk]
@@ -104,12 +108,12 @@ def _toeplitz(k_CE: Array) -> Array:
 
 @jax.custom_vjp
 def _by_document(k_ECQ: Array, x_EBGC: Array, count_BGC: Array) -> Array:
-  """sum over c of k_ECQ x_EBGC, for c in q's document only, [E, B, G, Q].
+  """Computes the sum over c of k_ECQ x_EBGC, for c in q's document only, [E, B, G, Q].
 
-  As many matmuls as the fullest chunk has documents, mostly two to four. Forward and
-  backward that is 6 ms of DEFAULT_CHUNK's measurement; a masked sum over the lags takes 28,
-  and 17 where there are no documents and one matmul takes 2. The loop's length is data, so
-  the gradient is a loop written out here.
+  Runs one matmul for each document of the fullest chunk, mostly two to four. Forward and
+  backward, that is 6 ms of the measurement at DEFAULT_CHUNK. A masked sum over the lags takes
+  28 ms (without documents 17 ms, where one matmul takes 2 ms). The loop's length depends on
+  data, which JAX cannot differentiate in reverse, so the gradient is defined below.
   """
 
   def body(document: Array, y_EBGQ: Array) -> Array:
@@ -145,7 +149,7 @@ _by_document.defvjp(_by_document_forward, _by_document_backward)
 
 
 def _inside(k_CE: Array, x_BGCE: Array, count_BGC: Array | None) -> Array:
-  """What each token reads of those before it in its chunk and document, and of itself."""
+  """Computes each token's read of itself and of earlier tokens of its chunk and document."""
   k_ECQ, x_EBGC = _toeplitz(k_CE), jnp.moveaxis(x_BGCE, 3, 0)
   if count_BGC is None:
     y_EBGQ = _contract("ebgc,ecq->ebgq", x_EBGC, k_ECQ)
@@ -165,7 +169,8 @@ def lti_chunk_read(
 ) -> Array:
   """Computes y_BTE = c h_t, float32, from the states between chunks.
 
-  The arguments are those of `lti_chunk_states`; values at padding mean nothing.
+  c_EN are the queries, one per channel; the other arguments are those of `lti_chunk_states`.
+  Values at padding are undefined.
   """
   batch, time, width = x_BTE.shape
   chunk = chunk_length(chunk, DEFAULT_CHUNK, time)

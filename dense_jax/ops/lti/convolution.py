@@ -1,6 +1,7 @@
 """Time-invariant systems as convolutions by FFT, float32.
 
-A convolution reads one query over whole rows that are one document and begin without a state.
+A convolution computes the read of one query, over rows that are each one document and begin
+without a carried state.
 """
 
 import chex
@@ -11,7 +12,7 @@ from dense_jax.types import Array
 
 
 def fft_length(minimum: int) -> int:
-  """The shortest length of at least `minimum` that has no prime factor above 5."""
+  """Returns the shortest length of at least `minimum` that has no prime factor above 5."""
   length = minimum
   while True:
     rest = length
@@ -24,22 +25,22 @@ def fft_length(minimum: int) -> int:
 
 
 def _spectrum(x_BTE: Array, length: int) -> tuple[Array, Array]:
-  """Real and imaginary part of the zero-padded transform over time, [B, E, F]."""
+  """Returns the real and imaginary part of the zero-padded transform over time, [B, E, F]."""
   spectrum = jnp.fft.rfft(jnp.swapaxes(x_BTE, 1, 2).astype(jnp.float32), n=length)
   return spectrum.real, spectrum.imag
 
 
 def _signal(re: Array, im: Array, length: int, time: int) -> Array:
-  """The inverse of `_spectrum`, cut to `time`."""
+  """Inverts `_spectrum`, cut to `time` tokens."""
   return jnp.swapaxes(jnp.fft.irfft(jax.lax.complex(re, im), n=length)[..., :time], 1, 2)
 
 
 @jax.custom_vjp
 def fft_convolution(x_BTE: Array, k_TE: Array) -> Array:
-  """y_t = sum over j <= t of k_j x_{t-j}, float32.
+  """Computes y_t = sum over j <= t of k_j x_{t-j}, float32.
 
-  Its gradient transforms x and k again, instead of keeping spectra of twice their padded
-  size, and needs real transforms only.
+  The gradient transforms x and k again instead of keeping their spectra, which would take twice
+  the padded size, and needs real transforms only.
   """
   chex.assert_shape(k_TE, x_BTE.shape[1:])
   time = x_BTE.shape[1]

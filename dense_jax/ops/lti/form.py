@@ -1,4 +1,4 @@
-"""How a layer makes recurrences of time-invariant systems."""
+"""`LtiForm`: makes the recurrences of layers with time-invariant systems."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ class LtiForm:
   """The chosen implementation of time-invariant systems; calling it makes a recurrence.
 
   Attributes:
-    sequence: its class for whole sequences.
-    chunk: tokens a chunk; 0 takes the implementation's own.
+    sequence: the class of recurrences over whole sequences.
+    chunk: tokens per chunk; 0 means the implementation's default.
   """
 
   sequence: type[LtiSequence]
@@ -32,10 +32,11 @@ class LtiForm:
     """Makes a recurrence of a sequence or of one token.
 
     Args:
-      system: the discretised systems.
+      system: the discretised systems, one per channel.
       x: inputs x_BTE or x_BE.
       tokens: the sequence's documents, or the one token.
-      initial_BNE: float32 state before the first token; None means zero (of a sequence).
+      initial_BNE: float32 state before the first token; None means zero, and is not allowed
+        for one token.
     """
     if isinstance(tokens, Token):
       assert initial_BNE is not None
@@ -49,10 +50,10 @@ class LtiForm:
 
 
 def _before_shard(states: LtiSequence) -> Array:
-  """The state before this device's tokens, h_BNE, from those of all devices to the left.
+  """Computes the state before this device's tokens, h_BNE, from the tokens to the left.
 
-  All devices have the same A, a power of the system's matrix: (cleared or not, u) is exchanged.
-  Padding counts as tokens: behind it there are none, and what is read there means nothing.
+  A is a power of the system's matrix on all devices, so that only whether the state is cleared is
+  exchanged in its place. Padding counts as tokens: no tokens follow it, and its reads are unused.
   """
   batch, time, _ = states.x_BTE.shape
   first_BNE = states.before_first()

@@ -1,8 +1,8 @@
-"""A time-invariant recurrence with dense systems as a plain float32 `lax.scan`: the specification.
+"""The time-invariant recurrence with dense matrices as a float32 `lax.scan`: the specification.
 
-The one-step functions are also what decoding runs. Every faster form is tested against this
-file: outputs, final states and gradients. `resets_BT` (bool) clears the state before a token is
-absorbed, and None never does; the initial state is as valid for the gradient as any other input.
+Decoding reads with `lti_read`. Every faster form is tested against this file: outputs, final
+states and gradients, that of the initial state included. `resets_BT` is bool, true where the state
+is cleared before the token; None means never.
 Letters: `dense_jax.types`.
 """
 
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from dense_jax.ops.reference import scan_states
 from dense_jax.types import Array
 
-# Reads are contractions: XLA's CPU backend sums products over N up to 60 times as slowly where
-# B is 1 (E 1024, N 16: 85 us a token against 1.5, two cores).
+# Reads are contractions because XLA's CPU backend computes a sum of products over N up to 60
+# times as slowly if B is 1 (E 1024, N 16: 85 us a token against 1.5, two cores).
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def lti_step(h_BNE: Array, a_ENN: Array, b_EN: Array, x_BE: Array) -> Array:
-  """One step of a time-invariant recurrence, each channel with its own dense system.
+  """Computes one step of a time-invariant recurrence, a dense system per channel.
 
   Args:
     h_BNE: float32 state.
@@ -34,7 +34,7 @@ def lti_step(h_BNE: Array, a_ENN: Array, b_EN: Array, x_BE: Array) -> Array:
 
 
 def lti_read(h_BNE: Array, c_EN: Array) -> Array:
-  """y_BE = sum over N of c h, float32."""
+  """Computes the read y_BE = sum over N of c h, float32."""
   return jnp.einsum("bne,en->be", h_BNE, c_EN.astype(jnp.float32), precision=_HIGHEST)
 
 
@@ -45,7 +45,7 @@ def lti_states(
     resets_BT: Array | None,
     initial_BNE: Array,
 ) -> tuple[Array, Array]:
-  """All states h_BTNE of a time-invariant recurrence, and the last, float32."""
+  """Computes all states h_BTNE of a time-invariant recurrence, and the last, h_BNE; float32."""
 
   def step(h: Array, x_BE: Array) -> Array:
     return lti_step(h, a_ENN, b_EN, x_BE)

@@ -1,4 +1,4 @@
-"""States of time-invariant systems over whole sequences, as recurrences."""
+"""Recurrences of time-invariant systems over whole sequences."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,17 +19,17 @@ from dense_jax.types import Array, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LtiSequence:
-  """States h_BTNE of time-invariant systems, as the systems and their inputs.
+  """States h_BTNE of time-invariant systems, represented by the systems and their inputs.
 
-  The base class of the implementations: each says in `_scan` how one query is answered.
+  The base class of the implementations, which override `_scan`.
 
   Attributes:
-    system: the discretised systems, one a channel.
+    system: the discretised systems, one per channel.
     x_BTE: inputs.
-    resets_BT: bool, clears the state before a token; None never does.
-    valid_BT: bool, false at padding; None means that there is none.
+    resets_BT: bool, true where the state is cleared before the token; None means never.
+    valid_BT: bool, false at padding; None means no padding.
     initial_BNE: float32 state before the first token; None means zero.
-    chunk: tokens a chunk; 0 takes the implementation's own.
+    chunk: tokens per chunk; 0 means the implementation's default.
   """
 
   system: System
@@ -47,7 +47,7 @@ class LtiSequence:
     return jnp.zeros((batch, self.system.b_NE.shape[0], width), jnp.float32)
 
   def _scan(self, c_EN: Array) -> tuple[Array, Array]:
-    """y_BTE and the state after the last token, h_BNE; float32."""
+    """Computes the read y_BTE and the state after the last valid token, h_BNE; float32."""
     raise NotImplementedError
 
   def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
@@ -69,7 +69,7 @@ class LtiSequence:
       self, read: Callable[[Array, PyTree], Array], queries: PyTree
   ) -> tuple[Array, Array]:
     valid_BT = self.valid_BT
-    if valid_BT is None:  # An input of zero does not leave these states as they are.
+    if valid_BT is None:  # `token_scan` needs it: zero inputs change the state.
       valid_BT = jnp.ones(self.x_BTE.shape[:2], bool)
     return token_scan(
         self.system.stepper(), read, self.before_first(), (self.x_BTE,), queries, self.resets_BT,
@@ -87,7 +87,7 @@ class LtiSequence:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RecurrentLti(LtiSequence):
-  """Token by token, by `jax.lax.scan` inside rematerialised chunks."""
+  """Runs token by token, with `jax.lax.scan` inside rematerialised chunks."""
 
   def _scan(self, c_EN: Array) -> tuple[Array, Array]:
     return self._by_token(lambda h_BNE, _: lti_read(h_BNE, c_EN), None)
@@ -96,7 +96,7 @@ class RecurrentLti(LtiSequence):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkedLti(LtiSequence):
-  """By matmuls over chunks."""
+  """Runs matmuls over chunks, and a `jax.lax.scan` over the states between chunks."""
 
   def _scan(self, c_EN: Array) -> tuple[Array, Array]:
     before_BGNE, final_BNE = lti_chunk_states(
@@ -112,11 +112,14 @@ class ChunkedLti(LtiSequence):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConvolvedLti(ChunkedLti):
-  """By convolutions of rows that are one document from its beginning; by chunks of others."""
+  """Runs one convolution by FFT over rows that are one document each, from its beginning.
+
+  Rows that hold several documents or begin with a carried state run as in `ChunkedLti`.
+  """
 
   def _scan(self, c_EN: Array) -> tuple[Array, Array]:
     y_BTE, final_BNE = super()._scan(c_EN)
     if self.initial_BNE is None and self.resets_BT is None:
       kernel_TE = self.system.kernel(c_EN, self.x_BTE.shape[1])
-      y_BTE = fft_convolution(self.x_BTE, kernel_TE)  # The chunks' own read is not computed.
+      y_BTE = fft_convolution(self.x_BTE, kernel_TE)  # XLA drops the unused chunked read.
     return y_BTE, final_BNE

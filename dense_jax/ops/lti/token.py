@@ -1,4 +1,4 @@
-"""The state of time-invariant systems at one token of decoding, as a recurrence."""
+"""The recurrence of time-invariant systems at one token of decoding."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dense_jax.types import Array, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LtiToken:
-  """The state h_BNE, float32, after one token; its query is one for all tokens."""
+  """The state h_BNE, float32, after one token. Queries c_EN are the same for all tokens."""
 
   h_BNE: Array
 
@@ -36,5 +36,5 @@ class LtiToken:
     return jnp.swapaxes(self.h_BNE, 1, 2)
 
   def plus(self, h: Array) -> Self:
-    """See `TokenRecurrence`."""
+    """See `TokenRecurrence`: h_BEN."""
     return dataclasses.replace(self, h_BNE=self.h_BNE + jnp.swapaxes(h, 1, 2))

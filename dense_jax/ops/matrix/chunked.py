@@ -2,15 +2,14 @@
 
     h_t = a_t h_{t-1} + v_t k_t^T        y_t = h_t q_t
 
-In two parts, so that what a deeper layer reads again is paid once. `chunk_states` finds
-the state before each chunk: a matmul a chunk, then a scan over G = T / C chunks.
-`chunk_read` answers any query from those states and the tokens inside the chunk (the
-"chunkwise" form of arXiv 2307.08621, section 2.3). All decays are exponentials of
-differences <= 0 (`log_decay.py` says of what); there is no normalisation by chunk, so every
-chunk length gives the same result.
+This is the "chunkwise" form of arXiv 2307.08621, section 2.3, in two functions. `chunk_states`
+computes the state before each chunk: one matmul per chunk, then a scan over G = T / C chunks.
+`chunk_read` answers any query from those states and the tokens inside each chunk. All decays
+are exponentials of differences <= 0 of summed log decays (see `log_decay.py`). There is no
+normalisation per chunk, so every chunk length gives the same result.
 
-Heads may share keys and queries (arXiv 2405.21060, section 7.2): head h takes those of
-group h // (H / J). What depends on them alone is computed once a group.
+Heads may share keys and queries (arXiv 2405.21060, section 7.2): head h uses those of group
+h // (H / J). Whatever depends on keys and queries alone is computed once per group.
 """
 
 import chex
@@ -21,14 +20,14 @@ from dense_jax.ops.chunks import chunk_length, split_time
 from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay
 from dense_jax.types import Array
 
-# Tokens a chunk. In-chunk work grows with C, states kept with 1 / C.
+# Tokens per chunk. Work inside chunks grows with C, the number of kept states with 1 / C.
 DEFAULT_CHUNK = 128
 
 
 def _cumulative(
     log_decay_BTH: Array, resets_BT: Array | None, chunk: int
 ) -> tuple[LogDecay, Array | None]:
-  """Within each chunk: summed log decay and the number of resets, both inclusive."""
+  """Returns the summed log decay and the number of resets within each chunk, both inclusive."""
   sum_BGCH = summed_log_decay(log_decay_BTH, chunk)
   if resets_BT is None:
     return sum_BGCH, None
@@ -36,7 +35,7 @@ def _cumulative(
 
 
 def _weight(mask: Array | None, log_weight: Array) -> Array:
-  """exp(log_weight) where `mask`, else 0; the masked part has no gradient, nor overflow."""
+  """exp(log_weight) where `mask` is true, else 0, without overflow or gradient there."""
   if mask is None:
     return jnp.exp(log_weight)
   return jnp.exp(jnp.where(mask, log_weight, -jnp.inf))
@@ -66,13 +65,13 @@ def chunk_states(
   """Computes the states between chunks.
 
   Args:
-    k_BTJN: keys.
-    v_BTHP: values, of the keys' dtype.
-    log_decay_BTH: float32, <= 0; its B may be 1 (a decay that all rows share).
-    resets_BT: bool, clears the state before a token; None never does.
+    k_BTJN: keys, zero at padding.
+    v_BTHP: values, in the keys' dtype.
+    log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
+    resets_BT: bool, true where the state is cleared before the token; None means never.
     initial_BHPN: float32 state before the first token.
-    associative: joins chunks by `jax.lax.associative_scan`, not by `jax.lax.scan`.
-    chunk: tokens a chunk; 0 takes DEFAULT_CHUNK.
+    associative: scans chunks by `jax.lax.associative_scan` instead of `jax.lax.scan`.
+    chunk: tokens per chunk; 0 means DEFAULT_CHUNK.
 
   Returns:
     before_BGHPN, the state before each chunk, and final_BHPN; both float32.
@@ -93,8 +92,8 @@ def chunk_states(
     same_document = (count_BGC == count_BGC[:, :, -1:])[..., None]
     carried = (count_BGC[:, :, -1] == 0)[..., None]
   last_BGCH = sum_BGCH[:, :, -1:]
-  # Of the last token all is kept. That is a constant: the two halves of its gradient would
-  # cancel but for rounding, which may be far above the gradients of strong decays.
+  # The last token's weight is 1, a constant. Computed as exp(A_C - A_C), it would have a gradient
+  # of two halves that cancel up to rounding, which may far exceed the gradients of strong decays.
   to_end_BGCH = jnp.pad(last_BGCH.since(sum_BGCH[:, :, :-1]), ((0, 0), (0, 0), (0, 1), (0, 0)))
   to_end_BGCH = _weight(same_document, to_end_BGCH)
   decay_BGH = _weight(carried, last_BGCH.total()[:, :, 0])
@@ -133,7 +132,20 @@ def chunk_read(
     *,
     chunk: int = 0,
 ) -> Array:
-  """y_BTHP = h_t q_t, float32, from the states between chunks (arguments as there)."""
+  """Computes the read y_t = h_t q_t from the states between chunks.
+
+  Args:
+    q_BTJN: queries, in the keys' dtype.
+    k_BTJN: keys; these and the arguments not named here are those of `chunk_states`.
+    v_BTHP: values.
+    log_decay_BTH: float32, <= 0.
+    resets_BT: bool.
+    before_BGHPN: the state before each chunk, from `chunk_states`.
+    chunk: tokens per chunk, the same as there.
+
+  Returns:
+    y_BTHP, float32.
+  """
   batch, time, groups, _ = q_BTJN.shape
   chex.assert_equal_shape([q_BTJN, k_BTJN])
   heads, channels = v_BTHP.shape[2:]
@@ -150,7 +162,7 @@ def chunk_read(
     carried = (count_BGC == 0)[..., None]
   sum_BGHC = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), sum_BGCH)
   log_weight_BGHCC = sum_BGHC[..., :, None].since(sum_BGHC[..., None, :])
-  # A token's weight for itself is a constant too.
+  # A token's weight for itself is the constant 1 too.
   decay_BGHCC = _weight(earlier, log_weight_BGHCC) + jnp.eye(chunk)[None, None, None]
   scores_BGJCC = jnp.einsum(
       "bgcjn,bgsjn->bgjcs", q_BGCJN, k_BGCJN, preferred_element_type=jnp.float32

@@ -8,11 +8,11 @@ from dense_jax.types import Array
 
 
 def cpu_matrix_step(h_BHPN: Array, log_decay_BH: Array, k_BJN: Array, v_BHP: Array) -> Array:
-  """`matrix_step`, with the making of keys and short values kept out of their outer product.
+  """Computes `matrix_step`, with keys and short values computed before their outer product.
 
-  XLA's CPU backend fuses the making of a key into its outer product with the values, and so
-  makes it again for every channel; decoding is up to twice as fast where it cannot. Values
-  longer than keys would cost more than they save.
+  XLA's CPU backend fuses the computation of a key into its outer product with the values, and
+  so repeats it for every channel. Decoding is up to twice as fast without that fusion. Values
+  longer than keys are left alone: for them it would cost more than it saves.
   """
   short = v_BHP.shape[-1] <= k_BJN.shape[-1]
   return matrix_step(
@@ -21,8 +21,8 @@ def cpu_matrix_step(h_BHPN: Array, log_decay_BH: Array, k_BJN: Array, v_BHP: Arr
 
 
 def _computed_once(x: Array) -> Array:
-  """x, exactly, as the result of a contraction with the identity, which is not fused.
+  """Returns x, exactly, as the result of a product with the identity, which XLA does not fuse.
 
-  An `optimization_barrier` does not stop the backend.
+  An `optimization_barrier` does not prevent the fusion.
   """
   return jnp.dot(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=jax.lax.Precision.HIGHEST)

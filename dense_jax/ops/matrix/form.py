@@ -1,4 +1,4 @@
-"""How a layer makes recurrences with matrix states."""
+"""`MatrixForm`: makes the recurrences of layers with matrix states."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class MatrixForm:
   """The chosen implementation of matrix states; calling it makes a recurrence.
 
   Attributes:
-    sequence: its class for whole sequences.
-    step: `matrix_step`, or a function of the same contract that suits the platform.
-    chunk: tokens a chunk; 0 takes the implementation's own.
+    sequence: the class of recurrences over whole sequences.
+    step: `matrix_step`, or an equivalent for the platform.
+    chunk: tokens per chunk; 0 means the implementation's default.
   """
 
   sequence: type[MatrixSequence]
@@ -35,12 +35,13 @@ class MatrixForm:
     """Makes a recurrence of a sequence or of one token.
 
     Args:
-      k: keys k_BTJN (for one token k_BJN); head h takes those of group h // (H / J).
-      v: values v_BTHP or v_BHP, of the keys' dtype.
+      k: keys k_BTJN (for one token k_BJN); head h uses those of group h // (H / J).
+      v: values v_BTHP or v_BHP, in the keys' dtype.
       log_decay: float32, <= 0, log_decay_BTH or log_decay_BH; its B may be 1 (a decay that all
         rows share).
       tokens: the sequence's documents, or the one token.
-      initial_BHPN: float32 state before the first token; None means zero (of a sequence).
+      initial_BHPN: float32 state before the first token; None means zero, and is not allowed
+        for one token.
     """
     if isinstance(tokens, Token):
       assert initial_BHPN is not None
@@ -56,7 +57,7 @@ class MatrixForm:
 
 
 def _before_shard(states: MatrixSequence) -> Array:
-  """The state before this device's tokens, h_BHPN, from those of all devices to the left."""
+  """Computes the state before this device's tokens, h_BHPN, from the tokens to the left."""
   first_BHPN = states.before_first()
   _, u_BHPN = chunk_states(
       states.k_BTJN, states.v_BTHP, states.log_decay_BTH, states.resets_BT,

@@ -1,15 +1,15 @@
-"""Log decays summed inside chunks, such that differences of the sums keep their digits.
+"""Log decays summed inside chunks so that differences of the sums stay accurate.
 
-The decay from token s to token t of a chunk is exp(A_t - A_s), where A sums log decays up to
-and including a token. A float32 sum is rounded to its own size: behind a few tokens that nearly
-clear the state (a Mamba-2 layer's large dt) A is in the hundreds, and the decays between the
-tokens that follow, which may be near 1, would be known to three digits.
+The decay from token s to token t of a chunk is exp(A_t - A_s), where A_t sums the log decays up
+to and including token t. The rounding error of a float32 sum grows with the sum. After a few
+tokens that nearly clear the state (a Mamba-2 layer's large dt), A is in the hundreds, and the
+decays between the tokens that follow, which may be near 1, would have three correct digits.
 
-So each log decay is split into a multiple of a power of two and the rest. Sums of the multiples
-are exact, and sums of the rests are small: a difference of each, added up, is as good as the sum
-of the log decays between the two tokens. This costs a second running sum and one more addition
-an exponent. Sums by sub-blocks of a chunk would keep rounding inside a sub-block, and
-need a case each for tokens of the same sub-block and of different ones.
+So each log decay is split into a multiple of a power of two and a remainder. Sums of the
+multiples are exact, and sums of the remainders are small. The two differences, added, are as
+accurate as the sum of the log decays between the two tokens. This costs a second running sum and
+one more addition per exponent. The alternative, sums by sub-blocks of a chunk, would still round
+inside a sub-block, and needs one case for tokens of the same sub-block and one for others.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from dense_jax.ops.chunks import split_time
 from dense_jax.types import Array
 
-# exp of this is zero in float32, so that smaller log decays (-inf too) can count as this one.
+# exp of this is zero in float32, so smaller log decays (even -inf) are replaced by it.
 FLOOR = -104.0
 _SIGNIFICAND_BITS = 24
 
@@ -33,23 +33,23 @@ class LogDecay:
   """Summed log decays, as the sum of two float32 arrays of one shape.
 
   Attributes:
-    high: a multiple of a power of two, without rounding errors; it has no gradient.
-    low: the rest.
+    high: multiples of a power of two, summed without rounding errors; it has no gradient.
+    low: the remainders, summed.
   """
 
   high: Array
   low: Array
 
   def __getitem__(self, index: Any) -> Self:
-    """The same part of both arrays."""
+    """Indexes both arrays."""
     return type(self)(self.high[index], self.low[index])
 
   def since(self, earlier: Self) -> Array:
-    """This sum less an earlier one, of which the axes may broadcast."""
+    """Returns this sum minus an earlier one, float32; the axes of the two broadcast."""
     return (self.high - earlier.high) + (self.low - earlier.low)
 
   def total(self) -> Array:
-    """The sum itself."""
+    """Returns the sum as one float32 array."""
     return self.high + self.low
 
 
@@ -57,15 +57,15 @@ def summed_log_decay(log_decay_BTH: Array, chunk: int) -> LogDecay:
   """Sums log decays within each chunk.
 
   Args:
-    log_decay_BTH: <= 0; its gradient is zero from FLOOR down.
-    chunk: C, tokens a chunk.
+    log_decay_BTH: <= 0; values at or below FLOOR count as FLOOR and have no gradient.
+    chunk: C, tokens per chunk.
 
   Returns:
     Sums [B, G, C, H] up to and including each token; padding counts as zeros.
   """
   log_decay_BGCH = split_time(log_decay_BTH.astype(jnp.float32), chunk)
   log_decay_BGCH = jnp.where(log_decay_BGCH <= FLOOR, FLOOR, log_decay_BGCH)
-  # The finest unit of which the largest sum is still a multiple that float32 can hold.
+  # The finest unit of which float32 still represents the largest sum exactly.
   unit = 2.0 ** (math.ceil(math.log2(-FLOOR * chunk)) - _SIGNIFICAND_BITS)
   high_BGCH = jax.lax.stop_gradient(jnp.round(log_decay_BGCH / unit) * unit)
   low_BGCH = log_decay_BGCH - high_BGCH

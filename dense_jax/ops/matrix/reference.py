@@ -1,8 +1,8 @@
 """The matrix-state recurrence as a plain float32 `lax.scan`: the specification.
 
-The one-step functions are also what decoding runs. Every faster form is tested against this
-file: outputs, final states and gradients. `resets_BT` (bool) clears the state before a token is
-absorbed, and None never does; the initial state is as valid for the gradient as any other input.
+Decoding runs the one-step functions of this file. Every faster form is tested against it:
+outputs, final states and gradients, that of the initial state included. `resets_BT` is bool, true
+where the state is cleared before the token; None means never.
 Letters: `dense_jax.types`.
 """
 
@@ -13,17 +13,17 @@ from dense_jax.types import Array
 
 
 def _per_head(x_BJN: Array, heads: int) -> Array:
-  """Each head's copy of what its group shares; float32."""
+  """Repeats what a group shares for each of its heads; float32."""
   return jnp.repeat(x_BJN.astype(jnp.float32), heads // x_BJN.shape[1], axis=1)
 
 
 def matrix_step(h_BHPN: Array, log_decay_BH: Array, k_BJN: Array, v_BHP: Array) -> Array:
-  """One step of the matrix-state recurrence (retention, arXiv 2307.08621, equation 6).
+  """Computes one step of the matrix-state recurrence (arXiv 2307.08621, equation 6).
 
   Args:
     h_BHPN: float32 state.
     log_decay_BH: float32, log of the decay, <= 0; its B may be 1.
-    k_BJN: the key; head h takes that of group h // (H / J).
+    k_BJN: the key; head h uses that of group h // (H / J).
     v_BHP: the value.
 
   Returns:
@@ -35,7 +35,7 @@ def matrix_step(h_BHPN: Array, log_decay_BH: Array, k_BJN: Array, v_BHP: Array) 
 
 
 def matrix_read(h_BHPN: Array, q_BJN: Array) -> Array:
-  """y_BHP = h q, float32."""
+  """Computes the read y_BHP = h q, float32."""
   return jnp.einsum("bhpn,bhn->bhp", h_BHPN, _per_head(q_BJN, h_BHPN.shape[1]))
 
 
@@ -46,7 +46,7 @@ def matrix_states(
     resets_BT: Array | None,
     initial_BHPN: Array,
 ) -> tuple[Array, Array]:
-  """All states h_BTHPN of the matrix-state recurrence, and the last, float32."""
+  """Computes all states h_BTHPN of the matrix-state recurrence, and the last, h_BHPN; float32."""
 
   def step(h: Array, k_BJN: Array, v_BHP: Array, log_decay_BH: Array) -> Array:
     return matrix_step(h, log_decay_BH, k_BJN, v_BHP)

@@ -1,4 +1,4 @@
-"""Matrix states of whole sequences, as recurrences."""
+"""Recurrences with matrix states over whole sequences."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,17 +18,17 @@ from dense_jax.types import Array, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MatrixSequence:
-  """States h_BTHPN of a matrix-state recurrence, as the inputs that make them.
+  """States h_BTHPN of a matrix-state recurrence, represented by its inputs.
 
-  The base class of the implementations: each says in `_scan` how one query is answered.
+  The base class of the implementations, which override `_scan`.
 
   Attributes:
-    k_BTJN: keys, zero at padding; head h takes those of group h // (H / J).
-    v_BTHP: values, of the keys' dtype.
+    k_BTJN: keys, zero at padding; head h uses those of group h // (H / J).
+    v_BTHP: values, in the keys' dtype.
     log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
-    resets_BT: bool, clears the state before a token; None never does.
+    resets_BT: bool, true where the state is cleared before the token; None means never.
     initial_BHPN: float32 state before the first token; None means zero.
-    chunk: tokens a chunk; 0 takes the implementation's own.
+    chunk: tokens per chunk; 0 means the implementation's default.
   """
 
   k_BTJN: Array
@@ -46,7 +46,7 @@ class MatrixSequence:
     return jnp.zeros((batch, heads, channels, self.k_BTJN.shape[-1]), jnp.float32)
 
   def _scan(self, q_BTJN: Array) -> tuple[Array, Array]:
-    """y_BTHP and the state after the last token, h_BHPN; float32."""
+    """Computes the read y_BTHP and the state after the last token, h_BHPN; float32."""
     raise NotImplementedError
 
   def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
@@ -88,7 +88,7 @@ class MatrixSequence:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RecurrentMatrix(MatrixSequence):
-  """Token by token, by `jax.lax.scan` inside rematerialised chunks."""
+  """Runs token by token, with `jax.lax.scan` inside rematerialised chunks."""
 
   def _scan(self, q_BTJN: Array) -> tuple[Array, Array]:
     return self._by_token(matrix_read, q_BTJN)
@@ -97,7 +97,7 @@ class RecurrentMatrix(MatrixSequence):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkedMatrix(MatrixSequence):
-  """By matmuls over chunks, and a `jax.lax.scan` over the states between them."""
+  """Runs matmuls over chunks, and a `jax.lax.scan` over the states between chunks."""
 
   associative: ClassVar[bool] = False
 
@@ -116,6 +116,6 @@ class ChunkedMatrix(MatrixSequence):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AssociativeMatrix(ChunkedMatrix):
-  """By matmuls over chunks, and a `jax.lax.associative_scan` over the states between them."""
+  """Runs matmuls over chunks, and a `jax.lax.associative_scan` over the states between them."""
 
   associative: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""A matrix state at one token of decoding, as a recurrence."""
+"""The recurrence with a matrix state at one token of decoding."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,5 +35,5 @@ class MatrixToken:
     return self.h_BHPN
 
   def plus(self, h: Array) -> Self:
-    """See `TokenRecurrence`."""
+    """See `TokenRecurrence`: h_BHPN."""
     return dataclasses.replace(self, h_BHPN=self.h_BHPN + h)

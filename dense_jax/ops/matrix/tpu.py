@@ -3,14 +3,14 @@
     h_t = a_t h_{t-1} + v_t k_t^T        y_t = sum over sources of gate_t * (h_t q_t)
 
 The arithmetic is that of `dense_jax.ops.matrix.chunked` (chunkwise form, arXiv 2307.08621,
-section 2.3; heads that share keys, arXiv 2405.21060, section 7.2). What differs is where
-things live: chunks are steps of a grid, states stay in VMEM from one chunk to the next, and
-neither scores nor a source's own read are ever written to memory. Only differentiation saves
-the states between chunks, once a source.
+section 2.3; heads that share keys, arXiv 2405.21060, section 7.2). The difference is the memory:
+chunks are steps of a grid, states stay in VMEM from one chunk to the next, and neither scores
+nor the reads of single sources are written to HBM. Only under differentiation are the states
+between chunks saved, once per source.
 
-The rows of a state h_PN do not know of each other, so that a program of the grid takes a block
-of rows: several heads of one group, which share scores, or a part of one head. What a group's
-blocks contribute to the gradients of keys and queries is summed outside.
+The rows of a state h_PN are independent of each other, so each program of the grid takes a block
+of rows: several heads of one group, which share scores, or a part of one head. The blocks of a
+group each contribute to the gradients of keys and queries, which are summed outside the kernel.
 
 Letters of this file alone: X rows of the states in one block, U heads in it.
 """
@@ -36,10 +36,10 @@ from dense_jax.ops.matrix.tpu_kernels import (
 )
 from dense_jax.types import Array, PyTree
 
-# Tokens a chunk: the side of the matrix unit.
+# Tokens per chunk: the side of the matrix unit.
 DEFAULT_CHUNK = 128
-# What a program may hold in VMEM by the estimate of `_blocks`, which leaves a part of the 16 MiB
-# that compilers grant by default to what the compiler spills.
+# Limit of a program's VMEM by the estimate of `_blocks`. It leaves a part of the 16 MiB that
+# compilers grant by default to what the compiler spills.
 VMEM_BYTES = 14 * 2**20
 _LANES = 128
 _CHUNK_MULTIPLE = 16  # Sublanes of a bfloat16 tile.
@@ -48,14 +48,14 @@ _CHUNK_MULTIPLE = 16  # Sublanes of a bfloat16 tile.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-  """One matrix-state recurrence and the question that it is asked.
+  """One matrix-state recurrence, with the query and gate of its read.
 
   Attributes:
-    q_BTJN: queries, bfloat16 or float32; head h takes those of group h // (H / J).
+    q_BTJN: queries, bfloat16 or float32; head h uses those of group h // (H / J).
     k_BTJN: keys, zero at padding.
     v_BTHP: values.
     log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
-    gate_BTHP: what the read is multiplied with; None is one.
+    gate_BTHP: factor of the read; None means 1.
     initial_BHPN: float32 state before the first token.
   """
 
@@ -74,15 +74,15 @@ def matrix_reads(
     chunk: int = 0,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-  """The sum of all sources' gated reads, and the first source's last state.
+  """Computes the sum of all sources' gated reads, and the first source's last state.
 
-  Differentiable by every float input; each gradient has its input's dtype.
+  Differentiable in every float input; each gradient has its input's dtype.
 
   Args:
     sources: recurrences of equal shapes: the layer's own, then its shallow sources.
-    resets_BT: bool, clears every source's state before a token; None never does.
-    chunk: tokens a chunk, rounded up to a multiple of 16; 0 takes DEFAULT_CHUNK.
-    interpret: runs the kernels as ordinary JAX, on any platform.
+    resets_BT: bool, true where every state is cleared before the token; None means never.
+    chunk: tokens per chunk, rounded up to a multiple of 16; 0 means DEFAULT_CHUNK.
+    interpret: true to run the kernels as ordinary JAX, on any platform.
 
   Returns:
     y_BTHP and final_BHPN, both float32.
@@ -99,8 +99,8 @@ def matrix_reads(
     if source.gate_BTHP is not None:
       chex.assert_equal_shape([source.gate_BTHP, source.v_BTHP])
 
-  # A group's heads must fill tiles of lanes together: the larger the power of two that divides
-  # their number, the less each is padded. A group's keys do so alone, unless there is one group.
+  # The heads of a group together must fill whole tiles of lanes: the larger the power of two that
+  # divides their number, the less each is padded. With several groups, each group's keys must too.
   together = heads // groups & -(heads // groups)
   lanes = _LANES // min(together, _LANES // SUBLANES)
   chunk = min(_round_up(chunk or DEFAULT_CHUNK, _CHUNK_MULTIPLE), _round_up(time, _CHUNK_MULTIPLE))
@@ -112,7 +112,7 @@ def matrix_reads(
   )
   count_BG1C = None
   if resets_BT is not None:
-    # float32 is exact for counts, and transposes.
+    # float32 is exact for these counts, and the kernel can transpose it.
     count_BG1C = jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.float32)[:, :, None]
   streams = tuple(_stream(plan, source) for source in sources)
   y_BTE, final_BEN = _reads(plan, streams, count_BG1C)
@@ -140,12 +140,12 @@ class _Plan:
 
   @property
   def rows(self) -> int:
-    """Of a state, E."""
+    """E, the rows of a state."""
     return self.heads * self.channels
 
 
 def _stream(plan: _Plan, source: Matrix) -> Stream:
-  """Pads and joins axes, without a transposed copy of anything large."""
+  """Pads and merges axes, without a transposed copy of any large array."""
 
   def tokens(x_BTHP: Array, width: int) -> Array:
     extra = width - x_BTHP.shape[3]
@@ -169,22 +169,22 @@ def _stream(plan: _Plan, source: Matrix) -> Stream:
 def _blocks(
     plan: _Plan, stream: Stream, states: tuple[int, int], tokens: tuple[int, int]
 ) -> Blocks:
-  """The largest blocks of rows that fit VMEM.
+  """Chooses the largest blocks of rows that fit VMEM.
 
   Args:
     plan: the sizes.
-    stream: a source, of which the dtypes matter.
-    states: float32 arrays [X, N], those in buffers and intermediate ones.
-    tokens: the same of [C, X].
+    stream: a source, for its dtypes.
+    states: numbers of float32 arrays [X, N]: in buffers, and as intermediate values.
+    tokens: the same for arrays [C, X].
   """
-  # Matmuls of float32 split their operands into three of bfloat16.
+  # Matmuls of float32 split each operand into three of bfloat16.
   spilled = 3 if jnp.result_type(stream.q_BTK, stream.k_BTK, stream.v_BTE) == jnp.float32 else 1
   group = plan.heads // plan.groups * plan.channels
   lanes = _round_up(plan.state_size, _LANES)
   row_bytes = 4 * (
       (states[0] + spilled * states[1]) * lanes + (tokens[0] + spilled * tokens[1]) * plan.chunk
   )
-  # Scores, decays and the like, and blocks of keys and queries with their gradients.
+  # Arrays [C, C] such as scores and decays, and blocks of keys and queries with their gradients.
   fixed_bytes = 4 * plan.chunk * (8 * _round_up(plan.chunk, _LANES) + 10 * lanes)
   fitting = [
       rows for rows in range(group, 0, -SUBLANES)
@@ -200,11 +200,11 @@ def _blocks(
 
 
 class _Specs:
-  """The blocks that a program sees: row b of the batch, block i of rows, step g of chunks."""
+  """Block specs of a program's arrays at row b of the batch, block i of state rows, chunk g."""
 
   def __init__(self, plan: _Plan, blocks: Blocks, *, reverse: bool):
     chunk, size = plan.chunk, plan.state_size
-    # Unlike // and %, these need nothing that the TPU compiler must know the sign of.
+    # Unlike // and %, these compile for TPUs without knowing the sign of the operands.
     div, rem = jax.lax.div, jax.lax.rem
 
     def at(g: int) -> int:
@@ -224,7 +224,7 @@ class _Specs:
     self.between = pl.BlockSpec((None, None, blocks.rows, size), lambda b, i, g: (b, at(g), i, 0))
     self.count = pl.BlockSpec((None, None, 1, chunk), lambda b, i, g: (b, at(g), 0, 0))
     self.whole = pl.BlockSpec(memory_space=pl.ANY)
-    # Gradients to which several blocks contribute have an axis of shares.
+    # Gradients to which several blocks contribute have a leading axis of shares.
     self.d_keys = pl.BlockSpec(
         (None, None, chunk, size),
         lambda b, i, g: (rem(i, blocks.per_group), b, at(g), div(i, blocks.per_group)),
@@ -254,20 +254,20 @@ def _call(
     sources: int,
     matmuls: tuple[int, int, int],
 ) -> PyTree:
-  """Runs a kernel over rows of the batch, blocks of rows and, in order, chunks.
+  """Runs a kernel over rows of the batch, blocks of state rows and, in order, chunks.
 
   Args:
-    kernel: takes the blocks, then references of inputs, outputs, one state [X, N] a source,
-      and a semaphore.
+    kernel: takes `blocks`, then references to inputs, outputs, one state [X, N] per source, and
+      a semaphore.
     plan: the sizes.
-    blocks: how states are cut.
+    blocks: the division of states into blocks.
     inputs: the kernel's arguments.
-    in_specs: their blocks.
+    in_specs: their block specs.
     outputs: the results' shapes.
-    out_specs: their blocks.
-    sources: that the kernel takes.
-    matmuls: how many it does of a source's chunk: [C, C] by N for a block, [C, C] by P for a
-      head, and [C, N] by P for a head.
+    out_specs: their block specs.
+    sources: the number of sources that the kernel takes.
+    matmuls: matmuls per source and chunk, for the cost estimate: [C, C] by N for each block,
+      [C, C] by P for each head, and [C, N] by P for each head.
   """
   by_keys, by_channels, by_states = matmuls
   tokens = sources * plan.batch * plan.chunks * plan.chunk
@@ -298,10 +298,10 @@ def _call(
 def _forward(
     plan: _Plan, streams: tuple[Stream, ...], count_BG1C: Array | None, *, save: bool
 ) -> tuple[Array, Array, list[Array | None]]:
-  """y_BTE, final_BEN of the first source and, if `save`, each source's states between chunks."""
+  """Computes y_BTE, the first source's final_BEN and, if `save`, all states between chunks."""
   sources = len(streams)
   in_bytes = sum(x.dtype.itemsize for s in streams for x in (s.v_BTE, s.gate_BTE) if x is not None)
-  # What is streamed is held twice: values and gates, y.
+  # Streamed blocks are double-buffered: values and gates, y.
   blocks = _blocks(plan, streams[0], states=(sources, 2), tokens=(in_bytes // 2 + 2, 5))
   specs = _Specs(plan, blocks, reverse=False)
   tokens = (plan.batch, plan.chunks * plan.chunk, plan.rows)
@@ -328,9 +328,9 @@ def _backward(
     d_final_BEN: Array | None,
     before_BGEN: Array,
 ) -> Stream:
-  """One source's gradients. The others' do not matter for them, and would take VMEM."""
+  """Computes one source's gradients. They do not depend on other sources, which would take VMEM."""
   in_bytes = sum(x.dtype.itemsize for x in (stream.v_BTE, stream.gate_BTE) if x is not None)
-  # What is streamed is held twice: dy, values, gates and their gradients, the states between.
+  # Streamed blocks are double-buffered: dy, values, gates and their gradients, states between.
   blocks = _blocks(plan, stream, states=(3, 2), tokens=(in_bytes + 2, 9))
   specs = _Specs(plan, blocks, reverse=True)
   in_specs = specs.stream(stream)
@@ -339,7 +339,7 @@ def _backward(
   )
 
   def shares(x: Array, number: int) -> jax.ShapeDtypeStruct:
-    """What is summed below: float32, unless there is nothing to sum."""
+    """Returns the shape of partial sums; they are float32 if there is more than one."""
     shape = (number, plan.batch, *x.shape[1:])
     return jax.ShapeDtypeStruct(shape, x.dtype if number == 1 else jnp.float32)
 
@@ -374,7 +374,7 @@ def _backward(
 def _reads(
     plan: _Plan, streams: tuple[Stream, ...], count_BG1C: Array | None
 ) -> tuple[Array, Array]:
-  """`matrix_reads` of padded arrays."""
+  """Computes `matrix_reads` of padded arrays."""
   y_BTE, final_BEN, _ = _forward(plan, streams, count_BG1C, save=False)
   return y_BTE, final_BEN
 

@@ -1,8 +1,8 @@
-"""What one program of `dense_jax.ops.pallas.chunked_linear` computes of a chunk.
+"""Kernels that one program of `dense_jax.ops.matrix.tpu` runs on a chunk.
 
-Arguments that are PyTree or Stream are references: to the program's own blocks of the arrays
-or, where they are named _BEN or _BGEN, to states of the whole batch. Those stay in HBM and are
-copied when they are needed, as buffers for them would take most of VMEM.
+Arguments of type PyTree or Stream are references to the program's own blocks of the arrays.
+References named _BEN or _BGEN are to states of the whole batch: those stay in HBM and are copied
+when needed, as buffers for them would fill most of VMEM.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ SUBLANES = 8  # Rows of a float32 tile.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """A source as the kernels take it, or what belongs to it: references, specs, gradients.
+  """A source as the kernels take it, or references, block specs or gradients of its arrays.
 
-  K is J * N here. `sum_BHG2C` is the log decay, summed within each chunk: the rows of a
-  `LogDecay`, high and low. Its gradient has the low row alone.
+  K is J * N here. `sum_BHG2C` is the log decay, summed within each chunk: the rows `high` and
+  `low` of a `LogDecay`. Its gradient has the row `low` alone.
   """
 
   q_BTK: PyTree
@@ -38,14 +38,14 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """How the E = H * P rows of a state are cut.
+  """A division of the E = H * P rows of a state into blocks.
 
   Attributes:
-    heads: heads in a block, U.
-    width: rows of each of them.
-    parts: blocks that one head is cut into; 1 where a block holds whole heads.
-    per_group: blocks of heads that share keys.
-    count: all blocks.
+    heads: U, the heads in a block.
+    width: rows of each of these heads.
+    parts: blocks that one head is cut into; 1 if a block holds whole heads.
+    per_group: blocks of a group of heads that share keys.
+    count: the number of all blocks.
   """
 
   heads: int
@@ -56,22 +56,25 @@ class Blocks:
 
   @property
   def rows(self) -> int:
-    """Rows of a block, X."""
+    """X, the rows of a block."""
     return self.heads * self.width
 
   def of(self, x_CX: Array, head: int) -> Array:
-    """The lanes of one of the block's heads."""
+    """Returns the lanes of one of the block's heads."""
     return x_CX[:, head * self.width : (head + 1) * self.width]
 
   def states(self, states: PyTree) -> PyTree:
-    """The program's [X, N] of a reference [B, E, N] or [B, G, E, N]; not inside a branch."""
+    """Returns the program's own part [X, N] of a reference [B, E, N] or [B, G, E, N].
+
+    Must not be called inside a branch.
+    """
     own = pl.ds(pl.multiple_of(pl.program_id(1) * self.rows, SUBLANES), self.rows)
     row = pl.program_id(0)
     return states.at[row, own] if states.ndim == 3 else states.at[row, pl.program_id(2), own]
 
 
 def _dot(left: Array, right: Array, axes: tuple[int, int], dtype: jnp.dtype) -> Array:
-  """Contracts an axis of each in `dtype`, summed in float32."""
+  """Contracts an axis of each array, with factors in `dtype` and float32 sums."""
   exact = dtype == jnp.float32
   return jax.lax.dot_general(
       left.astype(dtype), right.astype(dtype), (((axes[0],), (axes[1],)), ((), ())),
@@ -81,7 +84,7 @@ def _dot(left: Array, right: Array, axes: tuple[int, int], dtype: jnp.dtype) -> 
 
 
 def _transposed(rows: Sequence[Array]) -> list[Array]:
-  """Rows [1, C] as columns [C, 1]: one transposition of whole tiles."""
+  """Turns rows [1, C] into columns [C, 1] by one transposition of whole tiles."""
   empty = -len(rows) % SUBLANES
   padding = [jnp.zeros((empty, rows[0].shape[1]), jnp.float32)] if empty else []
   columns = jnp.concatenate([*rows, *padding], axis=0).T
@@ -92,9 +95,9 @@ class _Decays:
   """A chunk's decays for each head of a block; exponents are <= 0, and masked before exp.
 
   Attributes:
-    from_start_C1: for each head, how much of the carried state each token sees.
-    to_end_C1: how much of each token the state after the chunk has.
-    whole_11: how much of the carried state it has.
+    from_start_C1: for each head, the decay of the carried state up to each token.
+    to_end_C1: for each head, the decay from each token to the end of the chunk.
+    whole_11: for each head, the decay of the carried state over the whole chunk.
   """
 
   def __init__(self, sum_U2C: PyTree, count_1C: Array | None):
@@ -119,21 +122,21 @@ class _Decays:
       self._sees &= columns[-1] == count_1C
 
   def within_CC(self, head: int) -> Array:
-    """From the key's token (second) to the query's (first)."""
+    """Returns the decay from the key's token (second axis) to the query's (first axis)."""
     return _weight(self._sees, self._columns[head].since(self._rows[head]))
 
   def itself_CC(self) -> Array:
-    """bool: the query's token is the key's."""
+    """Returns a bool mask, true where the query's token is the key's."""
     return self._query == self._key
 
 
 def _weight(mask: Array | None, log_weight: Array) -> Array:
-  """exp(log_weight) where `mask`, else 0."""
+  """exp(log_weight) where `mask` is true, else 0."""
   return jnp.exp(log_weight if mask is None else jnp.where(mask, log_weight, -jnp.inf))
 
 
 def _absorb(blocks: Blocks, h_XN: PyTree, decays: _Decays, added_XN: Array) -> None:
-  """h = decay over the chunk * h + added, in place."""
+  """Updates h = decay over the chunk * h + added, in place."""
   for head, whole_11 in enumerate(decays.whole_11):
     rows = pl.ds(head * blocks.width, blocks.width)
     h_XN[rows] = whole_11 * h_XN[rows] + added_XN[head * blocks.width :][: blocks.width]
@@ -147,7 +150,7 @@ def _forward_source(
     h_XN: PyTree,
     semaphore: PyTree,
 ) -> Array:
-  """One source's gated read of a chunk, [C, X]; takes its state over the chunk."""
+  """Computes a source's gated read of a chunk, [C, X], and advances its state over the chunk."""
   initial_XN = blocks.states(source.initial_BEN)
 
   @pl.when(pl.program_id(2) == 0)
@@ -192,17 +195,17 @@ def forward_kernel(
     states: PyTree,
     semaphore: PyTree,
 ) -> None:
-  """The sum of all sources' gated reads of a chunk; takes their states over it.
+  """Computes the sum of all sources' gated reads of a chunk, and advances their states over it.
 
   Args:
-    blocks: how states are cut.
+    blocks: the division of states into blocks.
     streams: the sources.
-    count_1C: resets up to each token of the chunk, inclusive; None where there are none.
+    count_1C: resets up to each token of the chunk, inclusive; None means none.
     y_CX: the sum, an output.
     final_BEN: the first source's last state, an output.
-    before: each source's states between chunks, before_BGEN, outputs, or None.
+    before: each source's states between chunks, before_BGEN, outputs; None means not saved.
     states: each source's state h_XN, carried from chunk to chunk.
-    semaphore: of copies.
+    semaphore: for asynchronous copies.
   """
   final_XN = blocks.states(final_BEN)
   count = None if count_1C is None else count_1C[...]
@@ -227,26 +230,26 @@ def backward_kernel(
     states: PyTree,
     semaphore: PyTree,
 ) -> None:
-  """One source's gradients in a chunk; chunks come last first. `d_` is a gradient.
+  """Computes one source's gradients in a chunk; chunks are visited in reverse. `d_` is a gradient.
 
-  The summed log decay multiplies a token's read (as a factor exp(sum)) and divides its value.
-  So its gradient is <d_read, read> - <v, d_v> of that token, which takes no product of [C, C]
-  arrays; the last token's sum is also in the state after the chunk. What no decay multiplies (a
-  token's value in its own read, the last one's in that state) would cancel but for its rounding,
-  which may be far above the gradients of strong decays: it is left out of both.
+  The summed log decay of a token enters as exp(sum) in the token's read and as exp(-sum) with its
+  value. So its gradient is <d_read, read> - <v, d_v> of that token, which needs no product of
+  [C, C] arrays; the last token's sum also enters the state after the chunk. Terms that no decay
+  multiplies (a token's value in its own read, the last token's value in that state) would cancel
+  up to rounding, which may far exceed the gradients of strong decays: both omit them.
 
   Args:
-    blocks: how states are cut.
+    blocks: the division of states into blocks.
     source: the source.
-    count_1C: resets up to each token of the chunk, inclusive; None where there are none.
-    dy_CX: of the sum of reads.
-    d_final_BEN: of the last state; None is zero.
+    count_1C: resets up to each token of the chunk, inclusive; None means none.
+    dy_CX: the gradient of the sum of reads.
+    d_final_BEN: the gradient of the last state; None means zero.
     before_XN: the state before the chunk.
-    gradient: the source's gradients, outputs; of keys and queries, this block's share.
-    states: the gradient dh_XN of the state after the chunk, then of that before it.
-    semaphore: of copies.
+    gradient: the source's gradients, outputs; for keys and queries, this block's share.
+    states: the gradient dh_XN of the state after the chunk, replaced by that of the state before.
+    semaphore: unused.
   """
-  del semaphore  # Nothing is copied while something else is done.
+  del semaphore  # All copies here are synchronous.
   (dh_XN,) = states
   d_initial_XN = blocks.states(gradient.initial_BEN)
   d_final_XN = None if d_final_BEN is None else blocks.states(d_final_BEN)
@@ -275,7 +278,7 @@ def backward_kernel(
     d_read_CP = dy_CP
     if source.gate_BTE is not None:
       d_read_CP = dy_CP * blocks.of(source.gate_BTE, head).astype(jnp.float32)
-    # Rounded once: what both inner products have in common must cancel.
+    # Rounded once and used in both inner products, so that their common terms cancel.
     d_low_CP = d_read_CP.astype(dtype)
     decay_CC = decays.within_CC(head)
     weights_CC = jnp.where(itself_CC, 0.0, scores_CC * decay_CC).astype(dtype)
@@ -319,7 +322,7 @@ def _sum(x: Array) -> Array:
 
 
 def _write_rows(columns: Sequence[Array], rows_U1C: PyTree) -> None:
-  """Columns [C, 1] as rows; see `_transposed`."""
+  """Writes columns [C, 1] as rows; see `_transposed`."""
   chunk = columns[0].shape[0]
   empty = -len(columns) % SUBLANES
   padding = [jnp.zeros((chunk, empty), jnp.float32)] if empty else []

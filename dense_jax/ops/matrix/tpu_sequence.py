@@ -1,4 +1,4 @@
-"""Matrix states by TPU kernels: a layer's recurrence and its sources' in one pass over memory."""
+"""Matrix states by TPU kernels: a layer's own and its sources' reads in one pass over memory."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from dense_jax.types import WIDTH_AXIS, Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KernelMatrix(MatrixSequence):
-  """By the kernels of `dense_jax.ops.matrix.tpu`, compiled for a TPU."""
+  """Runs the kernels of `dense_jax.ops.matrix.tpu`, compiled for a TPU."""
 
   interpret: ClassVar[bool] = False
 
@@ -27,10 +27,13 @@ class KernelMatrix(MatrixSequence):
     return self.run(q_BTJN)
 
   def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`; one kernel answers all queries of states that kernels can read.
+    """See `Recurrence`: q_BTJN -> y_BTHP, h_BHPN.
+
+    One kernel computes the own read and all `reads`, if each of those reads a `KernelMatrix`
+    without a function; otherwise they are added one after the other.
 
     Raises:
-      InputError: the mesh splits a group of heads that share keys.
+      InputError: the mesh would split a group of heads that share keys.
     """
     joint = all(isinstance(r.recurrence, KernelMatrix) and r.function is None for r in reads)
     sources = [self._asked(query, None)]
@@ -44,7 +47,7 @@ class KernelMatrix(MatrixSequence):
     return y_BTHP if joint else add_reads(y_BTHP, reads), final_BHPN
 
   def _asked(self, q_BTJN: Array, gate: Array | None) -> Matrix:
-    """This recurrence and a question, as the kernel takes them."""
+    """Returns this recurrence with a query and a gate, as the kernel's input."""
     if gate is not None:
       gate = gate.astype(jnp.float32).reshape(self.v_BTHP.shape)
     return Matrix(
@@ -55,13 +58,13 @@ class KernelMatrix(MatrixSequence):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InterpretedMatrix(KernelMatrix):
-  """By the same kernels, interpreted: slow, on any platform."""
+  """Runs the same kernels interpreted: slow, on any platform."""
 
   interpret: ClassVar[bool] = True
 
 
 def _specs(source: Matrix, width: int) -> Matrix:
-  """How a mesh whose width axis has that size splits a source's arrays."""
+  """Returns the source with specs for its arrays; `width` is the size of the mesh's width axis."""
   groups = source.k_BTJN.shape[2]
   if groups > 1 and groups % width:
     raise InputError(

@@ -1,4 +1,4 @@
-"""The selective diagonal recurrence against its float32 specification."""
+"""Tests of the selective diagonal recurrence against its float32 specification."""
 
 import functools
 
@@ -18,7 +18,7 @@ from tests.ops.sequences import after_last_valid, documents, everything, one_doc
 
 B, E, N, C = 3, 4, 3, 3
 ROW = [3, *[7] * 9]
-# (length, with documents): without them the code is the same but for the masks.
+# (length, with documents); without documents, only the masks differ.
 CASES = [(time, True) for time in sorted({1, 2, C - 1, C, C + 1, 29})]
 CASES += [(time, False) for time in (C, 29)]
 IMPLEMENTATIONS = [AssociativeDiagonal, RecurrentDiagonal, CpuRecurrentDiagonal]
@@ -44,7 +44,7 @@ def _fast(inputs, segments, implementation, chunk=C):
 
 
 def _specification(inputs, segments):
-  """Reads of the reference's states; the last state is that of the last valid token."""
+  """Reads the reference's states; the final state is that of the last valid token."""
   states, _ = diagonal_states(
       inputs["dt"], inputs["a"], inputs["x"], inputs["b"], segments.resets_BT, inputs["initial"]
   )
@@ -54,7 +54,7 @@ def _specification(inputs, segments):
 
 @fast_jit
 def _compare(inputs, segments):
-  """Outputs, final state and gradients by every input: the specification, then each form."""
+  """Outputs, final state and gradients of every input, of the specification and of each form."""
   weights = normal(6, *inputs["x"].shape), normal(7, *inputs["initial"].shape)
   runs = [_specification, *(functools.partial(_fast, implementation=n) for n in IMPLEMENTATIONS)]
   return [everything(run, inputs, segments, weights) for run in runs]
@@ -71,7 +71,7 @@ def test_outputs_final_state_and_gradients_are_the_references(time, packed):
 
 @pytest.mark.parametrize("width", [E, E - 1])
 def test_one_row_alone_is_the_same(width):
-  """On a CPU it is scanned as two rows where its channels are an even number."""
+  """On a CPU, one row with an even number of channels is scanned as two rows."""
   inputs = {
       name: x if name in "bc" else x[..., :width] for name, x in _inputs(29).items()
   }
@@ -142,6 +142,6 @@ def test_bfloat16_inputs_keep_float32_states(implementation):
   assert [leaf.dtype for leaf in actual] == [jnp.float32, jnp.float32]
   for low_leaf, leaf in zip(actual, expected, strict=True):
     assert_trees_close(low_leaf, leaf, "bfloat16", scale=float(jnp.std(leaf)))
-  # Nothing but the inputs' own rounding is lost.
+  # The only error is the rounding of the inputs.
   rounded = {name: value.astype(jnp.float32) for name, value in low.items()}
   assert_trees_close(actual, run(inputs | rounded))

@@ -1,4 +1,4 @@
-"""The selective kernels, interpreted, against the float32 specification."""
+"""Tests of the selective kernels, interpreted, against the float32 specification."""
 
 import dataclasses
 import functools
@@ -16,10 +16,10 @@ from tests.helpers import assert_trees_close
 from tests.ops.sequences import after_last_valid, documents, everything, one_document
 
 B, C = 3, 16
-# Documents that begin inside chunks and at their borders, one of a single token.
+# Documents that begin inside chunks and at their borders; one has a single token.
 ROW = [3, 13, 1, 15, *[20] * 12]
 
-# Unrolled steps are many small operations: fusing them is half of the compilation.
+# Unrolled steps are many small operations, and fusing them takes half of the compilation.
 jit = functools.partial(
     jax.jit, compiler_options=COMPILER_OPTIONS | {"xla_disable_hlo_passes": "fusion"}
 )
@@ -39,7 +39,7 @@ def _source(index, time, state_size, width, gated):
 
 
 def _inputs(time, sources, state_size=3, width=32):
-  """Every other source has a gate, the first one where their number is even."""
+  """Makes sources of which every other one has a gate: the first too if their number is even."""
   return {
       "sources": tuple(
           _source(index, time, state_size, width, (index + sources) % 2 == 0)
@@ -54,7 +54,7 @@ def _weights(inputs):
 
 
 def _masked(inputs, segments):
-  """The sources, with dt = 0 in the padding."""
+  """Returns the sources with dt = 0 in the padding."""
   if segments.valid_BT is None:
     return inputs["sources"]
   valid = segments.valid_BT[..., None]
@@ -69,7 +69,7 @@ def _kernel(inputs, segments, chunk=C):
 
 
 def _specification(inputs, segments):
-  """The gated sum of reads of the reference's states; the last valid state of the first."""
+  """Sums gated reads of the reference's states; the final state is the first source's."""
   sources = _masked(inputs, segments)
   y, finals = 0.0, []
   for source in sources:
@@ -85,7 +85,7 @@ def _specification(inputs, segments):
 
 @functools.partial(jit, static_argnames=("run", "chunk"))
 def _run(run, inputs, segments, **chunk):
-  """Outputs, final state and gradients by every input."""
+  """Returns outputs, final state and gradients of every input."""
   return everything(functools.partial(run, **chunk), inputs, segments, _weights(inputs))
 
 
@@ -144,7 +144,7 @@ def test_bfloat16_inputs_keep_float32_states():
           for source in inputs["sources"]
       )
   }
-  # The specification takes the same rounded numbers in float32: nothing else may be lost.
+  # The specification gets the same rounded numbers in float32, so there is no other error.
   rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
   outputs, gradients = _run(_kernel, low, segments)
   expected, expected_gradients = _run(_specification, rounded, segments)

@@ -1,4 +1,4 @@
-"""HiPPO matrices against their definitions."""
+"""Tests of HiPPO matrices against their definitions."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_normal_plus_low_rank_is_legs_in_its_eigenbasis(n):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_real_blocks_have_legs_powers(n):
-  """The real form that `dense_jax.ops.lti` takes, by responses that no basis changes."""
+  """The real form in `dense_jax.ops.lti` has the same impulse response, whatever the basis."""
   a, b = hippo.legs(n)
   eigenvalue, p, b_low, v = hippo.nplr_legs(n)
   re, im = np.diag(eigenvalue.real), np.diag(eigenvalue.imag)

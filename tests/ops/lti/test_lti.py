@@ -1,7 +1,7 @@
-"""Time-invariant systems: discretisation, kernels and sequence forms.
+"""Tests of time-invariant systems: discretisation, kernels and sequence forms.
 
-The systems are held against scipy's discretisation and float64 powers, the sequence forms
-against the float32 specification of `dense_jax.ops.reference`.
+The systems are compared with scipy's discretisation and float64 powers, the sequence forms with
+the float32 specification of `dense_jax.ops.lti.reference`.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from tests.ops.sequences import after_last_valid, documents, everything, one_doc
 B, E, N = 3, 3, 8
 ROW = [3, *[7] * 4, 32, 1, 1, 200]
 KINDS = ["zoh", "bilinear", "dplr"]
-# (length, chunks, with documents): without them the code is the same but for the masks.
+# (length, chunks, with documents); without documents, only the masks differ.
 QUICK = [(4, (3,), True), (4, (3,), False)]
 SLOW = [(1, (3,), True), (33, (32,), True), (257, (3, 32), True), (1, (), False)]
 RARE = [(time, (3,), True) for time in (2, 3)] + [(time, (32,), True) for time in (31, 32)]
 RARE += [(63, (1,), True), (33, (32,), False), (64, (32,), False), (257, (3,), False)]
-# To the sequence forms the two discretisations differ by numbers alone.
+# For the sequence forms the two discretisations differ only in numbers.
 CASES = [
     *((kind, *case) for kind in ("zoh", "dplr") for case in QUICK), ("bilinear", 63, (3,), True),
     *(
@@ -46,7 +46,7 @@ CASES = [
 
 
 def _system(kind, noise=0.3, dt=None, width=E, size=N):
-  """LegS; with noise, every parameter of every channel away from it."""
+  """Makes a LegS system; `noise` perturbs every parameter of every channel."""
   eigenvalue, p, b, _ = hippo.nplr_legs(size)
   rng = np.random.default_rng(0)
 
@@ -65,7 +65,7 @@ def _system(kind, noise=0.3, dt=None, width=E, size=N):
 
 
 def _float64(system):
-  """The discrete a_ENN and b_EN by scipy, from the continuous real matrices."""
+  """Computes the discrete a_ENN and b_EN by scipy, from the continuous real matrices."""
   fields = {
       field.name: np.asarray(getattr(system, field.name), np.float64)
       for field in dataclasses.fields(system) if field.name != "discretization"
@@ -150,7 +150,7 @@ def test_the_kernel_is_that_of_float64_powers(kind, noise, size, length):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_gradient_is_float64s_difference(kind):
-  """Along a direction of each parameter; the branches of discretisation have no other test."""
+  """Along one direction of each parameter; the only test of the branches of discretisation."""
   length, weight = 40, np.asarray(normal(1, 40, E), np.float64)
   # Both sides of the series and of log1p; eigenvalues in every quadrant.
   system = _system(kind, dt=np.array([1e-3, 0.1, 1.0]))
@@ -180,8 +180,8 @@ def test_the_kernels_gradient_is_float64s_difference(kind):
 
 
 def _inputs(kind, time, initial=True):
-  # The slowest channels remember about a hundred tokens. Where it is many hundreds, rounding
-  # adds up in the specification's own scan: only float64, above, can judge those.
+  # The slowest channels remember about a hundred tokens. With many hundreds, rounding errors
+  # add up in the specification's own scan, and only the float64 tests above are reliable.
   system = _system(kind)
   system = dataclasses.replace(system, a_re_ME=4 * system.a_re_ME)
   return {
@@ -202,7 +202,7 @@ def _chunked(inputs, segments, chunk):
 
 
 def _specification(inputs, segments):
-  """Reads of the reference's states; the last state is that of the last valid token."""
+  """Reads the reference's states; the final state is that of the last valid token."""
   a, b = inputs["system"].dense()
   states, _ = lti_states(a, b, inputs["x"], segments.resets_BT, inputs["initial"])
   y = jax.vmap(lti_read, in_axes=(1, None), out_axes=1)(states, inputs["c"])
@@ -218,7 +218,7 @@ _everything = functools.partial(fast_jit, static_argnames="run")(everything)
 
 
 def _assert_same(actual, expected):
-  """Each output and gradient by its own size, where that is above 1."""
+  """Compares each output and gradient relative to its size, if that is above 1."""
   for (path, leaf), expected_leaf in zip(
       jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
   ):
@@ -226,7 +226,7 @@ def _assert_same(actual, expected):
     assert_trees_close({str(path): leaf}, {str(path): expected_leaf}, scale=max(size, 1.0))
 
 
-# Named once each, so that what is compiled for one test serves the next.
+# Defined once, so that tests share compiled functions.
 _CHUNKED = {chunk: functools.partial(_chunked, chunk=chunk) for chunk in (1, 3, 32)}
 
 
@@ -239,7 +239,7 @@ def test_every_form_is_the_reference(kind, time, chunks, packed):
     _assert_same(_everything(_CHUNKED[chunk], inputs, segments, weights), expected)
   if packed:
     return
-  # A convolution knows of no states.
+  # A convolution supports no initial state.
   inputs["initial"], weights = 0 * inputs["initial"], (weights[0], 0 * weights[1])
   (expected_y, _), expected = _everything(_specification, inputs, segments, weights)
   expected.pop("initial")

@@ -1,4 +1,4 @@
-"""Matrix-state recurrences over chunks against their float32 specification."""
+"""Tests of matrix-state recurrences over chunks against their float32 specification."""
 
 import functools
 
@@ -22,7 +22,7 @@ from tests.ops.sequences import (
 
 B, H, P, N, C = 3, 2, 3, 4, 3
 ROW = [3, *[7] * 9]
-# (length, with documents): without them the code is the same but for the masks.
+# (length, with documents); without documents, only the masks differ.
 CASES = [(time, True) for time in sorted({1, 2, C - 1, C, C + 1, 29})]
 CASES += [(time, False) for time in (C, 29)]
 IMPLEMENTATIONS = ["chunked", "associative", "recurrent"]
@@ -45,7 +45,7 @@ def _fast(inputs, segments, implementation, chunk=C):
 
 
 def _specification(inputs, segments):
-  """Reads of the reference's states; the last state is that of the last valid token."""
+  """Reads the reference's states; the final state is that of the last valid token."""
   log_decay = jnp.broadcast_to(inputs["log_decay"], inputs["v"].shape[:3])
   states, _ = matrix_states(
       inputs["k"], inputs["v"], log_decay, segments.resets_BT, inputs["initial"]
@@ -56,7 +56,7 @@ def _specification(inputs, segments):
 
 @fast_jit
 def _compare(inputs, segments):
-  """Outputs, final state and gradients by every input: the specification, then each form."""
+  """Outputs, final state and gradients of every input, of the specification and of each form."""
   weights = normal(6, *inputs["v"].shape), normal(7, B, H, P, N)
   runs = [_specification, *(functools.partial(_fast, implementation=n) for n in IMPLEMENTATIONS)]
   return [everything(run, inputs, segments, weights) for run in runs]
@@ -177,7 +177,7 @@ def test_gradients_of_strong_decays_have_digits_however_small_they_are(implement
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_decay_of_zero_clears_the_state(implementation):
-  # Its logarithm is -inf; in float32 -104 and -1000 are no different.
+  # The log of a zero decay is -inf; in float32, exp(-104) and exp(-1000) are zero too.
   inputs, segments = _inputs(29), one_document(29)
   cleared = (jnp.arange(29) % 7 == 3)[None, :, None]
   weights = normal(6, *inputs["v"].shape), normal(7, B, H, P, N)

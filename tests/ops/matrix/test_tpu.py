@@ -1,4 +1,4 @@
-"""The TPU kernel of matrix states, interpreted, against the float32 specification."""
+"""Tests of the TPU kernels of matrix states, interpreted, against the float32 specification."""
 
 import dataclasses
 
@@ -15,12 +15,12 @@ from tests.helpers import assert_trees_close
 from tests.ops.sequences import strong_decays
 
 B, P = 2, 8
-CHUNK = 4  # Which becomes 16.
+CHUNK = 4  # Rounded up to 16.
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Inputs' sizes. `gates` says of each source whether it has one."""
+  """Sizes of the inputs; `gates` is true for each source that has a gate."""
 
   time: int
   gates: tuple[bool, ...] = (False, True)
@@ -31,7 +31,7 @@ class Case:
   decay_rows: int = B
   resets: bool = True
   chunk: int = CHUNK
-  # In a fifth of the tokens the log decay is about minus that; 0 has no such tokens.
+  # The log decay is about -strong in a fifth of the tokens; 0 means no such tokens.
   strong: float = 0.0
 
 
@@ -59,7 +59,7 @@ SLOW = [
 
 
 def _inputs(case):
-  """(sources, resets, cotangents); rows begin documents inside chunks and at their borders."""
+  """Makes (sources, resets, cotangents); documents begin inside chunks and at their borders."""
   shape = B, case.time, case.heads, case.channels
   keys = B, case.time, case.groups, case.state_size
 
@@ -106,7 +106,7 @@ def _kernel(chunk):
 
 
 def _everything(function, sources, resets, cotangents):
-  """((y, final), gradients by every float input of every source)."""
+  """Returns ((y, final state), gradients of every float input of every source)."""
 
   @fast_jit
   def run(sources, cotangents):
@@ -117,7 +117,7 @@ def _everything(function, sources, resets, cotangents):
 
 
 def _assert_close(actual, expected, dtype="float32"):
-  """Each leaf by its own size: gradients are sums over T, P or N."""
+  """Compares each leaf relative to its size, as gradients are sums over T, P or N."""
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   leaves = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
   for (path, leaf), expected_leaf in leaves:
@@ -146,7 +146,7 @@ def test_without_a_gradient_the_outputs_are_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize(("heads", "groups", "channels"), [(2, 2, 256), (4, 1, 64), (2, 1, 256)])
 def test_what_blocks_of_rows_share_is_summed(heads, groups, channels, monkeypatch):
-  # The smallest blocks there are: of one head's rows a part, and of a group's heads some.
+  # The smallest possible blocks: a part of one head's rows, or some of a group's heads.
   monkeypatch.setattr(tpu, "VMEM_BYTES", 0)
   case = Case(17, gates=(True,), heads=heads, groups=groups, channels=channels)
   inputs = _inputs(case)
@@ -166,7 +166,7 @@ def test_bfloat16_inputs_keep_float32_states():
 
   low = [lowered(source) for source in sources]
   actual = _everything(_kernel(CHUNK), low, resets, cotangents)
-  # Of the same rounded inputs.
+  # From the same rounded inputs.
   rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
   expected = _everything(_specification, rounded, resets, cotangents)
   assert [x.dtype for x in jax.tree.leaves(actual[0])] == [jnp.float32] * 2
