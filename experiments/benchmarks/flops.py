@@ -32,11 +32,11 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def state_size(model: LanguageModel) -> int:
-  """Returns the number of elements of all layers' recurrent states "h", for one row."""
+  """Returns the number of elements of all layers' recurrent states h, for one row."""
   layers = jax.eval_shape(lambda: model.init_state(1)).layers
   return sum(
       math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(layers)
-      if path[-1] == jax.tree_util.DictKey("h")
+      if isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name.startswith("h_")
   )
 
 
