@@ -14,7 +14,7 @@ from etils import epath
 
 from dense_jax import experiment
 from dense_jax.cli import common, train
-from dense_jax.config import ExperimentConfig, defaults
+from dense_jax.config import ExperimentConfig, ModelConfig, defaults
 from dense_jax.errors import InputError
 from dense_jax.interrupt import Interrupt, Stopped
 from dense_jax.training import lock
@@ -30,6 +30,7 @@ def text(tmp_path_factory):
   return write_text(tmp_path_factory.mktemp("text"))
 
 
+MODEL = ModelConfig()  # The states of these checkpoints have no layers.
 # One step more than the experiment has, and no other learning rate.
 LONGER = ["--config.train.steps=5", "--config.optimizer.schedule_steps=4"]
 
@@ -204,20 +205,20 @@ def test_an_unreadable_heldout_loss_ranks_nothing_and_keeps_nothing_from_being_r
     tmp_path, damaged
 ):
   folder = epath.Path(tmp_path)
-  checkpoints = Checkpoints(folder, keep_last=1, keep_best=1)
+  checkpoints = Checkpoints(folder, MODEL, keep_last=1, keep_best=1)
   for step, loss in ((1, 2.0), (2, 3.0)):
     params = {"w": jnp.full((2,), step, jnp.float32)}
     checkpoints.save(TrainState(jnp.int32(step), params, {}), step, {}, loss)
   checkpoints.close()
   [file] = folder.glob("2/metrics/metrics")
   file.write_bytes(damaged)
-  checkpoints = Checkpoints(folder, read_only=True)
+  checkpoints = Checkpoints(folder, MODEL, read_only=True)
   for which, step in (("latest", 2), ("best", 1), ("2", 2)):
     found, params = checkpoints.restore_params(params, which)
     assert (found, params["w"].tolist()) == (step, [step, step])
   checkpoints.close()
   # The next run goes on beside it.
-  checkpoints = Checkpoints(folder, keep_last=1, keep_best=1)
+  checkpoints = Checkpoints(folder, MODEL, keep_last=1, keep_best=1)
   checkpoints.save(TrainState(jnp.int32(3), params, {}), 3, {}, 4.0)
   checkpoints.close()
   assert saved_steps(folder) == [1, 3]
@@ -267,14 +268,14 @@ def test_other_data_do_not_take_the_place_of_a_damaged_description(text, whole_r
 def test_a_reader_that_is_slower_than_the_writer_takes_what_is_there_then(tmp_path, monkeypatch):
   folder = epath.Path(tmp_path)
   params = {"w": jnp.zeros(2)}
-  writer = Checkpoints(folder, keep_last=1, keep_best=0)
+  writer = Checkpoints(folder, MODEL, keep_last=1, keep_best=0)
 
   def save(step):
     writer.save(TrainState(jnp.int32(step), params, {}), step, {}, None)
     writer.wait()
 
   save(1)
-  reader = Checkpoints(folder, read_only=True)
+  reader = Checkpoints(folder, MODEL, read_only=True)
   read, tried = reader._read, []
 
   def read_late(step, arguments):

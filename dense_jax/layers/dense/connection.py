@@ -5,6 +5,7 @@ from typing import Protocol, TypeAlias
 
 from flax import nnx
 
+from dense_jax.layers.metrics import record_rms
 from dense_jax.ops.recurrence import Recurrence
 from dense_jax.types import Array
 
@@ -62,7 +63,9 @@ class NoConnection(nnx.Module):
   ) -> tuple[Array, Array, Recurrence]:
     """See `Connection`: equation (2)."""
     del x_D, shallow
-    return *states.run(query), states
+    y, final = states.run(query)
+    record_rms("own_read_rms", y)
+    return y, final, states
 
   def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
     """See `Connection`."""

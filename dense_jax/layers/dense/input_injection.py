@@ -65,7 +65,9 @@ class InputInjection(nnx.Module):
   ) -> tuple[Array, Array, Recurrence]:
     """See `Connection`: equation (2); `states` are those of the fused inputs."""
     del x_D, shallow
-    return *states.run(query), states
+    y, final = states.run(query)
+    record_rms("own_read_rms", y)
+    return y, final, states
 
   def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
     """See `Connection`."""
