@@ -4,8 +4,10 @@ Command   python -m experiments.benchmarks.gpu --json experiments/results/gpu_DA
           With --budget-seconds 570 no case starts after that time; run the same command again
           for the cases that FILE does not have yet. --only train/mamba decode selects cases
 Install   pip install 'jax[cuda12]'; for the rivals see fla_rival.py
-Status    not run on a GPU yet: none was at hand. `--toy` runs everything at toy size on a CPU,
-          where there is no peak memory and no MFU, and the rivals are skipped
+Status    training of mamba2 and gau_retnet and decoding of one row were measured on an H100
+          (experiments/results/gpu_2026-11-26.json); the rivals, modes and long contexts were not.
+          `--toy` runs all of it at toy size on a CPU, where nothing has a peak or an MFU and the
+          rivals are skipped
 Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_1p3b.py; bf16
           activations, float32 parameters and AdamW; V and head as there
 Cases     train    tokens/s, MFU (flops.py) and peak memory of a train step, base and dense, with
