@@ -23,7 +23,7 @@ def load_hf(path: str) -> LanguageModel:
   """Loads a model from a folder in a known Hugging Face layout, such as `save_hf` writes.
 
   The known layouts are transformers' mamba, mamba2 and llama, the authors' DenseRetNet, and this
-  project's own (`dense_jax.interop.dense`).
+  project's own (`dense_jax.interop.native`).
 
   Args:
     path: a local folder with `config.json` and either `model.safetensors` or `pytorch_model.bin`,

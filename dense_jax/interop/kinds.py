@@ -4,11 +4,11 @@ from typing import Any
 
 from dense_jax.config import ModelConfig
 from dense_jax.errors import InputError
-from dense_jax.interop import dense, dense_retnet, llama, mamba, mamba2
+from dense_jax.interop import dense_retnet, llama, mamba, mamba2, native
 from dense_jax.interop.layout import Config, Kind, Layout
 
 # DenseRetNet comes first, because its model_type is llama; the last layout can hold every model.
-KINDS: tuple[Kind, ...] = (dense_retnet, mamba, mamba2, llama, dense)
+KINDS: tuple[Kind, ...] = (dense_retnet, mamba, mamba2, llama, native)
 
 
 def recognise(config: Config) -> Layout:

@@ -25,7 +25,7 @@ def save_hf(
                            mamba, mamba2 or transformer with dense.depth = 0
       the authors'         DenseRetNet as released: family gau_retnet with dense.inject=inputs
                            and the defaults of the other options of `dense`
-      this project's own   `dense_jax.interop.dense`: everything else, such as a transformer
+      this project's own   `dense_jax.interop.native`: everything else, such as a transformer
                            whose width is not a multiple of the number of heads
 
   Args:

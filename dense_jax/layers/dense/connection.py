@@ -48,7 +48,10 @@ class Connection(Protocol):
 
 
 class NoConnection(nnx.Module):
-  """The connection of a layer that reads no other layer; it still shares with deeper ones."""
+  """The connection of a layer that reads no other layer; it still shares with deeper ones.
+
+  The base class of the two injections, which replace the one step that they are about.
+  """
 
   def __init__(self, inject: str) -> None:
     self.inject = inject

@@ -6,7 +6,7 @@ from typing import cast
 from flax import nnx
 
 from dense_jax.config import ModelConfig
-from dense_jax.layers.dense.connection import Inputs, Shared
+from dense_jax.layers.dense.connection import Inputs, NoConnection, Shared
 from dense_jax.layers.dense.gate import make_gates, of_source
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.metrics import record_rms, record_spread
@@ -14,7 +14,7 @@ from dense_jax.ops.recurrence import Recurrence
 from dense_jax.types import Array
 
 
-class InputInjection(nnx.Module):
+class InputInjection(NoConnection):
   """Equation (5), for each input k of the recurrence.
 
       k' = RMSNorm(k + sum_i gate_k(x) * k_i)
@@ -32,6 +32,7 @@ class InputInjection(nnx.Module):
       self, config: ModelConfig, *, sources: int,
       inputs: Mapping[str, tuple[int, str | None]], rngs: nnx.Rngs,
   ) -> None:
+    super().__init__("inputs")
     self.share_fused = config.dense.source == "fused"
     if config.dense.gate != "none":
       self.gates = nnx.Dict({
@@ -59,15 +60,6 @@ class InputInjection(nnx.Module):
         total = total + read
       fused[name] = self.norms[name](total) if name in self.norms else total
     return fused
-
-  def run(
-      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared]
-  ) -> tuple[Array, Array, Recurrence]:
-    """See `Connection`: equation (2); `states` are those of the fused inputs."""
-    del x_D, shallow
-    y, final = states.run(query)
-    record_rms("own_read_rms", y)
-    return y, final, states
 
   def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
     """See `Connection`."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.config import ModelConfig
-from dense_jax.layers.dense.connection import Inputs, Shared
+from dense_jax.layers.dense.connection import NoConnection, Shared
 from dense_jax.layers.dense.fused_states import fused_states
 from dense_jax.layers.dense.fusion import FUSIONS
 from dense_jax.layers.dense.transition import ReadShape, Transition
@@ -17,7 +17,7 @@ from dense_jax.ops.recurrence import Read, Recurrence
 from dense_jax.types import Array
 
 
-class StateInjection(nnx.Module):
+class StateInjection(NoConnection):
   """Equations (3) and (4), for the layer's own states h and the states h_i of the i-th layer below.
 
       h' = Fuse(h, phi_1(h_1), ..., phi_S(h_S))        y = C h'
@@ -32,6 +32,7 @@ class StateInjection(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:
+    super().__init__("state")
     self.transition = Transition(config, reads, rngs)
     self.fusion = FUSIONS[config.dense.fusion](config, reads, rngs)
     self.share_fused = config.dense.source == "fused"
@@ -53,16 +54,6 @@ class StateInjection(nnx.Module):
     if self.share_fused:  # One source, as its h' contains those of all layers below.
       states = fused_states(states, sources[0], phis[0])
     return y, final, states
-
-  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
-    """See `Connection`: the layer's own inputs, unchanged."""
-    del x_D, shallow
-    return own
-
-  def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
-    """See `Connection`."""
-    del own, fused
-    return states
 
 
 def _record(states: Recurrence, own_query: Array, reads: Sequence[Read]) -> None:
