@@ -82,7 +82,7 @@ class ScannedS4D(S4D):
   def __call__(
       self, x_D: Array, tokens: Segments | Token, state: S4State | None, shallow: Sequence[Shared]
   ) -> MixerOutput:
-    """See `Mixer`; of rows that begin without a state, and without a state after."""
+    """See `Mixer`; supports only rows that begin without a state, and returns no final state."""
     scanned = scanned_s4 if isinstance(self, S4) else scanned_s4d
     y_BTE = scanned(*self.system().dense(), self.c[...], x_D)
     return MixerOutput(self._output(y_BTE, x_D), None, None)
@@ -98,7 +98,7 @@ MixerFactory = Callable[..., Mixer]
 def rival(
     family: str, config: ModelConfig, length: int
 ) -> tuple[MixerFactory, ModelConfig, str]:
-  """The rival's mixer, its configuration, and what it is.
+  """Returns the rival's mixer, its configuration, and a description for the table.
 
   Args:
     family: a key of FAMILIES.
@@ -120,7 +120,7 @@ def rival(
 def passes(
     mixer: MixerFactory, config: ModelConfig, x_BTD: Array
 ) -> tuple[Array, Callable[[], object]]:
-  """A mixer's output for rows of one document, and its forward and backward pass."""
+  """Returns a mixer's output for rows of one document, and a call of its forward and backward."""
   graph, params = nnx.split(mixer(config, sources=0, rngs=nnx.Rngs(0)))
   segments = Segments(jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None])
 

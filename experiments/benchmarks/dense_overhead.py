@@ -103,9 +103,9 @@ def markdown(first: str, rows: dict[str, Measured | None]) -> str:
 
 
 def running(families: Sequence[str]) -> str:
-  """Which implementation runs, by the resolver."""
+  """Describes which implementation of each family runs here."""
   chosen = {name: resolver.resolve(FAMILIES[name].form, "auto") for name in families}
-  # Rows hold documents, which a convolution cannot.
+  # Rows hold several documents, which the convolution does not support.
   parts = [f"{name} {'chunked' if form == 'conv' else form}" for name, form in chosen.items()]
   return f"implementations on {jax.default_backend()}: " + ", ".join(parts)
 

@@ -118,7 +118,7 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
       for rank, length in enumerate(plan.lengths, 1):
         rival = Rival(family, plan.tokens // length, length)
         yield rank + later, f"rival/{family}/base/T{length}", rival
-    # Of matrix states a token at a time is the specification, and no rival of any.
+    # For matrix states, the recurrent form is only the specification: too slow to compare.
     for form in resolver.IMPLEMENTATIONS[FAMILIES[family].form]:
       if form != "recurrent" or FAMILIES[family].form == "diagonal":
         length = plan.mode_length

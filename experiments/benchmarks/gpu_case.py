@@ -97,7 +97,7 @@ def run(case: Case) -> dict[str, Any]:
 
   model = settings(case.remat[0]).model
   chosen = resolver.resolve(FAMILIES[model.family].form, model.implementation)
-  if model.implementation not in ("auto", chosen):  # Kernels for TPUs, interpreted.
+  if model.implementation not in ("auto", chosen):  # For example, a kernel for TPUs.
     return {"skipped": f"runs as {chosen} here"}
   if case.kind == "decode":
     return decode(settings(case.remat[0]), case.batch_size, case.context)
