@@ -17,10 +17,26 @@ from dense_jax.models.registry import family as find_family
 from dense_jax.types import Array, Params, PyTree
 
 VOCAB = 11
-FAMILIES = ("mamba", "gau_retnet", "mamba2", "s4d", "s4", "retnet", "transformer")
+# Family -> the mixer's options in a tiny model, where its defaults will not do.
+MIXERS: dict[str, dict[str, object]] = {
+    "mamba": {"state_size": 3, "conv_width": 4, "dt_rank": 2},
+    "gau_retnet": {},
+    "mamba2": {"state_size": 3, "head_dim": 8, "groups": 2},
+    "s4d": {"state_size": 4, "ffn_width": 24, "init": "inv"},
+    "s4": {"state_size": 4, "ffn_width": 24},
+    "retnet": {"heads": 2, "key_dim": 12, "ffn_width": 24},
+    "transformer": {"heads": 4, "kv_heads": 2, "context": 7, "ffn_width": 24},
+}
+FAMILIES = tuple(MIXERS)
+
+
+def _of_form(*forms: str) -> tuple[str, ...]:
+  return tuple(family for family in FAMILIES if find_family(family).form in forms)
+
+
 # Families whose states deeper layers may read, and those whose inputs they may fuse.
-STATE_FAMILIES = tuple(family for family in FAMILIES if family != "transformer")
-INPUT_FAMILIES = ("mamba", "gau_retnet", "mamba2", "retnet")
+STATE_FAMILIES = _of_form("diagonal", "matrix", "lti")
+INPUT_FAMILIES = _of_form("diagonal", "matrix")
 # Each runs another family's form, at its price or more: `make test-exhaustive` has most of them.
 TWINS = ("retnet", "s4")
 # Those whose programs compile in a few seconds: a recurrence by channels, one by heads.
@@ -32,7 +48,8 @@ def _marks(case: object, quick: Collection, slow: Collection) -> tuple[pytest.Ma
 
 
 def _with_families(families: Sequence[str]) -> pytest.MarkDecorator:
-  quick, slow = (*QUICK_FAMILIES, "transformer"), ("mamba2", "s4d")
+  quick = (*QUICK_FAMILIES, "transformer")
+  slow = [family for family in families if family not in TWINS]
   return pytest.mark.parametrize("family", [
       pytest.param(family, marks=_marks(family, quick, slow)) for family in families
   ])
@@ -94,19 +111,7 @@ def model_config(
       "vocab_size": VOCAB, "width": 16, "layers": max(2, depth + 1), "chunk": 3,
       "tie_embeddings": False, "gate_reduction": 4, "depth": depth, "inject": inject,
   }
-  if family == "mamba":
-    values |= {"state_size": 3, "conv_width": 4, "dt_rank": 2}
-  elif family == "mamba2":
-    values |= {"state_size": 3, "head_dim": 8, "groups": 2}
-  elif family == "s4":
-    values |= {"state_size": 4, "ffn_width": 24}
-  elif family == "s4d":
-    values |= {"state_size": 4, "ffn_width": 24, "init": "inv"}
-  elif family == "retnet":
-    values |= {"heads": 2, "key_dim": 12, "ffn_width": 24}
-  elif family == "transformer":
-    values |= {"heads": 4, "kv_heads": 2, "context": 7, "ffn_width": 24}
-  values |= options
+  values |= MIXERS[family] | options
 
   def take(cls: type) -> dict[str, object]:
     return {name: values.pop(name) for name in list(values) if name in field_types(cls)}

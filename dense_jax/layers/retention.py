@@ -27,11 +27,6 @@ from dense_jax.ops.rotary import rotate_neighbours
 from dense_jax.types import Array
 
 
-def log_decay(heads: int) -> Array:
-  """Returns log gamma_H, with gamma = 1 - 2^(-5 - head) (arXiv 2307.08621, section 2.2)."""
-  return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RetentionState:
@@ -93,12 +88,16 @@ class Retention(nnx.Module):
     """Normalises each head, [..., H, P] in float32."""
     raise NotImplementedError
 
+  def log_decay_H(self) -> Array:
+    """Returns log gamma_H, with gamma = 1 - 2^(-5 - head) (arXiv 2307.08621, section 2.2)."""
+    return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))
+
   def _by_head(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.heads, -1)
 
   def _output(self, y_HP: Array, position: Array, gate_E: Array) -> Array:
     """Applies scale, norm of each head, gate and output projection."""
-    gamma_log = log_decay(self.heads).reshape((1,) * (y_HP.ndim - 2) + (-1,))
+    gamma_log = self.log_decay_H().reshape((1,) * (y_HP.ndim - 2) + (-1,))
     # sum over s <= t of gamma^(t - s), in closed form.
     count = position.astype(jnp.float32)[..., None] + 1
     mass_H = jnp.expm1(count * gamma_log) / jnp.expm1(gamma_log)
@@ -117,7 +116,7 @@ class Retention(nnx.Module):
     k_HN = rotate_neighbours(self._by_head(fused["k"]), position)
     # All rows share the decay, so its batch axis has size one.
     log_decay_H = jnp.broadcast_to(
-        log_decay(self.heads).reshape((1,) * (x_D.ndim - 1) + (-1,)),
+        self.log_decay_H().reshape((1,) * (x_D.ndim - 1) + (-1,)),
         (1, *x_D.shape[1:-1], self.heads),
     )
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))

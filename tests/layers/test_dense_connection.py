@@ -1,12 +1,16 @@
 """Dense hidden connections: equations (3) to (5) by hand, zero gates, few sources."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from dense_jax.config import DenseConfig
 from dense_jax.layers.dense import make_connection
+from dense_jax.layers.dense.fusion import FUSIONS
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.ops import resolver
 from dense_jax.ops.diagonal.token import DiagonalToken
@@ -127,6 +131,15 @@ OPTIONS = [
     {"fusion": "attention"},
     {"fusion": "attention", "transition": "linear", "gate": "channel_state"},
 ]
+
+
+@pytest.mark.parametrize("key", ["transition", "gate", "gate_sharing", "fusion"])
+def test_the_options_have_every_choice(key):
+  (field,) = [field for field in dataclasses.fields(DenseConfig) if field.name == key]
+  choices = field.metadata["valid"].removeprefix("one of ").split(", ")
+  assert {options.get(key, field.default) for options in OPTIONS} == set(choices)
+  if key == "fusion":
+    assert sorted(FUSIONS) == sorted(choices)
 
 
 def _option_name(options):

@@ -118,7 +118,7 @@ def _cases():
         lengths = {"documents": (C + 1, 257), "one-document": (63,), "carried": (1,)}
       elif option in ("base", "m2"):
         lengths = {"documents": LENGTHS, "one-document": (1, C + 1, 63), "carried": (1, C + 1, 63)}
-        if family in ("mamba2", "retnet", "gau_retnet", "mamba"):  # The same form as documents.
+        if family in INPUT_FAMILIES:  # The same form as documents.
           lengths |= {"one-document": (63,), "carried": (C + 1,)}
         if option == "m2" and family in SELECTIVE_FAMILIES:
           lengths["strong-decays"] = (63, 257) if family == "mamba2" else (63,)
