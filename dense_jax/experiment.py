@@ -1,8 +1,8 @@
-"""Experiment files: where `ml_collections.ConfigDict` meets the frozen dataclasses.
+"""Experiment files: from `ml_collections.ConfigDict` to the frozen config dataclasses.
 
-An experiment is a Python file with `get_config(arg="") -> ConfigDict`, begun from
-`default_config`. It is named on the command line as FILE.py or FILE.py:ARG and changed by
-`--config.KEY=VALUE`; below this module only `ExperimentConfig` is seen.
+An experiment is a Python file with `get_config(arg="") -> ConfigDict`, which starts from
+`default_config`. A command line names it as FILE.py or FILE.py:ARG and changes it by
+`--config.KEY=VALUE`. The modules below this one only see `ExperimentConfig`.
 """
 
 import dataclasses
@@ -32,7 +32,10 @@ _MIXER = "config.model.mixer"
 
 
 def default_config(family_name: str = "mamba") -> ConfigDict:
-  """The defaults, with that family's own options in `model.mixer`; for experiments to edit."""
+  """Returns the defaults as a ConfigDict, for experiments to edit.
+
+  `model.mixer` holds the options of the named family.
+  """
   values = defaults(ExperimentConfig)
   values["model"]["family"] = family_name
   values["model"]["mixer"] = defaults(family(family_name).config)
@@ -40,10 +43,10 @@ def default_config(family_name: str = "mamba") -> ConfigDict:
 
 
 def resolve(values: Mapping[str, Any]) -> ExperimentConfig:
-  """A nested dict or ConfigDict as a validated `ExperimentConfig`.
+  """Converts a nested dict or ConfigDict to a validated `ExperimentConfig`.
 
   Raises:
-    InputError: naming the key, the value and what would be valid.
+    InputError: a key or value is not valid; the error names key, value and what would be valid.
   """
   plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
   name = plain.get("model", {}).get("family", ExperimentConfig().model.family)
@@ -54,7 +57,7 @@ def resolve(values: Mapping[str, Any]) -> ExperimentConfig:
 
 
 def _parse(key: str, text: str, annotation: Any) -> Any:
-  """A command-line value as its field's type."""
+  """Converts a value from the command line to its field's type."""
   try:
     if annotation is bool:
       return {"true": True, "false": False}[text.lower()]
@@ -87,7 +90,10 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
 
 
 def get_config(file: pathlib.Path, argument: str = "") -> ConfigDict:
-  """What the file's `get_config` returns; one experiment may begin with another's."""
+  """Returns the result of the file's `get_config`.
+
+  Experiments call this too, to start from another experiment.
+  """
   module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
   if module_spec is None or module_spec.loader is None:
     raise InputError(f"--config = {str(file)!r} is not valid: expected a Python file")
@@ -97,9 +103,13 @@ def get_config(file: pathlib.Path, argument: str = "") -> ConfigDict:
 
 
 def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConfig:
-  """Loads FILE.py[:ARG] and applies overrides (dotted key without "config.", text).
+  """Loads an experiment and applies overrides.
 
-  Another `model.family` brings its own defaults in `model.mixer`.
+  An override of `model.family` replaces `model.mixer` by the defaults of that family.
+
+  Args:
+    spec: FILE.py or FILE.py:ARG.
+    overrides: pairs of a dotted key without "config." and its value as text.
 
   Raises:
     InputError: the file, a key or a value is not valid.
@@ -122,20 +132,24 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConf
 
 
 def check_argument(argument: str, *known: str) -> str:
-  """For `get_config`: the argument, which must be empty or one of `known`."""
+  """Checks the argument of a `get_config`, and returns it.
+
+  Raises:
+    InputError: it is neither empty nor one of `known`.
+  """
   if argument and argument not in known:
     raise InputError(f"--config argument {argument!r} is not valid: expected {', '.join(known)}")
   return argument
 
 
 def save(config: ExperimentConfig, workdir: epath.Path) -> None:
-  """Writes the resolved configuration into the run's folder, whole or not at all."""
+  """Writes the resolved configuration into the run's folder, atomically."""
   text = json.dumps(defaults(config), indent=2) + "\n"
   write_atomically(workdir / CONFIG_FILE, text.encode())
 
 
 def read(workdir: epath.Path) -> ExperimentConfig:
-  """The resolved configuration of a run.
+  """Reads the resolved configuration of a run.
 
   Raises:
     InputError: the folder holds no run, or the file is damaged.

@@ -84,13 +84,13 @@ class Interrupt:
       self, meanwhile: Callable[[], str] = lambda: "ended before its work was done", *,
       ends_process: bool = True,
   ) -> None:
-    """Hears nothing before it is entered; then it obeys at once.
+    """Prepares the context; once entered, it obeys requests at once until `wait` is called.
 
     Args:
-      meanwhile: says what is saved and how to go on, if the process ends now. It may be called
-        from another thread.
-      ends_process: a second request, and one that the main thread does not hear in time, end the
-        process. Otherwise, as in a notebook, a second one raises `Stopped`.
+      meanwhile: returns a sentence that says what is saved and how to go on, if the process ends
+        now. It may be called from another thread.
+      ends_process: whether a second request, or one that the main thread does not obey in time,
+        ends the process. If not, as in a notebook, a second request raises `Stopped`.
     """
     self.requested = ""
     self._meanwhile = meanwhile

@@ -206,13 +206,20 @@ def constrain_tokens(x: Array, axis: str | None) -> Array:
 def sum_over_sequence(
     function: Callable[..., PyTree], *, has_aux: bool = False
 ) -> Callable[..., PyTree]:
-  """Sums function(whole, batch) over the parts of the rows' tokens, on the mesh in use.
+  """Wraps a function of a batch to run on each device's own tokens, and sums the results.
 
   Args:
-    function: of anything that is the same on all devices of `sequence`, and of a tree of [B, T],
-      of which each has its own tokens. Inside, `ops.sequence_parallel` knows what has to pass
-      between them; all else is as on one device.
-    has_aux: the function returns (what is summed, what all devices have the same already).
+    function: called as function(whole, batch), where `whole` is a tree that is the same on all
+      devices of the mesh axis `sequence`, and `batch` a tree of [B, T], of which each of those
+      devices holds its own tokens. Its results must add up over tokens. Inside it,
+      `ops.sequence_parallel` passes states between the devices; everything else runs as on one
+      device.
+    has_aux: whether `function` returns a pair, of which only the first part is summed; the second
+      is the same on all devices already.
+
+  Returns:
+    A function of the global (whole, batch). If the current mesh does not split the sequence, it
+    calls `function` directly.
   """
 
   def summed(whole: PyTree, batch: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""Command lines: argument parsing and printing around what the package does."""
+"""Command lines, which parse arguments and print, around the rest of the package."""
 
 import pathlib
 import sys
@@ -9,13 +9,12 @@ CONSOLE_COMMAND = "dense-jax"
 
 
 def is_console_command() -> bool:
-  """Whether the process was begun as `dense-jax ...`, not as `python -m dense_jax.cli.X ...`."""
+  """Returns whether the process began as `dense-jax ...`, not as `python -m dense_jax.cli.X`."""
   return bool(sys.argv) and pathlib.Path(sys.argv[0]).stem == CONSOLE_COMMAND
 
 
-# `python -m dense_jax.cli.X` imports this first, with "-m" in place of the command's name, and so
-# does `dense-jax X`. What they import next takes seconds, in which a signal should not end in a
-# traceback.
+# Both `python -m dense_jax.cli.X` (where sys.argv[0] is still "-m") and `dense-jax X` import this
+# module first. Their other imports take seconds, in which a signal should not end in a traceback.
 if sys.argv[:1] == ["-m"] or is_console_command():
   interrupt.open_closed_streams()
   interrupt.end_early()

@@ -1,4 +1,4 @@
-"""What all command lines share: arguments, exit status."""
+"""Parts that all command lines share: arguments and exit status."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_process_arguments(command: argparse.ArgumentParser) -> None:
-  """--coordinator, --processes and --process-id."""
+  """Adds --coordinator, --processes and --process-id."""
   command.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several "
                        "listens; Slurm, Open MPI and TPU slices need none of the three")
   command.add_argument("--processes", type=int, metavar="N", help="their number")
@@ -49,7 +49,7 @@ def add_process_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def add_allow_change_argument(command: argparse.ArgumentParser) -> None:
-  """--allow-change."""
+  """Adds --allow-change."""
   command.add_argument(
       resume.FLAG, default="", metavar="KEY,...",
       help="keys that may differ from the run's, though they alter its course",
@@ -57,10 +57,10 @@ def add_allow_change_argument(command: argparse.ArgumentParser) -> None:
 
 
 def allowed_changes(options: argparse.Namespace, config: ExperimentConfig) -> list[str]:
-  """The keys of --allow-change.
+  """Returns the keys of --allow-change.
 
   Raises:
-    InputError: one of them is none that can be asked for.
+    InputError: a name is not a key that changes when asked; see `resume.check_allowed`.
   """
   allowed = [key.strip() for key in options.allow_change.split(",") if key.strip()]
   resume.check_allowed(config, allowed)
@@ -70,7 +70,7 @@ def allowed_changes(options: argparse.Namespace, config: ExperimentConfig) -> li
 def split_overrides(
     command: argparse.ArgumentParser, arguments: Sequence[str]
 ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-  """Parses `arguments`; --config.KEY=VALUE (or --config.KEY VALUE) come back as pairs."""
+  """Parses `arguments`; returns the options, and the overrides as `take_overrides` does."""
   plain, overrides = take_overrides(arguments)
   return command.parse_args(plain), overrides
 
@@ -101,9 +101,9 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str,
 
 
 def keep_compiled_programs() -> None:
-  """Compiled programs are kept between processes, unless jax was told where or not to.
+  """Keeps compiled programs in a folder for later processes, unless jax is configured otherwise.
 
-  JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+  JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=false keeps none.
   """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = pathlib.Path(COMPILED).expanduser()
@@ -111,26 +111,26 @@ def keep_compiled_programs() -> None:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-  """Ends the process with main's status; 2 on bad input, 1 on anything else.
+  """Runs a command and ends the process with its status; 2 on bad input, 1 on any other error.
 
-  A signal or a closed output ends it with a sentence. Of several processes, each says which one
-  it is.
+  A signal or a closed output ends the process with a sentence instead of a traceback. If there are
+  several processes, each says which one it is.
   """
   sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-  # orbax warns of what was asked for, and logs the errors that it raises, too.
+  # orbax warns about behaviour that was asked for, and logs errors that it also raises.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   sys.unraisablehook, threading.excepthook = _say_unraisable, _say_of_thread
   keep_compiled_programs()
   with Interrupt() as interrupt:
     status, said = _outcome(main)
-    # What is left to say is said whoever asks now, and the status stays what it is.
+    # A request that comes now changes neither what is printed nor the status.
     with contextlib.suppress(KeyboardInterrupt):
       interrupt.wait(lambda: "its work was over")
     if said:
       print(said, file=sys.stderr)
     sys.stdout.flush()
-    if not distributed.name():  # One of several processes may yet wait for the others.
+    if not distributed.name():  # One of several processes may still wait for others.
       interrupt.done(status)
     if status:
       distributed.end(status)
@@ -138,22 +138,22 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
 
 
 def _say_unraisable(raised: Any) -> None:
-  """Python's own words for an error in a callback, but for two that say nothing new."""
-  # A signal's: it is heard all the same. And what else of a checkpoint was being read when a part
-  # of it could not be.
+  """Prints an error in a callback as Python does, except two that say nothing new."""
+  # First, a `Stopped` by a signal, which is obeyed all the same. Second, an error of the reads of a
+  # checkpoint that were under way when another one failed.
   if isinstance(raised.exc_value, Stopped) or str(raised.exc_value) == "Event loop is closed":
     return
   sys.__unraisablehook__(raised)
 
 
 def _say_of_thread(raised: Any) -> None:
-  """Python's own words for an error that ends a thread, but for what the main thread says too."""
-  if not _refused_by_disk(raised.exc_value):  # As orbax's do, which save in the background.
+  """Prints an error that ends a thread as Python does, unless the main thread reports it too."""
+  if not _refused_by_disk(raised.exc_value):  # orbax's, which save in the background.
     threading.__excepthook__(raised)
 
 
 def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
-  """The status of `main`, and what is to be said of how it ended."""
+  """Runs `main`; returns its status, and the text to print about how it ended."""
   name = distributed.name
   try:
     status = main(sys.argv[1:])
@@ -180,14 +180,14 @@ def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
 
 
 def _refused_by_disk(error: BaseException | None) -> str:
-  """What a disk or its permissions refused, and which file; empty for any other error.
+  """Returns what a disk or its permissions refused, and for which file; "" for any other error.
 
-  No other start mends it, so that its status is not the one after which launchers try again.
+  Another start does not help, so the status is not the one on which launchers try again.
   """
   while error is not None:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
       return f"{error.strerror}: {error.filename or 'a file could not be written'}"
-    # The library below orbax has errors of its own.
+    # The storage library below orbax raises its own errors.
     number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
     if number and int(number[1]) in _DISK_ERRORS:
       file = re.search(r'file "([^"]*)"', str(error))
@@ -197,7 +197,7 @@ def _refused_by_disk(error: BaseException | None) -> str:
 
 
 def add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
-  """--workdir and --checkpoint."""
+  """Adds --workdir and --checkpoint."""
   command.add_argument("--workdir", required=True, help="the folder that training wrote")
   command.add_argument(
       "--checkpoint", default="latest", help="latest (default), best (held-out loss) or a step"

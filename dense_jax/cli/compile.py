@@ -1,4 +1,4 @@
-"""Compiles a run's program for a TPU topology, without a TPU: does it fit, what does it do."""
+"""Compiles a run's program for a TPU topology, without a TPU; says whether it fits."""
 
 import dataclasses
 import sys
@@ -20,7 +20,11 @@ Ends with status 0 if the program fits a chip's memory, 1 if it does not, 2 on b
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Prints, and with --json writes, what the compiler says; 0 if the program fits, else 1."""
+  """Prints the compiler's figures and, with --json, writes them.
+
+  Returns:
+    Status 0 if the program fits a chip's memory, else 1.
+  """
   command = common.parser(
       "compile", "Compiles a program of a run for a TPU topology; needs no TPU. Minutes."
   )
@@ -56,7 +60,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse_mesh(text: str) -> MeshConfig:
-  """`data=4,fsdp=16` as a mesh; axes that are not named are 1, slices as many as there are."""
+  """Parses a mesh such as `data=4,fsdp=16`.
+
+  An axis that is not named is 1, except `slices`, which is 0: as many as the devices have.
+  """
   axes = list(field_types(MeshConfig))
   sizes = dict.fromkeys(axes, 1) | {"slices": 0}
   for part in text.split(","):
@@ -68,7 +75,7 @@ def _parse_mesh(text: str) -> MeshConfig:
 
 
 def _describe(report: programs.CompiledProgram) -> str:
-  """What is printed: memory, work, collectives, bounds, and whether it fits."""
+  """Returns the text to print: memory, work, collectives, bounds, and whether it fits."""
   cost, bound = report.cost, report.bound
   mesh = sharding.describe_mesh(report.mesh)
   memory = [

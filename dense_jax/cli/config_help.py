@@ -1,7 +1,8 @@
-"""Every key of an experiment, explained: `--help-config`, and docs/configuration.md.
+"""Explains every key of an experiment: `--help-config`, and docs/configuration.md.
 
-Both come from the fields of the config dataclasses, which hold defaults, what is valid and what a
-key means. `python -m dense_jax.cli.config_help > docs/configuration.md` writes the document.
+Both are made from the fields of the config dataclasses, which hold the default, the valid values
+and the meaning of each key. `python -m dense_jax.cli.config_help > docs/configuration.md` writes
+the document.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from dense_jax.runs import resume
 
 _OPTION = "--help-config"
 _WIDEST = 100
-# Where another key decides which values there are, the words of the error are not the shortest.
+# Valid values of keys whose field only refers to a registry.
 _VALID = {"config.model.family": "one of " + ", ".join(FAMILIES)}
 _HEAD = f"""\
 # Configuration
@@ -40,14 +41,14 @@ those of `dense_jax/types.py`. This file is the output of `python -m dense_jax.c
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-  """A key of a configuration.
+  """A key of a configuration, as text.
 
   Attributes:
-    name: its last part, such as "depth".
-    value: what the configuration has.
-    valid: which values are valid, in words.
-    meaning: one line.
-    change: whether it may change when a run goes on: never, freely, or when asked.
+    name: the last part of its path, such as "depth".
+    value: its value in the configuration.
+    valid: the valid values, in words.
+    meaning: its meaning in one line.
+    change: the condition under which it may change on resume: never, freely, or when asked.
   """
 
   name: str
@@ -59,7 +60,7 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Keys that stand under one path, such as "config.model.dense"; its meaning in one line."""
+  """The keys under one path, such as "config.model.dense", and their meaning in one line."""
 
   path: str
   meaning: str
@@ -100,7 +101,7 @@ def listing(config: ExperimentConfig, width: int = _WIDEST) -> str:
 
   Args:
     config: the experiment.
-    width: columns; values stand to the left, wrapped text to the right.
+    width: columns of text; values are on the left, wrapped explanations on the right.
   """
   all_groups = list(groups(config))
   left = max(len(f"  {key.name} = ") for group in all_groups for key in group.keys)
@@ -121,7 +122,7 @@ def listing(config: ExperimentConfig, width: int = _WIDEST) -> str:
 
 
 def document() -> str:
-  """Returns docs/configuration.md: the defaults of all keys, of every family."""
+  """Returns the text of docs/configuration.md: all keys with their defaults, for every family."""
   parts = [_HEAD]
   mixer = "config.model.mixer"
   for group in groups(experiment.resolve({})):
@@ -157,7 +158,7 @@ def add_argument(command: argparse.ArgumentParser) -> None:
 
 
 def is_asked(arguments: Sequence[str]) -> bool:
-  """Whether the arguments ask for the listing."""
+  """Returns whether the arguments ask for the listing."""
   return _OPTION in arguments
 
 

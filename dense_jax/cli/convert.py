@@ -11,7 +11,7 @@ from dense_jax.outputs import check_destination
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Saves a checkpoint of the run, and says in which layout."""
+  """Saves a checkpoint of the run, and prints its step, size, folder and layout."""
   command = common.parser(
       "convert",
       "Writes a run's checkpoint to a folder with config.json and model.safetensors, which\n"

@@ -17,7 +17,7 @@ predicts from more.
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Prints, and with --json writes, held-out loss, perplexity and bits per byte."""
+  """Prints held-out loss, perplexity and bits per byte and, with --json, writes them."""
   command = common.parser("evaluate", "Held-out loss, perplexity and bits per byte of a run.")
   command.epilog = _EPILOG
   common.add_checkpoint_arguments(command)

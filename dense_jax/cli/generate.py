@@ -10,7 +10,7 @@ from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
 from dense_jax.runs.formatting import printable
 
-# They are kept until they are printed.
+# All new tokens are held in memory until they are printed.
 _MOST_NEW_TOKENS = 10**6
 _EPILOG = """
 What is printed is the text that the run's tokenizer spells for the tokens of the prompt and of its
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check_text(prompt: str) -> None:
-  """Refuses half a character and other bytes that Python keeps as halves of surrogate pairs."""
+  """Refuses bytes that are not UTF-8, which Python represents as lone surrogates."""
   try:
     prompt.encode()
   except UnicodeEncodeError as error:

@@ -20,7 +20,7 @@ _HELP = ("help", "-h", "--help")
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the command that the first argument names, with the others; returns its status.
+  """Runs the command that the first argument names with the other arguments; returns its status.
 
   Raises:
     InputError: there is no such command.

@@ -1,4 +1,4 @@
-"""Shows what a run has reached: scores beside baselines, samples, the plot of its losses."""
+"""Reports on a run: scores beside baselines, samples, and a plot of its losses."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ loss.png and report.md into the run's folder.
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Prints the table and the samples, and where the plot is."""
+  """Prints the table, the samples, and the paths of the plot and the report."""
   command = common.parser("report", "A run's scores beside baselines, samples and plot.")
   command.epilog = _EPILOG
   common.add_checkpoint_arguments(command)

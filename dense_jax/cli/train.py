@@ -1,4 +1,4 @@
-"""Trains a model, or goes on with a run."""
+"""Trains a model, or resumes a run."""
 
 import os
 import pathlib
@@ -25,7 +25,7 @@ Of several processes all run this command, with one --workdir that all of them c
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Trains; returns 0 when all steps are done, 1 when interrupted."""
+  """Trains; returns status 0 when all steps are done, 1 when interrupted."""
   command = common.parser("train", "Trains a model, or goes on with a run.")
   command.epilog = _EPILOG
   command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
@@ -42,14 +42,14 @@ def main(arguments: Sequence[str]) -> int:
   with Interrupt() as interrupt:
     result = runs.train_run(config, options.workdir, allow_change=allowed, interrupt=interrupt)
   if distributed.is_first():
-    # Without what tells one process from another.
+    # Without the arguments that differ between processes.
     changes = [f"--config.{key}={value}" for key, value in overrides]
     print(_ending(result, ["--config", options.config, "--workdir", options.workdir, *changes]))
   return 1 if result.interrupted else 0
 
 
 def _ending(result: runs.RunResult, arguments: Sequence[str]) -> str:
-  """How the run stands, or the commands that go on from here."""
+  """Says how far an interrupted run is, or which commands are next after a finished one."""
   steps = result.config.train.steps
   if result.interrupted:
     done = f"saved step {result.step} of {steps}" if result.step else "no step was done yet"
@@ -58,12 +58,12 @@ def _ending(result: runs.RunResult, arguments: Sequence[str]) -> str:
 
 
 def next_commands(arguments: Sequence[str], workdir: str, config: ExperimentConfig) -> str:
-  """The commands that go on from a finished run, to be pasted.
+  """Returns shell commands to use after a finished run: resume, report, evaluate and sample.
 
   Args:
-    arguments: with which it was trained.
+    arguments: the command-line arguments that it was trained with.
     workdir: its folder.
-    config: its configuration. Resuming does as many steps again, and changes no learning rate.
+    config: its configuration. The resume command doubles the steps and changes no learning rate.
   """
   folder = shlex.quote(workdir)
   horizon = {"train.steps": 2 * config.train.steps}
@@ -76,7 +76,7 @@ def next_commands(arguments: Sequence[str], workdir: str, config: ExperimentConf
   if executable.is_relative_to(pathlib.Path.cwd()):
     executable = executable.relative_to(pathlib.Path.cwd())
   python = shlex.quote(str(executable))
-  # Large buffers in huge pages (see Makefile), if this run had them.
+  # The setting for large buffers in huge pages (see Makefile), if this run had it.
   tunables = os.environ.get("GLIBC_TUNABLES", "")
   faster = f"GLIBC_TUNABLES={shlex.quote(tunables)} " if tunables else ""
   return "\n".join([

@@ -1,10 +1,10 @@
 """Configuration as frozen dataclasses that validate themselves.
 
-One definition serves all. A field is declared once, with its default, what is valid and one line
-of meaning (`fields`); `defaults` turns a dataclass into the nested dict that an experiment file
-edits (as an `ml_collections.ConfigDict`), `build` turns the edited dict back, and every error names
-the key, the value and what would be valid. Below `build` a configuration is an object with typed
-attributes, never a dict. `dense_jax.cli.config_help` prints all keys, from the same fields.
+Each field is declared once, with its default, its valid values and one line of meaning (`fields`).
+`defaults` turns a dataclass into the nested dict that an experiment file edits (as an
+`ml_collections.ConfigDict`), and `build` turns the edited dict back; its errors name the key, the
+value and what would be valid. After `build`, a configuration is an object with typed attributes,
+never a dict. `dense_jax.cli.config_help` prints all keys, from the same fields.
 """
 
 from dense_jax.config.build import build, defaults, field_types

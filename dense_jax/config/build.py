@@ -1,4 +1,4 @@
-"""From config dataclasses to nested dicts, and back with every check."""
+"""Converts config dataclasses to nested dicts, and back with every check."""
 
 import dataclasses
 import typing
@@ -41,13 +41,13 @@ def build(
 
   Args:
     cls: the dataclass.
-    values: its fields' values; a field that is missing takes its default.
+    values: the values of its fields; a missing field takes its default.
     key: the dotted path of `values`, for error messages.
-    variants: dotted path -> the dataclass to build there, for the fields whose class
-      depends on another field (``config.model.mixer`` on the family).
+    variants: dotted path -> the dataclass to build there, for fields whose class depends on
+      another field (`config.model.mixer` on the family).
 
   Raises:
-    InputError: an unknown key, a wrong type, a value out of range.
+    InputError: a key is unknown, or a value has the wrong type or is out of range.
   """
   variants = variants or {}
   types = field_types(cls)

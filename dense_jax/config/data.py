@@ -11,10 +11,10 @@ _TEXT = "a file, directory or glob of .txt, .jsonl, .jsonl.gz, .jsonl.zst"
 class DataConfig:
   """Text, tokens and batches.
 
-  A .txt file is one document of at most 1 GiB. A .jsonl file has a document in the `text` field of
-  each line, of at most 128 MiB. In directories and globs, names that begin with a dot are passed
-  over, links are followed, and each real file is read once. Text is UTF-8, or UTF-16 or UTF-32 with
-  a byte order mark.
+  A .txt file is one document of at most 1 GiB. A .jsonl file has one document of at most 128 MiB in
+  the `text` field of each line. In directories and globs, names that begin with a dot are skipped,
+  links are followed, and each real file is read once. Text is UTF-8, or UTF-16 or UTF-32 with a
+  byte order mark.
   """
 
   path: str = text(

@@ -7,7 +7,7 @@ from dense_jax.config.fields import choice, flag, integer, invalid
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-  """Dense hidden connections (arXiv 2403.00818); docs/dense.md says which to use when."""
+  """Dense hidden connections (arXiv 2403.00818); docs/dense.md says when to use which."""
 
   depth: int = integer(
       0, 0, help="m: how many of the layers directly below each dense layer reads, fewer than "
@@ -65,6 +65,6 @@ class DenseConfig:
         )
 
   def sources(self, layer: int) -> int:
-    """Returns S of a layer: how many layers it reads."""
+    """Returns S, the number of layers that a layer reads."""
     dense = layer >= self.start and (layer - self.start) % self.stride == 0
     return min(layer, self.depth) if dense else 0

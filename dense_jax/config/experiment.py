@@ -1,4 +1,4 @@
-"""All that defines a run: `config`."""
+"""The complete configuration of a run: `config`."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from dense_jax.config.train import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-  """All that defines a run; what an experiment file edits."""
+  """The complete configuration of a run, which an experiment file edits."""
 
   seed: int = integer(
       0, 0, LARGEST_SEED, help="of the parameters' initial values and of the order of the rows")

@@ -1,8 +1,8 @@
-"""Fields of config dataclasses, each with its default, what is valid and what it means.
+"""Fields of config dataclasses, each with its default, its valid values and its meaning.
 
-A field keeps these in its metadata: "valid" (the words of error messages), "check" (whether a
-value of the right type is valid) and "help" (one line of meaning, which `--help-config` and
-docs/configuration.md show).
+A field's metadata holds "valid" (the words of error messages), "check" (a function that returns
+whether a value of the right type is valid) and "help" (one line of meaning, which `--help-config`
+and docs/configuration.md show).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 from dense_jax.errors import InputError
 
 LARGEST = 2**31 - 1  # Steps, tokens and sizes are int32 on devices.
-LARGEST_SEED = 2**32 - 1  # jax takes a seed's low 32 bits: a larger one would be a smaller one.
+LARGEST_SEED = 2**32 - 1  # jax takes a seed's low 32 bits: a larger one would equal a smaller one.
 
 
 def _field(default: Any, valid: str, check: Callable[[Any], bool], help: str) -> Any:
@@ -54,7 +54,7 @@ def flag(default: bool, *, help: str) -> Any:
 
 
 def text(default: str, valid: str, *, help: str) -> Any:
-  """Declares a field whose value is text; who uses it checks it, and `valid` says for what."""
+  """Declares a text field. Its user checks it; `valid` describes the valid values."""
   return _field(default, valid, lambda value: True, help)
 
 

@@ -136,7 +136,7 @@ class Computation:
 
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
-    """For each instruction's name, the instructions that have it as an operand."""
+    """The users of each instruction: name -> instructions that have it as an operand."""
     users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
     for instruction in self.instructions.values():
       for operand in dict.fromkeys(instruction.operands):

@@ -1,4 +1,4 @@
-"""Scores of a model that are taken while it trains: an `Evaluator` is one kind of score."""
+"""Scores that a run takes of its model during training: an `Evaluator` is one kind of score."""
 
 import abc
 import dataclasses
@@ -19,10 +19,10 @@ class Snapshot:
   Attributes:
     step: updates done.
     config: the run's configuration.
-    model: the abstract model: `with_params(model, params)` computes.
-    params: float32, on training's mesh. Valid during the call only: the next step overwrites them.
+    model: the abstract model; `with_params(model, params)` makes one that computes.
+    params: float32, on training's mesh. Valid only during the call: the next step overwrites them.
     data: the run's text, tokens and tokenizer.
-    rows: of a global batch, the rows that this process loads.
+    rows: the rows of a global batch that this process loads.
     put: places a host batch of those rows on the mesh.
   """
 
@@ -36,14 +36,14 @@ class Snapshot:
 
 
 class Evaluator(abc.ABC):
-  """A score that a run takes of its model every so many steps, and after the last.
+  """A score that a run takes of its model at regular intervals, and after the last step.
 
-  A subclass names itself and computes; everything else is done by the run: numbers go to
-  metrics.jsonl and TensorBoard as `<name>_<key>`, and a line is printed.
+  A subclass sets `name` and implements `evaluate`. The run does the rest: it writes the numbers to
+  metrics.jsonl and TensorBoard as `<name>_<key>`, and prints a line.
 
   Attributes:
-    name: of the score; unique in a run.
-    every: steps from one score to the next; 0 takes `config.train.eval_every`.
+    name: the score's name, unique in a run.
+    every: steps from one score to the next; 0 means `config.train.eval_every`.
   """
 
   name: str
@@ -51,32 +51,32 @@ class Evaluator(abc.ABC):
 
   @abc.abstractmethod
   def evaluate(self, snapshot: Snapshot) -> Mapping[str, float]:
-    """The score's numbers by their keys. Of several processes all call it at the same step."""
+    """Computes the score's numbers by key. With several processes, all call it at the same step."""
 
   def describe(self, numbers: Mapping[str, float], snapshot: Snapshot) -> str:
-    """The line that is printed of the numbers that `evaluate` returned."""
+    """Returns the line to print about numbers that `evaluate` returned."""
     del snapshot
     return f"{self.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 
 
 class HeldOutLoss(Evaluator):
-  """Loss and bits per byte of held-out text; by its loss a run ranks its checkpoints."""
+  """Loss and bits per byte of held-out text; a run ranks its checkpoints by this loss."""
 
   name = "heldout"
 
   def __init__(self, *, every: int = 0, batches: int | None = None) -> None:
-    """Compiles nothing yet.
+    """Sets the interval and the number of batches; nothing is compiled yet.
 
     Args:
-      every: steps; 0 takes `config.train.eval_every`.
-      batches: batches of `config.train.batch_size` rows, spread over the text; 0 takes all. None
-        means `config.train.eval_batches`.
+      every: steps from one score to the next; 0 means `config.train.eval_every`.
+      batches: batches of `config.train.batch_size` rows, spread evenly over the text; 0 means all.
+        None means `config.train.eval_batches`.
     """
     self.every, self._batches = every, batches
     self._model: LanguageModel | None = None
 
   def evaluate(self, snapshot: Snapshot) -> dict[str, float]:
-    """`loss`, mean nats a target, and `bits_per_byte`."""
+    """Computes `loss`, in mean nats per target, and `bits_per_byte`."""
     data, train = snapshot.config.data, snapshot.config.train
     if self._model is not snapshot.model:  # One instance may serve several runs.
       self._model, self._scorer = snapshot.model, Scorer(snapshot.model, chunk=train.loss_chunk)
@@ -88,6 +88,6 @@ class HeldOutLoss(Evaluator):
             "bits_per_byte": held_out.bits_per_byte(store.num_targets / store.num_bytes)}
 
   def describe(self, numbers: Mapping[str, float], snapshot: Snapshot) -> str:
-    """Loss, perplexity and bits per byte, and how the context was treated."""
+    """Returns loss, perplexity and bits per byte, and how the context was treated."""
     held_out = HeldOut(numbers["loss"], 1, window=snapshot.config.data.seq_len)
     return held_out.describe(numbers["bits_per_byte"])

@@ -16,14 +16,14 @@ from dense_jax.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """The sums of an evaluation.
+  """Sums over the targets of an evaluation, and figures computed from them.
 
   Attributes:
     nats: negative log-likelihood of all targets. It may be infinite or NaN, and then so are the
       figures computed from it.
-    targets: their number.
-    window: tokens of a row. Each row begins with a fresh state, so that no target is predicted
-      from more than the tokens before it in its own row; None where it is not known.
+    targets: the number of targets.
+    window: tokens of a row; None means that it is not known. Each row begins with a fresh state, so
+      a target is predicted only from the tokens before it in its own row.
   """
 
   nats: float
@@ -32,12 +32,12 @@ class HeldOut:
 
   @property
   def loss(self) -> float:
-    """Mean nats a target."""
+    """The mean loss, in nats per target."""
     return self.nats / self.targets
 
   @property
   def perplexity(self) -> float:
-    """exp(loss), per token: it depends on the tokenizer. Infinite from a loss of 709.79 nats on."""
+    """exp(loss), per token, so it depends on the tokenizer; infinite from 709.79 nats on."""
     try:
       return math.exp(self.loss)
     except OverflowError:
@@ -45,15 +45,19 @@ class HeldOut:
 
   @property
   def context(self) -> str:
-    """How the context of the targets was treated, in words; empty where it is not known."""
+    """A few words on how the context of the targets was treated; "" if it is not known."""
     return "" if self.window is None else f"fresh every {self.window:,} tokens"
 
   def bits_per_byte(self, targets_per_byte: float) -> float:
-    """Bits a byte of text: independent of the tokenizer."""
+    """Returns bits per byte of text, which do not depend on the tokenizer.
+
+    Args:
+      targets_per_byte: the number of targets per UTF-8 byte of the text.
+    """
     return self.loss * targets_per_byte / math.log(2)
 
   def describe(self, bits_per_byte: float) -> str:
-    """One line of figures, and how the context was treated."""
+    """Returns one line of figures, and how the context was treated."""
     context = f" (context: {self.context})" if self.context else ""
     if not math.isfinite(self.loss):
       return f"held-out loss {self.loss}{context}"
@@ -64,7 +68,7 @@ class HeldOut:
 
 
 def fixed(value: float, digits: int) -> str:
-  """A number with so many digits after the point, or in powers of ten where it is long."""
+  """Formats a number with `digits` decimals; from 1e7 on, with an exponent."""
   return f"{value:.{digits}f}" if abs(value) < 1e7 else f"{value:.3e}"
 
 
@@ -72,7 +76,12 @@ class Scorer:
   """Scores batches with a compiled step; the result does not depend on the batch size."""
 
   def __init__(self, model: LanguageModel, *, chunk: int) -> None:
-    """`model` may be abstract; `chunk` tokens of a row have logits at one time."""
+    """Makes the step, which is compiled on first use.
+
+    Args:
+      model: the model, which may be abstract.
+      chunk: tokens of a row whose logits exist at one time.
+    """
 
     @sharding.sum_over_sequence
     def score(params: Params, batch: Batch) -> tuple[Array, Array]:
@@ -85,10 +94,15 @@ class Scorer:
   def __call__(
       self, params: Params, batches: Iterable[Batch], put: Callable[[Batch], Batch]
   ) -> HeldOut:
-    """Sums over host batches, each placed on devices by `put`; rows are added in float64.
+    """Sums over host batches; the sums of rows are added in float64.
 
-    Every row begins with a fresh state, and so does every document in it. With several processes
-    each has its own rows, and all get the sums of all rows.
+    Every row begins with a fresh state, and so does every document in it. If there are several
+    processes, each passes its own rows, and all get the sums over all rows.
+
+    Args:
+      params: the model's parameters.
+      batches: host batches.
+      put: places a host batch on the devices.
 
     Raises:
       ValueError: the batches have no target.

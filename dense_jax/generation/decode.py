@@ -1,4 +1,4 @@
-"""Continuing prompts: one parallel prefill, then a compiled scan of single steps."""
+"""Continues prompts: one parallel prefill, then a compiled scan of single steps."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,12 +13,16 @@ from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import get_params, unrolled, with_params
 from dense_jax.types import Array, Params
 
-# Tokens of one compiled scan: between scans the host sees tokens and may stop.
+# Tokens of one compiled scan. Between scans, the host sees the tokens and may stop.
 _BLOCK = 64
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, Segments]:
-  """Prompts as right-padded rows tokens_BT, T a multiple of `multiple`, with segments."""
+  """Pads prompts on the right to one length, a multiple of `multiple`.
+
+  Returns:
+    tokens_BT, int32, and segments in which each prompt is a document and the rest is padding.
+  """
   length = max(len(prompt) for prompt in prompts)
   length += -length % multiple
   tokens_BT = np.zeros((len(prompts), length), np.int32)
@@ -31,10 +35,10 @@ def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[np.nda
 
 
 class Generator:
-  """Samples continuations. Time and memory of a token do not grow with their number."""
+  """Samples continuations of prompts; time and memory per token do not grow with their number."""
 
   def __init__(self, model: LanguageModel, sampling: Sampling) -> None:
-    """Compiles on first use; the layers are unrolled once, here."""
+    """Unrolls the layers, once; the programs are compiled on first use."""
     model = unrolled(model)
     self._params = get_params(model)
 
@@ -61,7 +65,7 @@ class Generator:
     self._decode = jax.jit(decode, donate_argnums=(1, 2))
 
   def stream(self, prompts: Sequence[Sequence[int]], *, seed: int) -> Iterator[np.ndarray]:
-    """Endless blocks of new tokens, int32 [B, 64], the same for the same seed.
+    """Yields blocks of new tokens, int32 [B, 64], without end; equal seeds give equal tokens.
 
     Raises:
       InputError: a prompt has no token.
@@ -84,7 +88,14 @@ class Generator:
       seed: int = 0,
       stop_id: int | None = None,
   ) -> list[list[int]]:
-    """New tokens of each prompt, at most `max_new_tokens`, up to `stop_id` (left out)."""
+    """Continues each prompt by at most `max_new_tokens` tokens.
+
+    Returns:
+      The new tokens of each prompt, up to but without the first `stop_id`.
+
+    Raises:
+      InputError: a prompt has no token.
+    """
     rows: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(rows)
     for block in self.stream(prompts, seed=seed):

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from dense_jax.config import invalid
 from dense_jax.types import Array
 
-# At lower temperatures than the first, float32 draws are greedy anyway; at higher ones than the
-# second they are uniform. The second's reciprocal, by which compilers multiply, is still a normal
-# float32 number.
+# Below the first temperature, float32 draws are greedy anyway; above the second, they are uniform.
+# The reciprocal of the second, by which compilers multiply, is still a normal float32 number.
 _LEAST_TEMPERATURE, _GREATEST_TEMPERATURE = 1e-6, 1e37
 # A sum of probabilities that is p up to the rounding of float32 counts as p.
 _ROUNDING = 2.0**-22

@@ -49,7 +49,7 @@ def per_layer(table: Mapping[str, Place], prefix: str, layers: Iterable[int]) ->
 
   Args:
     table: our parameter below `layers.<layer>` -> its place below theirs.
-    prefix: what stands before the layer's number in their names.
+    prefix: the part of their names before the layer's number.
     layers: the layers' numbers.
   """
   return {
@@ -65,7 +65,7 @@ class Layout:
   Attributes:
     config: the model that it describes.
     places: our parameter, by layer (`dense_jax.models.params`) -> where it is.
-    unused: their tensors that the model does not use, which may be there or not.
+    unused: tensors that a checkpoint may or may not have, and that the model does not use.
     aliases: other names of tensors in some checkpoints -> their names in `places`. A tied head is
       another name of the embedding.
   """

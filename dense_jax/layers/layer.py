@@ -18,14 +18,15 @@ FeedForwardFactory = Callable[[ModelConfig, nnx.Rngs], nnx.Module | None]
 
 
 class Layer(nnx.Module):
-  """x + mixer(norm(x)), and then x + feed_forward(ffn_norm(x)) in families that have one.
+  """A layer: x + mixer(norm(x)), then x + feed_forward(ffn_norm(x)) in families that have one.
 
   Args:
-    config: the model.
+    config: the model's configuration.
     mixer: makes the family's mixer.
-    feed_forward: makes what follows the mixer; None, or a result of None, means nothing.
+    feed_forward: makes the module that follows the mixer. None, or a result of None, means that
+      nothing follows.
     sources: S, the number of shallower layers that this one reads.
-    rngs: of fresh parameters.
+    rngs: the random keys of fresh parameters.
   """
 
   def __init__(
@@ -52,7 +53,8 @@ class Layer(nnx.Module):
     Args:
       x: the residual stream, [B, T, D], or [B, D] for a Token.
       tokens: the sequence's documents, or the token's position.
-      state: the mixer's state before; None means a fresh one, and is not for a Token.
+      state: the mixer's state before the first token; None means a fresh one, and is not allowed
+        for a Token.
       shallow: what the layers below share, nearest first.
 
     Returns:

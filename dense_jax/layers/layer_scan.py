@@ -1,9 +1,9 @@
 """A scan over layers whose backward pass recomputes one layer at a time.
 
 `jax.lax.scan` over layers saves its carry at every step. With dense connections of depth m the
-carry holds what the last m layers share, so that each of these would be saved m times. Here they
-are saved once each, in a buffer that the backward pass reads by index. Nothing else is saved but
-each layer's input.
+carry holds what the last m layers share, so each of these values would be saved m times. Here each
+is saved once, in a buffer that the backward pass reads by index. Besides, only the input of each
+layer is saved.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ from dense_jax.types import Array, PyTree
 
 Bank = tuple[PyTree, ...]
 Unit = Callable[[PyTree, PyTree, PyTree, Array, Bank], tuple[Array, Bank, PyTree]]
-"""One step's layers: (params, states, context, x, bank) -> (x, bank, after).
+"""The layers of one step, as a function: (params, states, context, x, bank) -> (x, bank, after).
 
-The bank that it returns has what these layers share in front, nearest first; `after` is whatever
-else they return, a tree of float arrays. It may not close over arrays."""
+The returned bank begins with what these layers share, nearest first; `after` is any other result, a
+tree of float arrays. The function must not close over arrays."""
 
 
 def _is_float(leaf: Array) -> bool:
@@ -68,9 +68,9 @@ def scan_layers(
   bank_parts = _Parts(bank)
 
   def call(unit_params: PyTree, state: PyTree, context: PyTree, x: Array, bank: Bank) -> PyTree:
-    # A slice that passes no barrier is converted to the compute dtype before the loop, for
-    # all layers at once, and all of that is kept. So is what follows from the context alone:
-    # masks, in the size of what they mask.
+    # Without a barrier, XLA converts the parameters of all layers to the compute dtype before the
+    # loop, and keeps the copies. It does the same with values that follow from the context alone,
+    # such as masks, which are as large as the arrays that they mask.
     unit_params, context = jax.lax.optimization_barrier((unit_params, context))
     return unit(unit_params, state, context, x, bank)
 

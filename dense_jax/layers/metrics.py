@@ -1,10 +1,10 @@
-"""Numbers that leave a layer, to be plotted: `record` in a layer, `collecting` around it.
+"""Metrics from inside layers: `record` in a layer, `collecting` around it.
 
-A layer says `record("gate_mean", gate)`, and that is all. In every
-`config.train.layer_metrics_every`-th step the stack collects what each layer records, the train
-step returns it beside the loss, and metrics.jsonl and TensorBoard have it as
-`layers/<N>/gate_mean`. In all other steps `record` does nothing and what it would
-compute is not: the compiled program is the same as without it.
+A layer calls `record("gate_mean", gate)`, and nothing more. At every
+`config.train.layer_metrics_every`-th step, the stack collects what each layer records, the train
+step returns it beside the loss, and metrics.jsonl and TensorBoard show it as
+`layers/<N>/gate_mean`. At all other steps `record` does nothing, and values that only it would
+need are not computed: the compiled program is the same as without it.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ Aux = dict[str, Array]
 """The metrics of one layer: name -> float32 scalar."""
 
 Value = Array | Callable[[], Array]
-"""An array that the layer has anyway, or what makes one for the metric alone."""
+"""An array that the layer computes anyway, or a function that makes one only for the metric."""
 
 _AUX: contextvars.ContextVar[Aux | None] = contextvars.ContextVar("aux", default=None)
 
 
 @contextlib.contextmanager
 def collecting() -> Iterator[Aux]:
-  """Collects what is recorded inside, into the dict that it gives.
+  """Collects everything that is recorded inside the context, into the dict that it yields.
 
   The values belong to the trace that records them. A function under `jax.checkpoint`,
-  `jax.lax.scan` or the like that records opens its own `collecting` and returns the dict, as
-  the stack does for each layer.
+  `jax.lax.scan` or the like that records must therefore open its own `collecting` and return the
+  dict, as the stack does for each layer.
   """
   aux: Aux = {}
   token = _AUX.set(aux)
@@ -43,29 +43,30 @@ def collecting() -> Iterator[Aux]:
 
 
 def record(name: str, value: Value) -> Array | None:
-  """Adds the mean of a value to the layer's metrics, where they are collected.
+  """Adds the mean of a value to the layer's metrics, if they are being collected.
 
   Args:
-    name: the metric's, unique within a layer.
-    value: an array of any shape, or what makes one; the mean is taken over all of it (padding
-      counts too) and, where a row's tokens are spread over devices, over these.
+    name: the metric's name, unique within a layer.
+    value: an array of any shape, or a function that returns one. The mean is over all of it,
+      including padding, and over all devices that hold a part of a row's tokens.
 
   Returns:
-    The metric, to make others of; None where none are collected.
+    The metric, a float32 scalar from which others can be computed; None means that no metrics are
+    being collected.
 
   Raises:
-    ValueError: the layer has a metric of that name already.
+    ValueError: the layer already has a metric of that name.
   """
   return _add(name, value, lambda mean: mean)
 
 
 def record_rms(name: str, value: Value) -> Array | None:
-  """As `record`, of the root of the mean square."""
+  """Records the root mean square of a value; see `record`."""
   return _add(name, lambda: jnp.square(_float32(value)), jnp.sqrt)
 
 
 def record_spread(name: str, value: Value) -> None:
-  """As `record`, of the mean and the standard deviation: <name>_mean, <name>_std."""
+  """Records a value's mean and standard deviation, as <name>_mean and <name>_std."""
   mean = record(f"{name}_mean", value)
   if mean is not None:
     record_rms(f"{name}_std", lambda: _float32(value) - mean)

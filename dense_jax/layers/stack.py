@@ -18,21 +18,21 @@ from dense_jax.layers.metrics import Aux, collecting
 from dense_jax.types import Array, PyTree
 
 Bank = tuple[Shared, ...]
-"""What the last m layers share, nearest first."""
+"""The values that the last m layers share, nearest first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-  """Which layers of a model are compiled apart, and how the others are scanned.
+  """The division of a model's layers into those compiled apart and those scanned.
 
-  Layer numbers count from 0. The scanned ones are `prefix` and above; all of them repeat one
-  pattern.
+  Layers are numbered from 0. Layers `prefix` and above are scanned and repeat one pattern.
 
   Attributes:
-    prefix: how many of the first layers are compiled apart.
-    pattern: layers after which the kinds of layers repeat; 0 where nothing is scanned.
-    repeats: of the pattern in a super-block.
-    super_blocks: their number.
+    prefix: the number of first layers, which are compiled apart.
+    pattern: the number of layers after which the kinds of layers repeat; 0 means that nothing is
+      scanned.
+    repeats: repetitions of the pattern in a super-block.
+    super_blocks: the number of super-blocks.
   """
 
   prefix: int
@@ -42,19 +42,19 @@ class LayerPlan:
 
   @property
   def rows(self) -> int:
-    """R: how often the pattern occurs, the leading axis of a scanned parameter."""
+    """R: the repetitions of the pattern, which are the leading axis of a scanned parameter."""
     return self.repeats * self.super_blocks
 
   def layers(self, position: int) -> range:
-    """The layers at that position of the pattern, in the order of the leading axis."""
+    """Returns the layers at a position of the pattern, in the order of the leading axis."""
     return range(self.prefix + position, self.prefix + self.rows * self.pattern, self.pattern)
 
 
 def plan_layers(config: ModelConfig) -> LayerPlan:
   """Divides a model's layers into those compiled apart and super-blocks of `block_layers`.
 
-  Apart are the layers below the first one that has all its m sources, for their parameters
-  differ, and as many more as do not fill a super-block.
+  The layers below the first one that has all its m sources are compiled apart, because their
+  parameters differ, and so are the layers that are left over when super-blocks are filled.
   """
   dense, layers = config.dense, config.layers
   if dense.depth and dense.inject == "state" and dense.source == "fused":
@@ -73,8 +73,8 @@ class StackState:
   """The states of all mixers.
 
   Attributes:
-    prefix_layers: one for each layer compiled apart.
-    scanned_layers: one for each layer of the pattern, stacked [R, ...].
+    prefix_layers: the state of each layer compiled apart.
+    scanned_layers: the state of each layer of the pattern, stacked [R, ...].
   """
 
   prefix_layers: tuple[PyTree, ...]
@@ -82,11 +82,11 @@ class StackState:
 
 
 class _After(NamedTuple):
-  """What a layer, or several stacked, leaves behind.
+  """The results of a layer, or of several stacked, besides x and what it shares.
 
   Attributes:
-    state: the mixer's; None where it is not kept.
-    aux: the layer's metrics; empty where they are not measured.
+    state: the mixer's state; None means that it is not kept.
+    aux: the layer's metrics; empty if they are not measured.
   """
 
   state: PyTree
@@ -95,7 +95,7 @@ class _After(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-  """What a call is to return beside x."""
+  """The optional results that a call returns: the state, and the metrics."""
 
   state: bool
   aux: bool
@@ -110,22 +110,23 @@ class Stack(nnx.Module):
   one module for each layer of the pattern), and a loop runs over super-blocks of
   b = `block_layers` layers, with what the last m layers share in its carry.
 
-  What the backward pass finds in memory, and what it computes again (L layers; x is a layer's
-  input, [B, T, D]; s is what deeper layers read of a layer):
+  The backward pass keeps and recomputes the following, by `config.model.remat`. Here x is a layer's
+  input, [B, T, D], and s is what deeper layers read of a layer.
 
   | remat   | kept                               | computed again            | cost             |
   |---------|------------------------------------|---------------------------|------------------|
   | none    | all intermediate values            | nothing                   | memory           |
-  | minimal | of each super-block x, m s and the | a super-block's           | the elementwise  |
-  |         | results of its matmuls             | elementwise operations    | part of a pass   |
-  | reads   | of each layer x and s              | one layer at a time       | one forward pass |
-  | full    | of each super-block x and m s; of  | a super-block, and in it  | two forward      |
-  |         | one super-block at a time as reads | one layer at a time       | passes           |
+  | minimal | per super-block: x, m times s, and | elementwise operations of | the elementwise  |
+  |         | the results of its matmuls         | a super-block             | part of a pass   |
+  | reads   | per layer: x and s                 | one layer at a time       | one forward pass |
+  | full    | per super-block: x and m times s;  | a super-block, and in it  | two forward      |
+  |         | in one super-block at a time: as   | one layer at a time       | passes           |
+  |         | "reads"                            |                           |                  |
 
-  "reads" and "full" run layers by `scan_layers`, which keeps each s once, where a plain scan
-  keeps its carry, m of them, at every step. With one pattern in a super-block "full" has
-  nothing to add to "reads" but that it recomputes the prefix as a whole. Prefix layers are
-  checkpointed one by one in every mode but "none".
+  "reads" and "full" run the layers by `scan_layers`, which keeps each s once; a plain scan keeps
+  its carry, m of them, at every step. If a super-block holds the pattern only once, "full" differs
+  from "reads" only in the prefix, which it recomputes as a whole. In every mode but "none", prefix
+  layers are checkpointed one by one.
   """
 
   def __init__(
@@ -143,7 +144,7 @@ class Stack(nnx.Module):
     key = rngs.params()
 
     def make(layer: int, like: int) -> Layer:
-      """That layer, whose kind is that of the layer `like`: a number that jax need not know."""
+      """Makes a layer of the kind of layer `like`, a Python int; `layer` may be traced."""
       sources = config.dense.sources(like)
       own = nnx.Rngs(jax.random.fold_in(key, layer))
       return Layer(config, mixer, feed_forward, sources=sources, rngs=own)
@@ -168,13 +169,14 @@ class Stack(nnx.Module):
     Args:
       x: the embedded tokens, [B, T, D], or [B, D] for a Token.
       tokens: the sequence's documents, or the token's position.
-      state: the state before; None means a fresh one, and is not for a Token.
-      keep_state: false leaves the states after the last token out.
+      state: the state before the first token; None means a fresh one, and is not allowed for a
+        Token.
+      keep_state: whether to return the state after the last token.
       measure: collects what layers record (`dense_jax.layers.metrics`).
 
     Returns:
       The residual stream after the last layer; the state, or None without `keep_state`; and
-      each layer's metrics, all of them empty without `measure`.
+      each layer's metrics, which are empty without `measure`.
     """
     if state is None:
       state = StackState((None,) * len(self.prefix_layers), (None,) * len(self.scanned_layers))
@@ -193,7 +195,7 @@ class Stack(nnx.Module):
       self, layers: Sequence[Layer], x: Array, tokens: Segments | Token, bank: Bank,
       states: Sequence[PyTree], wanted: _Wanted, *, checkpoint: bool,
   ) -> tuple[Array, Bank, tuple[_After, ...]]:
-    """Runs layers one after the other; with `checkpoint` each is computed again by itself."""
+    """Runs layers one after the other; `checkpoint` recomputes each in the backward pass."""
     after = []
     for layer, state in zip(layers, states, strict=True):
       graph, params = nnx.split(layer)
@@ -219,7 +221,7 @@ class Stack(nnx.Module):
       )
 
     if self.remat == "full" and self.scanned_layers:
-      run = jax.checkpoint(run)  # As a super-block.
+      run = jax.checkpoint(run)  # Like a super-block.
     return run(params, x, tokens, states)
 
   def _scanned(
@@ -255,7 +257,7 @@ class Stack(nnx.Module):
     def row(
         params: PyTree, states: PyTree, tokens: Segments | Token, x: Array, bank: Bank
     ) -> tuple[Array, Bank, tuple[_After, ...]]:
-      # `scan_layers` computes a row again; within it, one layer at a time.
+      # `scan_layers` recomputes a whole row; `checkpoint` recomputes one layer of it at a time.
       return self._unrolled(
           nnx.merge(graph, params), x, tokens, bank, states, wanted, checkpoint=pattern > 1
       )
@@ -276,9 +278,9 @@ class Stack(nnx.Module):
   def _over_super_blocks(
       self, super_block: Callable[..., Any], x: Array, bank: Bank, inputs: PyTree
   ) -> tuple[Array, tuple[_After, ...]]:
-    """Scans over super-blocks of inputs that are stacked [R, ...]."""
+    """Scans over super-blocks; `inputs` are stacked [R, ...]."""
     if self.remat != "none":
-      # Only a scan's own body may say prevent_cse=False: elsewhere the compiler would merge the
+      # Only a scan's own body may have prevent_cse=False: elsewhere the compiler would merge the
       # recomputation with the first computation, and nothing would be saved.
       super_block = jax.checkpoint(super_block, policy=self._policy, prevent_cse=False)
     shape = self.plan.super_blocks, self.plan.repeats
@@ -288,19 +290,19 @@ class Stack(nnx.Module):
 
   @property
   def _policy(self) -> Callable[..., bool] | None:
-    """What `jax.checkpoint` keeps beside its arguments; None means nothing."""
+    """The policy of `jax.checkpoint`; None means that it keeps nothing but its arguments."""
     policies = jax.checkpoint_policies
     return policies.dots_with_no_batch_dims_saveable if self.remat == "minimal" else None
 
   def _by_layer(self, prefix: Sequence[_After], scanned: Sequence[_After]) -> list[Aux]:
-    """The metrics of each layer."""
+    """Returns the metrics of each layer, in order."""
     aux = [layer.aux for layer in prefix]
     for row in range(self.plan.rows):
       aux += [{name: value[row] for name, value in layer.aux.items()} for layer in scanned]
     return aux
 
   def init_state(self, batch: int) -> StackState:
-    """The state before the first token."""
+    """Returns the state before the first token."""
     stacked = tuple(
         jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf[None], (self.plan.rows, *leaf.shape)),
@@ -317,7 +319,7 @@ def _run_layer(
     graph: Any, wanted: _Wanted, params: PyTree, x: Array, tokens: Segments | Token,
     state: PyTree, bank: Bank,
 ) -> tuple[Array, Shared, _After]:
-  """Runs one layer, given as nnx's graph and its parameters."""
+  """Runs one layer, given as its nnx graph definition and its parameters."""
   layer = nnx.merge(graph, params)
   if not wanted.aux:
     x, state, shared = layer(x, tokens, state, bank)

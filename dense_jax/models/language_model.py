@@ -20,11 +20,11 @@ from dense_jax.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelState:
-  """What a model carries from one token to the next; its size does not grow.
+  """The state that a model carries from one token to the next; its size does not grow.
 
   Attributes:
     position_B: int32, the next token's position in its document.
-    layers: the stack's state; None where it was not kept.
+    layers: the stack's state; None means that it was not kept.
   """
 
   position_B: Array
@@ -32,7 +32,9 @@ class ModelState:
 
 
 class LanguageModel(nnx.Module):
-  """Next-token logits of token ids. Methods are pure: jit them or not.
+  """A language model: token ids to next-token logits.
+
+  Its methods are pure functions, which work with and without jit.
 
   Example:
     model = LanguageModel(config, rngs=nnx.Rngs(0))
@@ -68,7 +70,8 @@ class LanguageModel(nnx.Module):
 
     Args:
       tokens_BT: int32 token ids.
-      segments: documents and padding; None means one document a row, going on from `state`.
+      segments: documents and padding; None means that each row is one document, which continues
+        from `state`.
       state: the state before the first token; None means a fresh one.
     """
     hidden_BTD, state, _ = self._run(tokens_BT, segments, state)
@@ -78,13 +81,13 @@ class LanguageModel(nnx.Module):
       self, tokens_BT: Array, segments: Segments | None, state: ModelState | None, *,
       keep_state: bool = True, measure: bool = False,
   ) -> tuple[Array, ModelState, list[Aux]]:
-    """`hidden`, and each layer's metrics; the two flags are the stack's."""
+    """Runs `hidden`, and returns each layer's metrics too; the two flags are the stack's."""
     batch, time = tokens_BT.shape
     before_B = jnp.zeros(batch, jnp.int32) if state is None else state.position_B
     if segments is None:
       first_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else before_B[:, None]
       segments = Segments(first_B1 + jnp.arange(time, dtype=jnp.int32)[None])
-    # Whole: XLA splits no lookup in a table of parts while another axis is manual.
+    # Gathered: XLA cannot look up rows of a sharded table while another mesh axis is manual.
     table_VD = constrain(self.embedding[...].astype(self.dtype), None, None)
     x_BTD = constrain_tokens(table_VD[tokens_BT], "embed")
     x_BTD, layers, aux = self.stack(
@@ -93,14 +96,14 @@ class LanguageModel(nnx.Module):
     )
     position_B = before_B + time
     if segments.valid_BT is not None:
-      # Padding repeats no position: the last token that is not padding has the last one.
+      # Padding does not count: the last token that is not padding has the last position.
       last_B1 = jnp.sum(segments.valid_BT, axis=1, keepdims=True) - 1
       last_position_B = jnp.take_along_axis(segments.positions_BT, last_B1, axis=1)[:, 0]
       position_B = jnp.where(last_B1[:, 0] < 0, before_B, last_position_B + 1)
     return constrain_tokens(self.norm(x_BTD), "embed"), ModelState(position_B, layers), aux
 
   def head_DV(self) -> Array:
-    """Returns the head's matrix, float32."""
+    """Returns the head's matrix, float32 [D, V]."""
     return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
   def logits(self, hidden: Array) -> Array:
@@ -116,7 +119,7 @@ class LanguageModel(nnx.Module):
   def measured_losses(
       self, batch: Batch, *, chunk: int, measure: bool = True
   ) -> tuple[Array, Array, list[Aux]]:
-    """Returns `token_losses`, and each layer's metrics: all empty without `measure`."""
+    """Returns `token_losses` and each layer's metrics, which are empty without `measure`."""
     hidden_BTD, _, aux = self._run(
         batch.tokens_BT, batch.segments, None, keep_state=False, measure=measure
     )

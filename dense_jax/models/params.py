@@ -7,8 +7,8 @@ name -> array. There are two ways to name a layer's parameters:
                 stack.scanned_layers.1.mixer.a_log      layers of one kind, stacked [R, ...]
     by layer    layers.7.mixer.a_log                    each layer by itself
 
-The first is a model's own and depends on `block_layers`; `by_layer` and `as_scanned` convert.
-Whatever is kept or exchanged (checkpoints, `save_hf`, reports) is by layer.
+A model itself uses the first way, which depends on `block_layers`; `by_layer` and `as_scanned`
+convert. Everything that is stored or exchanged (checkpoints, `save_hf`, reports) uses the second.
 """
 
 import dataclasses
@@ -40,17 +40,17 @@ def _dotted(path: tuple[Any, ...]) -> str:
 
 
 def get_params(model: LanguageModel) -> Params:
-  """Returns the model's parameters, by the names that the model has for them."""
+  """Returns the model's parameters, under the names that the model uses."""
   return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
 def abstract_model(config: ModelConfig) -> LanguageModel:
-  """Returns the model with shapes for parameters: nothing is computed or stored."""
+  """Returns the model with shapes in place of parameters: nothing is computed or stored."""
   return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
 
 
 def logical_axes(model: LanguageModel) -> dict[str, Axes]:
-  """Returns the logical axes of each parameter; stacked ones begin with "layers"."""
+  """Returns the logical axes of each parameter; those of stacked parameters begin with "layers"."""
   axes = {}
   for path, leaf in nnx.to_flat_state(nnx.state(model)):
     names = leaf.get_metadata()["axes"]
@@ -63,7 +63,7 @@ def with_params(model: LanguageModel, params: Params) -> LanguageModel:
   """Returns a model like `model` (abstract or not) that holds `params`.
 
   Raises:
-    ValueError: `params` has not exactly the model's names.
+    ValueError: the names of `params` are not exactly those of the model.
   """
   graph, state = nnx.split(model)
   flat = dict(nnx.to_flat_state(state))
@@ -76,7 +76,7 @@ def with_params(model: LanguageModel, params: Params) -> LanguageModel:
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-  """Makes fresh parameters; jit it, with shardings if they are to start out sharded."""
+  """Makes fresh parameters; under jit with out_shardings, they are sharded from the start."""
   return get_params(LanguageModel(config, rngs=nnx.Rngs(key)))
 
 
@@ -84,13 +84,13 @@ def by_layer(config: ModelConfig, tree: PyTree, *, split: Split | None = None) -
   """Gives each layer its own entry, in every dict of parameters that a tree holds.
 
   Args:
-    config: the model's, which says how its layers are scanned.
-    tree: `Params`, or anything that has such dicts in it, like the state of an optimizer.
-      Their leaves are arrays or ShapeDtypeStructs.
-    split: cuts a stacked leaf into the parts of its R layers; None means `split_rows`.
+    config: the model's configuration, which says how its layers are scanned.
+    tree: `Params`, or a tree that contains such dicts, like the state of an optimizer. Leaves are
+      arrays or ShapeDtypeStructs.
+    split: splits a stacked leaf into the parts of its R layers; None means `split_rows`.
 
   Returns:
-    The tree with `layers.<N>.<rest>` for the stack's names. All else is left as it is.
+    The tree with names `layers.<N>.<rest>` for the stack's parameters, and all else unchanged.
   """
   plan = plan_layers(config)
 
@@ -118,8 +118,8 @@ def as_scanned(config: ModelConfig, tree: PyTree, *, stack: Join | None = None) 
   The tree may come from a model of the same layers that was scanned in another way.
 
   Args:
-    config: the model's, which says how its layers are to be scanned.
-    tree: as `by_layer` returns it.
+    config: the model's configuration, which says how its layers are to be scanned.
+    tree: a tree as `by_layer` returns it.
     stack: joins the parts of R layers to one leaf; None means `stack_rows`.
   """
   plan = plan_layers(config)
@@ -146,7 +146,7 @@ def as_scanned(config: ModelConfig, tree: PyTree, *, stack: Join | None = None) 
 def _map_dicts(
     name: re.Pattern[str], convert: Callable[[dict[str, Any]], dict[str, Any]], tree: PyTree
 ) -> PyTree:
-  """Converts each dict in a tree that has a key of that form."""
+  """Converts each dict in a tree that has a key which matches `name`."""
 
   def is_params(node: Any) -> bool:
     return isinstance(node, dict) and any(
@@ -159,7 +159,7 @@ def _map_dicts(
 
 
 def split_rows(leaf: Any, rows: int) -> list[Any]:
-  """Cuts an array or shape [R, ...] into R; a shape's sharding becomes that of a part."""
+  """Splits an array or shape [R, ...] into R; a shape's sharding becomes that of a row."""
   if not isinstance(leaf, jax.ShapeDtypeStruct):
     return [leaf[row] for row in range(rows)]
   placed = row_sharding(leaf.sharding)
@@ -176,7 +176,7 @@ def stack_rows(leaves: Sequence[Any]) -> Any:
 
 
 def row_sharding(placed: Any) -> Any:
-  """The sharding of a part of an array [R, ...] with that sharding (or None)."""
+  """Returns the sharding of a row of an array [R, ...] with sharding `placed` (or None)."""
   if not isinstance(placed, NamedSharding):
     return placed
   spec = PartitionSpec(*placed.spec[1:])
@@ -197,7 +197,7 @@ def unrolled_config(config: ModelConfig) -> ModelConfig:
 
 
 def unrolled(model: LanguageModel) -> LanguageModel:
-  """Returns the same function with every layer compiled apart: how decoding runs."""
+  """Returns the same function with every layer compiled apart, as decoding runs it."""
   if not model.stack.scanned_layers:
     return model
   config = unrolled_config(model.config)
@@ -206,5 +206,5 @@ def unrolled(model: LanguageModel) -> LanguageModel:
 
 
 def count_params(params: Params) -> int:
-  """Returns the number of numbers in all parameters."""
+  """Returns the number of scalars in all parameters."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""What a person does with a model, as functions: train, restore, evaluate, report, compile.
+"""The Python interface to a run: train, restore, evaluate, report and compile.
 
     from dense_jax import experiment, runs
 
@@ -7,7 +7,7 @@
     run = runs.restore("runs/debug", "best")
     print(result.heldout_loss, runs.evaluate_run(run).held_out.perplexity)
 
-`dense_jax.cli` parses arguments and prints around these.
+The commands of `dense_jax.cli` parse arguments, call these functions and print the results.
 """
 
 from dense_jax.evaluation.evaluators import Evaluator, HeldOutLoss, Snapshot

@@ -1,7 +1,7 @@
-"""Programs compiled ahead of time for TPUs that are not there: what they need, whether they fit.
+"""Compiles programs for TPU topologies without a TPU, and tells whether they fit.
 
-The TPU compiler (libtpu) runs on any Linux x86-64 machine. It tells what a program takes of
-a chip's memory and what it does; it does not tell time.
+The TPU compiler (libtpu) runs on any Linux x86-64 machine. It reports how much of a chip's memory
+a program takes and which operations it executes, but not how long they take.
 """
 
 import dataclasses
@@ -40,11 +40,11 @@ from dense_jax.types import Array, Params, PyTree
 PROGRAMS = ("train", "eval", "prefill", "decode")
 KINDS = tuple(name for name, chip in CHIPS.items() if chip.axes)
 
-# What libtpu otherwise asks a cloud machine's metadata server for.
+# Values that libtpu would otherwise request from a cloud machine's metadata server.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    # Its lock file guards chips; there are none.
+    # libtpu's lock file protects chips, and there are none here.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -57,13 +57,14 @@ _REFUSALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of a chip's HBM.
+  """A program's use of one chip's memory (HBM), in bytes.
 
   Attributes:
-    arguments, temporaries, outputs: of the program; None where the compiler refused it.
-      Outputs that take an argument's place count in both.
-    peak: alive at one time; where the compiler refused, what it says is needed.
-    capacity: the chip's.
+    arguments, temporaries, outputs: the sizes of each; None means that the compiler refused the
+      program. Outputs that reuse an argument's memory count in both.
+    peak: the most that is in use at one time; if the compiler refused the program, the size that
+      its error gives.
+    capacity: the chip's memory.
   """
 
   arguments: int | None
@@ -75,12 +76,19 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-  """What the compiler says of a program, a chip.
+  """A program that was compiled for a topology, with the figures of one chip.
 
   Attributes:
-    cost: operations, bytes and collectives; None where the compiler refused the program.
-    bound: the seconds below which the chip's published peaks do not let it go.
-    note: what the cost leaves out.
+    config: the run's configuration, with the size of the vocabulary.
+    topology: the chips, such as "v5p:4x4x4".
+    mesh: axis -> number of devices.
+    program: one of `PROGRAMS`.
+    chips: the number of chips.
+    compile_seconds: the time that lowering and compiling took.
+    memory: the use of a chip's memory.
+    cost: operations, bytes and collectives; None means that the compiler refused the program.
+    bound: lower bounds of the run time, in seconds, by the chip's published peaks; None like cost.
+    note: what `cost` leaves out; "" if nothing.
   """
 
   config: ExperimentConfig
@@ -96,11 +104,11 @@ class CompiledProgram:
 
   @property
   def fits(self) -> bool:
-    """Whether a chip's memory holds the program."""
+    """True if the program fits a chip's memory."""
     return self.cost is not None and self.memory.peak <= self.memory.capacity
 
   def as_dict(self) -> dict[str, Any]:
-    """For a JSON file."""
+    """Returns the figures as a dict of JSON values."""
     cost = self.cost
     return {
         "fits": self.fits,
@@ -136,16 +144,16 @@ def compile_program(
   """Compiles a program of a run for a TPU topology.
 
   Args:
-    config: of the run. A mesh that does not fit the topology is an error; see `fit_mesh`. A
-      vocabulary of 0 is that of the tokenizer, where its size is known.
+    config: the run's configuration. Its mesh must fit the topology; see `fit_mesh`. A vocabulary
+      of 0 means that of the tokenizer, if its size is known.
     topology: the chips, such as "v5p:4x4x4".
     program: "train" (a step), "eval" (the losses of a batch), "prefill" (a prompt of
       data.seq_len tokens) or "decode" (one token), all of train.batch_size rows.
-    say: is told what is being done.
+    say: called with the name of each phase when it begins.
 
   Raises:
-    InputError: no such topology, a mesh that does not divide it or the model, or no TPU
-      compiler here.
+    InputError: there is no such topology, the mesh does not divide it or the model, the size of
+      the vocabulary is unknown, or no TPU compiler is installed.
   """
   config = _with_vocab(config)
   devices = topology_devices(topology)
@@ -180,7 +188,7 @@ def compile_program(
 
 
 def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
-  """The configuration with the vocabulary that its tokenizer will have."""
+  """Returns the configuration with the vocabulary size that its tokenizer will have."""
   kind = config.data.tokenizer
   sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
   size = config.model.vocab_size or sizes.get(kind, 0)
@@ -190,19 +198,19 @@ def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _cost(text: str) -> tuple[Cost, str]:
-  """The cost, and what it leaves out."""
+  """Returns the cost, and a note that says what it leaves out."""
   try:
     return program_cost(text), ""
   except OpenLoopError as error:
-    # Such as time-invariant layers', with a trip for each document of the fullest chunk.
+    # For example, time-invariant layers loop over the documents of the fullest chunk.
     return program_cost(text, open_trips=1), f"loops whose length is data count once: {error}"
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
-  """The chips of a topology, as devices to compile for.
+  """Returns the chips of a topology, as devices to compile for.
 
   Raises:
-    InputError: no such topology, or no TPU compiler here.
+    InputError: there is no such topology, or no TPU compiler is installed.
   """
   kind, _, shape = topology.partition(":")
   axes = CHIPS[kind].axes if kind in KINDS else 0
@@ -212,7 +220,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
   options: dict[str, Any] = {}
   if math.prod(sizes) == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
-  if kind == "v4":  # Otherwise its two cores are two devices.
+  if kind == "v4":  # Otherwise each of a chip's two cores is a device.
     options["chip_config_name"] = "megacore"
   _prepare(kind)
   try:
@@ -223,7 +231,7 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 
 def fit_mesh(config: MeshConfig, count: int) -> MeshConfig:
-  """The mesh if it has `count` devices, else one with the parameters split over all of them."""
+  """Returns `config` if it has `count` devices, else a mesh with fsdp over all of them."""
   sizes = [size or 1 for size in defaults(config).values()]
   fixed = math.prod(size for size in sizes if size != -1)
   fits = fixed == count or (-1 in sizes and fixed and count % fixed == 0)
@@ -239,17 +247,17 @@ def _invalid_topology(topology: str) -> InputError:
 def _prepare(kind: str) -> None:
   """Lets jax find the TPU compiler, and keeps it from looking for chips.
 
-  Works after jax is imported, as long as libtpu is not loaded.
+  It may be called after jax is imported, but only before libtpu is loaded.
 
   Raises:
-    InputError: there is no TPU compiler.
+    InputError: no TPU compiler is installed.
   """
   accelerator = {"v5e": "v5litepod-4", "v6e": "v6e-4"}.get(kind, f"{kind}-8")
   for name, value in (_ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": accelerator}).items():
     os.environ.setdefault(name, value)
   jax.config.update("jax_platforms", "cpu")
   if importlib.util.find_spec("libtpu") is None:
-    # Beside the environment's own packages: there, every jax would look for chips.
+    # Not in site-packages: from there, jax would look for chips in every process.
     folder = pathlib.Path(sys.prefix) / "tpu_compiler"
     if not folder.is_dir():
       raise InputError(
@@ -260,7 +268,7 @@ def _prepare(kind: str) -> None:
 
 
 def _refused(error: jax.errors.JaxRuntimeError) -> int:
-  """The bytes that a program needs, by the compiler's refusal; other errors are raised again."""
+  """Returns the bytes that the compiler's refusal names; raises any other error again."""
   message = str(error)
   for pattern in _REFUSALS if "RESOURCE_EXHAUSTED" in message else ():
     if found := re.search(pattern, message):
@@ -269,7 +277,7 @@ def _refused(error: jax.errors.JaxRuntimeError) -> int:
 
 
 def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
-  """The program, traced for the mesh."""
+  """Lowers the program for the mesh."""
   batch_size, seq_len = config.train.batch_size, config.data.seq_len
   if program in ("train", "eval"):
     trainer = Trainer(config, mesh)
@@ -279,7 +287,7 @@ def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
     scorer = Scorer(trainer.model, chunk=config.train.loss_chunk)
     return _jitted(scorer.score).lower(trainer.state_shapes.params, batch)
 
-  # As generation runs: with every layer compiled apart.
+  # Generation compiles every layer apart.
   sharding.check_batch(batch_size, seq_len, 1, mesh)
   unrolled = dataclasses.replace(config.model, block_layers=config.model.layers)
   model = abstract_model(unrolled)
@@ -307,12 +315,12 @@ def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
 
 
 def _jitted(function: Any) -> Any:
-  """A jitted function, which its annotation does not show."""
+  """Returns a jitted function, typed as Any: its annotation does not show that it is jitted."""
   return function
 
 
 def _sharded_params(model: LanguageModel, mesh: Mesh) -> PyTree:
-  """The parameters' shapes, with their shardings."""
+  """Returns the shapes of the model's parameters with their shardings."""
   params = get_params(model)
   shardings = sharding.param_shardings(
       logical_axes(model), {name: leaf.shape for name, leaf in params.items()}, mesh

@@ -1,4 +1,4 @@
-"""Evaluators at work in a run: when they score, and where their numbers go."""
+"""Runs the evaluators of a training run, and records their numbers."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,12 @@ STANDARD: tuple[type[Evaluator], ...] = (HeldOutLoss,)
 
 
 def with_standard(evaluators: Sequence[Evaluator]) -> list[Evaluator]:
-  """The standard evaluators and these; one of these stands in for a standard one of its name.
+  """Returns the standard evaluators and the given ones.
+
+  A given evaluator replaces the standard one that has its name.
 
   Raises:
-    InputError: two of these have one name, or one has no valid interval.
+    InputError: two of the given evaluators have the same name, or an interval is not valid.
   """
   given = {evaluator.name for evaluator in evaluators}
   chosen = [*(cls() for cls in STANDARD if cls.name not in given), *evaluators]
@@ -35,13 +37,16 @@ def with_standard(evaluators: Sequence[Evaluator]) -> list[Evaluator]:
 
 
 class Evaluations:
-  """A run's evaluators. Each scores at most once a step, and what it takes is not training time."""
+  """A run's evaluators.
+
+  Each scores at most once per step, and the time that it takes does not count as training time.
+  """
 
   def __init__(
       self, evaluators: Sequence[Evaluator], config: ExperimentConfig, data: Datasets,
       trainer: Trainer, writer: MetricsWriter, progress: Progress, logger: Logger,
   ) -> None:
-    """Scores nothing yet; `evaluators` are those of `with_standard`."""
+    """Stores the evaluators, which come from `with_standard`; scores nothing yet."""
     self._evaluators, self._config, self._data = evaluators, config, data
     self._trainer, self._writer = trainer, writer
     self._progress, self._logger = progress, logger
@@ -49,7 +54,7 @@ class Evaluations:
     self._heldout_loss: float | None = None
 
   def hooks(self) -> list[Hook]:
-    """One for each evaluator. A run that must stop has no time to score."""
+    """Returns one hook per evaluator; none is called when a run is interrupted."""
 
     def hook(evaluator: Evaluator) -> Hook:
       every = evaluator.every or self._config.train.eval_every
@@ -58,14 +63,14 @@ class Evaluations:
     return [hook(evaluator) for evaluator in self._evaluators]
 
   def heldout_loss(self, moment: Moment) -> float | None:
-    """The held-out loss at that moment."""
+    """Returns the held-out loss at a moment, in nats per token; computes it at most once."""
     for evaluator in self._evaluators:
       if evaluator.name == HeldOutLoss.name:
         self._score(evaluator, moment)
     return self._heldout_loss
 
   def _score(self, evaluator: Evaluator, moment: Moment) -> None:
-    """Scores, writes down and prints, once a step."""
+    """Scores, records the numbers and prints a line, unless this step was scored already."""
     if self._scored.get(evaluator.name) == moment.step:
       return
     self._scored[evaluator.name] = moment.step

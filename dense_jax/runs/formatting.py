@@ -5,23 +5,23 @@ from collections.abc import Sequence
 
 from dense_jax.types import Params
 
-# What a terminal obeys rather than shows: the control characters but for tabs and line ends (a
-# carriage return alone lets a line overwrite itself), and the overrides and isolates that turn
-# the direction of what follows them.
+# Characters that a terminal obeys instead of showing: control characters except tabs and line ends
+# (a carriage return alone lets a line overwrite itself), and the overrides and isolates that change
+# the direction of the text after them.
 _CONTROL = re.compile("\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-  """Text from a model, a prompt or data, to be printed: each control character becomes U+FFFD.
+  """Replaces each control character in text from a model, a prompt or data by U+FFFD.
 
-  Everything else stays as it is, character by character: spaces of all kinds, joined emoji,
-  combining marks, every script. The length stays the same too.
+  All other characters stay as they are: spaces of all kinds, joined emoji, combining marks, every
+  script. The length of the text does not change.
   """
   return _CONTROL.sub("\ufffd", text)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-  """Aligned columns: the first to the left, all others to the right."""
+  """Aligns rows in columns: the first column to the left, all others to the right."""
   widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
   lines = []
   for row in rows:
@@ -32,7 +32,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def scaled(value: float, unit: str) -> str:
-  """Three digits and a decimal prefix, such as 4.83 MB."""
+  """Formats a value with three digits and a decimal prefix, such as "4.83 MB"."""
   prefixes = ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"))
   for power, prefix in prefixes:
     if value >= 10**power:
@@ -41,7 +41,7 @@ def scaled(value: float, unit: str) -> str:
 
 
 def parameter_table(params: Params) -> str:
-  """Parameters by module; the same module of all layers is one row."""
+  """Tabulates parameters by module; the same module of all layers is one row."""
   sizes: dict[str, int] = {}
   for name, leaf in params.items():
     parts = [part for part in name.split(".") if not part.isdigit()]

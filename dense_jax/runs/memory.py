@@ -1,4 +1,4 @@
-"""Memory: what there is, what a run has used, and what it needs before any of it is made."""
+"""Memory: what the machine has, what a run has used, and what a run needs before it starts."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
 
 def host_memory() -> int:
-  """Bytes of this machine's memory, or of the container's share of it."""
+  """Returns the bytes of this machine's memory, or of its container's limit if that is lower."""
   memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   with contextlib.suppress(OSError, ValueError):  # No container, or one without a limit.
     memory = min(memory, int(_CGROUP_LIMIT.read_text()))
@@ -27,35 +27,42 @@ def host_memory() -> int:
 
 
 def device_memory() -> int:
-  """Bytes of all devices together; where they have none of their own, of all hosts together."""
+  """Returns the bytes of memory of all devices together.
+
+  If the devices report no memory of their own, it is that of all hosts together.
+  """
   limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
   own = sum(limit or 0 for limit in limits) if all(limits) else host_memory()
   return own * jax.process_count()
 
 
 def peak_memory() -> int:
-  """The largest resident set that this process has had, in bytes."""
+  """Returns the largest resident set size that this process has had, in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_memory(config: ExperimentConfig) -> None:
-  """Refuses a run that cannot fit, by what it needs at least.
+  """Refuses a run if one of its minimum needs exceeds the memory that there is.
 
-  Counted are, over all devices, one copy of the float32 parameters, their gradients and AdamW's
-  moments; of a part of the batch, what enters each layer that the backward pass keeps and one
-  chunk's logits; and on the host a batch's tokens. What passes may still not fit;
-  `dense_jax.cli.compile` tells.
+  The needs are, each compared by itself:
+
+  - on all devices together: one copy of the float32 parameters, the gradients and AdamW's moments;
+  - on all devices together, for one of the `train.accumulate` parts of a batch: the inputs of the
+    layers that the backward pass keeps, and the logits of one chunk;
+  - on all hosts together: the tokens of a batch.
+
+  A run that passes may still not fit; `dense_jax.cli.compile` tells.
 
   Raises:
-    InputError: naming the sizes, what they need and what there is.
+    InputError: a need exceeds the memory; the error names the sizes, the need and the memory.
   """
   model, train, optimizer = config.model, config.train, config.optimizer
   moments = (optimizer.first_moment_dtype, optimizer.second_moment_dtype)
   per_parameter = 4 + 4 + sum(jnp.dtype(dtype).itemsize for dtype in moments)
   available = device_memory()
-  # Names of parameters do not matter here, and a scan over layers is described at once. The
-  # embedding and each layer's norms come first, as describing many layers takes long.
+  # Begin with a lower bound, the embedding and one norm of each layer, because tracing many layers
+  # takes long. If it fits, count exactly, with scanned layers, which are traced once.
   parameters = model.width * (model.vocab_size + model.layers)
   if parameters * per_parameter <= available:
     scanned = dataclasses.replace(model, block_layers=0)

@@ -1,4 +1,4 @@
-"""A run's losses, drawn."""
+"""Plots the training and held-out loss of a run."""
 
 import io
 import math
@@ -9,17 +9,17 @@ from dense_jax.files import write_atomically
 from dense_jax.runs.workdir import PLOT_FILE
 from dense_jax.training.metrics import read_metrics
 
-# matplotlib computes with numbers far beyond those that it draws.
+# matplotlib computes with far larger numbers than it draws, and those must not overflow.
 _LARGEST_DRAWN = 1e100
 
 
 def plot_loss(workdir: epath.Path) -> epath.Path:
-  """Draws training and held-out loss of the run's metrics.
+  """Draws a run's training and held-out loss into loss.png, and returns its path.
 
-  A loss that is not finite, or beyond 1e100, leaves a gap. The axis is logarithmic unless a loss
-  is not above 0 (1e-100).
+  A loss that is not finite, or whose size is 1e100 or more, leaves a gap. The loss axis is
+  logarithmic unless a loss is 1e-100 or less.
   """
-  # Without pyplot, whose backend may be a notebook's.
+  # Not pyplot, whose backend may be a notebook's.
   from matplotlib.figure import Figure
 
   lines = read_metrics(workdir)
@@ -43,7 +43,7 @@ def plot_loss(workdir: epath.Path) -> epath.Path:
   if drawn and min(drawn) > 1 / _LARGEST_DRAWN:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    # Names of the ticks between powers of ten, where there are few of those.
+    # If the axis spans few powers of ten, label the ticks between them too.
     axes.yaxis.set_minor_formatter("{x:g}" if max(drawn) < 1e3 * min(drawn) else "")
   file = workdir / PLOT_FILE
   image = io.BytesIO()

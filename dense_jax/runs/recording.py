@@ -1,4 +1,4 @@
-"""A run's records: its metrics, with the memory that it has taken so far."""
+"""Records a run's metrics together with its peak memory."""
 
 from collections.abc import Mapping
 
@@ -14,13 +14,13 @@ DEVICE_MEMORY = "peak_device_memory_bytes"
 
 
 class Recorder(MetricsWriter):
-  """A `MetricsWriter` that knows the newest number of each name, and adds peaks of memory.
+  """A `MetricsWriter` that knows the newest number of each name, and adds peak memory sizes.
 
-  Each line that tells a training speed also has the first process's largest resident set, in
-  bytes, and that of its first device's memory, where the device tells.
+  Each record with a training speed also gets the largest resident set size of the first process
+  and, if its first device reports it, the peak of that device's memory, both in bytes.
 
   Attributes:
-    newest: name -> number, of this process and of the run's earlier ones.
+    newest: name -> newest number, from this process or an earlier one of the run.
   """
 
   def __init__(self, workdir: epath.Path, first_step: int) -> None:
@@ -28,7 +28,7 @@ class Recorder(MetricsWriter):
 
     Args:
       workdir: the run's folder.
-      first_step: the step from which the run goes on.
+      first_step: the step from which the run starts or resumes.
     """
     self.newest: dict[str, float] = {}
     for record in read_metrics(workdir):
@@ -37,7 +37,7 @@ class Recorder(MetricsWriter):
     super().__init__(workdir, first_step, enabled=distributed.is_first())
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """One line, and the peaks of memory where it is one of training."""
+    """Writes one record; adds the peak memory sizes if it has a training speed."""
     if "tokens_per_second" in values:
       values = {**values, **_peaks()}
     self._remember(values)

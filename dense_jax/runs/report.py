@@ -1,4 +1,4 @@
-"""The report of a run, at any time after its first checkpoint: table, samples and plot."""
+"""Reports on a run at any time after its first checkpoint: a table, samples and a plot."""
 
 import dataclasses
 import logging
@@ -27,7 +27,7 @@ from dense_jax.runs.scoring import Score, evaluate_run
 from dense_jax.runs.workdir import REPORT_FILE
 from dense_jax.training.metrics import read_metrics
 
-# Baselines read at most this much text of each part, in bytes.
+# The most bytes of training text, and of held-out text, that the baselines read.
 _BASELINE_BYTES = 64 * 2**20
 _LOG = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ class Report:
   """A run's scores, samples and plot at one of its checkpoints.
 
   Attributes:
-    step: of the checkpoint.
-    score: of the held-out text.
-    table: bits per byte beside the baselines', speed and memory, in aligned columns.
-    samples: prompts, which begin held-out documents, and their continuations.
-    plot, file: where the plot and the report's text were written.
+    step: the checkpoint's step.
+    score: the figures of the held-out text.
+    table: bits per byte of the model and of baselines, speed and memory, in aligned columns.
+    samples: pairs of a prompt, the beginning of a held-out document, and its continuation.
+    plot, file: the paths of the plot and of the report's text.
   """
 
   step: int
@@ -53,7 +53,7 @@ class Report:
 
   @property
   def text(self) -> str:
-    """The table and the samples, printable."""
+    """The table and the samples as printable text."""
     parts = [self.table]
     for prompt, continuation in self.samples:
       parts.append(f"--- prompt\n{prompt}\n--- continuation\n{continuation}")
@@ -64,20 +64,20 @@ def write_report(
     workdir: str | os.PathLike[str], checkpoint: str = "latest", *, batches: int = 200,
     batch_size: int = 16,
 ) -> Report:
-  """Scores a run, samples from it, and draws its losses; on one device.
+  """Scores a run, samples from it and plots its losses, on one device.
 
-  Writes loss.png and report.md into the run's folder. The run may be training meanwhile, and on
+  Writes loss.png and report.md into the run's folder. The run may be training at the same time, on
   any number of devices.
 
   Args:
     workdir: the folder that training wrote.
     checkpoint: "latest", "best" (by held-out loss) or a step's number.
-    batches: of the held-out text, score at most so many, spread evenly over it; 0 takes all.
-    batch_size: windows of `config.data.seq_len` tokens in a batch.
+    batches: the most batches of held-out text to score, spread evenly over it; 0 means all.
+    batch_size: windows in a batch, of `config.data.seq_len` tokens each.
 
   Raises:
-    InputError: no such run or checkpoint, its text is not where it was, or the folder cannot be
-      written.
+    InputError: there is no such run or checkpoint, its text is no longer where it was, or the
+      folder cannot be written.
   """
   folder = make_path(os.fspath(workdir), "--workdir")
   run = restore(folder, checkpoint)
@@ -92,7 +92,7 @@ def write_report(
       run.step, score, table(rows), samples(run.model, store, run.tokenizer, seed=config.seed),
       plot_loss(folder), folder / REPORT_FILE,
   )
-  # Indented, so that nothing in a sample ends the block of code.
+  # An indented code block, because nothing in a sample can end it.
   indented = "".join(f"    {line}\n" for line in report.text.splitlines())
   title = f"# Step {run.step} of {config.train.steps}"
   content = f"{title}\n\n{indented}\n![training and held-out loss]({report.plot.name})\n"
@@ -103,7 +103,7 @@ def write_report(
 
 
 def _text(documents: Iterable[Document]) -> bytes:
-  """The documents' text, up to the baselines' limit."""
+  """Returns the documents' text as UTF-8, up to the baselines' limit."""
   parts, size = [], 0
   for document in documents:
     parts.append(document.text.encode())
@@ -117,14 +117,14 @@ def comparison(
     score: Score, train: bytes, heldout: bytes, name: str,
     metrics: Sequence[Mapping[str, float]],
 ) -> list[tuple[str, str]]:
-  """The rows of the table: bits per byte beside the baselines', speed and memory.
+  """Returns the rows of the table: bits per byte beside the baselines', speed and memory.
 
   Args:
-    score: of the held-out text.
-    train: the text that the n-grams count.
+    score: the model's figures of the held-out text.
+    train: the text that the n-grams are counted in.
     heldout: the text that the baselines are scored on.
-    name: of the model.
-    metrics: the run's records, of `read_metrics`.
+    name: the model's name in the table.
+    metrics: the run's records, from `read_metrics`.
   """
   held_out = score.held_out
   rows = [
@@ -153,15 +153,17 @@ def comparison(
 def samples(
     model: LanguageModel, store: TokenStore, tokenizer: Tokenizer, *, seed: int
 ) -> list[tuple[str, str]]:
-  """Two prompts, the beginnings of held-out documents, and what they are continued with.
+  """Continues two prompts, which are the beginnings of held-out documents.
 
-  Joined, a prompt and its continuation are the text that the tokenizer spells for both, printable.
+  Returns:
+    Pairs of a prompt and its continuation, printable. Joined, they are the text that the tokenizer
+    spells for the tokens of both.
   """
   texts = []
   for document in (0, store.num_documents // 2):
     first, is_last = store.starts[document], document + 1 == store.num_documents
     end = store.num_tokens if is_last else store.starts[document + 1]
-    # Without the document's bos and its end token.
+    # Leave out the document's bos and eos tokens.
     texts.append(store.tokens[first + 1 : min(first + 24, end - 1)].tolist())
   generator = Generator(model, Sampling(temperature=0.8, top_p=0.95))
   prompts = [[tokenizer.bos_id, *ids] for ids in texts]
@@ -169,6 +171,6 @@ def samples(
   pairs = []
   for ids, new_ids in zip(texts, continuations, strict=True):
     prompt, new = spell(tokenizer, ids, new_ids)
-    text = printable(prompt + new)  # Joined, for a line end of two characters is one.
+    text = printable(prompt + new)  # Joined first: CR LF may lie across both.
     pairs.append((text[: len(prompt)], text[len(prompt) :]))
   return pairs

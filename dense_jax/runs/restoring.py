@@ -22,9 +22,9 @@ class Run:
   """A run at one of its checkpoints.
 
   Attributes:
-    config: with which it was trained last.
-    tokenizer: its own.
-    model: holds the parameters: `model(tokens_BT)` gives logits.
+    config: the configuration with which the run was last trained.
+    tokenizer: the run's tokenizer.
+    model: holds the parameters; `model(tokens_BT)` returns logits.
     params: the same parameters by name, float32.
     step: updates done.
   """
@@ -37,14 +37,14 @@ class Run:
 
 
 def restore(workdir: str | os.PathLike[str], checkpoint: str = "latest") -> Run:
-  """Restores a run's parameters onto the first device. A run may be training meanwhile.
+  """Restores a run's parameters onto the first device; the run may be training at the same time.
 
   Args:
-    workdir: the folder that training wrote, also in a bucket.
+    workdir: the folder that training wrote, local or in a bucket.
     checkpoint: "latest", "best" (by held-out loss) or a step's number.
 
   Raises:
-    InputError: no such run, or no such checkpoint.
+    InputError: there is no such run or checkpoint.
   """
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")

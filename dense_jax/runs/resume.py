@@ -1,4 +1,6 @@
-"""Which keys may change when a run goes on: one table, in which every key has exactly one row.
+"""Rules for changing the configuration of a run that is resumed.
+
+Every key matches exactly one row of one table, `CHANGES`:
 
 | may change | keys | what changes with them |
 |---|---|---|
@@ -6,8 +8,8 @@
 | freely | implementation, memory, mesh, logging, intervals, places | the rounding, or less |
 | when asked | the optimizer, its schedule, the number of steps, the loss | the course of the run |
 
-Keys of the last kind are named with `--allow-change`. `train.steps` and `optimizer.schedule_steps`
-need it only where they change the learning rate of a step that is still to be done.
+To ask means to name a key with `--allow-change`. `train.steps` and `optimizer.schedule_steps` need
+this only if they change the learning rate of a step that is still to be done.
 """
 
 import difflib
@@ -24,15 +26,15 @@ _STEPS, _SCHEDULE_STEPS = "train.steps", "optimizer.schedule_steps"
 
 
 class Change(enum.Enum):
-  """When a key of the configuration may change in a run that goes on."""
+  """The condition under which a key may change when a run is resumed."""
 
   NEVER = "never"
   FREELY = "freely"
   ASKED = "when asked"
 
 
-# Pattern of a key -> when it may change. Each key matches one. Where text and tokenizer lie may
-# change: what they hold is compared with what the run began with.
+# Pattern of a key -> condition. Each key matches one pattern. The paths of text and tokenizer may
+# change freely, because their content is compared with what the run began with.
 CHANGES = {
     r"seed": Change.NEVER,
     r"model\.(family|vocab_size|width|layers|tie_embeddings|norm_eps|dtype)": Change.NEVER,
@@ -49,10 +51,10 @@ CHANGES = {
 
 
 def classify(key: str) -> Change:
-  """When a key may change, such as "train.steps"; a leading "config." is passed over.
+  """Returns the condition for a key such as "train.steps"; a leading "config." is ignored.
 
   Raises:
-    ValueError: it matches no row of `CHANGES`, or several.
+    ValueError: the key matches no row of `CHANGES`, or several.
   """
   name = key.removeprefix("config.")
   found = {pattern: change for pattern, change in CHANGES.items() if re.fullmatch(pattern, name)}
@@ -65,7 +67,7 @@ def classify(key: str) -> Change:
 
 
 def keys(config: ExperimentConfig) -> dict[str, Any]:
-  """All values of a configuration by their dotted keys, without "config."."""
+  """Returns all values of a configuration by their dotted keys, without "config."."""
   return _flat(defaults(config), "")
 
 
@@ -79,12 +81,12 @@ def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def check_allowed(config: ExperimentConfig, allow_change: Collection[str]) -> None:
-  """Checks that the names given to `--allow-change` are keys that can be asked for.
+  """Checks that the names given to `--allow-change` are keys that change only when asked.
 
-  A key that has not changed may be named: the same command goes on with a run that it changed.
+  A named key need not differ from the run's: the command that changed it may be repeated.
 
   Raises:
-    InputError: no such key, or one that never changes or needs no asking.
+    InputError: a name is no key, or the key never changes or changes freely.
   """
   known = keys(config)
   for name in allow_change:
@@ -103,17 +105,18 @@ def check_allowed(config: ExperimentConfig, allow_change: Collection[str]) -> No
 def check(
     before: ExperimentConfig, now: ExperimentConfig, step: int, allow_change: Collection[str] = ()
 ) -> None:
-  """Checks that a run can go on with another configuration.
+  """Checks that a run can be resumed with another configuration.
 
   Args:
-    before: what the run was made with.
-    now: what it is to go on with. A vocabulary of 0 is the tokenizer's, and so the run's.
+    before: the run's configuration so far.
+    now: the configuration to resume with. A vocabulary of 0 means the tokenizer's, as in the run.
     step: updates done.
-    allow_change: keys that were asked for by name, with or without "config.".
+    allow_change: keys that may change because they were named, with or without "config.".
 
   Raises:
-    InputError: keys that never change differ; fewer steps than are done; or keys that change
-      when asked do, and were not asked for. It names each with both values, and the flag.
+    InputError: keys that never change differ; `train.steps` is less than `step`; or keys that
+      change only when asked differ and were not named. The error gives both values of each key
+      and says what to do.
   """
   check_allowed(now, allow_change)
   old, new = keys(before), keys(now)
@@ -124,7 +127,7 @@ def check(
       if old.get(key) != new.get(key) and classify(key) is not Change.FREELY
   ]
   never = [key for key in changed if classify(key) is Change.NEVER]
-  # The order of batches depends on these two. Their position in it says so too, but later.
+  # These determine the order of batches. Restoring the data's position would fail too, but later.
   others = [key for key in never if key not in ("seed", "train.batch_size")]
   if others:
     raise InputError(
@@ -141,7 +144,7 @@ def check(
   if _rates_to_come(before, step) == _rates_to_come(now, step):
     changed = [key for key in changed if key not in (_STEPS, _SCHEDULE_STEPS)]
   elif now.optimizer.schedule_steps or before.optimizer.schedule_steps:
-    changed = [key for key in changed if key != _STEPS]  # It is not what the schedule follows.
+    changed = [key for key in changed if key != _STEPS]  # The schedule does not depend on it.
   allowed = {name.removeprefix("config.") for name in allow_change}
   asked = [key for key in changed if key not in allowed]
   if asked:
@@ -167,21 +170,21 @@ def _keeps_rates(before: ExperimentConfig) -> str:
 
 
 def schedule_length(config: ExperimentConfig) -> int:
-  """The number of updates after which the learning rate stays as it is."""
+  """Returns the number of updates after which the learning rate is constant."""
   return config.optimizer.schedule_steps or config.train.steps
 
 
 def follows_length(optimizer: OptimizerConfig) -> bool:
-  """Whether the learning rate of some update depends on the schedule's length."""
+  """Returns whether the learning rate of any update depends on the schedule's length."""
   return optimizer.schedule != "constant" or optimizer.warmup_fraction > 0
 
 
 def _rates_to_come(config: ExperimentConfig, step: int) -> tuple[int, int]:
-  """The parts of the schedule's length on which the rates of updates from `step` on depend.
+  """Returns the numbers on which the learning rates of updates from `step` on depend.
 
   Returns:
-    The length, 0 where none of them depends on it; and the updates of the warm-up, 0 once it is
-    over.
+    The schedule's length, or 0 if none of these rates depends on it; and the number of warm-up
+    updates, or 0 once the warm-up is over.
   """
   length = schedule_length(config)
   warmup = round(config.optimizer.warmup_fraction * length)

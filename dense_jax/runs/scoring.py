@@ -19,13 +19,14 @@ from dense_jax.runs.restoring import Run
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """Figures of a text.
+  """The figures of a text.
 
   Attributes:
     held_out: loss and perplexity of the targets that were scored.
-    bits_per_byte: of the text; estimated where a part of it was scored.
+    bits_per_byte: the text's bits per byte; an estimate if only a part of it was scored.
     num_bytes: UTF-8 bytes of the whole text.
-    windows, scored: rows of `config.data.seq_len` tokens, of the whole text and scored.
+    windows: rows of `config.data.seq_len` tokens in the whole text.
+    scored: rows that were scored.
   """
 
   held_out: HeldOut
@@ -41,13 +42,13 @@ def evaluate_run(
   """Scores a text in windows of `config.data.seq_len` tokens, each with a fresh context.
 
   Args:
-    run: of `restore`.
-    text: what to score (see `dense_jax.data.sources.find`); None means the run's held-out text.
-    batch_size: windows at a time. More than there are take all.
-    batches: score at most so many batches, spread evenly over the text; 0 takes all.
+    run: a run from `restore`.
+    text: the text to score (see `dense_jax.data.sources.find`); None means the run's held-out text.
+    batch_size: windows in a batch; if there are fewer, one batch takes all.
+    batches: the most batches to score, spread evenly over the text; 0 means all.
 
   Raises:
-    InputError: the text cannot be read, or not even one layer's activations fit the memory.
+    InputError: the text cannot be read, or the activations of a single layer do not fit the memory.
   """
   config = run.config
   cache_dir = config.data.cache_dir
@@ -71,7 +72,7 @@ def evaluate_run(
 
 
 def _check_memory(config: ExperimentConfig, batch_size: int) -> None:
-  """Refuses windows of which not even one layer's activations fit."""
+  """Refuses a batch for which the activations of a single layer do not fit the memory."""
   row = config.data.seq_len * config.model.width * jnp.dtype(config.model.dtype).itemsize
   needed, available = batch_size * row, device_memory()
   if needed > available:

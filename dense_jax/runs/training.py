@@ -1,4 +1,4 @@
-"""Training a run from its beginning, or from its newest checkpoint on."""
+"""Trains a run from its beginning, or resumes it from its newest checkpoint."""
 
 import contextlib
 import dataclasses
@@ -35,16 +35,16 @@ from dense_jax.training.step import Metrics, Trainer, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-  """How a run stands when training returns.
+  """The state of a run when training returns.
 
   Attributes:
     workdir: the run's folder.
     config: the run's configuration, with the tokenizer's vocabulary.
     step: updates done, all of them saved.
-    interrupted: who asked it to end before its last step, such as "SIGTERM"; empty where all
-      steps are done.
-    metrics: the newest number of each name in metrics.jsonl, such as "loss" (training's, of the
-      last step that was logged) and "heldout_loss".
+    interrupted: who asked the run to end before its last step, such as "SIGTERM"; "" if all steps
+      are done.
+    metrics: name -> newest number in metrics.jsonl, such as "loss" (of the last training step that
+      was logged) and "heldout_loss".
   """
 
   workdir: epath.Path
@@ -55,7 +55,7 @@ class RunResult:
 
   @property
   def heldout_loss(self) -> float | None:
-    """The newest held-out loss, mean nats a token; None where none was computed yet."""
+    """The newest held-out loss, in mean nats per token; None means that there is none yet."""
     return self.metrics.get("heldout_loss")
 
 
@@ -64,30 +64,32 @@ def train_run(
     evaluators: Sequence[Evaluator] = (), allow_change: Collection[str] = (),
     interrupt: Interrupt | None = None,
 ) -> RunResult:
-  """Trains a model in a folder, or goes on with the run that the folder holds.
+  """Trains a model in a folder, or resumes the run that the folder holds.
 
-  Progress is printed. Checkpoints, metrics.jsonl, TensorBoard's events, the configuration and the
-  tokenizer are written into the folder. Of several processes (see `distributed.initialize`) all
-  call it alike, and the first writes. When it returns or raises, no thread, lock or open file of
-  it is left.
+  Prints progress. Writes checkpoints, metrics.jsonl, TensorBoard events, the configuration and the
+  tokenizer into the folder. If there are several processes (see `distributed.initialize`), all of
+  them call it with the same arguments, and only the first one writes. When it returns or raises, it
+  leaves no thread, lock or open file behind.
 
   Args:
-    config: of the run.
-    workdir: the folder, local or in a bucket; it is made where it is missing.
+    config: the run's configuration.
+    workdir: the folder, local or in a bucket; it is made if it does not exist.
     hooks: called after the evaluators and before a checkpoint is saved.
-    evaluators: scores to take beside those of every run (`dense_jax.runs.evaluating.STANDARD`:
-      the held-out loss, by which checkpoints are ranked). One of a standard one's name, such as a
-      `HeldOutLoss` of another interval, stands in for it.
-    allow_change: keys such as "train.steps" that may differ from those that the run in the folder
-      was made with, although they alter its course; see `dense_jax.runs.resume`.
-    interrupt: an active one that may end the process, as a command line has. None means that
-      signals are heard here: the first makes it save and return, and only ever the caller ends
-      the process.
+    evaluators: scores besides the standard ones (`dense_jax.runs.evaluating.STANDARD`: the held-out
+      loss, by which checkpoints are ranked). An evaluator with the name of a standard one replaces
+      it, for example a `HeldOutLoss` with another interval.
+    allow_change: keys such as "train.steps" that may differ from the configuration that the run in
+      the folder was made with, although they alter its course; see `dense_jax.runs.resume`.
+    interrupt: an active context that may end the process, as a command line has. None means that
+      signals are handled here: the first one makes it save and return, and no signal ends the
+      process.
 
   Raises:
-    InputError: the configuration, the data or the folder do not fit, naming field, value and
-      what is valid; the state is not finite any more; or the folder has vanished.
-    Stopped: a KeyboardInterrupt. It was asked to end before its first step was done, or twice.
+    InputError: the configuration, the data or the folder are not valid, or do not fit each other
+      (the error names field, value and what is valid); the state is no longer finite; or the
+      folder has vanished.
+    Stopped: (a KeyboardInterrupt) a request to end came before the first step was done, or a
+      second request came.
   """
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")
@@ -106,7 +108,7 @@ def train_run(
     check_memory(config)
     trainer = Trainer(config, mesh)
     _say_what_runs(config, mesh, trainer)
-    # Before the first of them writes, all have looked at the folder.
+    # All processes have looked at the folder before the first one writes.
     distributed.check_same({"the configuration": config, "config.data": data.fingerprint})
     distributed.by_first(lambda: folders.check_data(folder, data))
     batches = stack.enter_context(contextlib.closing(TrainBatches(
@@ -152,7 +154,7 @@ def _load_data(config: ExperimentConfig) -> Datasets:
 
 
 def _with_vocab(config: ExperimentConfig, data: Datasets) -> ExperimentConfig:
-  """The configuration with the tokenizer's vocabulary, if it names none."""
+  """Returns the configuration with the tokenizer's vocabulary size, if it has none."""
   needed = data.tokenizer.vocab_size
   if config.model.vocab_size and config.model.vocab_size < needed:
     raise invalid(
@@ -182,7 +184,7 @@ def _say_what_runs(config: ExperimentConfig, mesh: Mesh, trainer: Trainer) -> No
 
 
 def _take_lock(stack: contextlib.ExitStack, folder: epath.Path) -> RunLock | None:
-  """The right to write into the folder, which the first process takes for all."""
+  """Takes the folder's lock in the first process, on behalf of all; returns None in the others."""
   locks: list[RunLock] = []
 
   def take() -> None:
@@ -196,7 +198,7 @@ def _take_lock(stack: contextlib.ExitStack, folder: epath.Path) -> RunLock | Non
 def _start(
     trainer: Trainer, checkpoints: Checkpoints, batches: TrainBatches, seed: int
 ) -> TrainState:
-  """The newest checkpoint's state, or a fresh one."""
+  """Returns the newest checkpoint's state, or a fresh one if there is none."""
   if checkpoints.latest is None:
     return trainer.init(seed)
   state, position = checkpoints.restore(trainer.state_shapes, checkpoints.latest)
@@ -205,7 +207,7 @@ def _start(
 
 
 def _saved_at_once(folder: epath.Path) -> str:
-  """Says what is left where steps or a save were under way, and how to go on."""
+  """Says what is left if steps or a save were under way, and how to go on."""
   return (
       "ended at once, without what was done since the newest checkpoint (a save that was under "
       f"way is cleared by the next start): {folders.describe_saved(folder)}"
@@ -216,12 +218,12 @@ def _saving_hook(
     config: ExperimentConfig, checkpoints: Checkpoints, batches: TrainBatches, recorder: Recorder,
     evaluations: Evaluations, lock: RunLock | None,
 ) -> Hook:
-  """Saves, ranked by the held-out loss, as long as the folder is the run's."""
+  """Makes the hook that saves, ranked by held-out loss, while the folder is still the run's."""
 
   def heldout_loss(moment: Moment) -> float | None:
     if lock:
       lock.check()
-    # A run that must stop has no time to score.
+    # An interrupted run has no time to score.
     if moment.interrupted or not config.train.keep_best:
       return None
     return evaluations.heldout_loss(moment)
@@ -232,7 +234,7 @@ def _saving_hook(
 
 
 def _watching(lock: RunLock | None, logger: Logger) -> Callable[[int, Metrics], None]:
-  """Logs each step, as long as the folder is there."""
+  """Makes a callback that logs each step, and raises once the folder is lost."""
 
   def on_metrics(step: int, metrics: Metrics) -> None:
     if lock and lock.lost:

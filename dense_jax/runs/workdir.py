@@ -1,4 +1,4 @@
-"""A run's folder: whether a command may go on with it, and what identifies the run in it."""
+"""A run's folder: what identifies the run in it, and whether a command may resume it."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ DATA_FILE = "data.json"
 PLOT_FILE = "loss.png"
 REPORT_FILE = "report.md"
 _LOG = logging.getLogger(__name__)
-# What file systems and killed writers leave in a folder that is otherwise empty.
+# Names that file systems and killed processes leave in a folder that is otherwise empty.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
 _FILES = (experiment.CONFIG_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE, REPORT_FILE)
@@ -34,18 +34,18 @@ _FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 def check_config(
     workdir: epath.Path, config: ExperimentConfig, allow_change: Collection[str] = ()
 ) -> None:
-  """Checks that training with this configuration may begin in a folder, or go on in it.
+  """Checks that training with this configuration may begin or resume in a folder.
 
-  A run without a checkpoint has nothing to lose: whatever stopped it, it may begin again, and
-  with another configuration.
+  A run without a checkpoint has nothing to lose, so it may begin again, even with another
+  configuration.
 
   Args:
     workdir: the folder, which may not exist yet.
-    config: what a run there is to go on with.
-    allow_change: keys that may differ from the run's, see `resume.check`.
+    config: the configuration to train with.
+    allow_change: keys that may differ from the run's; see `resume.check`.
 
   Raises:
-    InputError: the folder holds something else, or a run that cannot go on like this.
+    InputError: the folder holds something else, or a run that cannot be resumed like this.
   """
   steps = saved_steps(workdir / CHECKPOINTS)
   if steps:
@@ -64,26 +64,26 @@ def check_config(
 
 
 def _has_run(workdir: epath.Path) -> bool:
-  """Whether the folder is a run's: other programs name a model's configuration alike."""
+  """Returns whether the folder's config.json is a run's; other programs use that name too."""
   file = workdir / experiment.CONFIG_FILE
   if not file.is_file():
     return False
   try:
     config = parse_json(file.read_bytes())
   except ValueError:
-    return True  # A run's, damaged.
+    return True  # A run's, but damaged.
   return isinstance(config, dict) and defaults(ExperimentConfig).keys() <= config.keys()
 
 
 def _is_leftover(entry: epath.Path) -> bool:
-  """Whether nothing is lost with it: nobody's, or saves that a killed run did not finish."""
+  """Returns whether an entry is nobody's, or holds only unfinished saves of a killed run."""
   if entry.name == CHECKPOINTS and entry.is_dir():
     return all(_UNFINISHED in save.name for save in entry.iterdir())
   return bool(_NOBODYS.fullmatch(entry.name))
 
 
 def describe_saved(workdir: epath.Path) -> str:
-  """Says what a process that ends now leaves in the folder, and how to go on."""
+  """Says what the folder keeps if the process ends now, and how to go on."""
   steps = saved_steps(workdir / CHECKPOINTS)
   if not steps:
     return "nothing was saved; the same command begins again"
@@ -91,11 +91,11 @@ def describe_saved(workdir: epath.Path) -> str:
 
 
 def check_data(workdir: epath.Path, data: Datasets) -> None:
-  """Whether a run that is in the folder can go on with these data.
+  """Checks that the run in a folder can be resumed with these data.
 
   Raises:
     InputError: the folder has checkpoints of a run on other data; the message says what differs.
-      Where the data lie does not matter.
+      The paths of the data may differ.
   """
   if not saved_steps(workdir / CHECKPOINTS):
     return
@@ -119,11 +119,11 @@ def check_data(workdir: epath.Path, data: Datasets) -> None:
 
 
 def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
-  """Writes what identifies the run, the configuration first; clears what a killed one left.
+  """Writes what identifies the run, and deletes partial files that a killed process left.
 
-  A folder that has a config.json is a run's, at whatever moment its process is killed. One whose
-  checkpoint was not restored with these data and this configuration must not come here: what it
-  knows of its own would be lost.
+  The configuration is written first: whenever the process is killed, a folder with a config.json
+  is a run's. If the folder has a checkpoint, restore it with this configuration and these data
+  before this call, which overwrites what the folder says about its run.
   """
   if not is_remote(workdir):
     for folder in (workdir, workdir / TOKENIZER):

@@ -1,9 +1,10 @@
-"""Checkpoints: parameters, optimizer, step and data position, by orbax.
+"""Checkpoints of parameters, optimizer state, step and data position, written by orbax.
 
-A checkpoint has one entry a layer, `layers.<N>.<rest>`, for a parameter and its moments
-(`dense_jax.models.params.by_layer`). How layers were scanned is not in it, so that a run may go
-on with another `block_layers`. Stacked arrays are cut on the way from the devices to the memory
-of their hosts, and stacked on the way back: no device holds a second copy of the state.
+A checkpoint holds the parameters of each layer, and their moments, under `layers.<N>.<rest>`
+(`dense_jax.models.params.by_layer`). It does not record how layers were scanned, so a run may
+resume with another `block_layers`. Stacked arrays are split on the way from the devices to the
+memory of their hosts, and stacked on the way back, so that no device holds a second copy of the
+state.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from dense_jax.types import Params, PyTree
 T = TypeVar("T")
 
 HELDOUT_LOSS = "heldout_loss"
-# A run may save faster than another process reads.
+# The most attempts to read, in case a run saves and deletes faster than this process reads.
 _MOST_TRIED = 20
 _LOG = logging.getLogger(__name__)
 
@@ -47,11 +48,11 @@ _LOG = logging.getLogger(__name__)
 def check_name(folder: epath.Path, field: str) -> None:
   """Refuses a folder in which checkpoints could be written but not read again.
 
-  The libraries below take [...] for a pattern and a backslash for a slash, in any part of the
-  absolute path, and know no bytes that are not UTF-8.
+  The libraries that are used here interpret [...] as a pattern and a backslash as a slash, anywhere
+  in the absolute path, and support only UTF-8.
 
   Raises:
-    InputError: naming `field` and the whole path.
+    InputError: the path is such; the error names `field` and the whole path.
   """
   path = os.fspath(folder if is_remote(folder) else folder.absolute())
   # A surrogate stands for a byte that is not UTF-8.
@@ -63,23 +64,23 @@ def check_name(folder: epath.Path, field: str) -> None:
 
 
 def saved_steps(folder: epath.Path) -> list[int]:
-  """The steps of the whole checkpoints in a folder, in order; nothing is changed there."""
+  """Returns the steps of the complete checkpoints in a folder, in order; changes nothing there."""
   if not folder.is_dir():
     return []
   return sorted(ocp.utils.checkpoint_steps(folder))
 
 
 def _loss(metrics: Mapping[str, float]) -> float:
-  """What checkpoints are ranked by; a loss that is not finite is behind all others."""
+  """Returns the loss that ranks a checkpoint: infinite, and so last, if it is not finite."""
   loss = metrics[HELDOUT_LOSS]
   return loss if math.isfinite(loss) else math.inf
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's, which one unreadable held-out loss would keep from opening any of the checkpoints."""
+  """Orbax's manager, which opens checkpoints even if a held-out loss among them is unreadable."""
 
   def metrics(self, step: int) -> Mapping[str, float] | None:
-    """The metrics that were saved with a step; None where there are none that can be read."""
+    """Returns the metrics saved with a step; None means that none can be read."""
     try:
       metrics = super().metrics(step)
       if metrics is not None:
@@ -116,7 +117,7 @@ def _manager(
 
 
 def _retried(action: Callable[[], T]) -> T:
-  """Its result; it is done again where another process deleted what it was about to look at."""
+  """Returns the action's result; repeats it if another process deleted a file that it needs."""
   for _ in range(_MOST_TRIED):
     with contextlib.suppress(FileNotFoundError):
       return action()
@@ -124,15 +125,15 @@ def _retried(action: Callable[[], T]) -> T:
 
 
 class Checkpoints:
-  """A run's checkpoints. Saving is asynchronous, and a checkpoint is whole or absent.
+  """A run's checkpoints, saved asynchronously; each one is complete or absent.
 
-  Kept are the newest `keep_last` and the best `keep_best` by held-out loss.
+  The newest `keep_last` and the best `keep_best`, by held-out loss, are kept.
 
   Args:
-    folder: where they are, or will be.
+    folder: where the checkpoints are or will be.
     model: the model's configuration, which says how its layers are scanned now.
-    keep_last: the number of newest checkpoints that are kept.
-    keep_best: the number of best ones that are kept beside them.
+    keep_last: the number of newest checkpoints to keep.
+    keep_best: the number of best checkpoints to keep besides.
     read_only: changes nothing in the folder.
   """
 
@@ -146,7 +147,7 @@ class Checkpoints:
 
   @property
   def latest(self) -> int | None:
-    """The newest checkpoint's step."""
+    """The newest checkpoint's step; None means that there is no checkpoint."""
     return self._manager.latest_step()
 
   def save(
@@ -157,13 +158,13 @@ class Checkpoints:
     Args:
       state: the state after `step` updates.
       step: its step.
-      data: the data's position, as JSON has it.
-      heldout_loss: mean nats a token, by which checkpoints are ranked; None if unknown. One that
-        is not finite ranks nothing.
+      data: the position in the data, as JSON values.
+      heldout_loss: mean nats per token, by which checkpoints are ranked; None means unknown. A
+        checkpoint whose loss is not finite is not ranked.
 
     Returns:
-      Whether the step is, or will be, saved. It is not where a number of the state is not finite:
-      no later step would be better, and the checkpoint would push out one that is whole.
+      True if the step is saved or will be. False if a number of the state is not finite: no later
+      step would be better, and this checkpoint would take the place of a good one.
     """
     if self._manager.latest_step() == step:
       return True
@@ -184,10 +185,10 @@ class Checkpoints:
     return True
 
   def restore(self, shapes: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """The state of a step, placed as `shapes` says, and the data's position.
+    """Restores a step; returns its state, placed as `shapes` says, and the data's position.
 
     Raises:
-      InputError: a part of the checkpoint is missing, damaged, or of another form.
+      InputError: a part of the checkpoint is missing, damaged or of another form.
     """
     layers = _on_hosts(by_layer(self._model, shapes))
     restored = self._read(
@@ -205,19 +206,19 @@ class Checkpoints:
     return self._join(state, shapes), restored["data"]
 
   def _join(self, tree: PyTree, shapes: PyTree) -> PyTree:
-    """Entries of layers as the model has them, placed as `shapes` says."""
+    """Converts entries by layer to the form of the model, placed as `shapes` says."""
     scanned = as_scanned(self._model, tree, stack=_to_devices)
     return jax.device_put(scanned, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
   def restore_params(self, shapes: Params, which: str) -> tuple[int, Params]:
-    """A step and its parameters, for evaluation and sampling.
+    """Restores the parameters alone, for evaluation and sampling; returns the step and them.
 
-    A run that is training may delete a checkpoint while it is read, and one may be damaged:
-    "latest" and "best" then take the next one that can be read, and log which.
+    A run that is training may delete a checkpoint while it is read, and one may be damaged.
+    "latest" and "best" then take the next that can be read, and log which.
 
     Args:
       shapes: the parameters' shapes and shardings.
-      which: "latest", "best" (by held-out loss, if it is finite) or a step's number.
+      which: "latest", "best" (the lowest finite held-out loss) or a step's number.
 
     Raises:
       InputError: there is no such checkpoint, or none that can be read.
@@ -250,27 +251,27 @@ class Checkpoints:
     )
 
   def _candidates(self, which: str) -> list[int]:
-    """The steps that "latest", "best" or a step's number can mean, the first choice first."""
+    """Returns the steps that `which` (see `restore_params`) can mean, the first choice first."""
     steps = sorted(self._manager.all_steps(), reverse=True)
     if which == "latest":
       return steps
     if which != "best":
       return [step for step in steps if str(step) == which]
     ranks = {step: self._rank(step) for step in steps}
-    # Of equal ones the newest, as `sorted` keeps their order.
+    # `sorted` is stable: of equal losses, the newest comes first.
     return sorted((step for step in steps if ranks[step] < math.inf), key=ranks.__getitem__)
 
   def _rank(self, step: int) -> float:
-    """The held-out loss of a checkpoint; infinite where it has none that is finite."""
+    """Returns the held-out loss of a checkpoint; infinity if it has no finite one."""
     metrics = self._manager.metrics(step)
     return math.inf if metrics is None else _loss(metrics)
 
   def _read(self, step: int, arguments: Any) -> Any:
     try:
       return self._manager.restore(step, args=arguments)
-    except jax.errors.JaxRuntimeError:  # Of a device, such as its memory.
+    except jax.errors.JaxRuntimeError:  # A device's error, such as a lack of memory.
       raise
-    except Exception as error:  # Orbax has no kind of error of its own for what it cannot read.
+    except Exception as error:  # Orbax has no class for errors of reading.
       reason = str(error).strip().partition("\n")[0][:200]
       raise InputError(
           f"checkpoint {step} in {self._folder} cannot be read: it is damaged, was deleted just "
@@ -283,12 +284,12 @@ class Checkpoints:
     """Waits for the last save.
 
     Raises:
-      Exception: it failed.
+      Exception: the save failed.
     """
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the last save, and ends the threads, also where it failed."""
+    """Waits for the last save and ends the threads, even if the save failed."""
     try:
       self.wait()
     finally:
@@ -297,7 +298,7 @@ class Checkpoints:
 
 @jax.jit
 def _all_finite(tree: PyTree) -> jax.Array:
-  """Whether all numbers are: a bool scalar."""
+  """Returns a bool scalar: true if all floating-point numbers are finite."""
   finite = [
       jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)
       if jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -309,7 +310,7 @@ _HOST = "pinned_host"
 
 
 def _to_hosts(leaf: jax.Array, rows: int) -> Sequence[jax.Array]:
-  """Cuts an array [R, ...] into R, which have its sharding in the hosts' memory."""
+  """Splits an array [R, ...] into R arrays with the sharding of a row, in the hosts' memory."""
   return _splitter(rows, row_sharding(leaf.sharding).with_memory_kind(_HOST))(leaf)
 
 
@@ -319,7 +320,7 @@ def _to_devices(leaves: Sequence[jax.Array]) -> jax.Array:
   return _stacker(placed.with_memory_kind("device"))(leaves)
 
 
-# Compiled once for each shape and sharding, not once for each leaf.
+# Cached, so that each shape and sharding is compiled once instead of once per leaf.
 @functools.cache
 def _splitter(rows: int, placed: jax.sharding.Sharding) -> Callable[..., Sequence[jax.Array]]:
   return jax.jit(functools.partial(split_rows, rows=rows), out_shardings=placed)
@@ -341,7 +342,7 @@ def _on_hosts(shapes: PyTree) -> PyTree:
 
 
 def placed_on(params: Params, device: jax.sharding.Sharding) -> Params:
-  """Returns shapes of `params`, to be restored onto `device`."""
+  """Returns the shapes of `params`, to be restored onto `device`."""
   return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), params
   )

@@ -1,4 +1,4 @@
-"""The training loop: iterate, and call hooks."""
+"""The training loop: runs steps, and calls hooks after them."""
 
 import dataclasses
 import time
@@ -17,23 +17,23 @@ from dense_jax.training.step import Metrics, Trainer, TrainState, has_layers
 
 
 class Batches(Protocol):
-  """Batches that know their position."""
+  """An iterator of batches that knows its position."""
 
   def __next__(self) -> Batch:
-    """The next host batch."""
+    """Returns the next host batch."""
 
   def get_state(self) -> dict[str, Any]:
-    """The position, as JSON has it."""
+    """Returns the position, as JSON values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-  """What a hook sees after a step.
+  """A moment of training, after a step, as a hook sees it.
 
   Attributes:
     step: updates done.
-    state: after them. Only valid during the call: the next step consumes it.
-    interrupted: the run was asked to stop here, before its last step.
+    state: the state after them. Valid only during the call, as the next step consumes it.
+    interrupted: true if the run was asked to stop here, before its last step.
   """
 
   step: int
@@ -43,10 +43,12 @@ class Moment:
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-  """Calls `run` after every `every`-th step, and after the last.
+  """A function to call after every `every`-th step, and after the last one.
 
   Attributes:
-    if_interrupted: also after the last step of a run that was interrupted.
+    every: steps between calls.
+    run: the function.
+    if_interrupted: whether to call it also after the last step of a run that was interrupted.
   """
 
   every: int
@@ -69,19 +71,22 @@ def train(
 
   Args:
     trainer: the compiled step.
-    state: where to begin; it is consumed.
+    state: the state to begin with; it is consumed.
     batches: host batches, from the state's step on.
-    steps: updates in all, with those done before.
+    steps: the total number of updates, including those that are already done.
     hooks: called in order, after their steps.
     on_metrics: called for each step, one step late: fetching a step's metrics while the
       next one runs does not hold up the device.
-    interrupt: asked after each step; several processes stop after the same one. Until the
+    interrupt: checked after each step; several processes stop after the same one. Until the
       first step is done there is nothing to save, and a request is obeyed at once.
-    meanwhile: says what is saved, if a second request then ends the process at once.
+    meanwhile: returns a sentence that says what is saved, if a second request ends the process.
+
+  Returns:
+    The state after the last update.
 
   Raises:
     InputError: the first step does not fit the devices' memory.
-    Stopped: it was asked to end before the first step was done.
+    Stopped: a request to end came before the first step was done.
   """
   first = step = int(state.step)
   pending: tuple[int, Metrics] | None = None
@@ -99,7 +104,7 @@ def train(
     if pending:
       on_metrics(*pending)
     pending = (step, metrics)
-    # Asked once a step: who stops for a signal that comes later, in a hook, saves as well.
+    # Checked only here: after a signal during a hook, one more step runs, and is saved as well.
     stop = agreement(bool(interrupt.requested))
     interrupted = stop and step < steps
     due = [
@@ -117,7 +122,7 @@ def train(
 def _first_step(
     trainer: Trainer, state: TrainState, batch: Batch, step: int
 ) -> tuple[TrainState, Metrics]:
-  """Compiles and runs a step; what does not fit now never will, however often it is started."""
+  """Compiles and runs a step; a lack of memory is an InputError, as no restart would help."""
   try:
     trainer.compile(state, batch)
     return jax.block_until_ready(trainer.step_at(step)(state, batch))
@@ -132,9 +137,10 @@ def _first_step(
 
 
 class Logger:
-  """Turns metrics into lines, events and the bar.
+  """Turns metrics into records, events and progress lines.
 
-  Lines are written every `every` steps, and after each step whose layers were measured.
+  All are written every `every` steps and after the last one; records and events also after each
+  step whose layers were measured.
   """
 
   def __init__(
@@ -150,25 +156,25 @@ class Logger:
     self.tokens_per_second: list[float] = []
 
   def pause(self) -> None:
-    """Stops the clock, as time until `resume` is not training time.
+    """Stops the clock, because the time until `resume` is not training time.
 
-    It waits for the steps under way.
+    Waits for the steps that are under way.
     """
     jax.block_until_ready(self._newest)
     self._paused = time.perf_counter()
 
   def resume(self) -> None:
-    """Ends `pause`."""
+    """Starts the clock again after `pause`."""
     self._time += time.perf_counter() - self._paused
 
   def __call__(self, step: int, metrics: Metrics) -> None:
-    """Takes each step's metrics; waits for the device only where it writes."""
+    """Takes the metrics of each step; waits for the device only if it writes."""
     self._progress.step(step)
     self._newest = metrics
     if step % self._every and step != self._steps:
       if has_layers(metrics):
         self._writer.write(step, _floats(metrics))
-      if step == self._first:  # It compiled: the clock starts after it.
+      if step == self._first:  # It includes compilation, so the clock starts after it.
         jax.block_until_ready(metrics)
         self._step, self._time = step, time.perf_counter()
       return
@@ -190,14 +196,14 @@ def checkpoint_hook(
     checkpoints: Checkpoints, batches: Batches, writer: MetricsWriter, every: int,
     heldout_loss: Callable[[Moment], float | None],
 ) -> Hook:
-  """Saves state and data position, ranked by the held-out loss at that moment.
+  """Makes a hook that saves the state and the data's position, ranked by held-out loss.
 
-  The hook raises an InputError where the state is not finite: nothing that follows would be.
+  The hook raises an InputError if the state is not finite, because no later state would be.
   """
 
   def save(moment: Moment) -> None:
     loss = heldout_loss(moment)
-    writer.flush()  # A run that goes on from here finds all that was written before.
+    writer.flush()  # A run that resumes from here finds all earlier records.
     before = checkpoints.latest
     if not checkpoints.save(moment.state, moment.step, batches.get_state(), loss):
       kept = "there is none before it" if before is None else f"the one of step {before} is kept"

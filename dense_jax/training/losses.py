@@ -17,14 +17,14 @@ def loss_sum(
   section 5).
 
   Args:
-    model: with parameters.
-    batch: rows of tokens; targets outside its mask count for nothing.
+    model: a model that holds parameters.
+    batch: rows of tokens; targets outside its loss mask are left out.
     z_loss: the weight of (log Z)^2.
     chunk: tokens of a row whose logits exist at one time.
     measure: collects each layer's metrics.
 
   Returns:
-    Both sums, float32 scalars, and each layer's metrics, all empty without `measure`.
+    Both sums, float32 scalars, and each layer's metrics, which are empty without `measure`.
   """
   nll_BT, log_z_BT, aux = model.measured_losses(batch, chunk=chunk, measure=measure)
   mask_BT = batch.loss_mask_BT.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""AdamW, its schedules, and which parameters decay."""
+"""AdamW, its learning-rate schedules, and the rules for which parameters decay."""
 
 import re
 
@@ -20,7 +20,7 @@ WEIGHT_DECAY = {
 
 
 def decay_mask(names: Params | list[str]) -> dict[str, bool]:
-  """Parameter path -> whether weight decay applies.
+  """Maps each parameter path to whether weight decay applies.
 
   Raises:
     ValueError: a parameter matches no rule, or several.
@@ -38,12 +38,12 @@ def decay_mask(names: Params | list[str]) -> dict[str, bool]:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """The learning rate of update 0, 1, 2, ...
+  """Returns the learning-rate schedule, a function of the update's number (from 0).
 
   Args:
-    config: of the optimizer.
-    steps: the schedule's length where `config.schedule_steps` is 0. The last update of the
-      schedule has its final rate, and so have all later ones.
+    config: the optimizer's configuration.
+    steps: the schedule's length if `config.schedule_steps` is 0. The last update of the schedule
+      has the final rate, and so have all later updates.
   """
   steps = config.schedule_steps or steps
   peak, final = config.learning_rate, config.learning_rate * config.final_fraction
@@ -74,7 +74,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def _with_dtypes(
     adam: optax.GradientTransformation, first: str, second: str
 ) -> optax.GradientTransformation:
-  """Adam whose moments are kept in these dtypes between updates, and computed in float32."""
+  """Wraps Adam to keep its moments in these dtypes between updates; it computes in float32."""
 
   def cast(state: optax.ScaleByAdamState, first: str, second: str) -> optax.ScaleByAdamState:
     moments = {"mu": first, "nu": second}
@@ -96,9 +96,14 @@ def _with_dtypes(
 def make_optimizer(
     config: OptimizerConfig, steps: int, names: list[str]
 ) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW with decoupled decay where it applies.
+  """Makes AdamW with decoupled weight decay, after clipping of the gradient by its global norm.
 
-  The state has one form, with clipping and without it: either may go on from the other.
+  The state has one structure, with and without clipping, so a run may change from one to the other.
+
+  Args:
+    config: the optimizer's configuration.
+    steps: the run's number of updates; see `learning_rate`.
+    names: the paths of all parameters.
   """
   adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()

@@ -35,12 +35,12 @@ Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that a step changes.
+  """The state that a step changes.
 
   Attributes:
-    step: int32, updates done.
-    params: float32.
-    opt_state: optax's.
+    step: int32 scalar, updates done.
+    params: parameters by name, float32.
+    opt_state: the state of the optax optimizer.
   """
 
   step: Array
@@ -49,12 +49,12 @@ class TrainState:
 
 
 class _Gradients(NamedTuple):
-  """What a batch says about the parameters.
+  """The gradients of a batch, and its figures.
 
   Attributes:
-    gradients: of the objective, a mean over all targets.
-    loss: the cross-entropy, mean nats a target.
-    targets: their number.
+    gradients: the gradients of the objective, which is a mean over all targets.
+    loss: the cross-entropy, in mean nats per target.
+    targets: the number of targets.
     aux: each layer's metrics.
   """
 
@@ -69,8 +69,8 @@ def _gradients(
 ) -> _Gradients:
   """Differentiates the loss of a batch, in `train.accumulate` parts.
 
-  Accumulation divides by the whole batch's targets, so that it changes no result; a layer's
-  metric is the mean over the parts.
+  Each part's sums are divided by the number of targets in the whole batch, so that accumulation
+  changes no result. A layer's metric is the mean over the parts.
   """
   train = config.train
   targets = jnp.maximum(jnp.sum(batch.loss_mask_BT, dtype=jnp.float32), 1.0)
@@ -101,7 +101,7 @@ def _gradients(
     sums, aux = gradient(whole, part)
     return jax.tree.map(jnp.add, carry, sums), aux
 
-  # Every accumulate-th row, so that each device keeps to the rows that it has.
+  # A part takes every accumulate-th row, so that no row moves to another device.
   parts = jax.tree.map(
       lambda x: x.reshape(-1, train.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
   )
@@ -111,7 +111,7 @@ def _gradients(
 
 
 def _layer_metrics(config: ModelConfig, aux: list[Aux], gradients: Params) -> Metrics:
-  """What layers recorded and the norm of each one's gradient, named `layers/<N>/<name>`."""
+  """Returns the metrics of each layer, and its gradient's norm, named `layers/<N>/<name>`."""
   of_layer: dict[int, list[Array]] = {}
   for name, gradient in by_layer(config, gradients).items():
     if name.startswith("layers."):
@@ -127,24 +127,24 @@ def _layer_metrics(config: ModelConfig, aux: list[Aux], gradients: Params) -> Me
 
 
 def has_layers(metrics: Metrics) -> bool:
-  """Whether a step's metrics have those of its layers."""
+  """Returns whether a step's metrics include those of its layers."""
   return any(name.startswith(_LAYERS) for name in metrics)
 
 
 class Trainer:
-  """A configuration's compiled train step, and states for it, on a mesh.
+  """The compiled train step of a configuration, and states for it, on a mesh.
 
   Attributes:
     model: the abstract model.
     state_shapes: the state's shapes, dtypes and shardings.
-    train_step: (state, batch) -> (state, metrics); donates the state. Metrics, float32
-      scalars: loss (mean nats a target), grad_norm, learning_rate, targets.
-    measured_step: the same update; its metrics have those of each layer too, by the names
+    train_step: (state, batch) -> (state, metrics); donates the state. The metrics are float32
+      scalars: loss (mean nats per target), grad_norm, learning_rate, targets.
+    measured_step: the same update, with the metrics of each layer in addition, named
       `layers/<N>/<name>`: what layers record (`dense_jax.layers.metrics`), and gradient_norm.
   """
 
   def __init__(self, config: ExperimentConfig, mesh: Mesh) -> None:
-    """Compiles nothing yet.
+    """Prepares the step; nothing is compiled yet.
 
     Raises:
       InputError: the mesh does not divide the batch or a parameter.
@@ -217,12 +217,12 @@ class Trainer:
     self.measured_step: Step = compiled(measured_step)
 
   def step_at(self, step: int) -> Step:
-    """Returns the function for update number `step`, which count from 1."""
+    """Returns the function for update number `step`, counted from 1."""
     measured = self._measure_every and step % self._measure_every == 0
     return self.measured_step if measured else self.train_step
 
   def compile(self, state: TrainState, batch: Batch) -> None:
-    """Compiles all functions that `step_at` may return, so that no later step waits for it."""
+    """Compiles all functions that `step_at` may return, so that no later step has to wait."""
     functions: list[Any] = [self.train_step]
     if self._measure_every:
       functions.append(self.measured_step)
@@ -239,13 +239,13 @@ class Trainer:
     return sharding.local_rows(self._batch_sharding, self._batch_shape)
 
   def put(self, batch: Batch) -> Batch:
-    """Places a host batch, `rows` of the global one, on the mesh."""
+    """Places a host batch, which holds the `rows` of the global batch, on the mesh."""
     return jax.tree.map(
         lambda x: sharding.put_rows(x, self.rows, self._batch_shape[0], self._batch_sharding), batch
     )
 
   def batch_shapes(self, batch_size: int, seq_len: int) -> Batch:
-    """Returns a batch's shapes and shardings, to lower the step without one."""
+    """Returns the shapes and shardings of a batch, to lower the step without one."""
     def shape(dtype: Any) -> Any:
       return jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=self._batch_sharding)
 

@@ -1,4 +1,4 @@
-"""Command lines in surroundings that nobody meant: no streams, foreign folders, damaged files."""
+"""Command lines in hostile surroundings: no streams, foreign folders, damaged files."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ LONGER = ["--config.train.steps=5", "--config.optimizer.schedule_steps=4"]
 
 
 def in_shell(redirections, module, *more):
-  """A command line with a shell's redirections; returns status, stdout and stderr."""
+  """Runs a command line with a shell's redirections; returns status, stdout and stderr."""
   command = f'exec "$0" -m {module} "$@" {redirections}'
   done = subprocess.run(
       ["bash", "-c", command, sys.executable, *map(str, more)], cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not there, as a user meets it."""
+"""Compiling for TPUs without a TPU, as a user meets it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SMOKE = ["--config", "experiments/smoke.py:debug"]
 
 
 def run(*arguments):
-  """The command line in a process of its own that knows nothing of TPUs."""
+  """Runs the command line in a process of its own that knows nothing of TPUs."""
   tpu_compiler_environment()  # Skips where there is no TPU compiler.
   environment = {
       name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_"))
@@ -63,7 +63,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(monke
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
 def test_a_train_step_for_four_chips(tmp_path):
-  """The smallest experiment: what is written, and matmuls against 6 N a token."""
+  """Compares the matmuls of the smallest experiment with 6 N FLOPs per token."""
   file = tmp_path / "report.json"
   status, out, err = run(*SMOKE, "--topology", "v5e:2x2", "--mesh", "data=2,fsdp=2", "--json", file)
   assert status == 0, err
@@ -82,7 +82,7 @@ def test_a_train_step_for_four_chips(tmp_path):
   assert all(c["count"] > 0 and c["bytes"] > 0 for c in report["collectives"])
   assert "fits" in out.splitlines()[-1] and "compiling" in err
   # 30,720 parameters are in matmuls, the head's among them; a chip has one row of 64 tokens.
-  # What a rematerialised part computes again comes on top.
+  # Rematerialised parts add to that.
   assert report["matmul_flops"] == pytest.approx(6 * 30720 * 64, rel=0.05)
 
 
@@ -104,7 +104,7 @@ def test_other_programs_for_one_chip(program, tmp_path):
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
 def test_what_the_compiler_refuses_does_not_fit(tmp_path):
-  """16 GB of parameters and moments on one chip."""
+  """Compiles 16 GB of parameters and moments for one chip."""
   file = tmp_path / "report.json"
   status, out, err = run(
       *SMOKE, "--topology", "v5e:1x1", "--json", file, "--config.model.family=retnet",

@@ -20,14 +20,14 @@ from dense_jax.interop import load_hf
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params, unrolled, with_params
 
-# What the umask gives a new file.
+# The mode that the umask gives a new file.
 os.umask(UMASK := os.umask(0o022))
 MODE = 0o666 & ~UMASK
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """A run of four steps, saved after each second one."""
+  """Trains a run of four steps, saved after every second one."""
   folder = tmp_path_factory.mktemp("convert")
   text = [f"line {line}: {line * 7919 % 1000}\n" for line in range(80)]
   for name in ("a.txt", "b.txt"):

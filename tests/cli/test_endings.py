@@ -1,4 +1,4 @@
-"""A run that ends at any moment, in any way, goes on or begins again by the same command."""
+"""A run that is ended at any moment, in any way, resumes or begins again by the same command."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dense_jax.errors import InputError
 from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments, run, start, training_losses
 from tests.helpers import ROOT, write_text
 
-# The moment -> what is there from it on, in the run's folder; "" is the process's own beginning.
+# Moment -> the file in the run's folder that exists from then on; "" means the process's start.
 MOMENTS = {
     "begin": "", "lock": "lock.json", "config": "config.json", "folder": "checkpoints",
     "first step": "metrics.jsonl", "first save": "checkpoints/*.orbax-checkpoint-tmp*",
@@ -46,7 +46,7 @@ def at(moment, process, workdir):
 
 
 def goes_on(text, workdir, unbroken):
-  """The same command does what is left; the losses are those of the run that nothing broke."""
+  """Checks that the same command finishes the run, with the losses of a run without a break."""
   status, out, err = run(TRAIN, *arguments(text, workdir, *MORE))
   assert status == 0, err
   assert training_losses(workdir) == unbroken
@@ -176,7 +176,7 @@ def test_integers_of_any_size_are_refused_before_anything_is_allocated(text, tmp
 
 
 def test_a_run_may_be_in_its_first_second(text, tmp_path):
-  """Whatever a kill left of the first second: the lock, half a file."""
+  """A kill in the first second may leave the lock, or half a file."""
   workdir = tmp_path / "run"
   workdir.mkdir()
   (workdir / "lock.json").write_text(json.dumps({"host": "other", "pid": 1, "token": "x"}))

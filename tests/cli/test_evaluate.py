@@ -1,4 +1,4 @@
-"""Scoring a run: figures of any size, and what is refused before anything is scored."""
+"""Scoring a run: figures of any size, and refusals before anything is scored."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.helpers import write_text
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-  """Every run is this untrained one of windows of 32 bytes; returns its parameters' setter."""
+  """Replaces every run by an untrained one of 32-byte windows; returns its parameters' setter."""
   text = write_text(tmp_path)
   overrides = [
       ("model.vocab_size", "258"), ("model.width", "16"), ("model.layers", "2"),
@@ -79,7 +79,7 @@ def test_windows_that_cannot_fit_are_refused(run, monkeypatch):
     (1e7, True, False), (math.inf, False, False), (math.nan, False, False),
 ])
 def test_figures_that_are_not_finite_are_null(run, tmp_path, capsys, factor, loss, perplexity):
-  """A loss of thousands of nats has no perplexity that a float can say."""
+  """A loss of thousands of nats has a perplexity beyond float64."""
   run(lambda name, value: value * np.float32(factor) if name == "embedding" else value)
   assert evaluate.main(["--workdir", "run", "--json", str(tmp_path / "figures.json")]) == 0
   figures = _figures(tmp_path / "figures.json")

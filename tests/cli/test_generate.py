@@ -1,4 +1,4 @@
-"""What `generate` prints, and what it refuses before it loads a run."""
+"""The output of `generate`, and its refusals before it loads a run."""
 
 import io
 
@@ -37,7 +37,7 @@ def tokenizers():
 
 
 def _restores(monkeypatch, tokenizer):
-  """Lets every run be an untrained model with that tokenizer."""
+  """Replaces every run by an untrained model with that tokenizer."""
   overrides = [("model.vocab_size", str(tokenizer.vocab_size)), ("model.width", "16"),
                ("model.layers", "2")]
   config = experiment.load("experiments/smoke.py:debug", overrides)
@@ -47,7 +47,7 @@ def _restores(monkeypatch, tokenizer):
 
 
 def _continues(monkeypatch, rows):
-  """Lets every model continue prompts with these ids; returns the prompts that it is given."""
+  """Makes every model continue prompts with these ids; returns the prompts that it is given."""
   given = []
 
   class Stub:
@@ -101,7 +101,7 @@ def test_bytes_of_one_character_in_prompt_and_continuation(tokenizers, monkeypat
 
 
 def test_a_real_model_with_absurd_options(tokenizers, monkeypatch, capsys):
-  """More likely tokens than there are; the largest seed; an empty prompt."""
+  """Options: top_k above the vocabulary, the largest seed, and an empty prompt."""
   _restores(monkeypatch, tokenizers["bytes"])
   arguments = ["--workdir", "run", "--prompt", "", "--prompt", "a" * 1000, "--max-new-tokens", "3",
                "--top-k", str(10**30), "--seed", str(2**32 - 1), "--temperature", "1e30"]
@@ -131,7 +131,7 @@ def test_numbers_out_of_range_are_named(option, value, valid):
     b"caf\xe9 au lait", b"na\xc3", b"\xf0\x9f", b"\xff\xfe", b"\xed\xa0\x80", b"a\xc0\x80",
 ])
 def test_a_prompt_that_is_not_utf8_is_named(prompt):
-  """As the command line gives it: each wrong byte as half of a surrogate pair."""
+  """The command line passes each wrong byte as half of a surrogate pair."""
   text = prompt.decode("utf-8", "surrogateescape")
   with pytest.raises(InputError, match=r"^--prompt = .* is not valid: expected text in UTF-8$"):
     generate.main(["--workdir", "no run", "--prompt", "good", "--prompt", text])
@@ -143,7 +143,7 @@ def test_a_prompt_that_is_not_utf8_is_named(prompt):
     ("\0\x07\x08\x0b\x0c\x1b[2J\x7f", "\ufffd" * 6 + "[2J\ufffd"),
     ("\x80\x85\x9b31m\x9f", "\ufffd\ufffd\ufffd31m\ufffd"),
     ("\u202atext\u202e \u2066x\u2069", "\ufffdtext\ufffd \ufffdx\ufffd"),
-    # Nothing of these is a control, though Python calls some of it not printable.
+    # None of these is a control character, though Python calls some of them not printable.
     *((text, text) for text in (
         "\xa0 \u3000 \u2009", "👨\u200d👩\u200d👧 🏴\U000e0067\U000e007f", "e\u0301 \u200f\u200e",
         "\xad \u200b \ufeff \u2028 \ue000", "\ufffd \U0010ffff", "हिन्दी ไทย 日本語",

@@ -1,4 +1,4 @@
-"""The report's command line: what it refuses before it restores anything."""
+"""The report's command line: refusals before it restores anything."""
 
 import pytest
 

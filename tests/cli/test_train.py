@@ -1,4 +1,4 @@
-"""The command lines as a user meets them: a run, its resumption, its refusals."""
+"""The command lines as a user meets them: a run, its resumption, and refusals."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SMALL = ["--config.data.tokenizer=bytes", "--config.data.seq_len=32", "--config.
          "--config.model.width=16", "--config.model.layers=2", "--config.train.log_every=1"]
 
 
-# What one process compiled, the next ones read.
+# Programs that one process compiled are read by the next ones.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 def start(module, *arguments):
-  """A command line as its own process, on one CPU device."""
+  """Starts a command line as its own process, on one CPU device."""
   environment = os.environ | ENVIRONMENT
   return subprocess.Popen(
       [sys.executable, "-m", module, *map(str, arguments)],
@@ -41,7 +41,7 @@ def start(module, *arguments):
 
 
 def run(module, *arguments):
-  """Runs to the end; returns status, stdout and stderr."""
+  """Runs a command line to its end; returns status, stdout and stderr."""
   process = start(module, *arguments)
   out, err = process.communicate(timeout=300)
   return process.returncode, out, err

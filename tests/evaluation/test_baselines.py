@@ -10,7 +10,7 @@ from dense_jax.evaluation import baselines
 
 
 def _reference(train: bytes, heldout: bytes, order: int) -> float:
-  """The same model, one byte and one context at a time."""
+  """Computes the same model, one byte and one context at a time."""
 
   def probability(context: bytes, byte: int) -> float:
     shorter = probability(context[1:], byte) if context else 1 / 256

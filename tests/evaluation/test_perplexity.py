@@ -63,7 +63,7 @@ CUT = [([BOS, 5, 6], [5, 6, EOS]), ([BOS, 7], [7, 8]), ([8, 9], [9, EOS]), ([BOS
 
 
 def snapshot(model, seq_len, batch_size):
-  """What a run would show an evaluator of a model, with the three documents held out."""
+  """Makes a run's snapshot of a model, with the three documents held out."""
   store = TokenStore(
       tokens=np.concatenate(DOCUMENTS).astype(np.uint16), starts=np.array([0, 4, 9]),
       document_bytes=np.array([2, 3, 1]), fingerprint="",
@@ -77,7 +77,7 @@ def snapshot(model, seq_len, batch_size):
 
 
 def assert_scores(seen, nats, targets):
-  """Loss, perplexity and bits per byte, from the sum that was computed by hand."""
+  """Checks loss, perplexity and bits per byte against a sum that was computed by hand."""
   numbers = HeldOutLoss().evaluate(seen)
   assert numbers == pytest.approx({
       "loss": nats / targets, "bits_per_byte": nats / targets * TARGETS / BYTES / math.log(2)
@@ -94,7 +94,7 @@ def assert_scores(seen, nats, targets):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("seq_len", [3, 4, 16])
 def test_a_model_that_knows_nothing(seq_len, batch_size):
-  """Logits of zero are 11 equally likely tokens: ln 11 nats, perplexity 11, on paper."""
+  """Logits of zero are 11 equally likely tokens: by hand, ln 11 nats and perplexity 11."""
   model = abstract_model(model_config("mamba", 1))
   zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in get_params(model).items()}
   seen = snapshot(with_params(model, zeros), seq_len, batch_size)
@@ -111,7 +111,7 @@ def test_a_model_that_knows_nothing(seq_len, batch_size):
 @pytest.mark.parametrize(("seq_len", "parts"), [(16, WHOLE), (3, CUT)])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_by_hand_from_a_models_logits(seq_len, parts, batch_size):
-  """Each context by itself, and the softmax in float64."""
+  """Computes each context by itself, and the softmax in float64."""
   model = random_model(model_config("mamba", 1))
   nats = 0.0
   for context, targets in parts:

@@ -1,4 +1,4 @@
-"""Generation: the same tokens as the full forward pass, for prompts of any length."""
+"""Generation gives the tokens of the full forward pass, for prompts of any length."""
 
 import functools
 
@@ -29,7 +29,7 @@ NEW = 20  # More than two blocks.
 
 @pytest.fixture(autouse=True, scope="module")
 def _short_blocks():
-  """Blocks of 8 tokens instead of 64: the same code, and its borders, in less time."""
+  """Uses blocks of 8 tokens instead of 64: the same code and its borders, in less time."""
   before, decode._BLOCK = decode._BLOCK, BLOCK
   yield
   decode._BLOCK = before
@@ -53,7 +53,7 @@ def _sampling(family):
 
 
 def _naive(model, prompt, new):
-  """The argmax of a whole forward pass a token; what is right of it cannot matter."""
+  """Takes the argmax of a full forward pass per token, on padded rows: the model is causal."""
   run = fast_jit(lambda model, tokens: model(tokens))
   tokens = list(prompt)
   margins = []
@@ -68,7 +68,7 @@ def _naive(model, prompt, new):
 
 @each_family
 def test_greedy_generation_is_the_argmax_of_full_forward_passes(family):
-  """Ragged prompts in one batch."""
+  """The batch has prompts of different lengths."""
   expected = [_naive(_model(family), prompt, NEW) for prompt in PROMPTS]
   assert _greedy(family)(PROMPTS, max_new_tokens=NEW) == expected
   assert len({token for row in expected for token in row}) > 3
@@ -123,7 +123,7 @@ def test_prompts_are_padded_on_the_right():
 
 @with_kinds([kind for kind in KINDS if kind[1] != 1])
 def test_the_state_has_the_same_size_after_any_prompt(kind):
-  """What decoding carries does not grow with what was read."""
+  """The state that decoding carries does not grow with the tokens that were read."""
   family, depth, inject = kind
   model = unrolled(random_model(model_config(family, depth, inject, layers=4)))
 
@@ -139,7 +139,7 @@ def test_the_state_has_the_same_size_after_any_prompt(kind):
 
 
 def test_compiled_decoding_holds_the_same_memory_at_any_position():
-  """One program serves all positions: its arguments and temporaries are of fixed size."""
+  """One program serves all positions, so its arguments and temporaries have fixed sizes."""
   generate = _greedy("mamba")
   sizes = set()
   for length in (1, 8, 40):

@@ -23,12 +23,12 @@ def _draw(logits_BV, sampling, seed=0, draws=2000):
 
 
 def _support(tokens_SB):
-  """The set of tokens that each row drew."""
+  """Returns the set of tokens that each row drew."""
   return [set(np.unique(column).tolist()) for column in np.asarray(tokens_SB).T]
 
 
 def _top_p(logits, top_p):
-  """The smallest set of likeliest tokens whose probability reaches p, in numpy."""
+  """Returns the smallest set of likeliest tokens whose probability reaches p, by numpy."""
   probability = np.exp(logits - logits.max())
   probability /= probability.sum()
   chosen, total = set(), 0.0

@@ -61,7 +61,7 @@ def _call(layer, x, segments, state):
 
 @fast_jit
 def _gradients(layer, x, segments, state, weights, cotangent):
-  """Gradients of sum(weights * y) + sum(cotangent * final state), and (y, final state)."""
+  """Returns gradients of sum(weights * y) + sum(cotangent * final state), and the outputs."""
   graph, params = nnx.split(layer)
 
   def objective(params, x, state):
@@ -74,7 +74,7 @@ def _gradients(layer, x, segments, state, weights, cotangent):
 
 
 def _rotated(x, position):
-  """Half-split rotation of one token's [heads, N], as a complex product."""
+  """Rotates one token's [heads, N] in half-split layout, as a complex product."""
   half = x.shape[-1] // 2
   turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(
       1j * position * 100.0 ** (-2 * np.arange(half) / x.shape[-1]))

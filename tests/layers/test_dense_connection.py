@@ -47,7 +47,7 @@ def _connection(inject, sources, query=(N,), **options):
 
 
 def _gate(gate, x):
-  """silu(silu(x W1) W2), by hand."""
+  """Computes silu(silu(x W1) W2) by hand."""
   return jax.nn.silu(jax.nn.silu(x @ gate.down.kernel[...]) @ gate.up.kernel[...])
 
 
@@ -70,7 +70,7 @@ STATES = _diagonal_states(0)
 
 
 def _phi_by_hand(connection, x, h, index):
-  """g_E * g_N * project(h) of states [..., channels, N] or, for matrix states, [..., H, P, N]."""
+  """Computes g_E * g_N * project(h) of [..., channels, N] or matrix states [..., H, P, N]."""
   transition = connection.transition
   lead, matrix_form = x.shape[:-1], h.ndim == x.ndim + 2
 
@@ -90,7 +90,7 @@ def _phi_by_hand(connection, x, h, index):
 
 
 def _by_hand(connection, fusion, x, states, query):
-  """Equations (3) and (4) on materialized states: y = C fuse(h, phi(h_1), ...)."""
+  """Computes equations (3) and (4) on materialized states: y = C fuse(h, phi(h_1), ...)."""
   own, *sources = [state.materialize() for state in states]
   phis = [_phi_by_hand(connection, x, h, index) for index, h in enumerate(sources)]
   per_head = own.ndim == x.ndim + 2

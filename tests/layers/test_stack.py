@@ -60,7 +60,7 @@ def test_layers_of_a_pattern_that_repeats():
 
 
 def _stacked(parts, plan):
-  """A list of layers' states as the scanned stack has them."""
+  """Stacks a list of layers' states as the scanned stack has them."""
   scanned = tuple(
       jax.tree.map(lambda *leaves: jnp.stack(leaves), *(parts[i] for i in plan.layers(position)))
       for position in range(plan.pattern)
@@ -69,7 +69,7 @@ def _stacked(parts, plan):
 
 
 def _apart(state, plan):
-  """The inverse: a scanned stack's state as a list of layers' states."""
+  """Inverts `_stacked`: returns a scanned stack's state as a list of layers' states."""
   parts = dict(enumerate(state.prefix_layers))
   for position, stacked in enumerate(state.scanned_layers):
     for row, layer in enumerate(plan.layers(position)):
@@ -182,7 +182,7 @@ def test_remat_changes_nothing(family, inject):
 
 
 def test_remat_saves_memory():
-  """What the backward pass holds, by the compiler."""
+  """The compiler reports the memory that the backward pass holds."""
   base = abstract_model(model_config("gau_retnet", 1, layers=9, width=32, chunk=16))
   params, tokens = get_params(base), jax.ShapeDtypeStruct((2, 64), jnp.int32)
 

@@ -1,16 +1,16 @@
-"""Every family in every mode with every dense option is one function.
+"""Every family computes one function, in every mode and with every dense option.
 
-The reference is the recurrence itself, a float32 `lax.scan` over tokens, which reads the
-shallow layers' states token by token too. Against it: every other form of the family, and
-where rows hold one document each, decoding step by step; attention, which has one form,
-always by steps. Compared are logits, the final state and the gradients by all parameters
-and by the initial state.
+The reference is the recurrence itself: a float32 `lax.scan` over tokens, which also reads the
+shallow layers' states token by token. Every other form of the family is compared with it and, if
+rows hold one document each, so is decoding step by step. Attention has one form, which is always
+compared with steps. The comparison covers logits, the final state, and the gradients by all
+parameters and by the initial state.
 
-Plain dense connections of depth 2 (and attention) meet every length with documents, and some
-without; the base model, whose read is one of theirs, meets fewer. Each other option meets one
-document, and with documents a length that changes from family to family. Families whose tokens
-choose their decays also meet some that nearly clear the state. `make test` runs a
-part, `make test-slow` another, `make test-exhaustive` the rest.
+Plain dense connections of depth 2 (and attention) are tested at every length with documents, and at
+some lengths without; the base model, whose read is one of theirs, at fewer. Each other option is
+tested with one document, and with documents at a length that changes from family to family.
+Families whose tokens choose their decays are also tested with decays that nearly clear the state.
+`make test` runs a part, `make test-slow` another, `make test-exhaustive` the rest.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ SCENES = {
     "documents": (True, True), "one-document": (False, False), "carried": (False, True),
     "strong-decays": (True, True),
 }
-SELECTIVE_FAMILIES = ("mamba", "mamba2")  # Whose tokens choose their decays.
+SELECTIVE_FAMILIES = ("mamba", "mamba2")  # Their tokens choose their decays.
 
 
 def _kernels_take_part(family, option, length, scene):
@@ -85,7 +85,7 @@ def _kernels_take_part(family, option, length, scene):
 
 
 def _marks(family, option, length, scene, number):
-  """In `make test` (none), in `.ci/run` too (slow), or in `make test-exhaustive` alone."""
+  """Marks a case for `make test` (none), for `.ci/run` (slow) or for `make test-exhaustive`."""
   plain = option == ("m2" if family in STATE_FAMILIES else "base")
   if scene == "strong-decays":
     return pytest.mark.slow
@@ -95,7 +95,7 @@ def _marks(family, option, length, scene, number):
   if turn and option not in ("base", "m2") and scene == "documents":  # Each option in one family.
     return ()
   scenes = {"documents": 257, "carried": C + 1}
-  if family == "s4d":  # A form of its own for one document; what is long here, takes long.
+  if family == "s4d":  # It has a form of its own for one document, and long rows take long.
     scenes = {"one-document": 63}
   ordinary = option in ("base", "m2") and length == scenes.get(scene)
   ordinary |= _kernels_take_part(family, option, length, scene)
@@ -103,7 +103,7 @@ def _marks(family, option, length, scene, number):
 
 
 def _cases():
-  """(family, option, length, scene), marked."""
+  """Returns (family, option, length, scene) of all cases, marked."""
   cases = []
   for family in FAMILIES:
     options = [
@@ -132,7 +132,7 @@ def _cases():
 
 
 def _forms(family, option, length, scene):
-  """The family's forms that differ in that scene, the reference last."""
+  """Returns the family's forms that differ in that scene, the reference last."""
   forms = list(IMPLEMENTATIONS[REGISTRY[family].form])
   if "pallas" in forms and not _kernels_take_part(family, option, length, scene):
     forms.remove("pallas")
@@ -143,7 +143,7 @@ def _forms(family, option, length, scene):
 
 
 def _with_strong_decays(params):
-  """A selective family's, with step sizes up to 60 in a fifth of the tokens, else near 0."""
+  """Gives a selective family step sizes up to 60 in a fifth of the tokens, else near 0."""
   changed = {}
   for name, value in params.items():
     if name.endswith("dt_bias"):
@@ -160,14 +160,14 @@ def _with_strong_decays(params):
 
 
 def _segments(length):
-  """Documents that begin within chunks and at their borders; the second row is padded."""
+  """Makes documents that begin within chunks and at their borders; the second row is padded."""
   first = min(length, 6)
   rows = [[first, length - first], [length - length // 3]]
   return packed([[n for n in row if n] for row in rows], time=length, first=[3, 0])
 
 
 def _positions_after(state, segments, length):
-  """Of each row's next token."""
+  """Returns the position of each row's next token."""
   if segments is None:
     return [int(position) + length for position in state.position_B]
   last_B = np.sum(segments.valid_BT, axis=1) - 1
@@ -175,7 +175,7 @@ def _positions_after(state, segments, length):
 
 
 def _logits_by_steps(model, tokens, segments, state):
-  """Token by token. With segments, the layers' states have to be an attention's caches."""
+  """Decodes token by token; with segments, the layers' states must be attention caches."""
   fresh = model.init_state(B)
 
   def choose(mask_B, chosen, other):

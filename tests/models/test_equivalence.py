@@ -1,8 +1,8 @@
 """One function in every mode: packing, carried states, decoding, causality.
 
-One compiled program for each kind of model answers most questions here: documents, parts
-and prompts are data (segments, states, weights), not shapes. That all forms of a family agree
-is in test_equality_matrix.py.
+One compiled program for each kind of model serves most tests here, because documents, parts and
+prompts are data (segments, states, weights), not shapes. test_equality_matrix.py tests that all
+forms of a family agree.
 """
 
 import functools
@@ -55,10 +55,10 @@ def _model(kind):
 
 @functools.cache
 def _program(kind):
-  """(tokens, segments, state, weights, cotangent) -> outputs, gradients.
+  """Makes (tokens, segments, state, weights, cotangent) -> outputs, gradients.
 
-  Of the sum of weights * logits and cotangent * final state: (logits, final state), and
-  the gradients by the parameters and by the state's arrays.
+  The outputs are (logits, final state). The gradients are those of the sum of weights * logits and
+  cotangent * final state, by the parameters and by the state's arrays.
   """
   abstract, params = abstract_model(_model(kind).config), get_params(_model(kind))
 
@@ -82,7 +82,7 @@ def _run(kind, *args):
 
 @functools.cache
 def _whole(kind):
-  """The packed rows: the program's arguments, and what it gives."""
+  """Returns the program's arguments for the packed rows, and its results."""
   segments = packed(ROWS, time=T, first=FIRST)
   state = random_state(_model(kind), FIRST)
   weights = normal(2, B, T, VOCAB, scale=0.02) * segments.valid_BT[..., None]
@@ -135,7 +135,7 @@ def test_packed_documents_equal_the_same_documents_run_apart(kind):
 
 
 def _part(begin, end, tokens, segments, weights):
-  """Columns [begin, end) of rows, padded on the right to T."""
+  """Returns columns [begin, end) of rows, padded on the right to T."""
   def cut(leaf):
     part = leaf[:, begin:end]
     return jnp.pad(part, ((0, 0), (0, T - end + begin)) + ((0, 0),) * (leaf.ndim - 2))
@@ -162,7 +162,7 @@ def test_a_run_in_two_parts_equals_the_whole_with_gradients(kind):
 
 @pytest.mark.parametrize("kind", [KINDS[1], KINDS[9]], ids=kind_name)
 def test_parts_of_their_own_lengths_equal_the_whole(kind):
-  """As above, the parts without segments or padding: their shapes are their own."""
+  """Parts without segments or padding, compiled with their own shapes, equal the whole too."""
   model = _model(kind)
   tokens, weights = random_tokens(1, B, T), normal(2, B, T, VOCAB, scale=0.02)
   state = random_state(model, [3, 1, 20])
@@ -188,7 +188,7 @@ def test_parts_of_their_own_lengths_equal_the_whole(kind):
 
 @functools.cache
 def _steps(kind):
-  """(state, tokens_BT) -> logits_BTV and the states after each token, time second."""
+  """Makes (state, tokens_BT) -> logits_BTV and the states after each token, time second."""
   @fast_jit
   def run(model, state, tokens):
     def body(state, tokens_B):
@@ -202,7 +202,7 @@ def _steps(kind):
 
 
 def _at(states, index_B):
-  """The state after each row's token number `index_B` of a scan's states [T, ..., B, ...]."""
+  """Returns each row's state after token `index_B`, from a scan's states [T, ..., B, ...]."""
   def pick(leaf, batch_axis):
     rows = [jnp.take(leaf[index], row, axis=batch_axis) for row, index in enumerate(index_B)]
     return jnp.stack(rows, axis=batch_axis)
@@ -214,7 +214,7 @@ def _at(states, index_B):
 
 @each_kind
 def test_prefill_and_steps_equal_the_full_forward(kind):
-  """Right-padded prompts of different lengths, from a fresh state; then token by token."""
+  """Reads right-padded prompts of different lengths from a fresh state, then token by token."""
   model, tokens, lengths = _model(kind), random_tokens(4, B, T), [5, 11, 1]
   fresh = model.init_state(B)
   step = _steps(kind)
@@ -240,7 +240,7 @@ def test_prefill_and_steps_equal_the_full_forward(kind):
 
 @each_kind
 def test_causality_and_documents_by_gradient(kind):
-  """Rows of 11 different tokens: the embedding's gradient tells which of them were read."""
+  """In rows of 11 different tokens, the embedding's gradient tells which were read."""
   tokens = jnp.stack([jnp.asarray(np.random.default_rng(row).permutation(T)) for row in range(B)])
   fresh = _model(kind).init_state(B)
   nothing = jax.tree.map(jnp.zeros_like, fresh.layers)
@@ -269,7 +269,7 @@ OPTIONS = {
 
 def _mixer_count(family, width, state_size=0, conv_width=0, dt_rank=0, head_dim=0, groups=0,
                  key_dim=0, heads=0, kv_heads=0, ffn_width=0):
-  """A layer's parameters but for its first norm, by hand."""
+  """Counts a layer's parameters except its first norm, by hand."""
   inner = 2 * width
   feed_forward = width + 2 * width * ffn_width  # With its norm.
   match family:

@@ -1,4 +1,4 @@
-"""What training never holds: the states of all tokens, by the compiled program's memory."""
+"""Training never holds the states of all tokens, by the compiled program's memory."""
 
 import math
 import re
@@ -23,7 +23,7 @@ OPTIONS = {"lazy": {}, "mapped": {"transition": "mlp", "gate": "channel_state"}}
 
 
 def _sizes(text):
-  """Elements of the arrays that an optimised program names."""
+  """Returns the numbers of elements of the arrays that an optimised program names."""
   shapes = re.findall(r"\b(?:f32|f64|bf16|f16)\[([\d,]+)\]", text)
   return [math.prod(int(size) for size in shape.split(",")) for shape in shapes]
 

@@ -39,7 +39,7 @@ from tests.helpers import assert_trees_close
 
 
 def _config(kind, **options):
-  """Layers enough for a scan over super-blocks."""
+  """Returns a configuration with enough layers for a scan over super-blocks."""
   family, depth, inject = kind
   if depth == 2 and inject == "state":
     options["transition"] = "linear"
@@ -97,7 +97,7 @@ def test_unrolled_holds_the_same_numbers_layer_by_layer(kind):
 
 @each_family
 def test_fresh_parameters(family):
-  """Reproducible, different for each layer and key, float32, gates at zero."""
+  """They are reproducible, different for each layer and key, float32, with gates at zero."""
   depth = 1 if family in STATE_FAMILIES else 0
   config = model_config(family, depth, "state", layers=3, transition="linear")
   init = fast_jit(lambda key: init_params(config, key))
@@ -120,7 +120,7 @@ def test_fresh_parameters(family):
 
 @pytest.mark.parametrize("kind", [KINDS[2], KINDS[4], KINDS[9]], ids=kind_name)
 def test_the_tests_own_parameters_are_away_from_fresh_ones(kind):
-  """So that every term of every equation matters in the other tests."""
+  """Every term of every equation then matters in the other tests."""
   config = model_config(*kind)
   fresh = fast_jit(lambda key: init_params(config, key))(jax.random.key(0))
   for name, value in random_params(config).items():

@@ -1,4 +1,4 @@
-"""With dtype bfloat16: what stays float32, and how near the float32 model it is."""
+"""Models with dtype bfloat16: what stays float32, and the distance from the float32 model."""
 
 from unittest import mock
 
@@ -29,7 +29,7 @@ from tests.builders import (
 from tests.helpers import assert_trees_close
 
 B, T = 2, 11
-# Of a layer's shared states and the model's state; everything else may be bfloat16.
+# Parts of a layer's shared states and of the model's state; all else may be bfloat16.
 FLOAT32 = {"kernel_RE", "bias_E", "a_NE", "log_decay_BTH", "a_re_ME", "a_im_ME", "dt_E", "b_NE",
            "initial_BNE", "initial_BHPN", "h_BNE", "h_BHPN"}
 
@@ -40,7 +40,7 @@ def _model(kind, **options):
 
 
 def _dtypes(tree):
-  """The last name of each array's path -> its dtypes."""
+  """Returns the last name of each array's path -> its dtypes."""
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     key = next(
@@ -51,7 +51,7 @@ def _dtypes(tree):
 
 
 def _state_dtypes(state):
-  """The dtypes of all layers' recurrences' states."""
+  """Returns the dtypes of the states of all layers' recurrences."""
   (name,) = {"h_BNE", "h_BHPN"} & _dtypes(state.layers).keys()
   return _dtypes(state.layers)[name]
 
@@ -67,14 +67,14 @@ def test_parameters_losses_and_logits_are_float32(kind):
   stepped, step_logits = jax.eval_shape(model.step, state, batch.tokens_BT[:, 0])
   for leaf in (logits, *losses, step_logits):
     assert leaf.dtype == jnp.float32
-  assert hidden.dtype == jnp.bfloat16  # Or else all of this says nothing.
+  assert hidden.dtype == jnp.bfloat16  # Otherwise this test would say nothing.
   for carried in (jax.eval_shape(lambda: model.init_state(B)), state, stepped):
     if kind[0] in STATE_FAMILIES:  # A cache of keys and values is no state that adds up.
       assert _state_dtypes(carried) == {jnp.dtype("float32")}
 
 
 def _outputs(model, call):
-  """Runs the layers one after the other; y, state, recurrence and what is shared of each."""
+  """Runs the layers one after the other; returns y, state, recurrence and shared value of each."""
   bank, outputs = [], []
   for layer in model.stack.prefix_layers:
     recurrences, connection = [], type(layer.mixer.dense)
@@ -125,7 +125,7 @@ def test_step_sizes_of_bfloat16_are_float32():
 
 
 def _distance(actual, expected):
-  """Root mean square difference, relative to the values' own scale."""
+  """Computes the root mean square difference, relative to the scale of the values."""
   return jnp.sqrt(jnp.mean((actual - expected) ** 2)) / jnp.std(expected)
 
 

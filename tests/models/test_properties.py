@@ -1,6 +1,6 @@
-"""Documents and split points drawn at random: each changes nothing.
+"""Documents and split points drawn at random change nothing.
 
-One compiled program a family: layouts and splits are data, not shapes.
+There is one compiled program per family, because layouts and splits are data, not shapes.
 """
 
 import functools
@@ -29,7 +29,7 @@ def _model(family):
 
 @functools.cache
 def _program(family):
-  """(tokens [2, T], segments, state) -> (logits, state after)."""
+  """Makes (tokens [2, T], segments, state) -> (logits, state after)."""
 
   @fast_jit
   def run(model, tokens, segments, state):
@@ -40,7 +40,7 @@ def _program(family):
 
 
 def _segments(rows, first=0):
-  """[(offset of the row's first position, its documents' lengths)] with padding up to T."""
+  """Makes segments of [(offset of the first position, document lengths)], padded to T."""
   positions, ids = np.zeros((2, len(rows), T), np.int32)
   for index, lengths in enumerate(rows):
     begin = 0
@@ -54,7 +54,7 @@ def _segments(rows, first=0):
 
 @st.composite
 def _layouts(draw):
-  """The lengths of a row's documents: at least one token, at most T."""
+  """Draws the lengths of a row's documents: at least one token, at most T."""
   total = draw(st.integers(1, T))
   cuts = draw(st.sets(st.integers(1, total - 1))) if total > 1 else set()
   edges = [0, *sorted(cuts), total]

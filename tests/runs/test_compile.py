@@ -1,4 +1,4 @@
-"""Topologies, meshes and the compiler's refusals, without a compiler."""
+"""Topologies, meshes and the compiler's refusals, tested without a compiler."""
 
 import dataclasses
 

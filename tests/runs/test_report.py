@@ -1,4 +1,4 @@
-"""A run's report: losses of any size, text that a terminal would obey."""
+"""A run's report: losses of any size, and text that a terminal would obey."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def test_any_losses_are_drawn(tmp_path, training, heldout):
 
 
 def _store(tokenizer, documents):
-  """Held-out documents as `samples` sees them."""
+  """Makes a store of held-out documents as `samples` sees them."""
   rows = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in documents]
   starts = np.cumsum([0, *map(len, rows[:-1])])
   tokens = np.concatenate([np.asarray(row) for row in rows])

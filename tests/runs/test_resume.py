@@ -1,4 +1,4 @@
-"""What may change when a run goes on: each key has one class, each refusal says what to do."""
+"""Changes of configuration on resume: each key has one class, each refusal says what to do."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "polynomial", "wsd", "constant")
 
 
 def config(steps=100, family="mamba", **groups):
-  """A configuration with these values in its groups."""
+  """Returns a configuration with these values in its groups."""
   base = ExperimentConfig(model=model_config(family))
   groups["train"] = {"steps": steps, **groups.get("train", {})}
   return dataclasses.replace(base, **{
@@ -71,7 +71,7 @@ def test_what_changes_freely(changes):
 ])
 @pytest.mark.parametrize("steps", [60, 100, 200, 1000])
 def test_steps_change_freely_where_no_learning_rate_does(before, now, steps):
-  """Also by the rates themselves, from the step that is saved on."""
+  """Compared also by the rates themselves, from the saved step on."""
   step = 100 if steps > 100 else 60
   first, second = config(optimizer=before), config(steps, optimizer=now)
   if second.optimizer.schedule == "constant" and steps == 1000:
@@ -140,7 +140,7 @@ def test_names_that_cannot_be_asked_for(name, message):
 
 
 def test_a_key_that_was_changed_already_may_still_be_named():
-  """The same command goes on with the run that it changed."""
+  """Repeating a command resumes the run that it changed."""
   check(config(200), config(200), 70, ["train.steps", "optimizer.learning_rate"])
 
 

@@ -1,4 +1,4 @@
-"""Training from Python: what a script needs, what it is given back, what it leaves behind."""
+"""Training from Python: what a script needs, what it gets back, and what is left behind."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(text):
-  """Four steps of a tiny model, each of them logged; a checkpoint after every second one."""
+  """Returns four steps of a tiny model, each logged, with a checkpoint after every second one."""
   return experiment.load("experiments/smoke.py:debug", [
       ("data.path", str(text)), ("data.cache_dir", f"{text}/.cache"), ("data.heldout_every", "2"),
       ("data.seq_len", "32"), ("train.batch_size", "8"), ("model.width", "16"),
@@ -56,7 +56,7 @@ def config(text):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-  """No thread of a run, and no signal handler, outlives it."""
+  """Checks that no thread and no signal handler of a run outlives it."""
   handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
   before = set(threading.enumerate())
   yield
@@ -73,7 +73,7 @@ def changed(config, **groups):
 
 
 def column(workdir, name):
-  """The numbers of one name in metrics.jsonl, by their steps."""
+  """Returns the numbers of one name in metrics.jsonl, by their steps."""
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   return {line["step"]: line[name] for line in lines if name in line}
 
@@ -116,12 +116,12 @@ def test_what_it_returns_and_what_goes_on_from_it(config, tmp_path):
 
 
 class Vowels(runs.Evaluator):
-  """The probability of a vowel after nothing: all that a new evaluator needs."""
+  """The probability of a vowel after nothing, as an example of a complete evaluator."""
 
   name, every = "vowels", 3
 
   def evaluate(self, snapshot):
-    """The share."""
+    """Computes the probability."""
     run = with_params(snapshot.model, snapshot.params)
     tokenizer = snapshot.data.tokenizer
     probabilities_V = jax.nn.softmax(run(np.asarray([[tokenizer.bos_id]]))[0, 0])
@@ -167,7 +167,7 @@ def test_an_error_in_a_hook_leaves_nothing_open(config, tmp_path):
 
 
 def ask(step, times=1):
-  """A hook that sends the process SIGTERM after a step."""
+  """Makes a hook that sends the process SIGTERM after a step."""
   def send(moment):
     if moment.step == step:
       for _ in range(times):

@@ -1,4 +1,4 @@
-"""Whether training may begin in a folder or go on in it: said before any work is done."""
+"""Folders in which training may begin or resume, and refusals before any work is done."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def config():
 
 @pytest.fixture
 def run(tmp_path, config):
-  """A run's folder with a checkpoint of step 4, as far as is looked at."""
+  """Makes a run's folder with a checkpoint of step 4, with as much content as is checked."""
   folder = tmp_path / "run"
   (folder / "checkpoints" / "2").mkdir(parents=True)
   (folder / "checkpoints" / "4").mkdir()
@@ -97,7 +97,7 @@ def test_checkpoints_without_a_configuration_are_no_place_to_begin(run, config):
     ("config.json", "checkpoints/2.orbax-checkpoint-tmp-1/", "tensorboard/"),
 ])
 def test_what_a_run_left_before_its_first_checkpoint_is_no_obstacle(tmp_path, config, left):
-  """Also with another configuration: nothing is lost."""
+  """It is no obstacle to another configuration either, because nothing is lost."""
   folder = tmp_path / "run"
   folder.mkdir()
   for name in left:
@@ -142,7 +142,7 @@ def test_a_run_begins_with_its_configuration_and_clears_what_a_killed_one_left(
 
 
 def begin(folder, config, data):
-  """What training does, which restores the checkpoint in between."""
+  """Does what training does, which restores the checkpoint in between."""
   workdir.check_data(epath.Path(folder), data)
   workdir.begin(epath.Path(folder), config, data)
 

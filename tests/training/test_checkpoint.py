@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, found and read: none that is not finite in a good one's place."""
+"""Checkpoints that are kept, found and read; none that is not finite replaces a good one."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on, sa
 from dense_jax.training.step import TrainState
 
 NAN, INF = math.nan, math.inf
-MODEL = ModelConfig()  # The states of most tests have no layers.
+MODEL = ModelConfig()  # Most states here have no layers.
 
 
 def state(value, moment=1.0):
@@ -28,7 +28,7 @@ def on_device(tree):
 
 
 def read(folder, which):
-  """The step, which is also the value of the parameters."""
+  """Returns the step, which is also the value of the parameters."""
   checkpoints = Checkpoints(epath.Path(folder), MODEL, read_only=True)
   step, params = checkpoints.restore_params(on_device(state(0).params), which)
   checkpoints.close()

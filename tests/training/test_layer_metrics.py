@@ -1,4 +1,4 @@
-"""What layers record: the values, in every way of running, and that it costs nothing unasked."""
+"""Metrics of layers: their values, in every way of running, and no cost when not asked for."""
 
 import functools
 
@@ -51,7 +51,7 @@ def _trainer(config):
 
 @functools.cache
 def _params():
-  """The same numbers for every form of the model, by layer."""
+  """Returns equal numbers for every form of the model, by layer."""
   config = _config().model
   return jax.device_get(by_layer(config, random_params(config)))
 
@@ -65,7 +65,7 @@ def _state(trainer, config):
 
 @functools.cache
 def _step(config, name="measured_step"):
-  """Metrics, and the parameters after the update, by layer, on the host."""
+  """Returns metrics, and the parameters after the update, by layer, on the host."""
   trainer = _trainer(config)
   state, batch = _state(trainer, config), trainer.put(jax.tree.map(np.asarray, BATCH))
   step = getattr(trainer, name).lower(state, batch).compile(compiler_options=COMPILER_OPTIONS)

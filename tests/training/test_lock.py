@@ -1,4 +1,4 @@
-"""Who may write into a run's folder, and what becomes of a lock whose holder is gone."""
+"""The lock on a run's folder: who may write, and the lock of a holder that is gone."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def take(tmp_path):
-  """Takes the folder's lock, and releases all of them in the end; with what was said."""
+  """Takes the folder's lock, records what it says, and releases all locks in the end."""
   said, locks = [], []
 
   def take(folder=tmp_path):
@@ -49,7 +49,7 @@ def take(tmp_path):
 
 
 def hold(folder):
-  """Another process, which holds the lock."""
+  """Starts another process, which holds the lock."""
   process = subprocess.Popen(
       [sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
   )
@@ -58,7 +58,7 @@ def hold(folder):
 
 
 def elsewhere(folder, **content):
-  """A lock of a process on another machine."""
+  """Makes a lock of a process on another machine."""
   described = {"host": "other", "pid": 12, "since": "noon", "token": "x", "alive": 1} | content
   (folder / LOCK_FILE).write_text(json.dumps(described))
 

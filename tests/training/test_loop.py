@@ -1,4 +1,4 @@
-"""When the loop stops, and which hooks it then calls. Nothing is trained here."""
+"""The end of the loop, and the hooks that are then called; nothing is trained here."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from dense_jax.training.step import TrainState
 
 
 class Counter:
-  """In place of a trainer: a step counts."""
+  """A stand-in for a trainer: a step counts."""
 
   def put(self, batch):
     return batch
@@ -58,7 +58,7 @@ def test_a_run_that_is_asked_before_it_begins_does_no_step():
 
 @pytest.mark.parametrize(("asked_in", "stops_at"), [("step", 4), ("hook", 5)])
 def test_who_is_asked_saves_before_it_stops(asked_in, stops_at):
-  """Also where the signal comes in a hook, after which nothing would be saved."""
+  """It also does so if the signal comes in a hook, after which nothing else would be saved."""
   interrupt = Interrupt()
 
   def ask(step):
@@ -82,7 +82,7 @@ def test_each_step_is_asked_for_by_its_number():
 
 
 class Lines:
-  """In place of a writer and of a progress bar."""
+  """A stand-in for a writer and for a progress bar."""
 
   def __init__(self):
     self.written, self.logged = [], []

@@ -1,4 +1,4 @@
-"""Every mesh of eight devices trains as one device does, also where it splits a row's tokens."""
+"""Every mesh of eight devices trains as one device does, even if it splits a row's tokens."""
 
 import functools
 import itertools
@@ -71,7 +71,7 @@ def make_trainer(settings):
 
 @functools.cache
 def after_a_step(settings):
-  """The metrics and the parameters after one update, on the host."""
+  """Returns the metrics and the parameters after one update, on the host."""
   trainer = make_trainer(settings)
   shapes = trainer.state_shapes
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -88,7 +88,7 @@ def _mesh_id(shape):
 
 
 def _mark(family, shape):
-  """Families meet what mixes the axes; one meets each axis alone too, and what splits tokens."""
+  """Marks a case: mixed axes for each family; for mamba2 also each axis alone, and split tokens."""
   if (family, shape) == ("mamba2", (2, 1, 2, 2)):
     return ()
   shapes = [(1, 2, 2, 2)] if family not in TWINS else []
@@ -121,7 +121,7 @@ def test_slices_and_kernels_change_nothing(mesh, implementation):
 
 @functools.cache
 def collectives(settings):
-  """Kind -> (how many, their bytes) in a step's program."""
+  """Returns kind -> (count, bytes) of the collectives in a step's program."""
   trainer = make_trainer(settings)
   batch = trainer.batch_shapes(settings.train.batch_size, settings.data.seq_len)
   compiled = trainer.train_step.lower(trainer.state_shapes, batch).compile(

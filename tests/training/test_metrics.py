@@ -1,4 +1,4 @@
-"""metrics.jsonl and events: what is damaged is said and kept, what was written stays."""
+"""metrics.jsonl and events: damage is reported and kept, and written records stay."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ def line(step):
 
 
 def events(folder):
-  """(step, name, value) of all events, and the steps from which earlier ones are void."""
+  """Returns (step, name, value) of all events, and the steps from which earlier ones are void."""
   values, starts = [], []
   for file in sorted((folder / "tensorboard").iterdir(), key=lambda f: f.stat().st_mtime_ns):
     content = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Which parameters decay, and the schedules' values."""
+"""Rules for weight decay, and the schedules' values."""
 
 import math
 import re
@@ -68,7 +68,7 @@ def test_several_matching_rules_are_an_error(monkeypatch):
     decay_mask(["stack.head.0.mixer.dt_bias"])
 
 
-# 112 updates, of which 11 warm up: the rest has 101, with a middle one.
+# 112 updates, 11 of which are the warm-up: the other 101 have a middle one.
 STEPS, WARMUP, PEAK, FINAL = 112, 11, 0.5, 0.1 * 0.5
 
 
@@ -97,7 +97,7 @@ def test_the_middle(name, middle):
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "polynomial", "wsd"])
 def test_the_last_update_has_the_final_fraction_of_the_peak(name):
-  """As OptimizerConfig says: "final_fraction: of the peak, at the last step"."""
+  """OptimizerConfig says: "the last learning rate, as a fraction of the peak"."""
   expected = PEAK if name == "constant" else FINAL
   assert_trees_close(float(_schedule(name)(STEPS - 1)), expected)
 
@@ -175,7 +175,7 @@ def test_adamw_by_hand():
 
 
 def test_the_state_has_one_form_with_clipping_and_without():
-  """So that either goes on from the other."""
+  """A run can change from one to the other."""
   params = {"embedding": normal(0, 4, 3)}
   states = [
       make_optimizer(OptimizerConfig(clip_norm=norm), 10, list(params)).init(params)

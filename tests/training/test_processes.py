@@ -28,7 +28,7 @@ SETTINGS = [
     "--config.train.keep_best=0", f"--config.train.checkpoint_every={STEPS}",
 ]
 SAVES_EACH_STEP = ["--config.train.checkpoint_every=1"]
-# Sums over eight devices are added up in another order where they are in several processes.
+# Several processes add sums over eight devices in another order than one process.
 CLOSE = {"rel": 1e-5}
 
 
@@ -38,7 +38,7 @@ def text(tmp_path_factory):
 
 
 def start(processes, text, workdir, *more, devices=8):
-  """The training command as so many processes, with so many devices together."""
+  """Starts the training command in several processes, with so many devices together."""
   command = [
       sys.executable, "-m", "dense_jax.cli.train", "--config", "experiments/smoke.py:debug",
       "--workdir", str(workdir), *SETTINGS, f"--config.data.path={text}",
@@ -70,7 +70,7 @@ def run(*arguments, **options):
 
 
 def pids(process):
-  """The pids of the processes, from the launcher's first line."""
+  """Returns the pids of the processes, from the launcher's first line."""
   return [int(pid) for pid in re.findall(r"process \d+ is (\d+)", process.stderr.readline())]
 
 
@@ -100,7 +100,7 @@ def wait_for_step(process, workdir, step):
 
 @pytest.fixture(scope="module")
 def alone(text, tmp_path_factory):
-  """The run of one process."""
+  """Trains the run of one process."""
   workdir = tmp_path_factory.mktemp("alone") / "run"
   status, out, err = run(1, text, workdir)
   assert status == 0, err
@@ -113,7 +113,7 @@ def test_two_processes_train_as_one(text, tmp_path, alone):
   status, out, err = run(2, text, workdir)
   assert status == 0, err
   assert_same_run(workdir, alone)
-  # The first alone prints and writes.
+  # Only the first process prints and writes.
   assert "2 processes x 4 devices: cpu | mesh: fsdp 8 |" in out
   assert out.count(f"from step 0 to {STEPS}") == out.count("\nresume ") == 1
   assert "--process-id" not in out
@@ -172,7 +172,7 @@ def test_a_killed_process_stops_the_job_which_goes_on_from_a_whole_step(
 
 
 def test_what_differs_between_processes_is_named(text, tmp_path):
-  """Two processes that were given different commands, by hand."""
+  """Starts two processes with different commands, by hand."""
   workdir = tmp_path / "run"
   script = (
       "import os, sys\n"

@@ -1,4 +1,4 @@
-"""A run goes on whatever block_layers and remat were before: a checkpoint knows layers alone."""
+"""A run resumes whatever block_layers and remat were before: a checkpoint knows only layers."""
 
 import json
 
@@ -36,7 +36,7 @@ def _trainer(config):
 
 
 def _train(trainer, state, seeds):
-  """The state after a batch of each seed, and the losses."""
+  """Returns the state after a batch of each seed, and the losses."""
   losses, step = [], None
   for seed in seeds:
     rows = jax.tree.map(np.asarray, random_batch(packed(ROWS, time=T), seed))
@@ -66,7 +66,7 @@ def _restore(folder, model: ModelConfig, shapes):
 
 
 def assert_same_bits(actual, expected):
-  """Of two trees of arrays."""
+  """Checks that two trees of arrays are bitwise equal."""
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   for left, right in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     np.testing.assert_array_equal(np.asarray(left), np.asarray(right), strict=True)
@@ -74,7 +74,7 @@ def assert_same_bits(actual, expected):
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-  """A run of block_layers=5, saved after two steps: folder, state by layer, later losses."""
+  """Makes a run of block_layers=5, saved after two steps: folder, state by layer, later losses."""
   folder, config = tmp_path_factory.mktemp("begun") / "checkpoints", _config(5)
   trainer = _trainer(config)
   state, _ = _train(trainer, trainer.init(0), (0, 1))

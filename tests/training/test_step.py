@@ -39,7 +39,7 @@ MESHES = {
 
 
 def _config(family="gau_retnet", mesh=None, **train):
-  """SGD-like AdamW: with a large epsilon the update is nearly the gradient itself."""
+  """Returns AdamW with a large epsilon, so that an update is nearly the gradient itself."""
   depth, inject = KINDS[family][1:]
   model = model_config(family, depth, inject, vocab_size=16, layers=3)
   return ExperimentConfig(
@@ -59,7 +59,7 @@ def _mesh(config):
 
 
 def _start(trainer, config):
-  """A first state with perturbed parameters, placed as the trainer places them."""
+  """Returns a first state with perturbed parameters, placed as the trainer places them."""
   shapes = trainer.state_shapes
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
   state = TrainState(zeros.step, random_params(config.model), zeros.opt_state)
@@ -68,7 +68,7 @@ def _start(trainer, config):
 
 @functools.cache
 def _after_two_steps(config):
-  """Metrics of both steps, and the parameters after them, on the host."""
+  """Returns metrics of both steps, and the parameters after them, on the host."""
   trainer = Trainer(config, _mesh(config))
   state, metrics = _start(trainer, config), []
   batch = trainer.put(_batch(0))
@@ -131,7 +131,7 @@ def test_parameters_and_moments_are_sharded_as_their_axes_say():
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_changes_nothing(accumulate):
-  """Although the parts of the batch have different numbers of targets."""
+  """The parts of the batch have different numbers of targets."""
   expected = _after_two_steps(_config())
   assert_trees_close(_after_two_steps(_config(accumulate=accumulate)), expected)
 
@@ -153,7 +153,7 @@ def test_the_old_state_is_donated():
 
 
 def _mean_loss(model, batch, z_loss=0.0):
-  """Mean over targets of -log softmax(logits)[target] + z_loss log(sum exp logits)^2."""
+  """Computes the mean over targets of -log softmax(logits)[target] + z_loss (log Z)^2."""
   logits_BTV = model(batch.tokens_BT, batch.segments)
   log_z_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
   picked_BT = jnp.sum(logits_BTV * jax.nn.one_hot(batch.targets_BT, 16), axis=-1)
@@ -196,7 +196,7 @@ def test_z_loss_and_its_gradient():
 
   ((objective, nll), gradients), direct, plain = both(random_params(config))
   assert_trees_close((objective, gradients), direct)
-  assert_trees_close(nll, plain)  # What is reported has no z_loss in it.
+  assert_trees_close(nll, plain)  # The reported loss has no z_loss in it.
   assert objective > nll + 0.01
 
 
