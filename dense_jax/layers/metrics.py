@@ -72,6 +72,12 @@ def record_spread(name: str, value: Value) -> None:
     record_rms(f"{name}_std", lambda: _float32(value) - mean)
 
 
+def record_ratio(name: str, part: Array | None, whole: Array | None) -> None:
+  """Adds the ratio of two metrics that were recorded before; nothing where none are collected."""
+  if part is not None and whole is not None:
+    record(name, part / whole)
+
+
 def _float32(value: Value) -> Array:
   return (value() if callable(value) else value).astype(jnp.float32)
 

@@ -9,7 +9,7 @@ from dense_jax.config import ModelConfig
 from dense_jax.layers.dense.connection import Inputs, NoConnection, Shared
 from dense_jax.layers.dense.gate import make_gates, of_source
 from dense_jax.layers.linear import RMSNorm
-from dense_jax.layers.metrics import record_rms, record_spread
+from dense_jax.layers.metrics import record_ratio, record_rms, record_spread
 from dense_jax.ops.recurrence import Recurrence
 from dense_jax.types import Array
 
@@ -49,14 +49,15 @@ class InputInjection(NoConnection):
     """See `Connection`."""
     fused = {}
     for name, total in own.items():
-      record_rms(f"{name}_rms", total)
+      own_rms = record_rms(f"{name}_rms", total)
       for index, source in enumerate(shallow):
         read = cast(Inputs, source)[name]
         if hasattr(self, "gates"):
           gate = of_source(self.gates[name], index)(x_D)
           record_spread(f"{name}_gate_{index + 1}", gate)
           read = gate * read
-        record_rms(f"{name}_source_{index + 1}_rms", read)
+        source_rms = record_rms(f"{name}_source_{index + 1}_rms", read)
+        record_ratio(f"{name}_source_{index + 1}_ratio", source_rms, own_rms)
         total = total + read
       fused[name] = self.norms[name](total) if name in self.norms else total
     return fused

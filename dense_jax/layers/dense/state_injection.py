@@ -1,10 +1,8 @@
 """State injection (arXiv 2403.00818, section 3): a layer reads the states of layers below it."""
 
-import functools
 from collections.abc import Sequence
 from typing import cast
 
-import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.config import ModelConfig
@@ -12,7 +10,7 @@ from dense_jax.layers.dense.connection import NoConnection, Shared
 from dense_jax.layers.dense.fused_states import fused_states
 from dense_jax.layers.dense.fusion import FUSIONS
 from dense_jax.layers.dense.transition import ReadShape, Transition
-from dense_jax.layers.metrics import record, record_rms, record_spread
+from dense_jax.layers.metrics import record_ratio, record_rms, record_spread
 from dense_jax.ops.recurrence import Read, Recurrence
 from dense_jax.types import Array
 
@@ -63,5 +61,4 @@ def _record(states: Recurrence, own_query: Array, reads: Sequence[Read]) -> None
     if read.gate is not None:
       record_spread(f"gate_{number}", read.gate)
     source = record_rms(f"source_{number}_read_rms", read.value)
-    if own is not None and source is not None:
-      record(f"source_{number}_ratio", functools.partial(jnp.divide, source, own))
+    record_ratio(f"source_{number}_ratio", source, own)
