@@ -51,7 +51,7 @@ def add_process_arguments(command: argparse.ArgumentParser) -> None:
 def add_allow_change_argument(command: argparse.ArgumentParser) -> None:
   """Adds --allow-change."""
   command.add_argument(
-      resume.FLAG, default="", metavar="KEY,...",
+      resume.FLAG, action="append", default=[], metavar="KEY,...",
       help="keys that may differ from the run's, though they alter its course",
   )
 
@@ -62,7 +62,8 @@ def allowed_changes(options: argparse.Namespace, config: ExperimentConfig) -> li
   Raises:
     InputError: a name is not a key that changes when asked; see `resume.check_allowed`.
   """
-  allowed = [key.strip() for key in options.allow_change.split(",") if key.strip()]
+  named = ",".join(options.allow_change).split(",")
+  allowed = [key.strip() for key in named if key.strip()]
   resume.check_allowed(config, allowed)
   return allowed
 

@@ -116,8 +116,12 @@ class Mamba(nnx.Module):
     own = {"b": b_N, "x": x_E}
     fused = self.dense.fuse_inputs(x_D, own, shallow)
     a_NE = -jnp.exp(self.a_log[...])
-    a_by_token = jnp.expand_dims(a_NE, range(x_D.ndim - 1))
-    record_spread("memory_tokens", lambda: -1 / jnp.expm1(dt.dt()[..., None, :] * a_by_token))
+    record_spread(
+        "memory_tokens",
+        lambda: -1 / jnp.expm1(
+            dt.dt()[..., None, :] * jnp.expand_dims(a_NE, range(x_D.ndim - 1))
+        ),
+    )
     states = self.recurrence(dt, a_NE, fused["x"], fused["b"], tokens, h_BNE)
     y_E, h_BNE, states = self.dense.run(x_D, c_N, states, shallow)
     return MixerOutput(

@@ -13,7 +13,7 @@ from dense_jax.files import make_path
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.runs.workdir import CHECKPOINTS, TOKENIZER
-from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on
+from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on, saved_steps
 from dense_jax.types import Params
 
 
@@ -49,10 +49,10 @@ def restore(workdir: str | os.PathLike[str], checkpoint: str = "latest") -> Run:
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")
   config = experiment.read(folder)
+  if not saved_steps(folder / CHECKPOINTS):
+    raise InputError(f"--workdir = {os.fspath(workdir)!r} is not valid: it has no checkpoints yet")
   model = abstract_model(config.model)
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-  if not (folder / CHECKPOINTS).is_dir():
-    raise InputError(f"--workdir = {os.fspath(workdir)!r} is not valid: it has no checkpoints yet")
   checkpoints = Checkpoints(folder / CHECKPOINTS, config.model, read_only=True)
   try:
     step, params = checkpoints.restore_params(shapes, checkpoint)

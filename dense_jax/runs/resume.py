@@ -127,15 +127,14 @@ def check(
       if old.get(key) != new.get(key) and classify(key) is not Change.FREELY
   ]
   never = [key for key in changed if classify(key) is Change.NEVER]
-  # These determine the order of batches. Restoring the data's position would fail too, but later.
-  others = [key for key in never if key not in ("seed", "train.batch_size")]
-  if others:
+  # These two determine the order of batches. Restoring the position would fail too, but later.
+  if len(never) == 1 and never[0] in ("seed", "train.batch_size"):
+    raise invalid(f"config.{never[0]}", new[never[0]], f"{old[never[0]]}, with which the run began")
+  if never:
     raise InputError(
-        f"the run in --workdir was made with another model or data:\n{_lines(others, old, new)}\n"
+        f"the run in --workdir was made with other values of\n{_lines(never, old, new)}\n"
         "Give the same values to go on with it, or another --workdir."
     )
-  for key in never:
-    raise invalid(f"config.{key}", new[key], f"{old[key]}, with which the run began")
   if now.train.steps < step:
     raise invalid(
         f"config.{_STEPS}", now.train.steps,
@@ -164,8 +163,8 @@ def _lines(changed: Collection[str], old: Mapping[str, Any], new: Mapping[str, A
 
 def _keeps_rates(before: ExperimentConfig) -> str:
   return (
-      " Other steps change no learning rate with --config.optimizer.schedule_steps="
-      f"{schedule_length(before)}."
+      f" With --config.optimizer.schedule_steps={schedule_length(before)} the schedule stays as "
+      "it is, and train.steps may change without asking."
   )
 
 

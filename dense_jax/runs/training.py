@@ -122,7 +122,7 @@ def train_run(
     state = _start(trainer, checkpoints, batches, config.seed)
     distributed.by_first(lambda: folders.begin(folder, config, data))
     step = int(state.step)
-    print(f"from step {step} to {config.train.steps} in {folder}", flush=True)
+    print(_span(step, config.train.steps, folder), flush=True)
     recorder = stack.enter_context(contextlib.closing(Recorder(folder, step)))
     progress = stack.enter_context(contextlib.closing(Progress(step, config.train.steps)))
     logger = Logger(
@@ -145,6 +145,13 @@ def train_run(
   if step < config.train.steps:
     interrupted = interrupt.requested or "a signal to another process"
   return RunResult(folder, config, step, interrupted, recorder.newest)
+
+
+def _span(step: int, steps: int, folder: epath.Path) -> str:
+  """Says which steps are to be done."""
+  if step == steps:
+    return f"all {steps} steps are done in {folder}"
+  return f"from step {step} to {steps} in {folder}"
 
 
 def _load_data(config: ExperimentConfig) -> Datasets:

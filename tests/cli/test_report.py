@@ -1,8 +1,9 @@
 """The report's command line: refusals before it restores anything."""
 
 import pytest
+from etils import epath
 
-from dense_jax import runs
+from dense_jax import experiment, runs
 from dense_jax.cli import report
 from dense_jax.errors import InputError
 
@@ -19,3 +20,8 @@ def test_a_folder_without_a_run_or_a_checkpoint_is_named(tmp_path):
   with pytest.raises(InputError, match=r"expected a run with config\.json"):
     report.main(["--workdir", str(tmp_path)])
   assert not list(tmp_path.iterdir())
+  experiment.save(experiment.load("experiments/smoke.py:debug"), epath.Path(tmp_path))
+  for _ in range(2):  # Before the first save is begun, and while it is under way.
+    with pytest.raises(InputError, match=r"it has no checkpoints yet"):
+      report.main(["--workdir", str(tmp_path)])
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)

@@ -61,6 +61,8 @@ def test_the_command_survives_the_shell():
 def test_what_is_asked_for_by_name_is_passed_on_once_it_is_known():
   work = parse(*PLACE, SMOKE, ROWS, "--allow-change", "train.steps,optimizer.beta1")
   assert work.arguments[-1] == "--allow-change=train.steps,optimizer.beta1"
+  again = parse(*PLACE, SMOKE, ROWS, "--allow-change=train.steps", "--allow-change=optimizer.beta1")
+  assert again.arguments == work.arguments
   with pytest.raises(InputError, match=r"--allow-change; did you mean train.steps\?"):
     parse(*PLACE, SMOKE, ROWS, "--allow-change=train.stepz")
 

@@ -120,7 +120,7 @@ def test_the_refusal_names_all_keys_and_the_whole_flag():
   assert "config.optimizer.beta1" not in text
   flag, names = re.search(r"(--allow-change) (\S+)", text).groups()
   assert flag == resume.FLAG
-  assert "with --config.optimizer.schedule_steps=100" in text
+  assert "With --config.optimizer.schedule_steps=100 the schedule stays as it is" in text
   check(config(), now, 70, names.split(","))
 
 
@@ -153,6 +153,17 @@ def test_a_key_that_was_changed_already_may_still_be_named():
 def test_what_never_changes(now, message):
   with pytest.raises(InputError, match=re.escape(message)):
     check(config(), config(**now), 70, ["train.steps"])
+
+
+def test_all_that_never_changes_is_named_at_once():
+  now = dataclasses.replace(config(model={"width": 8}, train={"batch_size": 4}), seed=3)
+  with pytest.raises(InputError) as error:
+    check(config(), now, 70)
+  lines = str(error.value).splitlines()
+  assert [line.partition(":")[0].strip() for line in lines[1:-1]] == [
+      "config.model.width", "config.seed", "config.train.batch_size"
+  ]
+  assert "Give the same values to go on with it, or another --workdir." in lines[-1]
 
 
 def test_the_tokenizers_vocabulary_is_the_runs():

@@ -91,7 +91,7 @@ def test_a_script_of_ten_lines(text, tmp_path, monkeypatch, capsys):
   assert not (workdir / "lock.json").exists()
 
 
-def test_what_it_returns_and_what_goes_on_from_it(config, tmp_path):
+def test_what_it_returns_and_what_goes_on_from_it(config, tmp_path, capsys):
   workdir = tmp_path / "run"
   result = runs.train_run(config, workdir)
   assert (result.step, result.interrupted, str(result.workdir)) == (4, "", str(workdir))
@@ -101,6 +101,7 @@ def test_what_it_returns_and_what_goes_on_from_it(config, tmp_path):
   assert result.metrics["peak_memory_bytes"] > 2**20
   # Nothing is left to do, and nothing is forgotten.
   assert runs.train_run(config, workdir).metrics == result.metrics
+  assert f"\nall 4 steps are done in {workdir}\n" in capsys.readouterr().out
 
   run = runs.restore(workdir)
   assert run.step == 4
