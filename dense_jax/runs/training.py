@@ -120,8 +120,9 @@ def train_run(
     )))
     distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})
     state = _start(trainer, checkpoints, batches, config.seed)
-    distributed.by_first(lambda: folders.begin(folder, config, data))
     step = int(state.step)
+    if step < config.train.steps:  # Else the run stays what it was trained with.
+      distributed.by_first(lambda: folders.begin(folder, config, data))
     print(_span(step, config.train.steps, folder), flush=True)
     recorder = stack.enter_context(contextlib.closing(Recorder(folder, step)))
     progress = stack.enter_context(contextlib.closing(Progress(step, config.train.steps)))

@@ -229,6 +229,15 @@ def test_going_on_changes_no_learning_rate_unless_it_is_asked_for(config, tmp_pa
 ADAM = {"clip_norm": 0.0, "first_moment_dtype": "bfloat16", "second_moment_dtype": "bfloat16"}
 
 
+def test_a_run_that_is_done_stays_what_it_was_trained_with(config, tmp_path):
+  runs.train_run(config, tmp_path)
+  before = (tmp_path / "config.json").read_bytes()
+  other = changed(config, optimizer={"learning_rate": 1e-4})
+  runs.train_run(other, tmp_path, allow_change=["optimizer.learning_rate"])
+  assert (tmp_path / "config.json").read_bytes() == before
+  assert runs.train_run(config, tmp_path).step == 4
+
+
 def test_clipping_and_the_dtype_of_moments_change_when_asked(config, tmp_path):
   workdir = tmp_path / "run"
   runs.train_run(config, workdir)
