@@ -67,12 +67,17 @@ class TokenStore:
 
   @property
   def num_targets(self) -> int:
-    """Number of predicted tokens over all windows: every token but each document's bos.
+    """Number of predicted tokens over all windows: every token but each document's bos."""
+    return self.num_tokens - self.num_documents
+
+  @property
+  def targets_per_byte(self) -> float:
+    """Predicted tokens per byte of text.
 
     From some of the windows, bits per byte is estimated as
-    (mean nats per target) / ln 2 * num_targets / num_bytes.
+    (mean nats per target) / ln 2 * targets_per_byte.
     """
-    return self.num_tokens - self.num_documents
+    return self.num_targets / self.num_bytes
 
   def num_windows(self, seq_len: int) -> int:
     """Returns the number of windows of `seq_len` input tokens; the last may be padded."""

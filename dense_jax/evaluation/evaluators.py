@@ -85,7 +85,7 @@ class HeldOutLoss(Evaluator):
     batches = heldout_batches(store, data.seq_len, train.batch_size, limit, snapshot.rows)
     held_out = self._scorer(snapshot.params, batches, snapshot.put)
     return {"loss": held_out.loss,
-            "bits_per_byte": held_out.bits_per_byte(store.num_targets / store.num_bytes)}
+            "bits_per_byte": held_out.bits_per_byte(store.targets_per_byte)}
 
   def describe(self, numbers: Mapping[str, float], snapshot: Snapshot) -> str:
     """Returns loss, perplexity and bits per byte, and how the context was treated."""

@@ -23,7 +23,7 @@ from dense_jax.runs.formatting import printable, table
 from dense_jax.runs.plot import plot_loss
 from dense_jax.runs.recording import DEVICE_MEMORY, HOST_MEMORY
 from dense_jax.runs.restoring import restore
-from dense_jax.runs.scoring import Score, evaluate_run
+from dense_jax.runs.scoring import Score, score_store
 from dense_jax.runs.workdir import REPORT_FILE
 from dense_jax.training.metrics import read_metrics
 
@@ -83,11 +83,11 @@ def write_report(
   run = restore(folder, checkpoint)
   config = run.config
   check_file(os.fspath(folder / REPORT_FILE), "--workdir")
-  score = evaluate_run(run, batch_size=batch_size, batches=batches)
   train, heldout = split(config.data)
+  store = build_store(heldout, run.tokenizer, config.data.cache_dir)
+  score = score_store(run, store, batch_size=batch_size, batches=batches)
   name = f"this model ({config.model.family}, dense depth {config.model.dense.depth})"
   rows = comparison(score, _text(train), _text(heldout), name, read_metrics(folder))
-  store = build_store(heldout, run.tokenizer, config.data.cache_dir)
   report = Report(
       run.step, score, table(rows), samples(run.model, store, run.tokenizer, seed=config.seed),
       plot_loss(folder), folder / REPORT_FILE,

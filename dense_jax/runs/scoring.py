@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import tqdm
 
 from dense_jax.config import ExperimentConfig, invalid
-from dense_jax.data.packing import build_store
+from dense_jax.data.packing import TokenStore, build_store
 from dense_jax.data.pipeline import heldout_batches
 from dense_jax.data.sources import TextSource, split
 from dense_jax.evaluation.perplexity import HeldOut, Scorer
@@ -50,10 +50,17 @@ def evaluate_run(
   Raises:
     InputError: the text cannot be read, or the activations of a single layer do not fit the memory.
   """
-  config = run.config
-  cache_dir = config.data.cache_dir
-  text = split(config.data)[1] if text is None else dataclasses.replace(text, cache_dir=cache_dir)
+  data, cache_dir = run.config.data, run.config.data.cache_dir
+  text = split(data)[1] if text is None else dataclasses.replace(text, cache_dir=cache_dir)
   store = build_store(text, run.tokenizer, cache_dir)
+  return score_store(run, store, batch_size=batch_size, batches=batches)
+
+
+def score_store(
+    run: Run, store: TokenStore, *, batch_size: int = 16, batches: int = 0
+) -> Score:
+  """Scores a text that is tokenized already; see `evaluate_run`."""
+  config = run.config
   windows = store.num_windows(config.data.seq_len)
   batch_size = min(batch_size, windows)  # A row without a window is only padding.
   _check_memory(config, batch_size)
@@ -66,7 +73,7 @@ def evaluate_run(
   ) as bar:
     held_out = scorer(run.params, bar, jax.device_put)
   return Score(
-      held_out, held_out.bits_per_byte(store.num_targets / store.num_bytes), store.num_bytes,
+      held_out, held_out.bits_per_byte(store.targets_per_byte), store.num_bytes,
       windows, min(taken * batch_size, windows),
   )
 

@@ -153,7 +153,6 @@ class Logger:
     self._first = first_step + 1
     self._step, self._time = first_step, time.perf_counter()
     self._newest: Metrics = {}
-    self.tokens_per_second: list[float] = []
 
   def pause(self) -> None:
     """Stops the clock, because the time until `resume` is not training time.
@@ -182,7 +181,6 @@ class Logger:
     now = time.perf_counter()
     rate = (step - self._step) * self._tokens / max(now - self._time, 1e-9)
     self._step, self._time = step, now
-    self.tokens_per_second.append(rate)
     self._writer.write(step, {**values, "tokens_per_second": rate})
     left = (self._steps - step) * self._tokens / rate
     self._progress.log(step, values["loss"], rate, left)

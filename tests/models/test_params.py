@@ -207,7 +207,8 @@ def test_shapes_keep_their_shardings_by_layer():
 def test_fresh_parameters_do_not_depend_on_how_layers_are_scanned(family):
   """A layer's numbers follow from the seed and its own number.
 
-  The random bits are the same; a compiler may round what is made of them by a few units in the last place.
+  The random bits are the same; a compiler may round what is made of them by a few units in the
+  last place.
   """
   depth = 1 if family in STATE_FAMILIES else 0
 
