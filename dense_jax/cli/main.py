@@ -1,11 +1,10 @@
 """The console command `dense-jax COMMAND`, the same as `python -m dense_jax.cli.COMMAND`."""
 
-import difflib
 import importlib
 from collections.abc import Sequence
 
 from dense_jax.cli import CONSOLE_COMMAND, common
-from dense_jax.errors import InputError
+from dense_jax.errors import InputError, did_you_mean
 
 # Each is a module of dense_jax.cli with `main(arguments) -> status`, imported when it is called.
 COMMANDS = {
@@ -50,9 +49,7 @@ def _usage() -> str:
 
 
 def _unknown(name: str) -> str:
-  nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-  hint = f"; did you mean {nearest[0]}?" if nearest else "."
-  return f"unknown command {name}{hint} Commands: {', '.join(COMMANDS)}"
+  return f"unknown command {name}{did_you_mean(name, COMMANDS)} Commands: {', '.join(COMMANDS)}"
 
 
 def run() -> None:

@@ -68,7 +68,7 @@ def next_commands(arguments: Sequence[str], workdir: str, config: ExperimentConf
   folder = shlex.quote(workdir)
   horizon = {"train.steps": 2 * config.train.steps}
   if resume.follows_length(config.optimizer):
-    horizon["optimizer.schedule_steps"] = resume.schedule_length(config)
+    horizon["optimizer.schedule_steps"] = config.optimizer.schedule_length(config.train.steps)
   more = [a for a in arguments if not a.startswith((
       "--config.train.steps=", "--config.optimizer.schedule_steps="))]
   again = shlex.join([*more, *(f"--config.{key}={value}" for key, value in horizon.items())])

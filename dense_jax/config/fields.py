@@ -6,12 +6,11 @@ and docs/configuration.md show).
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from typing import Any
 
-from dense_jax.errors import InputError
+from dense_jax.errors import InputError, did_you_mean
 
 LARGEST = 2**31 - 1  # Steps, tokens and sizes are int32 on devices.
 LARGEST_SEED = 2**32 - 1  # jax takes a seed's low 32 bits: a larger one would equal a smaller one.
@@ -74,7 +73,6 @@ def invalid(key: str, value: Any, valid: str) -> InputError:
 def unknown_key(key: str, known: list[str]) -> InputError:
   """Makes the error of a key that does not exist, naming the nearest one that does."""
   parent, _, name = key.rpartition(".")
-  near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   prefix = parent + "." if parent else ""
-  hint = f"; did you mean {prefix + near[0]}?" if near else "."
+  hint = did_you_mean(name, known, prefix)
   return InputError(f"unknown key {key}{hint} Valid keys: {', '.join(prefix + k for k in known)}")

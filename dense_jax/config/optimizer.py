@@ -48,3 +48,11 @@ class OptimizerConfig:
           "config.optimizer.decay_fraction", self.decay_fraction,
           f"a number <= 1 - warmup_fraction = {1 - self.warmup_fraction:g}",
       )
+
+  def schedule_length(self, steps: int) -> int:
+    """Returns the number of updates after which the rate is constant, in a run of `steps`."""
+    return self.schedule_steps or steps
+
+  def warmup_steps(self, steps: int) -> int:
+    """Returns the number of updates of the linear warm-up, in a run of `steps`."""
+    return round(self.warmup_fraction * self.schedule_length(steps))

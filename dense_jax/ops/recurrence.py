@@ -71,6 +71,23 @@ class TokenRecurrence(Recurrence, Protocol):
     """Returns the recurrence whose state is the sum of its own and h, N last."""
 
 
+class ScannedRecurrence:
+  """The base class of recurrences that compute a read and the last state together."""
+
+  def _scan(self, query: Array) -> tuple[Array, Array]:
+    """Computes y of equation (2) and the state after the last token; float32."""
+    raise NotImplementedError
+
+  def run(self, query: Array, reads: Sequence["Read"] = ()) -> tuple[Array, Array]:
+    """See `Recurrence`; adds the reads one after the other."""
+    y, final = self._scan(query)
+    return add_reads(y, reads), final
+
+  def read(self, query: Array) -> Array:
+    """See `Recurrence`."""
+    return self._scan(query)[0]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Read:
@@ -140,6 +157,6 @@ def gated_reads(own: Array, reads: Sequence[Read]) -> list[Array]:
 
 
 def add_reads(own: Array, reads: Sequence[Read]) -> Array:
-  """Adds gated reads to the layer's own, one after the other: the default of `Recurrence.run`."""
+  """Adds gated reads to the layer's own, one after the other."""
   own, *others = gated_reads(own, reads)
   return sum(others, start=own)

@@ -12,14 +12,13 @@ To ask means to name a key with `--allow-change`. `train.steps` and `optimizer.s
 this only if they change the learning rate of a step that is still to be done.
 """
 
-import difflib
 import enum
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from dense_jax.config import ExperimentConfig, OptimizerConfig, defaults, invalid
-from dense_jax.errors import InputError
+from dense_jax.errors import InputError, did_you_mean
 
 FLAG = "--allow-change"
 _STEPS, _SCHEDULE_STEPS = "train.steps", "optimizer.schedule_steps"
@@ -92,8 +91,7 @@ def check_allowed(config: ExperimentConfig, allow_change: Collection[str]) -> No
   for name in allow_change:
     key = name.removeprefix("config.")
     if key not in known:
-      near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-      hint = f"; did you mean {near[0]}?" if near else "."
+      hint = did_you_mean(key, known)
       asked = ", ".join(key for key in known if classify(key) is Change.ASKED)
       raise InputError(f"unknown key {name} of {FLAG}{hint} Keys that it takes: {asked}")
     if classify(key) is Change.NEVER:
@@ -162,15 +160,11 @@ def _lines(changed: Collection[str], old: Mapping[str, Any], new: Mapping[str, A
 
 
 def _keeps_rates(before: ExperimentConfig) -> str:
+  length = before.optimizer.schedule_length(before.train.steps)
   return (
-      f" With --config.optimizer.schedule_steps={schedule_length(before)} the schedule stays as "
-      "it is, and train.steps may change without asking."
+      f" With --config.optimizer.schedule_steps={length} the schedule stays as it is, and "
+      "train.steps may change without asking."
   )
-
-
-def schedule_length(config: ExperimentConfig) -> int:
-  """Returns the number of updates after which the learning rate is constant."""
-  return config.optimizer.schedule_steps or config.train.steps
 
 
 def follows_length(optimizer: OptimizerConfig) -> bool:
@@ -185,7 +179,7 @@ def _rates_to_come(config: ExperimentConfig, step: int) -> tuple[int, int]:
     The schedule's length, or 0 if none of these rates depends on it; and the number of warm-up
     updates, or 0 once the warm-up is over.
   """
-  length = schedule_length(config)
-  warmup = round(config.optimizer.warmup_fraction * length)
+  length = config.optimizer.schedule_length(config.train.steps)
+  warmup = config.optimizer.warmup_steps(config.train.steps)
   is_over = config.optimizer.schedule == "constant" or length < step
   return 0 if is_over else length, warmup if warmup > step else 0

@@ -45,9 +45,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     steps: the schedule's length if `config.schedule_steps` is 0. The last update of the schedule
       has the final rate, and so have all later updates.
   """
-  steps = config.schedule_steps or steps
+  warmup = config.warmup_steps(steps)
+  steps = config.schedule_length(steps)
   peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-  warmup = round(config.warmup_fraction * steps)
   rest = max(steps - warmup - 1, 1)  # The last update is number steps - 1.
   match config.schedule:
     case "constant":

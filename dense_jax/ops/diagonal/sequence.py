@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +10,17 @@ from dense_jax.ops.diagonal.chunked import associative_scan, token_by_token
 from dense_jax.ops.diagonal.reference import diagonal_states, diagonal_step
 from dense_jax.ops.diagonal.step_sizes import StepSizes
 from dense_jax.ops.diagonal.token import DiagonalToken
-from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.ops.recurrence import ScannedRecurrence, StateMap
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DiagonalSequence:
+class DiagonalSequence(ScannedRecurrence):
   """States h_BTNE of the selective recurrence, represented by its inputs.
 
-  The base class of the implementations, which override `_scan`.
+  The base class of the implementations, which give `_scan`: c_BTN -> y_BTE, h_BNE.
 
   Attributes:
     dt: step sizes dt_BTE >= 0, zero at padding; or a `StepSizes`, from which each read computes
@@ -52,25 +51,12 @@ class DiagonalSequence:
       return self.initial_BNE
     return jnp.zeros((self.x_BTE.shape[0], *self.a_NE.shape), jnp.float32)
 
-  def _scan(self, c_BTN: Array) -> tuple[Array, Array]:
-    """Computes the read y_BTE and the state after the last token, h_BNE; float32."""
-    raise NotImplementedError
-
   def after_last(self) -> Array:
     """Computes the state after the last token, h_BNE, without any read."""
     return associative_scan(
         self.dt_BTE(), self.a_NE, self.x_BTE, self.b_BTN, None, self.resets_BT,
         self.before_first(), chunk=self.chunk,
     )[1]
-
-  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`: c_BTN -> y_BTE, h_BNE."""
-    y_BTE, final_BNE = self._scan(query)
-    return add_reads(y_BTE, reads), final_BNE
-
-  def read(self, query: Array) -> Array:
-    """See `Recurrence`: c_BTN -> y_BTE."""
-    return self._scan(query)[0]
 
   def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
     """See `Recurrence`: c_BTN -> y_BTE."""

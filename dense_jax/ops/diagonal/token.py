@@ -1,31 +1,25 @@
 """The recurrence with a diagonal state at one token of decoding."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from dense_jax.ops.diagonal.reference import diagonal_read
-from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.ops.recurrence import ScannedRecurrence, StateMap
 from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DiagonalToken:
+class DiagonalToken(ScannedRecurrence):
   """The state h_BNE, float32, after one token."""
 
   h_BNE: Array
 
-  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`: c_BN -> y_BE, h_BNE."""
-    return add_reads(self.read(query), reads), self.h_BNE
-
-  def read(self, query: Array) -> Array:
-    """See `Recurrence`: c_BN -> y_BE."""
-    return diagonal_read(self.h_BNE, query)
+  def _scan(self, c_BN: Array) -> tuple[Array, Array]:
+    return diagonal_read(self.h_BNE, c_BN), self.h_BNE
 
   def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
     """See `Recurrence`: c_BN -> y_BE."""

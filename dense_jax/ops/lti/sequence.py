@@ -1,7 +1,7 @@
 """Recurrences of time-invariant systems over whole sequences."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,17 @@ from dense_jax.ops.lti.convolution import fft_convolution
 from dense_jax.ops.lti.reference import lti_read, lti_states
 from dense_jax.ops.lti.system import System
 from dense_jax.ops.lti.token import LtiToken
-from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.ops.recurrence import ScannedRecurrence, StateMap
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LtiSequence:
+class LtiSequence(ScannedRecurrence):
   """States h_BTNE of time-invariant systems, represented by the systems and their inputs.
 
-  The base class of the implementations, which override `_scan`.
+  The base class of the implementations, which give `_scan`: c_EN -> y_BTE, h_BNE.
 
   Attributes:
     system: the discretised systems, one per channel.
@@ -45,19 +45,6 @@ class LtiSequence:
       return self.initial_BNE
     batch, _, width = self.x_BTE.shape
     return jnp.zeros((batch, self.system.b_NE.shape[0], width), jnp.float32)
-
-  def _scan(self, c_EN: Array) -> tuple[Array, Array]:
-    """Computes the read y_BTE and the state after the last valid token, h_BNE; float32."""
-    raise NotImplementedError
-
-  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`: c_EN -> y_BTE, h_BNE."""
-    y_BTE, final_BNE = self._scan(query)
-    return add_reads(y_BTE, reads), final_BNE
-
-  def read(self, query: Array) -> Array:
-    """See `Recurrence`: c_EN -> y_BTE."""
-    return self._scan(query)[0]
 
   def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
     """See `Recurrence`: c_EN -> y_BTE."""
@@ -98,11 +85,15 @@ class RecurrentLti(LtiSequence):
 class ChunkedLti(LtiSequence):
   """Runs matmuls over chunks, and a `jax.lax.scan` over the states between chunks."""
 
-  def _scan(self, c_EN: Array) -> tuple[Array, Array]:
-    before_BGNE, final_BNE = lti_chunk_states(
+  def _chunk_states(self) -> tuple[Array, Array]:
+    """Computes the states before each chunk and after the last, h_BGNE and h_BNE."""
+    return lti_chunk_states(
         self.system, self.x_BTE, self.resets_BT, self.valid_BT, self.before_first(),
         chunk=self.chunk,
     )
+
+  def _scan(self, c_EN: Array) -> tuple[Array, Array]:
+    before_BGNE, final_BNE = self._chunk_states()
     y_BTE = lti_chunk_read(
         self.system, c_EN, self.x_BTE, self.resets_BT, before_BGNE, chunk=self.chunk
     )
@@ -118,8 +109,7 @@ class ConvolvedLti(ChunkedLti):
   """
 
   def _scan(self, c_EN: Array) -> tuple[Array, Array]:
-    y_BTE, final_BNE = super()._scan(c_EN)
-    if self.initial_BNE is None and self.resets_BT is None:
-      kernel_TE = self.system.kernel(c_EN, self.x_BTE.shape[1])
-      y_BTE = fft_convolution(self.x_BTE, kernel_TE)  # XLA drops the unused chunked read.
-    return y_BTE, final_BNE
+    if self.initial_BNE is not None or self.resets_BT is not None:
+      return super()._scan(c_EN)
+    kernel_TE = self.system.kernel(c_EN, self.x_BTE.shape[1])
+    return fft_convolution(self.x_BTE, kernel_TE), self._chunk_states()[1]

@@ -1,7 +1,7 @@
 """Recurrences with matrix states over whole sequences."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from dense_jax.ops.matrix.chunked import chunk_read, chunk_states
 from dense_jax.ops.matrix.reference import matrix_read, matrix_states, matrix_step
 from dense_jax.ops.matrix.token import MatrixToken
-from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.ops.recurrence import ScannedRecurrence, StateMap
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MatrixSequence:
+class MatrixSequence(ScannedRecurrence):
   """States h_BTHPN of a matrix-state recurrence, represented by its inputs.
 
-  The base class of the implementations, which override `_scan`.
+  The base class of the implementations, which give `_scan`: q_BTJN -> y_BTHP, h_BHPN.
 
   Attributes:
     k_BTJN: keys, zero at padding; head h uses those of group h // (H / J).
@@ -44,19 +44,6 @@ class MatrixSequence:
       return self.initial_BHPN
     batch, _, heads, channels = self.v_BTHP.shape
     return jnp.zeros((batch, heads, channels, self.k_BTJN.shape[-1]), jnp.float32)
-
-  def _scan(self, q_BTJN: Array) -> tuple[Array, Array]:
-    """Computes the read y_BTHP and the state after the last token, h_BHPN; float32."""
-    raise NotImplementedError
-
-  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`: q_BTJN -> y_BTHP, h_BHPN."""
-    y_BTHP, final_BHPN = self._scan(query)
-    return add_reads(y_BTHP, reads), final_BHPN
-
-  def read(self, query: Array) -> Array:
-    """See `Recurrence`: q_BTJN -> y_BTHP."""
-    return self._scan(query)[0]
 
   def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
     """See `Recurrence`: q_BTJN -> y_BTHP."""

@@ -1,30 +1,24 @@
 """The recurrence with a matrix state at one token of decoding."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Self
 
 import jax
 
 from dense_jax.ops.matrix.reference import matrix_read
-from dense_jax.ops.recurrence import Read, StateMap, add_reads
+from dense_jax.ops.recurrence import ScannedRecurrence, StateMap
 from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MatrixToken:
+class MatrixToken(ScannedRecurrence):
   """The state h_BHPN, float32, after one token."""
 
   h_BHPN: Array
 
-  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`: q_BJN -> y_BHP, h_BHPN."""
-    return add_reads(self.read(query), reads), self.h_BHPN
-
-  def read(self, query: Array) -> Array:
-    """See `Recurrence`: q_BJN -> y_BHP."""
-    return matrix_read(self.h_BHPN, query)
+  def _scan(self, q_BJN: Array) -> tuple[Array, Array]:
+    return matrix_read(self.h_BHPN, q_BJN), self.h_BHPN
 
   def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
     """See `Recurrence`: q_BJN -> y_BHP."""
