@@ -37,8 +37,8 @@ ROOMS = {
     "interop": (*_MODEL, "outputs"),
     "costs": ("errors",),
     "experiment": ("models", "errors", "config", "files"),
-    "runs": (*_MODEL, "data", "training", "evaluation", "generation", "costs", "experiment",
-             "outputs"),
+    "runs": (*_MODEL, "data", "training", "evaluation", "generation", "interop", "costs",
+             "experiment", "outputs"),
     "cli": (*_MODEL, "data", "generation", "interop", "experiment", "outputs", "runs"),
 }
 

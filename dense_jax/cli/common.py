@@ -15,14 +15,15 @@ from typing import Any
 
 import jax
 
-from dense_jax import distributed
+from dense_jax import distributed, runs
 from dense_jax.cli import CONSOLE_COMMAND, is_console_command
-from dense_jax.config import ExperimentConfig
+from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.errors import InputError
 from dense_jax.interrupt import Interrupt, Output, Stopped
 from dense_jax.runs import resume
 from dense_jax.runs.formatting import printable
 
+_LATEST = "latest"
 COMPILED = "~/.cache/dense_jax/compiled"
 _DISK_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG
@@ -197,9 +198,36 @@ def _refused_by_disk(error: BaseException | None) -> str:
   return ""
 
 
+def add_model_arguments(command: argparse.ArgumentParser) -> None:
+  """Adds --workdir with --checkpoint, and --hf: one of the two names the model."""
+  source = command.add_mutually_exclusive_group(required=True)
+  source.add_argument("--workdir", help="the folder that training wrote")
+  source.add_argument(
+      "--hf", metavar="FOLDER", help="a folder in a Hugging Face layout instead, with its tokenizer"
+  )
+  _add_checkpoint(command)
+
+
+def load_model(options: argparse.Namespace) -> runs.LoadedModel:
+  """Loads the model that the arguments of `add_model_arguments` name.
+
+  Raises:
+    InputError: there is no such model, or --checkpoint was given with --hf.
+  """
+  if options.hf is None:
+    return runs.restore(options.workdir, options.checkpoint)
+  if options.checkpoint != _LATEST:
+    raise invalid("--checkpoint", options.checkpoint, "no value with --hf, which has one model")
+  return runs.load_folder(options.hf)
+
+
 def add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
   """Adds --workdir and --checkpoint."""
   command.add_argument("--workdir", required=True, help="the folder that training wrote")
+  _add_checkpoint(command)
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
   command.add_argument(
-      "--checkpoint", default="latest", help="latest (default), best (held-out loss) or a step"
+      "--checkpoint", default=_LATEST, help="latest (default), best (held-out loss) or a step"
   )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dense_jax import runs
 from dense_jax.cli import common
 from dense_jax.config import LARGEST_SEED, invalid
-from dense_jax.data.tokenizer import spell
+from dense_jax.data.spelling import spell
 from dense_jax.generation.decode import Generator
 from dense_jax.generation.sampling import Sampling
 from dense_jax.runs.formatting import printable

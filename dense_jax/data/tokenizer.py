@@ -78,6 +78,11 @@ class Tokenizer(Protocol):
     ...
 
   @property
+  def add_bos(self) -> bool:
+    """True if bos goes before a text that a model reads, as before the documents of training."""
+    ...
+
+  @property
   def fingerprint(self) -> str:
     """Hex digest; two tokenizers with the same fingerprint give the same ids."""
     ...
@@ -94,7 +99,7 @@ class Tokenizer(Protocol):
     """Returns the text of ids. Control ids, and ids outside the vocabulary, give no text.
 
     The texts of two halves of a sequence do not always join to the text of the whole; use
-    `spell` for a continuation.
+    `dense_jax.data.spelling.spell` for a continuation.
     """
     ...
 
@@ -109,6 +114,7 @@ class ByteTokenizer:
   vocab_size = 258
   bos_id = 256
   eos_id = 257
+  add_bos = True
   fingerprint = digest("bytes")
 
   def encode(self, text: str) -> list[int]:
@@ -138,6 +144,8 @@ class SentencePieceTokenizer:
   If the model has no bos piece, eos is a document's first token too. Decoding restores the text
   exactly for models of `train_sentencepiece`; other models may normalise the text.
   """
+
+  add_bos = True
 
   def __init__(self, model: bytes) -> None:
     """Loads a serialised model.
@@ -218,30 +226,6 @@ class SentencePieceTokenizer:
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "tokenizer.model", self.model)
     _save_kind(directory, "sentencepiece")
-
-
-def spell(
-    tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]
-) -> tuple[str, str]:
-  """Decodes a prompt and its continuation together, and splits the text between them.
-
-  Decoded alone, a continuation can lose the space before its first word, because many models
-  drop a space at the beginning of a text; and a character whose bytes are split between prompt
-  and continuation would be lost.
-
-  Args:
-    tokenizer: the tokenizer of the ids.
-    prompt_ids: the prompt's ids, without bos.
-    new_ids: the continuation's ids.
-
-  Returns:
-    The prompt's text and the continuation's text, which join to the text of all ids. A character
-    that the continuation completes belongs to the continuation.
-  """
-  text, alone = tokenizer.decode([*prompt_ids, *new_ids]), tokenizer.decode(prompt_ids)
-  pairs = enumerate(zip(alone, text, strict=False))
-  border = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(alone), len(text)))
-  return text[:border], text[border:]
 
 
 def _save_kind(directory: epath.Path, kind: str) -> None:

@@ -80,6 +80,13 @@ class StackState:
   prefix_layers: tuple[PyTree, ...]
   scanned_layers: tuple[PyTree, ...]
 
+  def rows(self, index_B: Array) -> "StackState":
+    """Returns the state of the rows with these indices, in this order; one may occur often."""
+    return StackState(
+        jax.tree.map(lambda x: jnp.take(x, index_B, axis=0), self.prefix_layers),
+        jax.tree.map(lambda x: jnp.take(x, index_B, axis=1), self.scanned_layers),
+    )
+
 
 class _After(NamedTuple):
   """The results of a layer, or of several stacked, besides x and what it shares.

@@ -30,6 +30,14 @@ class ModelState:
   position_B: Array
   layers: StackState | None
 
+  def rows(self, index_B: Array) -> "ModelState":
+    """Returns the state of the rows with these indices, in this order; one may occur often.
+
+    A state that several continuations share is copied in this way.
+    """
+    layers = None if self.layers is None else self.layers.rows(index_B)
+    return ModelState(jnp.take(self.position_B, index_B, axis=0), layers)
+
 
 class LanguageModel(nnx.Module):
   """A language model: token ids to next-token logits.

@@ -13,12 +13,13 @@ The commands of `dense_jax.cli` parse arguments, call these functions and print 
 from dense_jax.evaluation.evaluators import Evaluator, HeldOutLoss, Snapshot
 from dense_jax.runs.compile import CompiledProgram, compile_program
 from dense_jax.runs.report import Report, write_report
-from dense_jax.runs.restoring import Run, restore
+from dense_jax.runs.restoring import LoadedModel, Run, load_folder, restore
 from dense_jax.runs.scoring import Score, evaluate_run
 from dense_jax.runs.training import RunResult, train_run
 from dense_jax.training.loop import Hook, Moment
 
 __all__ = [
-    "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "Moment", "Report", "Run", "RunResult",
-    "Score", "Snapshot", "compile_program", "evaluate_run", "restore", "train_run", "write_report",
+    "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "LoadedModel", "Moment", "Report", "Run",
+    "RunResult", "Score", "Snapshot", "compile_program", "evaluate_run", "load_folder", "restore",
+    "train_run", "write_report",
 ]

@@ -11,7 +11,8 @@ from etils import epath
 
 from dense_jax.data.packing import TokenStore, build_store
 from dense_jax.data.sources import Document, split
-from dense_jax.data.tokenizer import Tokenizer, spell
+from dense_jax.data.spelling import spell
+from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.evaluation.baselines import byte_ngram_bits_per_byte, xz_bits_per_byte
 from dense_jax.evaluation.perplexity import fixed
 from dense_jax.files import make_path, write_atomically

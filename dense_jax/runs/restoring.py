@@ -1,4 +1,4 @@
-"""A trained run, restored for evaluation, sampling or conversion."""
+"""A trained model, restored from a run or a folder for evaluation, sampling or conversion."""
 
 import dataclasses
 import os
@@ -6,10 +6,11 @@ import os
 import jax
 
 from dense_jax import experiment
-from dense_jax.config import ExperimentConfig
+from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
 from dense_jax.errors import InputError
 from dense_jax.files import make_path
+from dense_jax.interop import load_hf
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.runs.workdir import CHECKPOINTS, TOKENIZER
@@ -18,21 +19,32 @@ from dense_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LoadedModel:
+  """A model with its tokenizer.
+
+  Attributes:
+    name: says which model it is, such as "step 350 of runs/smoke".
+    tokenizer: the model's tokenizer.
+    model: holds the parameters; `model(tokens_BT)` returns logits.
+    params: the same parameters by name, float32.
+  """
+
+  name: str
+  tokenizer: Tokenizer
+  model: LanguageModel
+  params: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(LoadedModel):
   """A run at one of its checkpoints.
 
   Attributes:
     config: the configuration with which the run was last trained.
-    tokenizer: the run's tokenizer.
-    model: holds the parameters; `model(tokens_BT)` returns logits.
-    params: the same parameters by name, float32.
     step: updates done.
   """
 
   config: ExperimentConfig
-  tokenizer: Tokenizer
-  model: LanguageModel
-  params: Params
   step: int
 
 
@@ -59,4 +71,23 @@ def restore(workdir: str | os.PathLike[str], checkpoint: str = "latest") -> Run:
   finally:
     checkpoints.close()
   tokenizer = load_saved_tokenizer(folder / TOKENIZER)
-  return Run(config, tokenizer, with_params(model, params), params, step)
+  return Run(
+      f"step {step} of {os.fspath(workdir)}", tokenizer, with_params(model, params), params, config,
+      step,
+  )
+
+
+def load_folder(path: str) -> LoadedModel:
+  """Loads a model and its tokenizer from a folder in a Hugging Face layout; see `load_hf`.
+
+  Raises:
+    InputError: the folder has no model, no tokenizer, or a damaged one.
+  """
+  model = load_hf(path)
+  tokenizer = load_saved_tokenizer(make_path(path, "path"))
+  if tokenizer.vocab_size > model.config.vocab_size:
+    raise invalid(
+        "path", path, f"a tokenizer of at most {model.config.vocab_size} ids, the rows of the "
+        f"model's embedding; it has {tokenizer.vocab_size}",
+    )
+  return LoadedModel(path, tokenizer, model, get_params(model))

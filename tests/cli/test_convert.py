@@ -76,7 +76,7 @@ def test_the_tokenizer_is_written_too(tmp_path, monkeypatch, capsys, kind):
                ("model.layers", "2")]
   config = experiment.load("experiments/smoke.py:debug", overrides)
   model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-  run = runs.Run(config, tokenizer, model, get_params(model), 4)
+  run = runs.Run("a run", tokenizer, model, get_params(model), config, 4)
   monkeypatch.setattr(runs, "restore", lambda workdir, which: run)
   monkeypatch.setenv("HOME", str(tmp_path))
   assert convert.main(["--workdir", "run", "--output", "~/a/saved"]) == 0

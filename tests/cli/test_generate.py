@@ -42,7 +42,7 @@ def _restores(monkeypatch, tokenizer):
                ("model.layers", "2")]
   config = experiment.load("experiments/smoke.py:debug", overrides)
   model = LanguageModel(config.model, rngs=nnx.Rngs(0))
-  run = runs.Run(config, tokenizer, model, get_params(model), 4)
+  run = runs.Run("a run", tokenizer, model, get_params(model), config, 4)
   monkeypatch.setattr(runs, "restore", lambda workdir, which: run)
 
 

@@ -9,7 +9,8 @@ import sentencepiece
 
 from dense_jax.data import tokenizer
 from dense_jax.data.converted import converted_files
-from dense_jax.data.tokenizer import SentencePieceTokenizer, load_saved_tokenizer, spell
+from dense_jax.data.spelling import prompt_ids, spell
+from dense_jax.data.tokenizer import SentencePieceTokenizer, load_saved_tokenizer
 from dense_jax.errors import InputError
 
 TEXT = [
@@ -165,3 +166,8 @@ def test_a_damaged_description_is_named(tmp_path, name, content):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(InputError, match=rf"{name} is not "):
     load_saved_tokenizer(tmp_path)
+
+
+def test_a_prompt_begins_with_bos():
+  assert prompt_ids(tokenizer.ByteTokenizer(), "ab") == [256, 97, 98]
+  assert prompt_ids(tokenizer.ByteTokenizer(), "") == [256]
