@@ -52,6 +52,11 @@ def _library() -> ModuleType:
   return tokenizers
 
 
+def _is_librarys(error: BaseException) -> bool:
+  """Returns whether the library raised it: it raises Exception itself, and panics beside that."""
+  return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 class HuggingFaceTokenizer:
   """A tokenizer.json that has an eos token.
 
@@ -90,20 +95,22 @@ class HuggingFaceTokenizer:
       if getattr(self._tokenizer.model, "dropout", None):
         self._tokenizer.model.dropout = None
       decoder = json.loads(content).get("decoder")
-    except Exception as error:  # The library raises Exception itself.
+    except BaseException as error:
+      if not _is_librarys(error):
+        raise
       raise ValueError(f"not a {HUGGING_FACE_FILE}: {error}") from error
     self.content = content
     self.settings = dict(settings or {})
     self.vocab_size: int = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
-    self._eos = self._find("eos_token", _EOS_NAMES)
-    self._bos = self._find("bos_token", _BOS_NAMES)
-    if self._eos is None:
+    eos = self._find("eos_token", _EOS_NAMES)
+    if eos is None:
       raise ValueError(
           'no eos token: expected "eos_token" in a tokenizer_config.json beside it, or a special '
           f"token {' or '.join(_EOS_NAMES[:3])}; its special tokens: {self._special() or 'none'}"
       )
+    self._eos, self._bos = eos, self._find("bos_token", _BOS_NAMES) or eos
     self.eos_id: int = self._tokenizer.token_to_id(self._eos)
-    self.bos_id: int = self._tokenizer.token_to_id(self._bos or self._eos)
+    self.bos_id: int = self._tokenizer.token_to_id(self._bos)
     self.fingerprint = digest(
         HUGGING_FACE_FILE, hashlib.sha256(content).digest(), self.bos_id, self.eos_id
     )
@@ -143,11 +150,15 @@ class HuggingFaceTokenizer:
     return spellings
 
   def _processor_adds_bos(self) -> bool:
-    def begins(special: bool) -> bool:
-      ids = self._tokenizer.encode("a", add_special_tokens=special).ids
-      return bool(ids) and ids[0] == self.bos_id
-
-    return begins(True) and not begins(False)
+    try:
+      plain, whole = (
+          self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True)
+      )
+    except BaseException as error:  # No token for "a", or a post-processor that is damaged.
+      if not _is_librarys(error):
+        raise
+      return False
+    return whole[:1] == [self.bos_id] != plain[:1]
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of the text; see the module for the tokens that it may spell."""
@@ -174,7 +185,9 @@ class HuggingFaceTokenizer:
 
     try:
       return in_thread(encode)
-    except Exception as error:  # The library raises Exception itself.
+    except BaseException as error:
+      if not _is_librarys(error):
+        raise
       raise InputError(
           f"{HUGGING_FACE_FILE} cannot encode this text: {error}. Expected a tokenizer with a "
           f"token for every text; the text begins with {texts[0][:60]!r}"

@@ -108,7 +108,13 @@ def test_special_tokens_are_found_in_text_and_give_none(plain):
   ids = plain.encode(f"a{EOS}b")
   assert ids == [*plain.encode("a"), plain.eos_id, *plain.encode("b")]
   assert plain.decode([plain.eos_id, *ids, plain.vocab_size, 10**9, -1]) == "ab"
-  assert plain.bos_id == plain.eos_id  # It has no other.
+
+
+def test_without_bos_eos_is_the_first_token_and_is_said_to_be_bos(plain):
+  described = json.loads(plain.files()["tokenizer_config.json"])
+  assert plain.bos_id == plain.eos_id and not plain.add_bos
+  assert described == {"bos_token": EOS, "eos_token": EOS, "add_bos_token": False,
+                       "dense_jax_tokenizer": "huggingface"}
 
 
 def test_the_vocabulary_reaches_to_the_greatest_id():
