@@ -193,7 +193,9 @@ def test_truncation_padding_and_dropout_are_not_obeyed(plain, tmp_path):
 @pytest.mark.parametrize("style", STYLES)
 def test_long_texts_are_cut_where_it_does_not_show(files, style, monkeypatch):
   ours = HuggingFaceTokenizer(files[style])
-  text = "".join(TEXT) + "\n" * 50 + "x" * 3000 + "\nY" + "".join(TEXT)
+  lines = "".join(TEXT)
+  text = lines + "\n" * 50 + "x" * 3000 + "\nY" + lines.replace("\n", "\n ") + lines.split("\n")[0]
+  text += "  " + lines.replace("\n", " ") + "\r\n".join(TEXT)
   whole = ours.encode(text)
   assert whole == ours._tokenizer.encode(text, add_special_tokens=False).ids
   monkeypatch.setattr(hugging_face_tokenizer, "_PIECE", 500)
