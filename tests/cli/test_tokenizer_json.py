@@ -90,6 +90,8 @@ def test_fine_tuning_counts_the_responses(folder, tmp_path):
   figures = _held_out(workdir, tmp_path)
   assert figures["bytes"] == sum(len(f"{n} né 😀".encode()) for n in (1, 21))
   assert figures["targets"] == heldout.num_targets
+  report = runs.write_report(workdir)
+  assert [prompt for prompt, _ in report.samples] == ["Q: 0 + 1\nA:", "Q: 20 + 1\nA:"]
   for change in ("template=plain", "format=text"):
     with pytest.raises(InputError, match=r"other values of\n.*config\.data\." + change[:6]):
       train.main([*arguments, f"--config.data.{change}", "--config.train.steps=6"])

@@ -146,6 +146,7 @@ def test_the_description_says_which_tokens_are_bos_and_eos(files, settings, bos,
 @pytest.mark.parametrize("place", ["folder", "file", "folder with special_tokens_map.json"])
 def test_a_folder_of_other_tools(files, tmp_path, place):
   (tmp_path / "tokenizer.json").write_bytes(files["llama"])
+  (tmp_path / "tokenizer.model").write_bytes(b"not read where there is a tokenizer.json")
   names = {"bos_token": "</s>", "eos_token": {"content": "<s>"}}
   config = {"chat_template": "{{ x }}", "tokenizer_class": "LlamaTokenizerFast"}
   if "map" in place:
