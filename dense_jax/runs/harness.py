@@ -1,0 +1,162 @@
+"""Evaluates a model by lm-evaluation-harness (`lm_eval`), with data and task files of this machine.
+
+    loaded = runs.load_folder("models/mamba-130m")
+    results = run_harness(harness_model(loaded), ["lambada", "arc_easy"], data="../shared/data")
+    print(table(results))
+
+A script that calls `lm_eval.simple_evaluate` itself names a model after `register()`:
+
+    lm_eval.simple_evaluate("dense_jax", model_args="workdir=runs/smoke", tasks=[...])
+"""
+
+import itertools
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dense_jax.config import invalid
+from dense_jax.data.spelling import prompt_ids, spell
+from dense_jax.evaluation import harness
+from dense_jax.evaluation.harness import Answers, Continuation
+from dense_jax.evaluation.harness_tasks import DEFINITIONS, write_task
+from dense_jax.evaluation.likelihood import Likelihood
+from dense_jax.evaluation.task_data import read_task
+from dense_jax.generation.generator import Generator
+from dense_jax.generation.requests import Request
+from dense_jax.generation.sampling import Sampling
+from dense_jax.runs.restoring import LoadedModel, load_folder, restore
+
+# Tokens that the harness's own back ends read where a model names no greatest length.
+WINDOW = 2048
+# Its default of 100,000 takes minutes for the perplexity of LAMBADA.
+_BOOTSTRAP = 1000
+
+
+def answers(
+    loaded: LoadedModel, *, batch_size: int = 16, window: int = WINDOW, carried: bool = False
+) -> Answers:
+  """Makes what answers the harness's requests; for the arguments see `Likelihood`."""
+  likelihood = Likelihood(
+      loaded.model, loaded.params, loaded.tokenizer, window=window, batch_size=batch_size,
+      carried=carried,
+  )
+  return Answers(
+      loaded.name, loaded.tokenizer, likelihood,
+      lambda wanted: _generate(loaded, wanted, batch_size),
+  )
+
+
+def harness_model(loaded: LoadedModel, **options: Any) -> Any:
+  """Makes the harness's model of a loaded one; for the options see `answers`."""
+  return register()(answers(loaded, **options))
+
+
+def register() -> Any:
+  """Makes the back end `dense_jax` known to the harness, and returns its class.
+
+  Its model arguments are workdir with checkpoint, or hf, as for the commands of `dense_jax.cli`,
+  and those of `answers`.
+
+  Raises:
+    InputError: lm_eval is not installed.
+  """
+  model_class = harness.model_class()
+  model_class.load = staticmethod(_load)
+  return model_class
+
+
+def _load(
+    *, workdir: str = "", hf: str = "", checkpoint: str = "latest", **options: Any
+) -> Answers:
+  if bool(workdir) == bool(hf):
+    raise invalid("model_args", f"workdir={workdir},hf={hf}", "one of workdir=... and hf=...")
+  return answers(load_folder(hf) if hf else restore(workdir, str(checkpoint)), **options)
+
+
+def _generate(
+    loaded: LoadedModel, wanted: Sequence[Continuation], batch_size: int
+) -> list[str]:
+  generator = Generator(loaded.model, loaded.tokenizer, batch_size=batch_size)
+  results = generator([
+      Request(
+          prompt_ids(loaded.tokenizer, each.prompt), Sampling(**each.sampling),
+          max_new_tokens=each.max_new_tokens, seed=index, stop_ids=[loaded.tokenizer.eos_id],
+          stop_strings=each.until,
+      )
+      for index, each in enumerate(wanted)
+  ])
+  return [result.text for result in results]
+
+
+def run_harness(
+    model: Any, tasks: Sequence[str], *, data: str = "", include_path: str = "",
+    limit: int | None = None, shots: int = 0, first_shots: bool = False, samples: bool = False,
+) -> dict[str, Any]:
+  """Evaluates a model by the harness, offline.
+
+  Args:
+    model: a model of the harness, such as one of `harness_model`.
+    tasks: names of this project's tasks (keys of `DEFINITIONS`), and of tasks in `include_path`.
+    data: the folder of the data of this project's tasks; see `dense_jax.evaluation.task_data`.
+    include_path: a folder of further task files, whose data the harness must find by itself.
+    limit: the most documents of a task; None means all.
+    shots: examples in a prompt.
+    first_shots: all prompts have the same examples, which are then read once; see `write_task`.
+    samples: whether the results have each document with its requests and their scores.
+
+  Returns:
+    The harness's results: "results" has each task's metrics by "<metric>,none" and
+    "<metric>_stderr,none". Standard errors of perplexities are of 1,000 bootstrap samples.
+
+  Raises:
+    InputError: lm_eval is not installed, a task is not known, or data are missing or malformed.
+  """
+  lm_eval = harness.require()
+  from lm_eval.tasks import TaskManager
+
+  with tempfile.TemporaryDirectory() as temporary, harness.quiet():
+    folder = pathlib.Path(temporary)
+    names = [
+        write_task(folder, task, *read_task(task, data), first_shots=first_shots)
+        if task in DEFINITIONS else task
+        for task in dict.fromkeys(tasks)
+    ]
+    manager = TaskManager(
+        include_path=[temporary, *([include_path] if include_path else [])],
+        include_defaults=False,
+    )
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+      known = sorted({*DEFINITIONS, *manager.all_tasks} - set(names))
+      raise invalid("--tasks", ",".join(unknown), f"some of {', '.join(known)}")
+    results = lm_eval.simple_evaluate(
+        model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager,
+        log_samples=samples, bootstrap_iters=_BOOTSTRAP,
+    )
+  return dict(results)
+
+
+def summary(results: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what a file of the results needs: versions, counts, and each task's metrics."""
+  return {
+      "lm_eval": results["lm_eval_version"],
+      "model": results["config"]["model_name"],
+      "tasks": {
+          name: {
+              "version": results["versions"].get(name),
+              "shots": results["n-shot"].get(name, 0),
+              "documents": results["n-samples"][name]["effective"],
+              **{key.removesuffix(",none"): value for key, value in metrics.items()},
+          }
+          for name, metrics in results["results"].items()
+      },
+  }
+
+
+def table(results: Mapping[str, Any]) -> str:
+  """Returns the harness's own table of the results, in Markdown."""
+  from lm_eval.utils import make_table
+
+  return str(make_table(results))
