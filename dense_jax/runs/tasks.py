@@ -1,47 +1,30 @@
-"""Scores a model on tasks from local files; goes on where it was stopped."""
+"""Scores a loaded model on tasks from local files."""
 
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
-import sys
-import time
+import math
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import tqdm
 
 from dense_jax.config import defaults
-from dense_jax.evaluation.likelihood import Likelihood, Request, Scored, encode_pairs
-from dense_jax.evaluation.task_data import TaskData
-from dense_jax.evaluation.task_metrics import Metrics, compute_metrics, right_choices
-from dense_jax.evaluation.tasks import TASKS, Item
-from dense_jax.files import parse_json, write_atomically
+from dense_jax.evaluation.likelihood import Likelihood
+from dense_jax.evaluation.perplexity import fixed
+from dense_jax.evaluation.scoring import Partial, TaskScore, evaluate_task, item_lines
+from dense_jax.evaluation.task_data import TaskData, load_task
+from dense_jax.evaluation.tasks import DEFINITIONS, TASKS, parse_names
+from dense_jax.runs.formatting import table
 from dense_jax.runs.restoring import LoadedModel, Run
 
 # The harness's, for models whose configuration does not say how many tokens they read.
 _WINDOW = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskScore:
-  """A model's scores on a task.
-
-  Attributes:
-    data: the task's items.
-    scored: the scores of each item's pairs; of a document, one score for the whole.
-    metrics: the numbers.
-    cut: requests whose context was cut on the left, because no state was carried.
-    seconds: the time that scoring took, with compilation; 0 if nothing was left to score.
-  """
-
-  data: TaskData
-  scored: tuple[tuple[Scored, ...], ...]
-  metrics: Metrics
-  cut: int
-  seconds: float
+NAMES = tuple(TASKS)
 
 
 def window_of(model: LoadedModel) -> int:
@@ -68,134 +51,116 @@ def digests(model: LoadedModel) -> dict[str, str]:
   }
 
 
-class Partial:
-  """A file of the scores of an evaluation that is under way, one line for each item.
+def make_likelihood(
+    model: LoadedModel, *, batch_size: int = 16, carried: bool = True
+) -> Likelihood:
+  """Returns what scores requests with a loaded model; see `Likelihood`."""
+  return Likelihood(
+      model.model, model.params, model.tokenizer, window=window_of(model), batch_size=batch_size,
+      carried=carried,
+  )
 
-  A line is written as soon as an item's scores are known, so that an evaluation that is killed at
-  any moment loses the batches under way. The first line is the key: the model, and how it reads.
-  What has another key or belongs to other items is not used, nor is a last line that is cut short.
+
+@dataclasses.dataclass(frozen=True)
+class TaskReport:
+  """A model's scores on tasks.
+
+  Attributes:
+    model: the model's name.
+    step: updates done, of a run.
+    digests: SHA-256 of what the model is made of.
+    context: how contexts and documents longer than the model's rows were read.
+    scores: the scores on each task.
   """
 
-  def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
-    """Reads the file, if it is there and has this key, and opens it to go on."""
-    self._path = path
-    self._scores: dict[str, dict[int, tuple[Scored, ...]]] = {}
-    kept = [json.dumps({"key": key}, sort_keys=True)]
-    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-    if lines[:1] == kept:
-      for line in lines[1:-1]:  # After the last line end there is nothing, or half a line.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-          values = parse_json(line)
-          scores = tuple(Scored(float(nats), bool(greedy)) for nats, greedy in values["scores"])
-          self._scores.setdefault(values["items"], {})[int(values["item"])] = scores
-          kept.append(line)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(line + "\n" for line in kept).encode())
-    self._file = path.open("a")
+  model: str
+  step: int | None
+  digests: Mapping[str, str]
+  context: str
+  scores: tuple[TaskScore, ...]
 
-  def scores(self, data: TaskData) -> dict[int, tuple[Scored, ...]]:
-    """Returns the scores that are known of a task's items, by their numbers."""
-    return dict(self._scores.get(data.digest, {}))
+  def table(self) -> str:
+    """Returns the metrics of all tasks, with their standard errors."""
+    rows = [("task", "shots", "items", "metric", "value", "stderr")]
+    for score in self.scores:
+      first = (score.data.task, str(score.data.shots), f"{len(score.data.items):,}")
+      for name, value in score.metrics.values.items():
+        error = score.metrics.errors[name]
+        rows.append((*first, name, fixed(value, 4), "" if math.isnan(error) else fixed(error, 4)))
+        first = ("", "", "")
+    return table(rows)
 
-  def add(self, data: TaskData, scores: Mapping[int, tuple[Scored, ...]]) -> None:
-    """Writes the scores of some of a task's items."""
-    for number, scored in scores.items():
-      # As text, a number is exact, and may be infinite.
-      pairs = [[repr(score.log_likelihood), score.greedy] for score in scored]
-      line = {"items": data.digest, "item": number, "scores": pairs}
-      self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
+  def describe(self) -> str:
+    """Returns one line about the model, its context and the definitions."""
+    return f"{self.model} (context: {self.context}; tasks as in {DEFINITIONS})"
 
-  def close(self) -> None:
-    """Closes the file, which stays for another start."""
-    self._file.close()
+  def figures(self) -> dict[str, Any]:
+    """Returns everything that is to be written as JSON, except the scores of single items."""
+    return {
+        "model": self.model,
+        "step": self.step,
+        "sha256": self.digests,
+        "versions": {
+            "dense_jax": importlib.metadata.version("dense_jax"), "jax": jax.__version__,
+            "python": platform.python_version(), "tasks": DEFINITIONS,
+        },
+        "context": self.context,
+        "tasks": {score.data.task: _task_figures(score) for score in self.scores},
+    }
 
-  def remove(self) -> None:
-    """Removes the file, once the results are written."""
-    self.close()
-    self._path.unlink(missing_ok=True)
+  def item_lines(self) -> Iterator[dict[str, Any]]:
+    """Yields the scores of each item of each task."""
+    for score in self.scores:
+      yield from item_lines(score)
 
 
-def evaluate_task(
-    likelihood: Likelihood, data: TaskData, partial: Partial | None = None
-) -> TaskScore:
-  """Scores the items of a task.
+def _task_figures(score: TaskScore) -> dict[str, Any]:
+  metrics = score.metrics
+  return {
+      "shots": score.data.shots,
+      "metrics": {
+          name: {"value": value, "stderr": metrics.errors[name]}
+          for name, value in metrics.values.items()
+      },
+      "counts": metrics.counts,
+      "items_in_file": score.data.total,
+      "contexts_cut": score.cut,
+      "files": score.data.files,
+      "seconds": round(score.seconds, 3),
+  }
+
+
+def load_tasks(names: str, folder: str, *, shots: int = 0, limit: int = 0) -> list[TaskData]:
+  """Reads the items of tasks, such as "lambada,piqa"; see `load_task`."""
+  chosen = parse_names(names, "--tasks")
+  return [load_task(name, folder, shots=shots, limit=limit) for name in chosen]
+
+
+def evaluate_tasks(
+    model: LoadedModel, data: Sequence[TaskData], *, batch_size: int = 16, carried: bool = True,
+    partial: Path | None = None,
+) -> TaskReport:
+  """Scores a model on tasks.
 
   Args:
-    likelihood: scores requests with the model.
-    data: the items.
-    partial: has the scores of an evaluation that was stopped, and is told new ones.
+    model: a run from `restore`, or a model from `load_folder`.
+    data: the tasks' items, from `load_tasks`.
+    batch_size: rows of a batch; the scores do not depend on it.
+    carried: whether contexts and documents of any length are read with the state carried; see
+      `Likelihood`.
+    partial: a file that keeps the scores of each item as soon as they are known. An evaluation of
+      the same model and items that finds it goes on from there. The caller removes it.
 
   Raises:
     InputError: a continuation does not fit the window, and no state is carried.
   """
-  start = time.monotonic()
-  known = {} if partial is None else partial.scores(data)
-  with tqdm.tqdm(
-      total=len(data.items), initial=len(known), desc=data.task, unit="item", leave=False,
-      disable=not sys.stderr.isatty(),
-  ) as bar:
-    left = [number for number in range(len(data.items)) if number not in known]
-    groups = _requests(likelihood, [data.items[number] for number in left], data.task)
-    owners = [(number, part) for number, group in zip(left, groups, strict=True)
-              for part in range(len(group))]
-    found: dict[int, dict[int, Scored]] = {number: {} for number in left}
-    sizes = {number: len(group) for number, group in zip(left, groups, strict=True)}
-
-    def on_done(scores: Mapping[int, Scored]) -> None:
-      complete = {}
-      for index, score in scores.items():
-        number, part = owners[index]
-        found[number][part] = score
-        if len(found[number]) == sizes[number]:
-          complete[number] = _joined(data.task, found[number])
-      known.update(complete)
-      if partial is not None:
-        partial.add(data, complete)
-      bar.update(len(complete))
-
-    requests = [request for group in groups for request in group]
-    likelihood.score(requests, on_done)
-    known.update({number: _joined(data.task, {}) for number in left if not sizes[number]})
-  scored = tuple(known[number] for number in range(len(data.items)))
-  return TaskScore(
-      data, scored, compute_metrics(data.task, data.items, scored),
-      sum(map(likelihood.is_cut, requests)), time.monotonic() - start if left else 0.0,
-  )
-
-
-def _requests(
-    likelihood: Likelihood, items: Sequence[Item], task: str
-) -> list[list[Request]]:
-  """Returns the requests of each item: its pairs, or the windows of a document."""
-  tokenizer = likelihood.tokenizer
-  if TASKS[task].kind == "document":
-    texts = [item.pairs[0][1] for item in items]
-    return [likelihood.windows(ids) for ids in tokenizer.encode_batch(texts)]
-  requests = iter(encode_pairs(tokenizer, [pair for item in items for pair in item.pairs]))
-  return [[next(requests) for _ in item.pairs] for item in items]
-
-
-def _joined(task: str, parts: Mapping[int, Scored]) -> tuple[Scored, ...]:
-  """Returns an item's scores in order; those of a document's windows as one."""
-  scores = [parts[part] for part in sorted(parts)]
-  if TASKS[task].kind != "document":
-    return tuple(scores)
-  return (Scored(
-      sum(score.log_likelihood for score in scores), all(score.greedy for score in scores)
-  ),)
-
-
-def item_lines(score: TaskScore) -> Iterator[dict[str, Any]]:
-  """Yields what is known of each item, to be written as a line of JSON."""
-  task = TASKS[score.data.task]
-  for number, (item, scored) in enumerate(zip(score.data.items, score.scored, strict=True)):
-    line: dict[str, Any] = {
-        "task": score.data.task, "item": number, "id": item.name,
-        "log_likelihoods": [one.log_likelihood for one in scored],
-        "greedy": [one.greedy for one in scored],
-    }
-    if task.kind in ("choice", "blank"):
-      right = right_choices(item, scored)
-      line |= {"gold": item.gold} | {metric: right[metric] for metric in task.metrics}
-    yield line
+  likelihood = make_likelihood(model, batch_size=batch_size, carried=carried)
+  known = digests(model)
+  with contextlib.ExitStack() as stack:
+    kept = None
+    if partial is not None:
+      key = known | {"context": likelihood.context, "definitions": DEFINITIONS}
+      kept = stack.enter_context(contextlib.closing(Partial(partial, key)))
+    scores = tuple(evaluate_task(likelihood, task, kept) for task in data)
+  step = model.step if isinstance(model, Run) else None
+  return TaskReport(model.name, step, known, likelihood.context, scores)
