@@ -64,32 +64,35 @@ OnDone = Callable[[Mapping[int, Scored]], None]
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
-  """Tokenizes a context and its continuation as the harness does.
+  """Tokenizes a context and its continuation; see `encode_pairs`."""
+  return encode_pairs(tokenizer, [(context, continuation)])[0]
 
-  Spaces at the end of the context move to the continuation. Both are encoded as one text, and the
-  continuation's tokens are those after as many as the context alone has. An empty context is
-  bos, and bos goes before any other if the tokenizer adds it.
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+  """Tokenizes contexts and their continuations as the harness does.
+
+  White space at the end of a context moves to the continuation. Both are encoded as one text, and
+  the continuation's tokens are those after as many as the context alone has. bos goes before them
+  if the tokenizer adds it, and is itself the context if the text before the continuation is empty.
   """
-  stripped = context.rstrip()
-  continuation = context[len(stripped):] + continuation
-  if not stripped:
-    return _after_prefix(tokenizer, tokenizer.encode(continuation))
-  before = len(_with_bos(tokenizer, tokenizer.encode(stripped)))
-  whole = _with_bos(tokenizer, tokenizer.encode(stripped + continuation))
-  if not before:
-    return _after_prefix(tokenizer, whole)
-  return Request(tuple(whole[:before]), tuple(whole[before:]))
+  moved = []
+  for context, continuation in pairs:
+    stripped = context.rstrip()
+    moved.append((stripped, context[len(stripped):] + continuation))
+  texts = dict.fromkeys(text for context, continuation in moved
+                        for text in (context, context + continuation))
+  encoded = dict(zip(texts, tokenizer.encode_batch([*texts]), strict=True))
+  bos = tokenizer.bos_id
 
+  def request(context: str, continuation: str) -> Request:
+    before, whole = encoded[context], encoded[context + continuation]
+    # A text may spell bos itself.
+    added = (tokenizer.add_bos or not before) and whole[:1] != [bos]
+    whole = [bos, *whole] if added else whole
+    border = len(before) + added
+    return Request(tuple(whole[: border or 1]), tuple(whole[border or 1 :]))
 
-def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-  """Adds bos if the tokenizer adds it and the text does not spell it itself."""
-  return [tokenizer.bos_id, *ids] if tokenizer.add_bos and ids[:1] != [tokenizer.bos_id] else ids
-
-
-def _after_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> Request:
-  if ids and ids[0] == tokenizer.bos_id:
-    return Request(tuple(ids[:1]), tuple(ids[1:]))
-  return Request((tokenizer.bos_id,), tuple(ids))
+  return [request(*pair) for pair in moved]
 
 
 class Likelihood:

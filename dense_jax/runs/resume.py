@@ -45,6 +45,7 @@ CHANGES = {
     r"train\.batch_size": Change.NEVER,
     r"train\.(steps|z_loss)": Change.ASKED,
     r"train\.(accumulate|loss_chunk|eval_batches|keep_last|keep_best|.*_every)": Change.FREELY,
+    r"eval\..*": Change.FREELY,
     r"mesh\..*": Change.FREELY,
 }
 
