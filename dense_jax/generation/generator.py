@@ -131,10 +131,10 @@ class Generator:
         if not each.reason:
           yield Piece(each.index, text)
           continue
-        prefix = self._after(before, rows, row, used, count, each) if each.keeps else None
+        kept = self._after(before, rows, row, used, count, each) if each.keeps else None
         text += each.end()
         del running[row]
-        yield Piece(each.index, text, each.result(prefix))
+        yield Piece(each.index, text, each.result(kept))
 
   def _after(
       self, before: Rows, after: Rows, row: int, used: int, count: int, each: "_Continuation"

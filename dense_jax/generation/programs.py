@@ -141,7 +141,8 @@ class Programs:
     Returns:
       The rows after the last token, and each row's tokens and their log-probabilities, [B, T].
     """
-    rows, tokens_TB, log_probs_TB, count = self._decode(self._params, rows, jnp.int32(limit))
+    limit = jnp.int32(min(limit, BLOCK))
+    rows, tokens_TB, log_probs_TB, count = self._decode(self._params, rows, limit)
     count = int(count)
     return rows, np.asarray(tokens_TB)[:count].T, np.asarray(log_probs_TB)[:count].T
 
@@ -171,7 +172,8 @@ class Programs:
           seen_BV=rows.seen_BV.at[index_B, tokens_B].set(True, unique_indices=True),
           left_B=jnp.where(rows.stops_BV[index_B, tokens_B], 0, jnp.maximum(rows.left_B - 1, 0)),
       )
-      return time + 1, rows, tokens_TB.at[time].set(tokens_B), log_probs_TB.at[time].set(log_probs_B)
+      tokens_TB = tokens_TB.at[time].set(tokens_B)
+      return time + 1, rows, tokens_TB, log_probs_TB.at[time].set(log_probs_B)
 
     shape = (BLOCK, self.batch_size)
     time, rows, tokens_TB, log_probs_TB = jax.lax.while_loop(

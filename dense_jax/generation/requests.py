@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from dense_jax.config import LARGEST_SEED, invalid
 from dense_jax.errors import InputError
-from dense_jax.generation.sampling import Sampling
+from dense_jax.generation.sampling import PLAIN, Sampling
 from dense_jax.models.language_model import ModelState
 from dense_jax.types import Array
 
@@ -46,7 +46,7 @@ class Request:
   """
 
   ids: Sequence[int]
-  sampling: Sampling = Sampling()
+  sampling: Sampling = PLAIN
   max_new_tokens: int = 128
   seed: int = 0
   stop_ids: Sequence[int] = ()

@@ -69,6 +69,10 @@ class Sampling:
       )
 
 
+PLAIN = Sampling()
+"""The model's own distribution."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Settings:

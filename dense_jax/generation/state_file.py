@@ -13,7 +13,6 @@ and in its metadata: `format` and `version`; `model`, a name for people; `config
 `digest`, of all the rest. The file is of no use to another model, and it is refused there.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json

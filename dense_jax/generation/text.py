@@ -1,6 +1,5 @@
 """The text of tokens as they come: whole characters only, and nothing from a stop string on."""
 
-import os.path
 from collections.abc import Sequence
 
 from dense_jax.data.tokenizer import Tokenizer
@@ -17,6 +16,12 @@ def _finished(text: str) -> int:
   """Returns the length of `text` without what may be an unfinished character at its end."""
   tail = text[-_UNFINISHED:]
   return len(text) - (len(tail) - len(tail.rstrip(_REPLACEMENT)))
+
+
+def _shared(left: str, right: str) -> int:
+  """Returns the length of the beginning that two texts have in common."""
+  pairs = enumerate(zip(left, right, strict=False))
+  return next((at for at, pair in pairs if pair[0] != pair[1]), min(len(left), len(right)))
 
 
 class Spelling:
@@ -51,7 +56,7 @@ class Spelling:
       if end <= _finished(self._before) and end < len(self._text):
         return ""
       # A character that the continuation completes belongs to the continuation.
-      self._said = len(os.path.commonprefix([self._before, self._text]))
+      self._said = _shared(self._before, self._text)
     new = self._text[self._said : end]
     self._said = max(self._said, end)
     return new
