@@ -144,7 +144,7 @@ def test_damaged_files_are_refused(written, tmp_path):
   ]
   cut = [content[:at] for at in (0, 4, 8, size - 1, size, len(content) - 1)]
   for wrong in [*flipped, *cut, content + b"\0", b"text\n" * 100]:
-    with pytest.raises(InputError, match="--from-state = .* is not valid"):
+    with pytest.raises(InputError, match=r"--from-state = .* is not valid"):
       _load(wrong, tmp_path, model)
 
 
@@ -193,7 +193,7 @@ def test_a_failed_write_leaves_the_old_file(written, tmp_path, monkeypatch):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr("os.fsync", fail)
-  with pytest.raises(InputError, match="--save-state = .*No space left"):
+  with pytest.raises(InputError, match=r"--save-state = .*No space left"):
     files.save(prefix, str(tmp_path / "state"), "--save-state")
   assert [file.name for file in tmp_path.iterdir()] == ["state"]
   assert (tmp_path / "state").read_bytes() == content

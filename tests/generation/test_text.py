@@ -1,4 +1,4 @@
-"""Text as it comes: whole characters, the same text as of all tokens, nothing from a stop string."""
+"""Text as it comes: whole characters, and nothing from a stop string on."""
 
 import random
 
