@@ -33,7 +33,7 @@ ROOMS = {
     "data": ("errors", "batch", "config", "files"),
     "training": _MODEL,
     "evaluation": (*_MODEL, "data"),
-    "generation": _MODEL,
+    "generation": (*_MODEL, "data"),
     "interop": (*_MODEL, "outputs"),
     "costs": ("errors",),
     "experiment": ("models", "errors", "config", "files"),
