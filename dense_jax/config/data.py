@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dense_jax.config.fields import integer, text
+from dense_jax.config.fields import choice, integer, text
 
 _TEXT = "a file, directory or glob of .txt, .jsonl, .jsonl.gz, .jsonl.zst"
 
@@ -15,6 +15,11 @@ class DataConfig:
   the `text` field of each line. In directories and globs, names that begin with a dot are skipped,
   links are followed, and each real file is read once. Text is UTF-8, or UTF-16 or UTF-32 with a
   byte order mark.
+
+  With format=responses, each line of a .jsonl file is an example to fine-tune on: strings `prompt`
+  and `response`, or a chat as `messages`, a list of {"role": "user", "content": "..."} with the
+  roles system, user and assistant. The loss counts the responses, or the assistant's messages, and
+  the eos after each; bits per byte divide by their bytes.
   """
 
   path: str = text(
@@ -26,11 +31,21 @@ class DataConfig:
   heldout_every: int = integer(
       20, 2, help="every n-th file is held out; of fewer than n files every n-th document; of "
       "fewer than n documents the last 1/n of the text")
+  format: str = choice(
+      "text", "text", "responses",
+      help="text trains on every token of plain text; responses trains on the responses in .jsonl "
+      "files of prompt and response, or of chat messages")
+  template: str = text(
+      "plain", "plain, dialogue, instruction, chatml, or a text with {prompt} in it once",
+      help="with format=responses, the text around a prompt: plain adds nothing, dialogue writes "
+      "User: and Assistant:, instruction ### Instruction: and ### Response:, chatml <|im_start|> "
+      "and <|im_end|>; or a text of your own, such as 'Q: {prompt}\\nA:'")
   seq_len: int = integer(256, 1, help="T: tokens of a row")
   tokenizer: str = text(
-      "train", "train, bytes, or the path of a SentencePiece .model file",
+      "train", "train, bytes, the path of a SentencePiece .model file or of a tokenizer.json, or a "
+      "folder that holds one",
       help="train means SentencePiece, trained on the training text and cached; bytes means one "
-      "token for each byte")
+      "token for each byte; or a file or folder, for a tokenizer.json with the extra hf")
   vocab_size: int = integer(4096, 300, help="pieces of a tokenizer that is trained")
   cache_dir: str = text(
       "~/.cache/dense_jax", "a local directory",

@@ -1,15 +1,9 @@
-"""Stores documents as one stream of tokens on disk, and cuts that stream into windows.
-
-The stream is the concatenation of all documents, each as [bos] tokens [eos]. Window i of T
-tokens has inputs [iT, iT + T) and targets [iT + 1, iT + T + 1), so that every token of the
-stream but the first is a target of exactly one window. A document that crosses a window's end
-continues in the next window as a new segment.
-"""
+"""Tokenizes documents into a store on disk, and cuts windows out of it; see `token_store`."""
 
 import array
 import contextlib
-import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +14,8 @@ import numpy as np
 
 from dense_jax.config import invalid
 from dense_jax.data.cache import cache_folder, digest, named_errors, partial_folder
-from dense_jax.data.sources import TextSource
+from dense_jax.data.sources import Document, TextSource
+from dense_jax.data.token_store import TokenStore
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.files import parse_json
 
@@ -28,60 +23,6 @@ _FORMAT = 2  # Increase whenever text is read or laid out differently.
 _BATCH_CHARACTERS = 4 << 20
 _BATCH_DOCUMENTS = 4096
 _IDS_AT_A_TIME = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenStore:
-  """A tokenized text, whose arrays are memory-mapped from disk.
-
-  Attributes:
-    tokens: uint16 or uint32 [tokens], the stream.
-    starts: int64 [documents], the index in the stream of each document's bos.
-    document_bytes: int64 [documents], UTF-8 bytes of each document's text.
-    fingerprint: hex digest that identifies the text and the tokenizer.
-  """
-
-  tokens: np.ndarray
-  starts: np.ndarray
-  document_bytes: np.ndarray
-  fingerprint: str
-
-  @property
-  def num_tokens(self) -> int:
-    """Number of tokens in the stream, including each document's bos and eos."""
-    return len(self.tokens)
-
-  @property
-  def num_documents(self) -> int:
-    """Number of documents; none is empty."""
-    return len(self.starts)
-
-  @property
-  def num_bytes(self) -> int:
-    """Number of UTF-8 bytes of all documents' text, which the targets of all windows spell.
-
-    Bits per byte of the whole text = (summed loss in nats) / ln 2 / num_bytes. The loss of each
-    document's eos counts as loss of its text.
-    """
-    return int(self.document_bytes.sum())
-
-  @property
-  def num_targets(self) -> int:
-    """Number of predicted tokens over all windows: every token but each document's bos."""
-    return self.num_tokens - self.num_documents
-
-  @property
-  def targets_per_byte(self) -> float:
-    """Predicted tokens per byte of text.
-
-    From some of the windows, bits per byte is estimated as
-    (mean nats per target) / ln 2 * targets_per_byte.
-    """
-    return self.num_targets / self.num_bytes
-
-  def num_windows(self, seq_len: int) -> int:
-    """Returns the number of windows of `seq_len` input tokens; the last may be padded."""
-    return -(-(self.num_tokens - 1) // seq_len)
 
 
 def build_store(
@@ -134,17 +75,20 @@ def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
   """Opens the store in a directory; None means that there is none, or that it is incomplete."""
   try:
     meta = parse_json((path / "meta.json").read_bytes())
-    shapes = {
-        "tokens": (np.dtype(meta["dtype"]), int(meta["tokens"])),
-        "starts": (np.dtype("<i8"), int(meta["documents"])),
-        "document_bytes": (np.dtype("<i8"), int(meta["documents"])),
+    documents = (int(meta["documents"]),)
+    shapes: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
+        "tokens": (np.dtype(meta["dtype"]), (int(meta["tokens"]),)),
+        "starts": (np.dtype("<i8"), documents),
+        "document_bytes": (np.dtype("<i8"), documents),
     }
+    if "responses" in meta:
+      shapes["responses"] = (np.dtype("<i8"), (int(meta["responses"]), 2))
     arrays = {}
-    for name, (dtype, length) in shapes.items():
+    for name, (dtype, shape) in shapes.items():
       file = path / f"{name}.bin"
-      if file.stat().st_size != dtype.itemsize * length:
+      if file.stat().st_size != dtype.itemsize * math.prod(shape):
         return None
-      arrays[name] = np.memmap(file, dtype=dtype, mode="r", shape=(length,))
+      arrays[name] = np.memmap(file, dtype=dtype, mode="r", shape=shape)
   except (OSError, ValueError, KeyError, TypeError, OverflowError):
     return None
   return TokenStore(**arrays, fingerprint=fingerprint)
@@ -159,41 +103,78 @@ def _write_store(
     The number of UTF-8 bytes of text written so far.
   """
   dtype = np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
-  starts, document_bytes = array.array("q"), array.array("q")
+  starts, document_bytes, responses = array.array("q"), array.array("q"), array.array("q")
   position = done = 0
   with named_errors(cache_dir):
     directory.mkdir()
     with (directory / "tokens.bin").open("wb") as file:
-      for texts in _text_batches(source):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+      for documents in _batches(source):
+        parts = [part for document in documents for part in _parts(document)]
+        encoded = iter(tokenizer.encode_batch(parts))
+        for document in documents:
           starts.append(position)
-          document_bytes.append(len(text.encode()))
-          row = _row(tokenizer, ids, dtype)
+          document_bytes.append(len(document.target_text.encode()))
+          turns = [(next(encoded), next(encoded)) for _ in document.turns]
+          row, spans = _row(tokenizer, turns or [([], next(encoded))], dtype)
+          if turns:
+            responses.extend(position + border for border in spans)
           file.write(row.data)
           position += len(row)
-          done += document_bytes[-1]
+          done += len(document.text.encode())
         yield done
       _sync(file)
     if not starts:
       raise invalid(source.field, str(source.root), "files with text; all of them are empty")
-    for name, values in (("starts", starts), ("document_bytes", document_bytes)):
+    arrays = {"starts": starts, "document_bytes": document_bytes}
+    meta = {"dtype": dtype.str, "tokens": position, "documents": len(starts)}
+    if source.template is not None:
+      arrays["responses"] = responses
+      meta["responses"] = len(responses) // 2
+    for name, values in arrays.items():
       with (directory / f"{name}.bin").open("wb") as file:
         file.write(np.asarray(values, "<i8").data)
         _sync(file)
-    meta = {"dtype": dtype.str, "tokens": position, "documents": len(starts)}
     with (directory / "meta.json").open("wb") as file:
       file.write(json.dumps(meta).encode())
       _sync(file)
 
 
-def _row(tokenizer: Tokenizer, ids: list[int], dtype: np.dtype) -> np.ndarray:
-  """Returns a document's part of the stream: [bos] ids [eos]."""
-  row = np.empty(len(ids) + 2, dtype)
-  row[0], row[-1] = tokenizer.bos_id, tokenizer.eos_id
+def _parts(document: Document) -> list[str]:
+  """Returns the texts that are encoded apart: the document's, or prompt, response, prompt ..."""
+  return [text for turn in document.turns for text in turn] or [document.text]
+
+
+def _row(
+    tokenizer: Tokenizer, turns: list[tuple[list[int], list[int]]], dtype: np.dtype
+) -> tuple[np.ndarray, list[int]]:
+  """Returns a document's part of the stream, [bos] prompt response [eos] ...
+
+  Args:
+    tokenizer: has bos and eos.
+    turns: the ids of prompts and responses; of a text, the empty prompt and the text.
+    dtype: of the stream.
+
+  Returns:
+    The tokens, and for each response the index of its first token and that after its eos.
+  """
+  row = np.empty(1 + sum(len(prompt) + len(response) + 1 for prompt, response in turns), dtype)
+  row[0] = tokenizer.bos_id
+  place, spans = 1, []
+  for prompt, response in turns:
+    begin = _fill(row, place, prompt)
+    place = _fill(row, begin, response)
+    row[place] = tokenizer.eos_id
+    place += 1
+    spans += [begin, place]
+  return row, spans
+
+
+def _fill(row: np.ndarray, place: int, ids: list[int]) -> int:
+  """Writes ids into a row from a place on; returns the place after them."""
   for low in range(0, len(ids), _IDS_AT_A_TIME):  # Lets Python handle signals in between.
     part = ids[low : low + _IDS_AT_A_TIME]
-    row[1 + low : 1 + low + len(part)] = part
-  return row
+    row[place + low : place + low + len(part)] = part
+  return place + len(ids)
 
 
 def _sync(file: IO[bytes]) -> None:
@@ -201,18 +182,18 @@ def _sync(file: IO[bytes]) -> None:
   os.fsync(file.fileno())
 
 
-def _text_batches(source: TextSource) -> Iterator[list[str]]:
-  """Yields groups of texts, large enough to keep all cores busy and small enough for memory."""
-  texts: list[str] = []
+def _batches(source: TextSource) -> Iterator[list[Document]]:
+  """Yields groups of documents, large enough to keep all cores busy, small enough for memory."""
+  documents: list[Document] = []
   size = 0
   for document in source:
-    texts.append(document.text)
+    documents.append(document)
     size += len(document.text)
-    if size >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
-      yield texts
-      texts, size = [], 0
-  if texts:
-    yield texts
+    if size >= _BATCH_CHARACTERS or len(documents) >= _BATCH_DOCUMENTS:
+      yield documents
+      documents, size = [], 0
+  if documents:
+    yield documents
 
 
 def pack_window(store: TokenStore, index: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -226,33 +207,43 @@ def pack_window(store: TokenStore, index: int, seq_len: int) -> dict[str, np.nda
   Returns:
     Arrays [T], which become the fields of a `Batch` and its `Segments`:
       tokens, targets: int32; 0 at padding.
-      loss_mask: bool; false where the target is a document's bos, and at padding.
-      segment_ids: int32; 1, 2, ... by document; 0 at padding, which follows the stream's end.
+      loss_mask: bool; false where the target is a document's bos or in a prompt, and at padding.
+      segment_ids: int32; 1, 2, ... by document; 0 at padding, which follows the last token.
       positions: int32; counted from 0 in each segment; 0 at padding.
 
   Raises:
     IndexError: there is no such window.
   """
-  if not 0 <= index < store.num_windows(seq_len):
-    raise IndexError(f"window {index} of {store.num_windows(seq_len)}")
-  low = index * seq_len
-  length = min(seq_len, store.num_tokens - 1 - low)
+  low, high = store.window(index, seq_len)
+  length = high - low - 1
   # Document starts in (low, low + length]: the first input begins a segment in any case, and
   # low + length is the index of the last target.
   first, last = np.searchsorted(store.starts, (low, low + length), side="right")
   borders = np.asarray(store.starts[first:last]) - low
   begins = np.zeros(length + 1, bool)
   begins[borders] = True
-  window = store.tokens[low : low + length + 1].astype(np.int32)
+  window = store.tokens[low:high].astype(np.int32)
 
   segment_ids = 1 + np.cumsum(begins[:length], dtype=np.int32)
   places = np.arange(length, dtype=np.int32)
   positions = places - np.maximum.accumulate(np.where(begins[:length], places, 0))
+  loss_mask = ~begins[1:] if store.responses is None else _in_responses(store, low + 1, high)
   pad = (0, seq_len - length)
   return {
       "tokens": np.pad(window[:-1], pad),
       "targets": np.pad(window[1:], pad),
-      "loss_mask": np.pad(~begins[1:], pad),
+      "loss_mask": np.pad(loss_mask, pad),
       "segment_ids": np.pad(segment_ids, pad),
       "positions": np.pad(positions, pad),
   }
+
+
+def _in_responses(store: TokenStore, low: int, high: int) -> np.ndarray:
+  """Returns bool [high - low], true at the tokens low to high - 1 that belong to a response."""
+  assert store.responses is not None
+  first = np.searchsorted(store.responses[:, 1], low, side="right")
+  last = np.searchsorted(store.responses[:, 0], high, side="left")
+  inside = np.zeros(high - low, bool)
+  for begin, end in store.responses[first:last]:
+    inside[max(begin - low, 0) : end - low] = True
+  return inside

@@ -1,6 +1,7 @@
 """Batches of training text, as a pure function of the step, and batches of held-out text."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from dense_jax.data.packing import TokenStore, build_store, pack_window
 from dense_jax.data.sources import TextSource, split
 from dense_jax.data.tokenizer import Tokenizer, load_tokenizer
 
+_LOG = logging.getLogger(__name__)
 # Packing holds the global interpreter lock, so a second thread would gain nothing.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
@@ -56,6 +58,8 @@ def load_datasets(
   tokenizer = load_tokenizer(config, train_source)
   train = build_store(train_source, tokenizer, config.cache_dir, progress)
   heldout = build_store(heldout_source, tokenizer, config.cache_dir, progress)
+  if config.format == "responses":
+    _warn_of_cut_examples(config.seq_len, train, heldout)
   return Datasets(
       tokenizer=tokenizer,
       train=train,
@@ -64,6 +68,16 @@ def load_datasets(
       heldout_source=heldout_source,
       fingerprint=digest(train.fingerprint, heldout.fingerprint),
   )
+
+
+def _warn_of_cut_examples(seq_len: int, *stores: TokenStore) -> None:
+  cut = sum(store.num_cut(seq_len) for store in stores)
+  if cut:
+    _LOG.warning(
+        "config.data.seq_len = %d: of %d examples %d are longer, and what is beyond is learned in "
+        "rows of its own, without what comes before it", seq_len,
+        sum(store.num_documents for store in stores), cut,
+    )
 
 
 def _stack(store: TokenStore, indices: Sequence[int], seq_len: int) -> Batch:

@@ -6,14 +6,15 @@ is cut off is an error.
 """
 
 import codecs
+import contextlib
 import gzip
 import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from dense_jax.config import invalid
 from dense_jax.data.finding import readable, warn_once
@@ -27,6 +28,7 @@ _CHUNK_BYTES = 1 << 20
 _ZSTD_BYTES = 1 << 8
 # Parsed as floats, integers of any number of digits are accepted.
 _JSON = json.JSONDecoder(parse_int=float)
+ValueT = TypeVar("ValueT")
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -53,16 +55,49 @@ def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
       more than 128 MiB or a line that is not a JSON object with a `text`, or is a .txt of more
       than 1 GiB. The error names the file and, where it applies, the line.
   """
+  if file.suffix not in (".txt", ".py"):
+    yield from read_lines(file, field, 'a JSON object with a string "text"', _text_of)
+    return
+  with _named_errors(file, field), file.open("rb") as raw:
+    yield "", _whole_text(raw, file, field)
+
+
+def read_lines(
+    file: Path, field: str, valid: str, take: Callable[[Any], ValueT]
+) -> Iterator[tuple[str, ValueT]]:
+  """Yields (":" and the line's number, value) for each line of a .jsonl that is not blank.
+
+  Args:
+    file: the file; its suffix says how it is compressed.
+    field: the config field that named it, for error messages.
+    valid: says what every line has to be.
+    take: makes the value of a line's parsed JSON, whose numbers are all floats; raises ValueError
+      with the reason if the JSON is something else.
+
+  Raises:
+    InputError: see `read_texts`; a line is not what it has to be.
+  """
+  with _named_errors(file, field), file.open("rb") as raw:
+    lines = _Lines(file, _as_utf8(_decompressed(raw, file.suffix)), field)
+    for number, line in enumerate(io.BufferedReader(lines, _CHUNK_BYTES), 1):
+      line = line.removeprefix(codecs.BOM_UTF8)
+      if not line.strip():
+        continue
+      try:
+        value = take(_parse(line))
+      except ValueError as error:
+        why = f" ({error})" if str(error) else ""
+        raise invalid(
+            field, str(file), f"{valid} in every line; line {number} is {line[:60]!r}{why}"
+        ) from error
+      yield f":{number}", value
+
+
+@contextlib.contextmanager
+def _named_errors(file: Path, field: str) -> Iterator[None]:
+  """Turns what goes wrong in reading the file into an InputError."""
   try:
-    with file.open("rb") as raw:
-      if file.suffix in (".txt", ".py"):
-        yield "", _whole_text(raw, file, field)
-        return
-      lines = _Lines(file, _as_utf8(_decompressed(raw, file.suffix)), field)
-      for number, line in enumerate(io.BufferedReader(lines, _CHUNK_BYTES), 1):
-        line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-          yield f":{number}", _json_text(line, file, number, field)
+    yield
   except UnicodeDecodeError as error:
     valid = f"text in {error.encoding}, as its byte order mark says ({error.reason})"
     raise invalid(field, str(file), valid) from error
@@ -216,23 +251,25 @@ class _Lines(io.RawIOBase):
     self._length = len(chunk) - chunk.rfind(b"\n") - 1 if ends else self._length + len(chunk)
 
 
-def _json_text(line: bytes, file: Path, number: int, field: str) -> str:
-  why = ""
-  value: Any = None
+def _parse(line: bytes) -> Any:
+  """Parses a line; raises ValueError with the reason if it is not JSON."""
   try:
-    value = _JSON.decode(line.decode())
+    return _JSON.decode(line.decode())
   except RecursionError as error:
-    valid = f"JSON of fewer levels in every line; line {number} is nested too deeply to be read"
-    raise invalid(field, str(file), valid) from error
+    raise ValueError("it is nested too deeply to be read") from error
   except UnicodeDecodeError as error:
-    why = f" (byte {error.start + 1} is not UTF-8)"
+    raise ValueError(f"byte {error.start + 1} is not UTF-8") from error
   except json.JSONDecodeError as error:
-    why = f" ({error.msg}, at character {error.pos + 1})"
+    raise ValueError(f"{error.msg}, at character {error.pos + 1}") from error
+
+
+def _text_of(value: Any) -> str:
   text = value.get("text") if isinstance(value, dict) else None
   if not isinstance(text, str):
-    raise invalid(
-        field, str(file), 'a JSON object with a string "text" in every line; '
-        f"line {number} is {line[:60]!r}{why}",
-    )
-  # JSON can spell half of a surrogate pair, which is not valid text.
+    raise ValueError
+  return whole_characters(text)
+
+
+def whole_characters(text: str) -> str:
+  """Replaces halves of surrogate pairs, which JSON can spell, but which are not text."""
   return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")

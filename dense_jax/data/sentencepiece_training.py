@@ -1,4 +1,4 @@
-"""Trains a SentencePiece model in a separate process; run by `tokenizer.train_sentencepiece`.
+"""Trains a SentencePiece model in a separate process; run by `tokenizer_training`.
 
 The trainer is C++ code that no Python signal handler can interrupt. In a separate process it can
 be killed; the process also exits by itself when its parent is gone.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dense_jax.data.templates import Message, Template
 from dense_jax.data.tokenizer import Tokenizer
 
 
@@ -12,6 +13,24 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
   """
   ids = tokenizer.encode(text)
   return [tokenizer.bos_id, *ids] if tokenizer.add_bos or not ids else ids
+
+
+def chat_ids(tokenizer: Tokenizer, template: Template, messages: Sequence[Message]) -> list[int]:
+  """Returns the ids that a model continues with the next response of a chat.
+
+  They are those that come before that response in training. For a single prompt they are
+  `prompt_ids(tokenizer, template.prompt(text))`.
+
+  Args:
+    tokenizer: the model's tokenizer.
+    template: the template that the model was trained with.
+    messages: the chat so far; it may have responses.
+  """
+  turns, prompt = template.lay_out(messages)
+  ids = [tokenizer.bos_id] if tokenizer.add_bos else []
+  for turn in turns:
+    ids += [*tokenizer.encode(turn.prompt), *tokenizer.encode(turn.response), tokenizer.eos_id]
+  return ids + tokenizer.encode(prompt)
 
 
 def spell(

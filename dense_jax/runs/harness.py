@@ -9,8 +9,6 @@ A script that calls `lm_eval.simple_evaluate` itself names a model after `regist
     lm_eval.simple_evaluate("dense_jax", model_args="workdir=runs/smoke", tasks=[...])
 """
 
-import itertools
-import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,29 +19,29 @@ from dense_jax.data.spelling import prompt_ids, spell
 from dense_jax.evaluation import harness
 from dense_jax.evaluation.harness import Answers, Continuation
 from dense_jax.evaluation.harness_tasks import DEFINITIONS, write_task
-from dense_jax.evaluation.likelihood import Likelihood
 from dense_jax.evaluation.task_data import read_task
 from dense_jax.generation.generator import Generator
 from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
 from dense_jax.runs.restoring import LoadedModel, load_folder, restore
+from dense_jax.runs.tasks import make_likelihood
 
-# Tokens that the harness's own back ends read where a model names no greatest length.
-WINDOW = 2048
 # Its default of 100,000 takes minutes for the perplexity of LAMBADA.
 _BOOTSTRAP = 1000
 
 
-def answers(
-    loaded: LoadedModel, *, batch_size: int = 16, window: int = WINDOW, carried: bool = False
-) -> Answers:
-  """Makes what answers the harness's requests; for the arguments see `Likelihood`."""
-  likelihood = Likelihood(
-      loaded.model, loaded.params, loaded.tokenizer, window=window, batch_size=batch_size,
-      carried=carried,
-  )
+def answers(loaded: LoadedModel, *, batch_size: int = 16, carried: bool = True) -> Answers:
+  """Makes what answers the harness's requests.
+
+  Args:
+    loaded: the model.
+    batch_size: rows of a batch.
+    carried: whether contexts and documents of any length are read; see `Likelihood`. False reads
+      as many tokens as the harness's own back ends do.
+  """
   return Answers(
-      loaded.name, loaded.tokenizer, likelihood,
+      loaded.name, loaded.tokenizer,
+      make_likelihood(loaded, batch_size=batch_size, carried=carried),
       lambda wanted: _generate(loaded, wanted, batch_size),
   )
 

@@ -105,10 +105,10 @@ def write_report(
 
 
 def _text(documents: Iterable[Document]) -> bytes:
-  """Returns the documents' text as UTF-8, up to the baselines' limit."""
+  """Returns the text that the loss counts as UTF-8, up to the baselines' limit."""
   parts, size = [], 0
   for document in documents:
-    parts.append(document.text.encode())
+    parts.append(document.target_text.encode())
     size += len(parts[-1])
     if size >= _BASELINE_BYTES:
       break
@@ -155,7 +155,7 @@ def comparison(
 def samples(
     model: LanguageModel, store: TokenStore, tokenizer: Tokenizer, *, seed: int
 ) -> list[tuple[str, str]]:
-  """Continues two prompts, which are the beginnings of held-out documents.
+  """Continues two prompts: the beginnings of held-out documents, or prompts of held-out examples.
 
   Returns:
     Pairs of a prompt and its continuation, printable. Joined, they are the text that the tokenizer
@@ -163,10 +163,7 @@ def samples(
   """
   texts = []
   for document in (0, store.num_documents // 2):
-    first, is_last = store.starts[document], document + 1 == store.num_documents
-    end = store.num_tokens if is_last else store.starts[document + 1]
-    # Leave out the document's bos and eos tokens.
-    texts.append(store.tokens[first + 1 : min(first + 24, end - 1)].tolist())
+    texts.append(store.prompt(document, 23))
   sampling = Sampling(temperature=0.8, top_p=0.95)
   requests = [
       Request([tokenizer.bos_id, *ids], sampling, 64, seed, stop_ids=(tokenizer.eos_id,))

@@ -39,7 +39,7 @@ CHANGES = {
     r"model\.(family|vocab_size|width|layers|tie_embeddings|norm_eps|dtype)": Change.NEVER,
     r"model\.(dense|mixer)\..*": Change.NEVER,
     r"model\.(implementation|chunk|remat|block_layers|state_dtype)": Change.FREELY,
-    r"data\.(heldout_every|seq_len|vocab_size)": Change.NEVER,
+    r"data\.(heldout_every|format|template|seq_len|vocab_size)": Change.NEVER,
     r"data\.(path|heldout_path|tokenizer|cache_dir)": Change.FREELY,
     r"optimizer\..*": Change.ASKED,
     r"train\.batch_size": Change.NEVER,

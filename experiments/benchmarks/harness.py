@@ -28,13 +28,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 
 from dense_jax import runs
+from dense_jax.evaluation.harness import Answers
 from dense_jax.evaluation.harness_tasks import DEFINITIONS
-from dense_jax.evaluation.likelihood import Likelihood, Scored, encode_pair
+from dense_jax.evaluation.likelihood import Scored, encode_pair
 from dense_jax.evaluation.task_data import TaskData, load_task, read_task
 from dense_jax.evaluation.task_metrics import compute_metrics
 from dense_jax.runs import harness
@@ -44,7 +44,7 @@ SHOTS = 5
 # Task -> documents without examples in the prompt, and with them.
 DOCUMENTS = {"lambada": (200, 50), "hellaswag": (100, 25), "arc_easy": (100, 50), "wikitext": (6, 0)}
 QUICK_DOCUMENTS = {"lambada": (3, 2), "arc_easy": (2, 2), "wikitext": (1, 0)}
-RIVAL_BATCHES = (1, 4, 16, 32)
+RIVAL_BATCHES = (4, 16, 32)
 # Documents on which the rival's batch sizes are tried.
 TRIED = {"lambada": 16, "hellaswag": 8, "arc_easy": 8, "wikitext": 1}
 BATCH_SIZE = 16
@@ -125,13 +125,9 @@ class Timed:
 class Ours:
   """Scores items as `cli.evaluate --tasks` does."""
 
-  def __init__(self, loaded: runs.LoadedModel) -> None:
-    """Makes the scorer; nothing is compiled yet."""
-    self._tokenizer = loaded.tokenizer
-    self._likelihood = Likelihood(
-        loaded.model, loaded.params, loaded.tokenizer, window=harness.WINDOW,
-        batch_size=BATCH_SIZE, carried=False,
-    )
+  def __init__(self, answers: Answers) -> None:
+    """Takes the tokenizer and the compiled programs of the adapter."""
+    self._tokenizer, self._likelihood = answers.tokenizer, answers.likelihood
 
   def __call__(self, data: TaskData) -> Scores:
     """Scores the items of a task."""
@@ -293,8 +289,9 @@ def main(arguments: Sequence[str]) -> None:
     for family in families:
       folder = pathlib.Path(temporary, family)
       loaded = runs.load_folder(str(folder))
-      adapter = Timed(harness.harness_model(loaded, batch_size=BATCH_SIZE))
-      rival, ours = Timed(make_rival(folder, threads)), Ours(loaded)
+      answers = harness.answers(loaded, batch_size=BATCH_SIZE, carried=False)
+      adapter, ours = Timed(harness.register()(answers)), Ours(answers)
+      rival = Timed(make_rival(folder, threads))
       cases = [
           (task, shots, counts[bool(shots)]) for shots in (0, SHOTS)
           for task, counts in documents.items() if counts[bool(shots)]

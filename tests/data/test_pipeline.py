@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import dense_jax.types  # noqa: F401  # Registers batches with jax.
 from dense_jax.config import DataConfig
 from dense_jax.data import packing, pipeline
 from dense_jax.data.tokenizer import ByteTokenizer

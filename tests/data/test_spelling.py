@@ -11,7 +11,7 @@ from dense_jax.data import tokenizer
 from dense_jax.data.converted import converted_files
 from dense_jax.data.spelling import prompt_ids, spell
 from dense_jax.data.tokenizer import SentencePieceTokenizer, load_saved_tokenizer
-from dense_jax.errors import InputError
+from dense_jax.data.tokenizer_training import TRAINER_OPTIONS
 
 TEXT = [
     f"def function_{i}(self, value): the cat sat on number {i}, naïve → \uff21\uff22 \ufb01ne café"
@@ -35,7 +35,7 @@ STYLES = {
     "no space before the text": {"model_type": "bpe", "vocab_size": 150,
                                  "add_dummy_prefix": False},
     "words": {"model_type": "word", "vocab_size": 80},
-    "our own": tokenizer._TRAINER_OPTIONS | {"vocab_size": 400},
+    "our own": TRAINER_OPTIONS | {"vocab_size": 400},
 }
 INPUTS = [
     "the cat sat", " the cat", "  a  b \n c", "漢字 → 😀 e\u0301 👨‍👩‍👧", "",
@@ -154,18 +154,6 @@ def test_a_converted_folder_gives_the_tokenizer_back(models, style, tmp_path):
   assert processor.piece_to_id(config["unk_token"]) == processor.unk_id()
   prefixed = {"llama", "llama, nmt_nfkc", "t5", "t5, control symbols", "words"}
   assert config["add_prefix_space"] == (style in prefixed)
-
-
-@pytest.mark.parametrize("content", [
-    b'{"kind": "sentenc', b"[]", b'"kind"', b"{}", b'{"kind": null}', b'{"kind": ["bytes"]}',
-    b'{"kind": "words"}', b"\xff\xfe", b"", b"[" * 10**5, b'{"kind": ' + b"9" * 5000 + b"}",
-])
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_damaged_description_is_named(tmp_path, name, content):
-  content = content.replace(b"kind", b"dense_jax_tokenizer") if "config" in name else content
-  (tmp_path / name).write_bytes(content)
-  with pytest.raises(InputError, match=rf"{name} is not "):
-    load_saved_tokenizer(tmp_path)
 
 
 def test_a_prompt_begins_with_bos():

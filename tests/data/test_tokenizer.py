@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense_jax.config import DataConfig
-from dense_jax.data import sources, tokenizer
+from dense_jax.data import sources, tokenizer, tokenizer_training
 from dense_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -104,13 +104,13 @@ def test_training_says_nothing(config, tmp_path, capfd):
 
 
 def test_sample_is_even_and_bounded(monkeypatch):
-  monkeypatch.setattr(tokenizer, "_SAMPLE_BYTES", 100_000)
+  monkeypatch.setattr(tokenizer_training, "_SAMPLE_BYTES", 100_000)
   texts = [f"{number:04}\n" * 2000 for number in range(100)]
-  sample = tokenizer._sample(texts)
+  sample = tokenizer_training._sample(texts)
   assert 50_000 < sum(len(chunk.encode()) for chunk in sample) <= 100_000
   counts = np.histogram([int(chunk[:4]) for chunk in sample], bins=5, range=(0, 100))[0]
   assert counts.max() - counts.min() <= 1
-  assert "".join(tokenizer._chunks(TEXT + "x" * 9000)) == TEXT + "x" * 9000
+  assert "".join(tokenizer_training._chunks(TEXT + "x" * 9000)) == TEXT + "x" * 9000
 
 
 def test_save_and_load(either, tmp_path):
@@ -168,10 +168,9 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_named(tmp_path, text, vocab_
 
 
 def test_nothing_saved_is_named(tmp_path):
-  with pytest.raises(InputError, match=r"no tokenizer in .*expected a tokenizer\.json"):
+  with pytest.raises(InputError, match=r"no tokenizer in .*expected tokenizer\.json or tok"):
     tokenizer.load_saved_tokenizer(tmp_path)
-  tokenizer.ByteTokenizer().save(tmp_path)
-  (tmp_path / "tokenizer.json").write_text('{"kind": "sentencepiece"}')
+  (tmp_path / "tokenizer_config.json").write_text('{"dense_jax_tokenizer": "sentencepiece"}')
   with pytest.raises(InputError, match=r"^saved tokenizer = .*tokenizer\.model"):
     tokenizer.load_saved_tokenizer(tmp_path)
 
@@ -240,14 +239,56 @@ def test_a_killed_process_leaves_no_trainer(tmp_path):
 
 
 def test_a_trainer_that_fails_is_no_fault_of_the_text(tmp_path, monkeypatch):
-  monkeypatch.setattr(tokenizer.sys, "executable", "/bin/false")
+  monkeypatch.setattr(tokenizer_training.sys, "executable", "/bin/false")
   with pytest.raises(RuntimeError, match="ended with status 1"):
     tokenizer.train_sentencepiece([TEXT * 40], 400, tmp_path / "x.model")  # More than a pipe holds.
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ["[]", "[" * 100_000, "3", '{"kind": [}', "{}"])
-def test_a_damaged_saved_tokenizer_is_named(tmp_path, content):
-  (tmp_path / "tokenizer.json").write_text(content)
-  with pytest.raises(InputError, match=r"tokenizer\.json is not"):
+@pytest.mark.parametrize("content", [
+    b'{"dense_jax_tokenizer": "sentenc', b"[]", b'"dense_jax_tokenizer"', b"3",
+    b'{"dense_jax_tokenizer": null}', b'{"dense_jax_tokenizer": ["bytes"]}',
+    b'{"dense_jax_tokenizer": "words"}', b"\xff\xfe", b"", b"[" * 10**5,
+    b'{"dense_jax_tokenizer": ' + b"9" * 5000 + b"}",
+])
+def test_a_damaged_description_is_named(tmp_path, content):
+  (tmp_path / "tokenizer_config.json").write_bytes(content)
+  with pytest.raises(InputError, match=r"tokenizer_config\.json is not "):
     tokenizer.load_saved_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("described", "expected"), [
+    (None, True), ("{}", True), ('{"add_bos_token": false}', False),
+])
+def test_a_folder_of_other_tools_says_if_bos_goes_first(trained, tmp_path, described, expected):
+  """A model that is trained here sees bos in any case, and what it saves says so."""
+  (tmp_path / "tokenizer.model").write_bytes(trained.model)
+  if described is not None:
+    (tmp_path / "tokenizer_config.json").write_text(described)
+  loaded = tokenizer.load_saved_tokenizer(tmp_path)
+  assert (loaded.fingerprint, loaded.add_bos) == (trained.fingerprint, expected)
+  loaded.save(tmp_path / "again")
+  assert tokenizer.load_saved_tokenizer(tmp_path / "again").add_bos == expected
+  for name in (tmp_path, tmp_path / "again"):
+    assert tokenizer.load_tokenizer(DataConfig(tokenizer=str(name)), None).add_bos
+
+
+def test_a_runs_folder_names_its_tokenizer(either, tmp_path):
+  either.save(tmp_path / "run" / "tokenizer")
+  loaded = tokenizer.load_tokenizer(DataConfig(tokenizer=str(tmp_path / "run")), None)
+  assert (type(loaded), loaded.fingerprint) == (type(either), either.fingerprint)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(InputError, match=r"^config\.data\.tokenizer = '.*empty' .*no tokenizer in"):
+    tokenizer.load_tokenizer(DataConfig(tokenizer=str(tmp_path / "empty")), None)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tokenizers", None)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  for load in (
+      lambda: tokenizer.load_saved_tokenizer(tmp_path),
+      lambda: tokenizer.load_tokenizer(
+          DataConfig(tokenizer=str(tmp_path / "tokenizer.json")), None),
+  ):
+    with pytest.raises(InputError, match=r"needs the package tokenizers: pip install .*\[hf\]"):
+      load()

@@ -3,13 +3,13 @@
 import io
 import json
 import math
-import types
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dense_jax.data.token_store import TokenStore
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.evaluation.perplexity import HeldOut
 from dense_jax.generation.requests import Result
@@ -43,8 +43,8 @@ def _store(tokenizer, documents):
   rows = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in documents]
   starts = np.cumsum([0, *map(len, rows[:-1])])
   tokens = np.concatenate([np.asarray(row) for row in rows])
-  return types.SimpleNamespace(
-      tokens=tokens, starts=starts, num_documents=len(rows), num_tokens=len(tokens))
+  sizes = np.array([len(text.encode()) for text in documents])
+  return TokenStore(tokens, starts, sizes, "a store")
 
 
 @pytest.mark.parametrize("loss", [2.0, 1e4, 1e300, 0.0, INF, NAN])

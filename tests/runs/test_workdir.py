@@ -137,7 +137,8 @@ def test_a_run_begins_with_its_configuration_and_clears_what_a_killed_one_left(
   workdir.begin(folder, config, load(text, tmp_path / "cache"))
   root = tmp_path / "run"
   names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*"))
-  assert names == [".mine", "config.json", "data.json", "tokenizer", "tokenizer/tokenizer.json"]
+  description = "tokenizer/tokenizer_config.json"
+  assert names == [".mine", "config.json", "data.json", "tokenizer", description]
   assert experiment.read(folder) == config
 
 

@@ -1,0 +1,152 @@
+"""A text as one stream of tokens, and the windows of that stream.
+
+The stream is the concatenation of all documents, each as [bos] tokens [eos]. Window i of T
+tokens has inputs [iT, iT + T) and targets [iT + 1, iT + T + 1), so that every token of the
+stream but the first is a target of exactly one window. A document that crosses a window's end
+continues in the next window as a new segment.
+
+Examples to fine-tune on (`Document.turns`) are laid out as [bos] prompt response [eos], with more
+turns after that. Targets are the responses and the eos after each alone. A window holds whole
+examples, as many as fit, because a response means nothing without its prompt; only an example that
+is longer than a window continues in the next. Every target is in exactly one window here too, and
+windows without one are left out.
+"""
+
+import bisect
+import dataclasses
+import functools
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+  """A tokenized text, whose arrays are memory-mapped from disk.
+
+  Attributes:
+    tokens: uint16 or uint32 [tokens], the stream.
+    starts: int64 [documents], the index in the stream of each document's bos.
+    document_bytes: int64 [documents], UTF-8 bytes of each document's text; of an example, those of
+      its responses.
+    fingerprint: hex digest that identifies the text and the tokenizer.
+    responses: int64 [responses, 2], the first index in the stream of each response, and that after
+      its eos; None for plain text.
+  """
+
+  tokens: np.ndarray
+  starts: np.ndarray
+  document_bytes: np.ndarray
+  fingerprint: str
+  responses: np.ndarray | None = None
+
+  @property
+  def num_tokens(self) -> int:
+    """Number of tokens in the stream, including each document's bos and eos."""
+    return len(self.tokens)
+
+  @property
+  def num_documents(self) -> int:
+    """Number of documents; none is empty."""
+    return len(self.starts)
+
+  @property
+  def num_bytes(self) -> int:
+    """Number of UTF-8 bytes that the targets of all windows spell: of texts, or of responses.
+
+    Bits per byte of the whole text = (summed loss in nats) / ln 2 / num_bytes. The loss of each
+    document's eos, or each response's, counts as loss of its text.
+    """
+    return int(self.document_bytes.sum())
+
+  @property
+  def num_targets(self) -> int:
+    """Number of predicted tokens over all windows: every token but each document's bos.
+
+    Of examples, every token of a response, and its eos.
+    """
+    if self.responses is None:
+      return self.num_tokens - self.num_documents
+    return int((self.responses[:, 1] - self.responses[:, 0]).sum())
+
+  @property
+  def targets_per_byte(self) -> float:
+    """Predicted tokens per byte of the text that they spell.
+
+    From some of the windows, bits per byte is estimated as
+    (mean nats per target) / ln 2 * targets_per_byte.
+    """
+    return self.num_targets / self.num_bytes
+
+  def num_windows(self, seq_len: int) -> int:
+    """Returns the number of windows of `seq_len` input tokens; any may be padded.
+
+    Of plain text only the last one may be.
+    """
+    if self.responses is None:
+      return -(-(self.num_tokens - 1) // seq_len)
+    return len(self._windows(seq_len))
+
+  def window(self, index: int, seq_len: int) -> tuple[int, int]:
+    """Returns the first index in the stream of a window's tokens, and that after its last target.
+
+    Raises:
+      IndexError: there is no such window.
+    """
+    count = self.num_windows(seq_len)
+    if not 0 <= index < count:
+      raise IndexError(f"window {index} of {count}")
+    if self.responses is None:
+      return index * seq_len, min(index * seq_len + seq_len + 1, self.num_tokens)
+    low, high = self._windows(seq_len)[index]
+    return int(low), int(high)
+
+  def _windows(self, seq_len: int) -> np.ndarray:
+    """Returns int64 [windows, 2], the bounds of all windows of examples."""
+    if seq_len not in self._known_windows:
+      self._known_windows[seq_len] = _windows_of_examples(self, seq_len)
+    return self._known_windows[seq_len]
+
+  @functools.cached_property
+  def _known_windows(self) -> dict[int, np.ndarray]:
+    return {}
+
+  def prompt(self, document: int, most: int) -> list[int]:
+    """Returns ids of a document that a model can continue, without bos.
+
+    Args:
+      document: the document's number.
+      most: the most ids of a plain text; of an example they are all of its first prompt.
+    """
+    first = int(self.starts[document]) + 1
+    if self.responses is not None:
+      end = int(self.responses[np.searchsorted(self.responses[:, 0], first), 0])
+    else:
+      is_last = document + 1 == self.num_documents
+      end = int(self.num_tokens if is_last else self.starts[document + 1]) - 1  # Without eos.
+      end = min(end, first + most)
+    return self.tokens[first:end].tolist()
+
+  def num_cut(self, seq_len: int) -> int:
+    """Returns the number of documents that are longer than a window."""
+    ends = np.append(self.starts[1:], self.num_tokens)
+    return int(np.sum(ends - self.starts > seq_len + 1))
+
+
+def _windows_of_examples(store: TokenStore, seq_len: int) -> np.ndarray:
+  """Returns the bounds of the windows that hold whole examples, and have targets."""
+  ends = [*store.starts[1:].tolist(), store.num_tokens]
+  bounds: list[tuple[int, int]] = []
+  low, place = 0, 0
+  while low < store.num_tokens:
+    place = bisect.bisect_right(ends, low + seq_len + 1, lo=place)
+    fits = place > 0 and ends[place - 1] > low
+    high = ends[place - 1] if fits else low + seq_len + 1
+    bounds.append((low, high))
+    low = high if fits else high - 1
+  windows = np.asarray(bounds, np.int64)
+  assert store.responses is not None
+  responses = np.asarray(store.responses)
+  # The first response that ends after a window's first target must begin before its last one ends.
+  first = np.searchsorted(responses[:, 1], windows[:, 0] + 1, side="right")
+  begins = np.append(responses[:, 0], store.num_tokens)[first]
+  return windows[begins < windows[:, 1]]
