@@ -12,12 +12,15 @@ from dense_jax.config import invalid
 from dense_jax.data.sources import find
 from dense_jax.files import is_remote
 from dense_jax.outputs import check_file, write_json, write_json_lines
-from dense_jax.runs import tasks
+from dense_jax.runs import harness, tasks
 
 _EPILOG = """
 With --tasks it prints a table of the tasks' metrics with their standard errors. docs/evaluation.md
 defines them and names the files of --data. The scores do not depend on the batch size. With --json,
 an evaluation that was stopped goes on when the same command is given again.
+
+With --harness too, lm-evaluation-harness (lm_eval) makes the prompts and counts; without network.
+Each prompt then has examples of its own, which it draws.
 
 Without --tasks it scores held-out text. The text is read in windows of config.data.seq_len tokens,
 one after the other, and the state is cleared at the beginning of each (and of each document): the
@@ -25,7 +28,7 @@ context is fresh every seq_len tokens, and a target is predicted from the tokens
 own window. A run of longer windows predicts from more.
 """
 # Options that need --tasks, by their names there and in the parsed options.
-_OF_TASKS = ("data", "limit", "shots", "context", "items")
+_OF_TASKS = ("data", "limit", "shots", "context", "items", "harness", "include_path")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
   file = None if options.json is None else check_file(options.json, "--json")
   if options.tasks is None:
     return _evaluate_text(options, file)
+  if options.harness:
+    return _evaluate_by_harness(options, file)
   return _evaluate_tasks(options, file)
 
 
@@ -53,6 +58,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
                        "the rows of training had, and documents in windows of that length")
   command.add_argument("--items", metavar="FILE", help="write the scores of each item there, one "
                        "a line")
+  command.add_argument("--harness", action="store_const", const=True,
+                       help="evaluate by lm-evaluation-harness; pip install -e '.[eval]'")
+  command.add_argument("--include-path", metavar="DIR", help="a folder of further task files of "
+                       "the harness, whose tasks --tasks may name too")
   command.add_argument("--text", help="score this text (a file, directory or glob) instead of the "
                        "run's own held-out text")
   command.add_argument("--batch-size", type=int, default=16,
@@ -63,7 +72,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
   for name in (*_OF_TASKS, "text"):
     needed = "no value with --tasks" if name == "text" else "no value without --tasks"
     if getattr(options, name) is not None and (options.tasks is None) == (name != "text"):
-      raise invalid(f"--{name}", getattr(options, name), needed)
+      raise invalid(f"--{name.replace('_', '-')}", getattr(options, name), needed)
+  if options.include_path is not None and not options.harness:
+    raise invalid("--include-path", options.include_path, "no value without --harness")
   for name, low in (("batch_size", 1), ("limit", 1), ("shots", 0)):
     value = getattr(options, name)
     if value is not None and value < low:
@@ -116,6 +127,25 @@ def _evaluate_tasks(options: argparse.Namespace, file: epath.Path | None) -> int
     write_json(file, report.figures(), "--json")
   if partial is not None:
     partial.unlink(missing_ok=True)
+  return 0
+
+
+def _evaluate_by_harness(options: argparse.Namespace, file: epath.Path | None) -> int:
+  items = None if options.items is None else check_file(options.items, "--items")
+  names = harness.check_tasks(options.tasks, options.data, options.include_path)
+  model = common.load_model(options)
+  results = harness.run_harness(
+      harness.harness_model(
+          model, batch_size=options.batch_size, carried=options.context != "fresh"
+      ),
+      names, data=options.data, include_path=options.include_path, limit=options.limit,
+      shots=options.shots or 0, samples=items is not None,
+  )
+  print(harness.table(results))
+  if items is not None:
+    write_json_lines(items, harness.item_lines(results), "--items")
+  if file is not None:
+    write_json(file, harness.summary(results), "--json")
   return 0
 
 

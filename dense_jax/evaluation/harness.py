@@ -3,19 +3,17 @@
     answers = Answers("my model", tokenizer, likelihood, generate)
     lm_eval.simple_evaluate(model_class()(answers), tasks=[...], task_manager=...)
 
-The harness makes the prompts, this project tokenizes and scores them. The border between a context
-and its continuation is the harness's own (`TemplateLM._encode_pair`): the tokens of the context are
-those of its text alone, without the white space at its end, and the tokens of the continuation are
-the rest of those of both.
+The harness makes the prompts and computes the metrics. This project tokenizes and scores, as for
+its own tasks (`dense_jax.evaluation.likelihood`).
 """
 
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import tqdm
@@ -23,7 +21,7 @@ import tqdm
 from dense_jax.config import invalid
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.errors import InputError
-from dense_jax.evaluation.likelihood import Likelihood, Request, Scored
+from dense_jax.evaluation.likelihood import Likelihood, Request, Scored, encode_pairs
 
 # The name under which the harness knows the back end, and the most tokens that it generates for a
 # task that does not say.
@@ -47,7 +45,7 @@ class Continuation:
   prompt: str
   until: tuple[str, ...]
   max_new_tokens: int
-  sampling: Mapping[str, float]
+  sampling: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Answers:
   generate: Callable[[Sequence[Continuation]], list[str]]
 
 
-def require() -> ModuleType:
+def require() -> Any:
   """Imports lm_eval so that neither it nor its libraries ask the network for anything.
 
   Raises:
@@ -88,12 +86,20 @@ def require() -> ModuleType:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Leaves standard output to the caller: the harness's progress goes to a terminal or nowhere."""
+  """Leaves standard output to the caller.
+
+  The harness's progress goes to a terminal or nowhere, and its warnings, one for each task and
+  metric whose definition leaves something to a default, are not shown.
+  """
+  log = logging.getLogger("lm_eval")
+  level = log.level
   with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
     shown = sys.stderr if sys.stderr.isatty() else nowhere
     stack.enter_context(contextlib.redirect_stdout(shown))
     if shown is nowhere:
       stack.enter_context(contextlib.redirect_stderr(nowhere))
+    stack.callback(log.setLevel, level)
+    log.setLevel(logging.ERROR)
     yield
 
 
@@ -121,7 +127,6 @@ def model_class() -> Any:
     def __init__(self, answers: Answers) -> None:
       super().__init__()
       self.answers = answers
-      self._known: dict[str, list[int]] = {}
 
     @classmethod
     def create_from_arg_string(
@@ -164,8 +169,7 @@ def model_class() -> Any:
       """Returns the ids of a text, after bos if the tokenizer adds it and the text has none."""
       del kwargs
       tokenizer = self.answers.tokenizer
-      ids = self._known.get(string)
-      ids = tokenizer.encode(string) if ids is None else ids
+      ids = tokenizer.encode(string)
       if not tokenizer.add_bos or add_special_tokens is False or ids[:1] == [tokenizer.bos_id]:
         return ids
       return [tokenizer.bos_id, *ids]
@@ -174,29 +178,23 @@ def model_class() -> Any:
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
       """Returns (log-likelihood in nats, whether it is the greedy continuation) of each pair."""
-      texts: dict[str, None] = {}
-      for context, continuation in (request.args for request in requests):
-        texts[context.rstrip()] = None
-        texts[context + continuation] = None
-      # All at once, because that uses all cores; `tok_encode` finds them there.
-      ids = self.answers.tokenizer.encode_batch(list(texts))
-      self._known = dict(zip(texts, ids, strict=True))
-      try:
-        return super().loglikelihood(requests, disable_tqdm)
-      finally:
-        self._known = {}
+      del disable_tqdm
+      texts = [request.args for request in requests]
+      return self._answer(texts, encode_pairs(self.answers.tokenizer, texts))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
       del kwargs
-      prefix = [self.prefix_token_id]
-      scored = self._score([
-          Request(tuple(context or prefix), tuple(target)) for _, context, target in requests
-      ])
-      answers = [(score.log_likelihood, score.greedy) for score in scored]
-      for (texts, _, _), answer in zip(requests, answers, strict=True):
-        self.cache_hook.add_partial("loglikelihood", texts, answer)
+      ids = [Request(tuple(context), tuple(target)) for _, context, target in requests]
+      return self._answer([texts for texts, _, _ in requests], ids)
+
+    def _answer(
+        self, texts: Sequence[tuple[str, str]], requests: Sequence[Request]
+    ) -> list[tuple[float, bool]]:
+      answers = [(score.log_likelihood, score.greedy) for score in self._score(requests)]
+      for pair, answer in zip(texts, answers, strict=True):
+        self.cache_hook.add_partial("loglikelihood", pair, answer)
       return answers
 
     def _score(self, requests: Sequence[Request]) -> list[Scored]:

@@ -7,7 +7,7 @@ metrics are the harness's code, and replaces its data set by local JSONL in the 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dense_jax.evaluation import harness

@@ -88,9 +88,9 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     before, whole = encoded[context], encoded[context + continuation]
     # A text may spell bos itself.
     added = (tokenizer.add_bos or not before) and whole[:1] != [bos]
-    whole = [bos, *whole] if added else whole
-    border = len(before) + added
-    return Request(tuple(whole[: border or 1]), tuple(whole[border or 1 :]))
+    before, whole = [bos] * added + before, [bos] * added + whole
+    # Not the first tokens of `whole`: a token of it can span the border.
+    return Request(tuple(before or whole[:1]), tuple(whole[len(before) or 1 :]))
 
   return [request(*pair) for pair in moved]
 

@@ -118,18 +118,13 @@ def load_task(
   Raises:
     InputError: a file is missing or malformed, or has too few examples.
   """
-  task, files = TASKS[name], FILES[name]
+  task = TASKS[name]
   shots = 0 if task.kind == "document" else shots
-  scored = _find(folder, files.scored, field)
-  if scored is None:
-    raise invalid(
-        field, folder, f"a folder with {' or '.join(files.scored)} in it, or in its folders eval "
-        f"or text, for the task {name}",
-    )
+  scored, source = task_files(name, folder, field)
   records = read_records(name, scored)
   read = {str(scored): _digest(scored)}
   examples, own = records, True
-  if shots and (source := _find(folder, files.examples, field)) is not None:
+  if shots and source is not None:
     examples, own = read_records(name, source), False
     read[str(source)] = _digest(source)
   if shots > len(examples) - own:
@@ -141,6 +136,24 @@ def load_task(
       others = [other for other in records[: shots + 1] if other is not record]
     items.append(make_item(task, record, others[:shots]))
   return TaskData(name, shots, tuple(items), len(records), read)
+
+
+def task_files(
+    name: str, folder: str, field: str = "--data"
+) -> tuple[epath.Path, epath.Path | None]:
+  """Returns a task's file to score, and the file of its examples, or None where there is none.
+
+  Raises:
+    InputError: there is no file to score.
+  """
+  files = FILES[name]
+  scored = _find(folder, files.scored, field)
+  if scored is None:
+    raise invalid(
+        field, folder, f"a folder with {' or '.join(files.scored)} in it, or in its folders eval "
+        f"or text, for the task {name}",
+    )
+  return scored, _find(folder, files.examples, field)
 
 
 def read_records(name: str, path: epath.Path) -> list[Record]:

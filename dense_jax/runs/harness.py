@@ -11,15 +11,15 @@ A script that calls `lm_eval.simple_evaluate` itself names a model after `regist
 
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dense_jax.config import invalid
-from dense_jax.data.spelling import prompt_ids, spell
+from dense_jax.data.spelling import prompt_ids
 from dense_jax.evaluation import harness
 from dense_jax.evaluation.harness import Answers, Continuation
 from dense_jax.evaluation.harness_tasks import DEFINITIONS, write_task
-from dense_jax.evaluation.task_data import read_task
+from dense_jax.evaluation.task_data import read_records, task_files
 from dense_jax.generation.generator import Generator
 from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
@@ -88,15 +88,47 @@ def _generate(
   return [result.text for result in results]
 
 
+def check_tasks(names: str, data: str | None, include_path: str | None) -> list[str]:
+  """Checks, before a model is loaded, what `run_harness` is to be given.
+
+  Args:
+    names: the tasks' names, such as "lambada,piqa"; see `run_harness`.
+    data: see `run_harness`.
+    include_path: see `run_harness`.
+
+  Returns:
+    The names.
+
+  Raises:
+    InputError: lm_eval is not installed, a task is not known, or a file or folder is missing.
+  """
+  harness.require()
+  if include_path is not None and not pathlib.Path(include_path).expanduser().is_dir():
+    raise invalid("--include-path", include_path, "a folder of the harness's task files")
+  with harness.quiet():
+    known = {*DEFINITIONS, *_manager(include_path).all_tasks}
+  tasks = list(dict.fromkeys(filter(None, map(str.strip, names.split(",")))))
+  unknown = next((task for task in tasks if task not in known), None)
+  if unknown is not None or not tasks:
+    raise invalid("--tasks", names, f"some of {', '.join(sorted(known))}, with commas between")
+  for task in tasks:
+    if task in DEFINITIONS:
+      if data is None:
+        raise invalid("--data", None, "a folder that has the tasks' files")
+      task_files(task, data)
+  return tasks
+
+
 def run_harness(
-    model: Any, tasks: Sequence[str], *, data: str = "", include_path: str = "",
+    model: Any, tasks: Sequence[str], *, data: str | None = None, include_path: str | None = None,
     limit: int | None = None, shots: int = 0, first_shots: bool = False, samples: bool = False,
 ) -> dict[str, Any]:
   """Evaluates a model by the harness, offline.
 
   Args:
     model: a model of the harness, such as one of `harness_model`.
-    tasks: names of this project's tasks (keys of `DEFINITIONS`), and of tasks in `include_path`.
+    tasks: names of this project's tasks (keys of `DEFINITIONS`), and of tasks in `include_path`;
+      `check_tasks` checks them.
     data: the folder of the data of this project's tasks; see `dense_jax.evaluation.task_data`.
     include_path: a folder of further task files, whose data the harness must find by itself.
     limit: the most documents of a task; None means all.
@@ -109,31 +141,40 @@ def run_harness(
     "<metric>_stderr,none". Standard errors of perplexities are of 1,000 bootstrap samples.
 
   Raises:
-    InputError: lm_eval is not installed, a task is not known, or data are missing or malformed.
+    InputError: lm_eval is not installed, or data are missing or malformed.
   """
   lm_eval = harness.require()
-  from lm_eval.tasks import TaskManager
-
-  with tempfile.TemporaryDirectory() as temporary, harness.quiet():
-    folder = pathlib.Path(temporary)
+  with tempfile.TemporaryDirectory() as folder, harness.quiet():
     names = [
-        write_task(folder, task, *read_task(task, data), first_shots=first_shots)
+        _write_task(pathlib.Path(folder), task, data or "", shots, first_shots)
         if task in DEFINITIONS else task
-        for task in dict.fromkeys(tasks)
+        for task in tasks
     ]
-    manager = TaskManager(
-        include_path=[temporary, *([include_path] if include_path else [])],
-        include_defaults=False,
-    )
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-      known = sorted({*DEFINITIONS, *manager.all_tasks} - set(names))
-      raise invalid("--tasks", ",".join(unknown), f"some of {', '.join(known)}")
     results = lm_eval.simple_evaluate(
-        model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager,
-        log_samples=samples, bootstrap_iters=_BOOTSTRAP,
+        model, tasks=names, num_fewshot=shots, limit=limit,
+        task_manager=_manager(folder, include_path), log_samples=samples,
+        bootstrap_iters=_BOOTSTRAP,
     )
   return dict(results)
+
+
+def _manager(*folders: str | None) -> Any:
+  from lm_eval.tasks import TaskManager
+
+  paths = [pathlib.Path(folder).expanduser() for folder in folders if folder is not None]
+  return TaskManager(include_path=paths, include_defaults=False)
+
+
+def _write_task(
+    folder: pathlib.Path, task: str, data: str, shots: int, first_shots: bool
+) -> str:
+  """Writes one of this project's tasks for the harness; returns its name there."""
+  scored, examples = task_files(task, data)
+  return write_task(
+      folder, task, read_records(task, scored),
+      read_records(task, examples) if shots and examples is not None else None,
+      first_shots=first_shots,
+  )
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,11 +187,22 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
               "version": results["versions"].get(name),
               "shots": results["n-shot"].get(name, 0),
               "documents": results["n-samples"][name]["effective"],
-              **{key.removesuffix(",none"): value for key, value in metrics.items()},
+              **{
+                  key.removesuffix(",none"): value for key, value in metrics.items() if "," in key
+              },
           }
           for name, metrics in results["results"].items()
       },
   }
+
+
+def item_lines(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+  """Yields each document's prompts, responses and metrics, of results with samples."""
+  kept = ("doc_id", "arguments", "resps", "target")
+  for name, samples in results["samples"].items():
+    for sample in samples:
+      metrics = {metric: sample[metric] for metric in sample["metrics"]}
+      yield {"task": name, **{key: sample[key] for key in kept}, **metrics}
 
 
 def table(results: Mapping[str, Any]) -> str:

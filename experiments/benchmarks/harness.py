@@ -32,17 +32,18 @@ import numpy as np
 import tqdm
 
 from dense_jax import runs
-from dense_jax.evaluation.harness import Answers
 from dense_jax.evaluation.harness_tasks import DEFINITIONS
-from dense_jax.evaluation.likelihood import Scored, encode_pair
-from dense_jax.evaluation.task_data import TaskData, load_task, read_task
-from dense_jax.evaluation.task_metrics import compute_metrics
+from dense_jax.evaluation.likelihood import Likelihood
+from dense_jax.evaluation.scoring import evaluate_task
+from dense_jax.evaluation.task_data import TaskData, load_task, read_records, task_files
 from dense_jax.runs import harness
 from experiments.benchmarks import common, harness_models
 
 SHOTS = 5
 # Task -> documents without examples in the prompt, and with them.
-DOCUMENTS = {"lambada": (200, 50), "hellaswag": (100, 25), "arc_easy": (100, 50), "wikitext": (6, 0)}
+DOCUMENTS = {
+    "lambada": (200, 50), "hellaswag": (100, 25), "arc_easy": (100, 50), "wikitext": (6, 0),
+}
 QUICK_DOCUMENTS = {"lambada": (3, 2), "arc_easy": (2, 2), "wikitext": (1, 0)}
 RIVAL_BATCHES = (4, 16, 32)
 # Documents on which the rival's batch sizes are tried.
@@ -122,46 +123,23 @@ class Timed:
     return Scores(np.array(nats), greedy, metrics, self.seconds)
 
 
-class Ours:
-  """Scores items as `cli.evaluate --tasks` does."""
-
-  def __init__(self, answers: Answers) -> None:
-    """Takes the tokenizer and the compiled programs of the adapter."""
-    self._tokenizer, self._likelihood = answers.tokenizer, answers.likelihood
-
-  def __call__(self, data: TaskData) -> Scores:
-    """Scores the items of a task."""
-    start = time.perf_counter()
-    pairs = [pair for item in data.items for pair in item.pairs]
-    requests = [
-        self._likelihood.windows(self._tokenizer.encode(text)) if data.task == "wikitext"
-        else [encode_pair(self._tokenizer, context, text)]
-        for context, text in pairs
-    ]
-    parts = iter(self._likelihood.score([part for request in requests for part in request]))
-    scored = []
-    for request in requests:
-      found = [next(parts) for _ in request]
-      nats, greedy = sum(part.log_likelihood for part in found), all(part.greedy for part in found)
-      scored.append(Scored(nats, greedy))
-    seconds = time.perf_counter() - start
-    rest = iter(scored)
-    by_item = [[next(rest) for _ in item.pairs] for item in data.items]
-    metrics = compute_metrics(data.task, data.items, by_item).values
-    greedy_all = () if data.task == "wikitext" else tuple(each.greedy for each in scored)
-    return Scores(
-        np.array([each.log_likelihood for each in scored]), greedy_all, dict(metrics), seconds
-    )
+def score(likelihood: Likelihood, data: TaskData) -> Scores:
+  """Scores the items of a task as `cli.evaluate --tasks` does."""
+  start = time.perf_counter()
+  found = evaluate_task(likelihood, data)
+  seconds = time.perf_counter() - start
+  scored = [each for item in found.scored for each in item]
+  greedy = () if data.task == "wikitext" else tuple(each.greedy for each in scored)
+  nats = np.array([each.log_likelihood for each in scored])
+  return Scores(nats, greedy, dict(found.metrics.values), seconds)
 
 
 def make_models(folder: pathlib.Path, data: str, size: Size) -> dict[str, float]:
   """Writes a model of each family into a folder of its name; returns their last losses."""
   # What is evaluated is not trained on.
   text = pathlib.Path(data, "text", "wikitext2_raw_valid.txt").read_text(encoding="utf-8")
-  passages, _ = read_task("lambada", data)
-  text += "\n\n".join(
-      passage.fields["passage"] + passage.choices[0] for passage in passages[1000:]
-  )
+  passages = read_records("lambada", task_files("lambada", data)[0])[1000:]
+  text += "\n\n".join(passage.fields["passage"] + passage.choices[0] for passage in passages)
   tokenizer = harness_models.train_tokenizer([text], size.vocabulary)
   ids = np.array(tokenizer.encode(text).ids, np.int32)
   losses = {}
@@ -195,16 +173,17 @@ def best_batch(rival: Timed, task: str, data: str, documents: int, shots: int) -
 
 
 def compare(
-    ours: Ours, adapter: Timed, rival: Timed, task: str, data: str, documents: int, shots: int
+    adapter: Timed, rival: Timed, task: str, data: str, documents: int, shots: int
 ) -> dict[str, Any]:
   """Returns all figures of one task."""
   items = load_task(task, data, shots=shots, limit=documents)
-  compiled = ours(items)
+  likelihood = adapter.model.answers.likelihood
+  compiled = score(likelihood, items)
   batch_size = best_batch(rival, task, data, documents, shots)
   rival.model.batch_size_per_gpu = batch_size
-  before = ours(items)
+  before = score(likelihood, items)
   theirs = rival(task, data, documents, shots)
-  after = ours(items)
+  after = score(likelihood, items)
   through = adapter(task, data, documents, shots)
   seconds = statistics.median((before.seconds, after.seconds))
 
@@ -276,8 +255,8 @@ def speeds(results: dict[str, dict[str, Any]]) -> str:
 def main(arguments: Sequence[str]) -> None:
   """Runs the benchmark, prints both tables, and fails if the two programs do not agree."""
   parser = common.parser(__doc__, "tiny models, few documents")
-  parser.add_argument("--data", default="../shared/data", help="the folder of evaluation data, with "
-                      "text/wikitext2_raw_valid.txt to train on (../shared/data)")
+  parser.add_argument("--data", default="../shared/data", help="the folder of evaluation data, "
+                      "with text/wikitext2_raw_valid.txt to train on (../shared/data)")
   parser.add_argument("--family", choices=harness_models.FAMILIES, help="one family only")
   options = parser.parse_args(arguments)
   size, documents = (QUICK, QUICK_DOCUMENTS) if options.quick else (FULL, DOCUMENTS)
@@ -289,8 +268,7 @@ def main(arguments: Sequence[str]) -> None:
     for family in families:
       folder = pathlib.Path(temporary, family)
       loaded = runs.load_folder(str(folder))
-      answers = harness.answers(loaded, batch_size=BATCH_SIZE, carried=False)
-      adapter, ours = Timed(harness.register()(answers)), Ours(answers)
+      adapter = Timed(harness.harness_model(loaded, batch_size=BATCH_SIZE, carried=False))
       rival = Timed(make_rival(folder, threads))
       cases = [
           (task, shots, counts[bool(shots)]) for shots in (0, SHOTS)
@@ -298,7 +276,7 @@ def main(arguments: Sequence[str]) -> None:
       ]
       for task, shots, count in common.progress(cases, family):
         results[f"{family}, {task}, {shots}"] = compare(
-            ours, adapter, rival, task, options.data, count, shots
+            adapter, rival, task, options.data, count, shots
         )
   note = (
       "difference: the largest between our log-likelihoods and the rival's, in nats; relative to "
