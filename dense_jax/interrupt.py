@@ -238,6 +238,44 @@ class Interrupt:
     os._exit(_STATUS)
 
 
+class Break:
+  """A context in which SIGINT, as Ctrl-C sends it, breaks off a part of the work, not the process.
+
+  All other signals are handled as outside of it. Outside the main thread it changes nothing.
+
+  Attributes:
+    asked: whether SIGINT came; set to false before a part of the work.
+    raises: whether SIGINT also raises KeyboardInterrupt, as is needed to leave `input`.
+  """
+
+  def __init__(self) -> None:
+    self.asked, self.raises = False, False
+    self._is_main = threading.current_thread() is threading.main_thread()
+
+  def _handle(self, number: int, frame: FrameType | None) -> None:
+    del number, frame
+    self.asked = True
+    if self.raises:
+      raise KeyboardInterrupt
+
+  def __enter__(self) -> "Break":
+    if self._is_main:
+      # The watcher thread of an `Interrupt` would end the process.
+      self._wakeup = signal.set_wakeup_fd(-1)
+      self._before = signal.signal(signal.SIGINT, self._handle)
+    return self
+
+  def __exit__(
+      self,
+      kind: type[BaseException] | None,
+      error: BaseException | None,
+      trace: TracebackType | None,
+  ) -> None:
+    if self._is_main:
+      signal.signal(signal.SIGINT, self._before)
+      signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+
+
 class Output:
   """A standard stream that survives the loss of its reader, and prints "?" for unencodable text.
 

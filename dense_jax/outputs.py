@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,16 @@ def write_json(file: epath.Path, content: Any, field: str) -> None:
   Raises:
     InputError: the file cannot be written after all, for example because the disk is full.
   """
-  text = json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+  _write(file, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", field)
+
+
+def write_json_lines(file: epath.Path, lines: Iterable[Any], field: str) -> None:
+  """Writes a file with each of `lines` as JSON on a line of its own; see `write_json`."""
+  encoded = (json.dumps(_finite(line), allow_nan=False, ensure_ascii=False) for line in lines)
+  _write(file, "".join(line + "\n" for line in encoded), field)
+
+
+def _write(file: epath.Path, text: str, field: str) -> None:
   with _refusing(field, str(file), "a file that can be written"):
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, text.encode())

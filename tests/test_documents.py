@@ -74,7 +74,7 @@ def found(text: str) -> list[str]:
         ("    pip install -e '.[tpuu]'", "pyproject.toml has no extra tpuu"),
         ("    python -m dense_jax.cli.trian", "there is no module dense_jax.cli.trian"),
         ("    dense-jax trian", "did you mean train?"),
-        ("    dense-jax evaluate --workdirr x", "required: --workdir"),
+        ("    dense-jax report --workdirr x", "required: --workdir"),
         (f"    dense-jax train {SMOKE} --workdir x --steps 3", "unrecognized arguments: --steps 3"),
         (f"a\n\n    dense-jax train {SMOKE} \\\n        --workdir x --config.train.stepz=1\n",
          "README.md:3: dense-jax train"),

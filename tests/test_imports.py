@@ -33,7 +33,7 @@ ROOMS = {
     "data": ("errors", "batch", "config", "files"),
     "training": _MODEL,
     "evaluation": (*_MODEL, "data"),
-    "generation": _MODEL,
+    "generation": (*_MODEL, "data"),
     "interop": (*_MODEL, "outputs"),
     "costs": ("errors",),
     "experiment": ("models", "errors", "config", "files"),
@@ -57,7 +57,8 @@ BANNED = {
 ONLY_IN = {"ml_collections": ("dense_jax/experiment.py", "dense_jax/cli/", "experiments/")}
 
 # Imported inside the functions that need them, so that the rest runs without them.
-OPTIONAL = {"torch", "safetensors", "zstandard", "matplotlib", "tensorboardX", "tokenizers"}
+OPTIONAL = {"lm_eval", "torch", "safetensors", "zstandard", "matplotlib", "tensorboardX",
+            "tokenizers"}
 
 # What tells one platform from another, and the only places that ask.
 PLATFORM_NAMES = {"default_backend", "platform"}

@@ -10,6 +10,7 @@ never a dict. `dense_jax.cli.config_help` prints all keys, from the same fields.
 from dense_jax.config.build import build, defaults, field_types
 from dense_jax.config.data import DataConfig
 from dense_jax.config.dense import DenseConfig
+from dense_jax.config.eval import EvalConfig
 from dense_jax.config.experiment import ExperimentConfig
 from dense_jax.config.fields import (
   LARGEST,
@@ -29,7 +30,7 @@ from dense_jax.config.optimizer import OptimizerConfig
 from dense_jax.config.train import TrainConfig
 
 __all__ = [
-  "LARGEST", "LARGEST_SEED", "DataConfig", "DenseConfig", "ExperimentConfig", "MeshConfig",
-  "ModelConfig", "OptimizerConfig", "TrainConfig", "build", "choice", "defaults", "field_types",
-  "flag", "group", "integer", "invalid", "number", "text", "unknown_key",
+  "LARGEST", "LARGEST_SEED", "DataConfig", "DenseConfig", "EvalConfig", "ExperimentConfig",
+  "MeshConfig", "ModelConfig", "OptimizerConfig", "TrainConfig", "build", "choice", "defaults",
+  "field_types", "flag", "group", "integer", "invalid", "number", "text", "unknown_key",
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 
 from dense_jax.config.data import DataConfig
+from dense_jax.config.eval import EvalConfig
 from dense_jax.config.fields import LARGEST_SEED, group, integer
 from dense_jax.config.mesh import MeshConfig
 from dense_jax.config.model import ModelConfig
@@ -21,5 +22,6 @@ class ExperimentConfig:
   optimizer: OptimizerConfig = group(
       OptimizerConfig, help="AdamW and its learning-rate schedule")
   train: TrainConfig = group(TrainConfig, help="the training run")
+  eval: EvalConfig = group(EvalConfig, help="tasks that are scored during training")
   mesh: MeshConfig = group(
       MeshConfig, help="devices by axis; one size may be -1, which takes the devices that are left")

@@ -21,8 +21,13 @@ class ModelConfig:
   norm_eps: float = number(1e-5, 0, open_low=True, help="epsilon of every RMSNorm")
   dtype: str = choice(
       "float32", "float32", "bfloat16",
-      help="dtype of activations and matmuls; parameters, decays, states, norms' statistics and "
-      "the loss are always float32")
+      help="dtype of activations and matmuls; parameters, decays, norms' statistics, the loss and "
+      "arithmetic on states are always float32")
+  state_dtype: str = choice(
+      "float32", "float32", "bfloat16",
+      help="dtype in which recurrences' states are kept from one decoded token, or one part of a "
+      "text, to the next; training keeps none, and the transformer has none; docs/generation.md "
+      "says what bfloat16 costs")
   block_layers: int = integer(
       0, 0, help="layers of a super-block, the body of the scan over layers; 0 means max(m, 1) "
       "rounded up to a multiple of dense.stride; with the number of layers, each is compiled "

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+import jax
+
 from dense_jax.batch import Segments, Token
 from dense_jax.layers.dense.connection import Shared
 from dense_jax.types import Array, PyTree
@@ -45,4 +47,18 @@ class Mixer(Protocol):
     """
 
   def init_state(self, batch: int) -> PyTree:
-    """Returns the state before the first token of a document."""
+    """Returns the state before the first token of a document.
+
+    A recurrence's state is float32, in a field whose name begins with `h_`; see
+    `cast_recurrences`.
+    """
+
+
+def cast_recurrences(states: PyTree, dtype: jax.typing.DTypeLike) -> PyTree:
+  """Casts the states of recurrences, the fields `h_*` of mixers' states, and nothing else."""
+
+  def cast(path: tuple[jax.tree_util.KeyEntry, ...], leaf: jax.Array) -> jax.Array:
+    is_recurrence = isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name[:2] == "h_"
+    return leaf.astype(dtype) if is_recurrence else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, states)

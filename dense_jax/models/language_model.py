@@ -10,6 +10,7 @@ from dense_jax.batch import Batch, Segments, Token
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.linear import RMSNorm, normal, parameter
 from dense_jax.layers.metrics import Aux
+from dense_jax.layers.mixer import cast_recurrences
 from dense_jax.layers.stack import Stack, StackState
 from dense_jax.models.registry import family
 from dense_jax.ops.cross_entropy import chunked_cross_entropy
@@ -24,7 +25,8 @@ class ModelState:
 
   Attributes:
     position_B: int32, the next token's position in its document.
-    layers: the stack's state; None means that it was not kept.
+    layers: the stack's state, recurrences' in `config.model.state_dtype`; None means that it was
+      not kept.
   """
 
   position_B: Array
@@ -54,7 +56,7 @@ class LanguageModel(nnx.Module):
     if not config.vocab_size:
       raise invalid("config.model.vocab_size", 0, "an integer >= 1 (a tokenizer's size)")
     self.config = config
-    self.dtype = jnp.dtype(config.dtype)
+    self.dtype, self.state_dtype = jnp.dtype(config.dtype), jnp.dtype(config.state_dtype)
     self.embedding = parameter(
         rngs, (config.vocab_size, config.width), ("vocab", "embed"), normal(0.02)
     )
@@ -99,9 +101,11 @@ class LanguageModel(nnx.Module):
     table_VD = constrain(self.embedding[...].astype(self.dtype), None, None)
     x_BTD = constrain_tokens(table_VD[tokens_BT], "embed")
     x_BTD, layers, aux = self.stack(
-        x_BTD, segments, None if state is None else state.layers,
+        x_BTD, segments, None if state is None else cast_recurrences(state.layers, jnp.float32),
         keep_state=keep_state, measure=measure,
     )
+    if keep_state:
+      layers = cast_recurrences(layers, self.state_dtype)
     position_B = before_B + time
     if segments.valid_BT is not None:
       # Padding does not count: the last token that is not padding has the last position.
@@ -152,10 +156,13 @@ class LanguageModel(nnx.Module):
 
   def init_state(self, batch_size: int) -> ModelState:
     """Returns the state before a document's first token."""
-    return ModelState(jnp.zeros(batch_size, jnp.int32), self.stack.init_state(batch_size))
+    layers = cast_recurrences(self.stack.init_state(batch_size), self.state_dtype)
+    return ModelState(jnp.zeros(batch_size, jnp.int32), layers)
 
   def step(self, state: ModelState, tokens_B: Array) -> tuple[ModelState, Array]:
     """Reads one token of each row; returns the next state and float32 logits_BV."""
     x_BD = self.embedding[...].astype(self.dtype)[tokens_B]
-    x_BD, layers, _ = self.stack(x_BD, Token(state.position_B), state.layers)
+    layers = cast_recurrences(state.layers, jnp.float32)
+    x_BD, layers, _ = self.stack(x_BD, Token(state.position_B), layers)
+    layers = cast_recurrences(layers, self.state_dtype)
     return ModelState(state.position_B + 1, layers), self.logits(self.norm(x_BD))

@@ -15,11 +15,12 @@ from dense_jax.runs.compile import CompiledProgram, compile_program
 from dense_jax.runs.report import Report, write_report
 from dense_jax.runs.restoring import LoadedModel, Run, load_folder, restore
 from dense_jax.runs.scoring import Score, evaluate_run
+from dense_jax.runs.tasks import evaluate_tasks
 from dense_jax.runs.training import RunResult, train_run
 from dense_jax.training.loop import Hook, Moment
 
 __all__ = [
     "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "LoadedModel", "Moment", "Report", "Run",
-    "RunResult", "Score", "Snapshot", "compile_program", "evaluate_run", "load_folder", "restore",
-    "train_run", "write_report",
+    "RunResult", "Score", "Snapshot", "compile_program", "evaluate_run", "evaluate_tasks",
+    "load_folder", "restore", "train_run", "write_report",
 ]

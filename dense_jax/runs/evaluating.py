@@ -6,6 +6,7 @@ from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.pipeline import Datasets
 from dense_jax.errors import InputError
 from dense_jax.evaluation.evaluators import Evaluator, HeldOutLoss, Snapshot
+from dense_jax.evaluation.task_evaluator import TaskScores
 from dense_jax.training.loop import Hook, Logger, Moment
 from dense_jax.training.metrics import MetricsWriter, Progress
 from dense_jax.training.step import Trainer
@@ -14,16 +15,21 @@ from dense_jax.training.step import Trainer
 STANDARD: tuple[type[Evaluator], ...] = (HeldOutLoss,)
 
 
-def with_standard(evaluators: Sequence[Evaluator]) -> list[Evaluator]:
-  """Returns the standard evaluators and the given ones.
+def with_standard(
+    evaluators: Sequence[Evaluator], config: ExperimentConfig
+) -> list[Evaluator]:
+  """Returns the standard evaluators, that of the tasks in `config.eval`, and the given ones.
 
-  A given evaluator replaces the standard one that has its name.
+  A given evaluator replaces another one that has its name.
 
   Raises:
-    InputError: two of the given evaluators have the same name, or an interval is not valid.
+    InputError: two of the given evaluators have the same name, an interval is not valid, or a
+      task's files are missing or malformed.
   """
   given = {evaluator.name for evaluator in evaluators}
   chosen = [*(cls() for cls in STANDARD if cls.name not in given), *evaluators]
+  if config.eval.tasks and TaskScores.name not in given:
+    chosen.append(TaskScores(config.eval))
   names = [evaluator.name for evaluator in chosen]
   for evaluator in chosen:
     if names.count(evaluator.name) > 1:

@@ -16,7 +16,8 @@ from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.evaluation.baselines import byte_ngram_bits_per_byte, xz_bits_per_byte
 from dense_jax.evaluation.perplexity import fixed
 from dense_jax.files import make_path, write_atomically
-from dense_jax.generation.decode import Generator
+from dense_jax.generation.generator import Generator
+from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.outputs import check_file
@@ -163,12 +164,14 @@ def samples(
   texts = []
   for document in (0, store.num_documents // 2):
     texts.append(store.prompt(document, 23))
-  generator = Generator(model, Sampling(temperature=0.8, top_p=0.95))
-  prompts = [[tokenizer.bos_id, *ids] for ids in texts]
-  continuations = generator(prompts, max_new_tokens=64, seed=seed, stop_id=tokenizer.eos_id)
+  sampling = Sampling(temperature=0.8, top_p=0.95)
+  requests = [
+      Request([tokenizer.bos_id, *ids], sampling, 64, seed, stop_ids=(tokenizer.eos_id,))
+      for ids in texts
+  ]
   pairs = []
-  for ids, new_ids in zip(texts, continuations, strict=True):
-    prompt, new = spell(tokenizer, ids, new_ids)
+  for ids, result in zip(texts, Generator(model, batch_size=2)(requests), strict=True):
+    prompt, new = spell(tokenizer, ids, result.ids)
     text = printable(prompt + new)  # Joined first: CR LF may lie across both.
     pairs.append((text[: len(prompt)], text[len(prompt) :]))
   return pairs

@@ -38,13 +38,14 @@ CHANGES = {
     r"seed": Change.NEVER,
     r"model\.(family|vocab_size|width|layers|tie_embeddings|norm_eps|dtype)": Change.NEVER,
     r"model\.(dense|mixer)\..*": Change.NEVER,
-    r"model\.(implementation|chunk|remat|block_layers)": Change.FREELY,
+    r"model\.(implementation|chunk|remat|block_layers|state_dtype)": Change.FREELY,
     r"data\.(heldout_every|format|template|seq_len|vocab_size)": Change.NEVER,
     r"data\.(path|heldout_path|tokenizer|cache_dir)": Change.FREELY,
     r"optimizer\..*": Change.ASKED,
     r"train\.batch_size": Change.NEVER,
     r"train\.(steps|z_loss)": Change.ASKED,
     r"train\.(accumulate|loss_chunk|eval_batches|keep_last|keep_best|.*_every)": Change.FREELY,
+    r"eval\..*": Change.FREELY,
     r"mesh\..*": Change.FREELY,
 }
 

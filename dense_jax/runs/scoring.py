@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
-from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.config import DataConfig, ModelConfig, TrainConfig, invalid
 from dense_jax.data.packing import TokenStore, build_store
 from dense_jax.data.pipeline import heldout_batches
 from dense_jax.data.sources import TextSource, split
 from dense_jax.evaluation.perplexity import HeldOut, Scorer
 from dense_jax.runs.formatting import scaled
 from dense_jax.runs.memory import device_memory
-from dense_jax.runs.restoring import Run
+from dense_jax.runs.restoring import LoadedModel, Run
+from dense_jax.runs.tasks import window_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,38 +38,45 @@ class Score:
 
 
 def evaluate_run(
-    run: Run, text: TextSource | None = None, *, batch_size: int = 16, batches: int = 0
+    run: LoadedModel, text: TextSource | None = None, *, batch_size: int = 16, batches: int = 0
 ) -> Score:
   """Scores a text in windows of `config.data.seq_len` tokens, each with a fresh context.
 
   Args:
-    run: a run from `restore`.
+    run: a run from `restore`, or a model from `load_folder`, whose windows are `window_of` it.
     text: the text to score (see `dense_jax.data.sources.find`); None means the run's held-out text.
     batch_size: windows in a batch; if there are fewer, one batch takes all.
     batches: the most batches to score, spread evenly over the text; 0 means all.
 
   Raises:
-    InputError: the text cannot be read, or the activations of a single layer do not fit the memory.
+    InputError: the text cannot be read, the activations of a single layer do not fit the memory, or
+      a model that is not a run was given no text.
   """
-  data, cache_dir = run.config.data, run.config.data.cache_dir
-  text = split(data)[1] if text is None else dataclasses.replace(text, cache_dir=cache_dir)
-  store = build_store(text, run.tokenizer, cache_dir)
+  data = run.config.data if isinstance(run, Run) else DataConfig()
+  if text is not None:
+    text = dataclasses.replace(text, cache_dir=data.cache_dir)
+  elif isinstance(run, Run):
+    text = split(data)[1]
+  else:
+    raise invalid("--text", None, f"a text, for {run.name} is not a run with a held-out one")
+  store = build_store(text, run.tokenizer, data.cache_dir)
   return score_store(run, store, batch_size=batch_size, batches=batches)
 
 
 def score_store(
-    run: Run, store: TokenStore, *, batch_size: int = 16, batches: int = 0
+    run: LoadedModel, store: TokenStore, *, batch_size: int = 16, batches: int = 0
 ) -> Score:
   """Scores a text that is tokenized already; see `evaluate_run`."""
-  config = run.config
-  windows = store.num_windows(config.data.seq_len)
+  window = window_of(run)
+  train = run.config.train if isinstance(run, Run) else TrainConfig()
+  windows = store.num_windows(window)
   batch_size = min(batch_size, windows)  # A row without a window is only padding.
-  _check_memory(config, batch_size)
+  _check_memory(run.model.config, window, batch_size)
   total = -(-windows // batch_size)
   taken = min(batches, total) if batches else total
-  scorer = Scorer(run.model, chunk=config.train.loss_chunk)
+  scorer = Scorer(run.model, chunk=train.loss_chunk)
   with tqdm.tqdm(
-      heldout_batches(store, config.data.seq_len, batch_size, batches), total=taken,
+      heldout_batches(store, window, batch_size, batches), total=taken,
       unit="batch", leave=False, disable=not sys.stderr.isatty(),
   ) as bar:
     held_out = scorer(run.params, bar, jax.device_put)
@@ -78,9 +86,9 @@ def score_store(
   )
 
 
-def _check_memory(config: ExperimentConfig, batch_size: int) -> None:
+def _check_memory(config: ModelConfig, window: int, batch_size: int) -> None:
   """Refuses a batch for which the activations of a single layer do not fit the memory."""
-  row = config.data.seq_len * config.model.width * jnp.dtype(config.model.dtype).itemsize
+  row = window * config.width * jnp.dtype(config.dtype).itemsize
   needed, available = batch_size * row, device_memory()
   if needed > available:
     raise invalid(

@@ -94,7 +94,7 @@ def train_run(
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")
   resume.check_allowed(config, allow_change)
-  evaluators = with_standard(evaluators)
+  evaluators = with_standard(evaluators, config)
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.only_first_prints())
     if interrupt is None:

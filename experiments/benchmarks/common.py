@@ -28,7 +28,8 @@ from dense_jax import experiment, outputs, sharding
 from dense_jax.batch import Batch, Segments
 from dense_jax.config import ExperimentConfig
 from dense_jax.errors import InputError
-from dense_jax.generation.decode import Generator
+from dense_jax.generation.programs import BLOCK, Programs
+from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.params import count_params, with_params
 from dense_jax.models.registry import FAMILIES
@@ -139,16 +140,19 @@ class Decoding:
     params = trainer.init(0).params
     self.parameters = count_params(params)
     self.batch_size = batch_size
-    generator = Generator(with_params(trainer.model, params), Sampling(temperature=0))
+    self._programs = Programs(with_params(trainer.model, params), batch_size)
     prompt = np.random.default_rng(0).integers(0, settings.model.vocab_size, context).tolist()
-    self._stream = generator.stream([prompt] * batch_size, seed=0)
+    request = Request(prompt, Sampling(temperature=0), max_new_tokens=2**31 - 1)
+    read, self._rows = self._programs.read(prompt), self._programs.empty()
+    for row in range(batch_size):
+      self._rows = self._programs.insert(self._rows, row, read, request)
     self(), self()
 
   def __call__(self) -> float:
     """Decodes one block; returns the seconds per token (of all rows together)."""
     start = time.perf_counter()
-    tokens = next(self._stream)
-    return (time.perf_counter() - start) / tokens.shape[1]
+    self._rows, _, _ = self._programs.decode(self._rows)
+    return (time.perf_counter() - start) / BLOCK
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,20 +21,12 @@ The columns called "bar" give the ratio that must be reached.
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-
-from dense_jax import sharding
 from dense_jax.config import ExperimentConfig
-from dense_jax.generation.decode import Generator
-from dense_jax.generation.sampling import Sampling
-from dense_jax.models.params import with_params
-from dense_jax.training.step import Trainer
 from experiments.benchmarks import common, cpu_dense, cpu_lengths, cpu_modes
-from experiments.benchmarks.common import Size, Table, TrainStep
+from experiments.benchmarks.common import Decoding, Size, Table, TrainStep
 
 # The authors' PyTorch code (gau_retnet, D 512, K 256, 2 heads, 8 layers, V 8192, m = 1) on two
 # cores of a similar machine: training tokens/s by T, and decoded tokens/s by B.
@@ -93,17 +85,11 @@ def decoded(batch_size: int, new_tokens: int, *, quick: bool) -> tuple[float, fl
     Tokens/s of all rows together at the beginning and at the end, and the growth of the
     process's memory in between, in bytes.
   """
-  settings = authors_config(64, quick=quick)
-  trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
-  model = with_params(trainer.model, trainer.init(0).params)
-  stream = Generator(model, Sampling(temperature=0)).stream([[1, 2, 3]] * batch_size, seed=0)
-  next(stream)  # Compiles.
+  decoding = Decoding(authors_config(64, quick=quick), batch_size)
   rates: list[float] = []
   before = memory()
   while len(rates) * 64 < new_tokens:
-    start = time.perf_counter()
-    tokens = next(stream)
-    rates.append(tokens.size / (time.perf_counter() - start))
+    rates.append(batch_size / decoding())
     if len(rates) == 2:
       before = memory()
   some = max(2, len(rates) // 10)

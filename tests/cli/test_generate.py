@@ -11,6 +11,8 @@ from dense_jax import experiment, runs
 from dense_jax.cli import generate
 from dense_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from dense_jax.errors import InputError
+from dense_jax.generation.requests import Piece, Result
+from dense_jax.generation.text import Spelling
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params
 from dense_jax.runs.formatting import printable
@@ -51,12 +53,18 @@ def _continues(monkeypatch, rows):
   given = []
 
   class Stub:
-    def __init__(self, model, sampling):
-      pass
+    def __init__(self, model, tokenizer, batch_size):
+      self.tokenizer = tokenizer
 
-    def __call__(self, prompts, **options):
-      given.extend(prompts)
-      return rows
+    def stream(self, requests, *, block):
+      """Yields a piece for each token, the last row first."""
+      given.extend(request.ids for request in requests)
+      for index in reversed(range(len(rows))):
+        spelling = Spelling(self.tokenizer, requests[index].ids)
+        texts = [*(spelling.push([token]) for token in rows[index]), spelling.end()]
+        for text in texts[:-1]:
+          yield Piece(index, text)
+        yield Piece(index, texts[-1], Result(rows[index], [], "".join(texts), "length"))
 
   monkeypatch.setattr(generate, "Generator", Stub)
   return given

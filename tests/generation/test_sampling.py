@@ -1,25 +1,31 @@
 """Sampling: which tokens can be drawn, how often, and the same for the same seed."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dense_jax.errors import InputError
-from dense_jax.generation.sampling import Sampling, sample
-from tests.builders import normal
+from dense_jax.generation import sampling as module
+from dense_jax.generation.sampling import Sampling, Settings, penalized, sample
+from tests.builders import fast_jit, normal
 
 V = 11
 INF = float("inf")
 LOGITS = normal(0, 3, V, scale=1.5)
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "draws"))
+_sample = fast_jit(sample)
+
+
 def _draw(logits_BV, sampling, seed=0, draws=2000):
-  keys = jax.random.split(jax.random.key(seed), draws)
-  return jax.vmap(lambda key: sample(logits_BV, key, sampling))(keys)
+  """Draws from each row, or from row i by the i-th sampling; each draw is a row of one batch."""
+  logits_BV = jnp.asarray(logits_BV, jnp.float32)
+  rows = len(logits_BV)
+  samplings = [sampling] * rows if isinstance(sampling, Sampling) else sampling
+  keys = jax.random.split(jax.random.key(seed), draws * rows)
+  tokens = _sample(jnp.tile(logits_BV, (draws, 1)), keys, Settings.of(samplings * draws))
+  return np.asarray(tokens).reshape(draws, rows)
 
 
 def _support(tokens_SB):
@@ -41,7 +47,8 @@ def _top_p(logits, top_p):
 
 
 def test_greedy_is_the_argmax():
-  tokens = sample(LOGITS, jax.random.key(0), Sampling(temperature=0))
+  tokens = sample(LOGITS, jax.random.split(jax.random.key(0), 3),
+                  Settings.of([Sampling(temperature=0)] * 3))
   assert tokens.dtype == jnp.int32
   np.testing.assert_array_equal(tokens, np.argmax(LOGITS, axis=-1))
 
@@ -84,6 +91,63 @@ def test_top_p_follows_temperature_and_top_k():
   assert _support(_draw(LOGITS, sampling)) == expected
 
 
+def test_min_p_keeps_a_fraction_of_the_likeliest_at_that_temperature():
+  logits = np.log([[8.0, 4.0, 2.0, 1.0]])
+  assert _support(_draw(logits, Sampling(min_p=0.5))) == [{0, 1}]
+  assert _support(_draw(logits, Sampling(min_p=0.24))) == [{0, 1, 2}]
+  # Square roots: 2.83, 2, 1.41, 1.
+  assert _support(_draw(logits, Sampling(min_p=0.4, temperature=2.0))) == [{0, 1, 2}]
+  assert _support(_draw(logits, Sampling(min_p=1.0))) == [{0}]
+  # The smaller of the sets of top-p and min-p.
+  assert _support(_draw(logits, Sampling(min_p=0.24, top_p=0.6))) == [{0, 1}]
+  assert _support(_draw(logits, Sampling(min_p=0.5, top_p=0.9))) == [{0, 1}]
+
+
+def test_the_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
+  logits = jnp.asarray([[2.0, -1.0, 2.0, 0.0], [2.0, -1.0, 2.0, 0.0]])
+  seen = jnp.asarray([[True, True, False, True], [True, True, True, True]])
+  settings = Settings.of([Sampling(repetition_penalty=4.0), Sampling()])
+  np.testing.assert_array_equal(
+      penalized(logits, seen, settings), [[0.5, -4.0, 2.0, 0.0], [2.0, -1.0, 2.0, 0.0]]
+  )
+
+
+MIXED = [
+    Sampling(temperature=0), Sampling(), Sampling(top_k=3), Sampling(top_p=0.7),
+    Sampling(min_p=0.3), Sampling(temperature=3.0, top_k=5, top_p=0.9, min_p=0.05),
+]
+
+
+def test_a_row_draws_the_same_whatever_the_others_are():
+  """Greedy rows alone, or rows without limits, take shorter ways through the program."""
+  logits = normal(1, len(MIXED), 300)
+  keys = jax.random.split(jax.random.key(2), len(MIXED))
+  together = np.asarray(_sample(logits, keys, Settings.of(MIXED)))
+  for row, sampling in enumerate(MIXED):
+    same = _sample(
+        jnp.tile(logits[row], (len(MIXED), 1)), keys[jnp.full(len(MIXED), row)],
+        Settings.of([sampling] * len(MIXED)),
+    )
+    assert np.asarray(same).tolist() == [together[row]] * len(MIXED)
+
+
+def test_few_likeliest_tokens_and_all_of_them_give_the_same_set(monkeypatch):
+  """Rows that keep more tokens than are looked at first, and equal logits among them."""
+  samplings = [
+      Sampling(top_k=5), Sampling(top_k=40), Sampling(top_p=0.1), Sampling(top_p=0.9),
+      Sampling(min_p=0.02), Sampling(min_p=0.5), Sampling(top_k=40, top_p=0.95), Sampling(),
+  ]
+  logits = jnp.round(4 * normal(3, 5 * len(samplings), 100)) / 4
+  kept = []
+  for few in (4, 20, 100):
+    monkeypatch.setattr(module, "_FEW", few)
+    kept.append(fast_jit(lambda *args: module._kept(*args))(logits, Settings.of(samplings * 5)))
+  np.testing.assert_array_equal(kept[0], kept[2])
+  np.testing.assert_array_equal(kept[1], kept[2])
+  sizes = np.asarray(kept[2]).sum(axis=1).reshape(5, -1)
+  assert set(sizes[:, 0]) == {5} and set(sizes[:, 1]) == {40} and set(sizes[:, 7]) == {100}
+
+
 # Options -> rows of logits and which tokens they can draw. Each row is filled up with -INF.
 TIES = {
     Sampling(top_k=1): [([2, 3, 2, 0, 2], {1}), ([-0.0, 0.0], {0})],
@@ -119,6 +183,7 @@ TIES = {
 
 @pytest.mark.parametrize(("sampling", "rows"), TIES.items(), ids=map(str, TIES))
 def test_of_equally_likely_tokens_the_lowest_come_first(sampling, rows):
+  rows = (rows * 4)[:4]  # One shape for all.
   logits = jnp.asarray([row + [-INF] * (10 - len(row)) for row, _ in rows], jnp.float32)
   assert _support(_draw(logits, sampling, draws=500)) == [tokens for _, tokens in rows]
 
@@ -128,7 +193,7 @@ def test_of_equally_likely_tokens_the_lowest_come_first(sampling, rows):
 ])
 def test_equal_shares_reach_p_exactly(top_p, counts):
   logits = jnp.where(jnp.arange(1000)[None] < jnp.asarray(counts)[:, None], 0.0, -INF)
-  tokens = _draw(logits, Sampling(top_p=top_p), draws=5000)
+  tokens = _draw(logits, Sampling(top_p=top_p), draws=2000)
   for count, drawn in zip(counts, _support(tokens), strict=True):
     kept = round(top_p * count)
     assert drawn <= set(range(kept))
@@ -157,7 +222,10 @@ def test_a_seed_reproduces_and_another_differs():
 @pytest.mark.parametrize(("values", "field"), [
     ({"temperature": -1.0}, "temperature"), ({"temperature": float("inf")}, "temperature"),
     ({"temperature": float("nan")}, "temperature"), ({"top_k": -1}, "top_k"),
-    ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
+    ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"min_p": -0.1}, "min_p"),
+    ({"min_p": 1.1}, "min_p"), ({"min_p": float("nan")}, "min_p"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ({"repetition_penalty": float("inf")}, "repetition_penalty"),
 ])
 def test_a_value_out_of_range_is_an_error_that_names_it(values, field):
   with pytest.raises(InputError, match=field):

@@ -12,6 +12,7 @@ from PIL import Image
 from dense_jax.data.token_store import TokenStore
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.evaluation.perplexity import HeldOut
+from dense_jax.generation.requests import Result
 from dense_jax.runs import plot, report
 from dense_jax.runs.formatting import table
 from dense_jax.runs.scoring import Score
@@ -78,12 +79,13 @@ def test_the_table_says_how_much_was_scored_and_leaves_out_what_is_not_known():
 ])
 def test_samples_join_to_what_is_spelled(monkeypatch, document, new, expected):
   class Stub:
-    def __init__(self, model, sampling):
+    def __init__(self, model, batch_size):
       pass
 
-    def __call__(self, prompts, **options):
+    def __call__(self, requests):
+      prompts = [request.ids for request in requests]
       assert all(prompt[0] == ByteTokenizer.bos_id and len(prompt) <= 24 for prompt in prompts)
-      return [list(new) for _ in prompts]
+      return [Result(list(new), [], "", "length") for _ in prompts]
 
   monkeypatch.setattr(report, "Generator", Stub)
   tokenizer = ByteTokenizer()

@@ -1,0 +1,135 @@
+"""Compiled programs that read rows of tokens from a state, and score targets at some of them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dense_jax import sharding
+from dense_jax.batch import Batch, Segments
+from dense_jax.config import ModelConfig
+from dense_jax.models.language_model import ModelState
+from dense_jax.models.params import abstract_model, with_params
+from dense_jax.types import Array, Params
+
+# Lengths to which rows are padded: a program is compiled for each that occurs.
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Targets of a call of `Programs.score`, and how many of them have logits at one time.
+TARGETS, CHUNK = 2048, 128
+
+
+def padded_length(longest: int) -> int:
+  """Returns the length to which rows are padded; longer rows are read in several calls."""
+  return next((length for length in LENGTHS if length >= longest), LENGTHS[-1])
+
+
+class Programs:
+  """The programs of one model; they are compiled for each shape on first use.
+
+  A row's numbers do not depend on what is in the other rows, nor on how much it is padded.
+  """
+
+  def __init__(self, config: ModelConfig) -> None:
+    """Makes the programs; nothing is compiled yet."""
+    model = abstract_model(config)
+
+    def read(
+        params: Params, parents: tuple[ModelState, Array] | None, tokens_BT: Array,
+        segments: Segments, keep: bool,
+    ) -> tuple[Array, ModelState | None]:
+      state = None if parents is None else parents[0].rows(parents[1])
+      hidden_BTD, after = with_params(model, params).hidden(tokens_BT, segments, state)
+      return hidden_BTD, after if keep else None
+
+    def score(
+        params: Params, hidden_BTD: Array, place_K: Array, target_K: Array, chunks: Array
+    ) -> tuple[Array, Array]:
+      loaded = with_params(model, params)
+      hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+
+      def body(chunk: Array, scored: tuple[Array, Array]) -> tuple[Array, Array]:
+        def part(x: Array) -> Array:
+          return jax.lax.dynamic_slice_in_dim(x, chunk * CHUNK, CHUNK)
+
+        logits = loaded.logits(hidden[part(place_K)])
+        values = _log_likelihood(logits, part(target_K))
+        return tuple(  # type: ignore[return-value]
+            jax.lax.dynamic_update_slice_in_dim(whole, value, chunk * CHUNK, 0)
+            for whole, value in zip(scored, values, strict=True)
+        )
+
+      fresh = jnp.zeros(TARGETS, jnp.float32), jnp.zeros(TARGETS, bool)
+      return jax.lax.fori_loop(0, chunks, body, fresh)
+
+    self._read: Callable[..., tuple[Array, ModelState]] = jax.jit(
+        read, static_argnames="keep"
+    )
+    self._score: Callable[..., tuple[Array, Array]] = jax.jit(score)
+
+  def read(
+      self, params: Params, state: ModelState | None, index_B: np.ndarray, batch: Batch, *,
+      keep: bool,
+  ) -> tuple[Array, ModelState]:
+    """Reads rows, each from a row of `state`.
+
+    Args:
+      params: the model's parameters.
+      state: the states to go on from; None means that all rows begin a document.
+      index_B: int32, the row of `state` from which each row goes on.
+      batch: tokens and segments on the devices, padded on the right with segment id 0.
+      keep: whether the state after the rows is wanted.
+
+    Returns:
+      The last norm's output hidden_BTD, and the state (None without `keep`).
+    """
+    parents = None if state is None else (state, everywhere(index_B, params))
+    with sharding.mesh_of(params):
+      return self._read(params, parents, batch.tokens_BT, batch.segments, keep=keep)
+
+  def score(
+      self, params: Params, hidden_BTD: Array, place_K: np.ndarray, target_K: np.ndarray
+  ) -> tuple[Array, Array]:
+    """Scores at most `TARGETS` targets.
+
+    Args:
+      params: the model's parameters.
+      hidden_BTD: from `read`.
+      place_K: int, row * T + time of the token that predicts each target.
+      target_K: int, the targets.
+
+    Returns:
+      Log-probabilities in nats, float32, and whether each target is the most probable token; both
+      [TARGETS], of which the first K are meant.
+    """
+    count = len(place_K)
+    padded = np.zeros((2, TARGETS), np.int32)
+    padded[0, :count], padded[1, :count] = place_K, target_K
+    chunks = np.asarray(-(-count // CHUNK), np.int32)
+    arguments = (everywhere(x, params) for x in (padded[0], padded[1], chunks))
+    with sharding.mesh_of(params):
+      return self._score(params, hidden_BTD, *arguments)
+
+
+def _log_likelihood(logits_KV: Array, target_K: Array) -> tuple[Array, Array]:
+  """Returns the targets' log-probabilities, and whether each is the first of the most probable."""
+  vocabulary = jnp.arange(logits_KV.shape[-1], dtype=jnp.int32)[None]
+  is_target = target_K[:, None] == vocabulary
+  # Sums and minima instead of look-ups: the vocabulary may be split over devices.
+  target_logit = jnp.sum(jnp.where(is_target, logits_KV, 0.0), axis=-1)
+  largest_K1 = jnp.max(logits_KV, axis=-1, keepdims=True)
+  first = jnp.min(
+      jnp.where(logits_KV == largest_K1, vocabulary, logits_KV.shape[-1]), axis=-1
+  )
+  log_z = jax.nn.logsumexp(logits_KV, axis=-1)
+  return target_logit - log_z, first == target_K
+
+
+def everywhere(x: np.ndarray, params: Params) -> Array:
+  """Puts an array whole on every device of the parameters; all processes must have the same."""
+  placed = next(iter(params.values())).sharding
+  if not isinstance(placed, NamedSharding):
+    return jax.device_put(x, placed)
+  whole = NamedSharding(placed.mesh, PartitionSpec())
+  return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
