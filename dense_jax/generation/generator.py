@@ -169,7 +169,7 @@ class _Continuation:
 
   @property
   def keeps(self) -> bool:
-    """Whether the result has a prefix."""
+    """True if the result is to have a prefix."""
     return self.request.keep_state
 
   @property

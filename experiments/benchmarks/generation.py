@@ -1,4 +1,4 @@
-"""Generation's memory for long prompts, and the drift of states that are kept in bfloat16.
+"""Generation: memory for long prompts, drift of bfloat16 states, and rounding by batch size.
 
 Command   python -m experiments.benchmarks.generation --text FILE \
               --json experiments/results/generation_DATE.json
@@ -7,8 +7,11 @@ Parts     memory  peak RSS, and seconds, of a process that reads a prompt of 1k,
                   and draws 16 more, beside one that reads nothing
           drift   tokens of a text, read one by one with states kept in float32 and in bfloat16:
                   mean |difference| of the negative log-likelihoods, in nats, and mean KL divergence
-                  of the predictions, over all tokens and over the last tenth, and their means
-The models are small and, if the drift's are to be trained ones, `--workdir` names their runs.
+                  of the predictions, over all tokens and over the last tenth
+          batches eight texts that are drawn at temperatures from 0.8 to 1.5 in batches of 1, 4 and
+                  8 rows: how many of their tokens the batch size changes, and the largest
+                  difference of log-probabilities
+The models are small and fresh; `--workdir` names runs that are measured too, except for memory.
 """
 
 import functools
@@ -30,6 +33,7 @@ from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.files import make_path
 from dense_jax.generation.generator import Generator
 from dense_jax.generation.requests import Request
+from dense_jax.generation.sampling import Sampling
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import get_params, unrolled, with_params
 from dense_jax.runs.generating import with_state_dtype
@@ -38,7 +42,8 @@ from dense_jax.types import Array, Params
 from experiments.benchmarks import common
 from experiments.benchmarks.common import Table
 
-FAMILIES = ("mamba", "gau_retnet", "mamba2", "retnet", "s4d")
+DRIFT_FAMILIES = ("mamba", "gau_retnet", "mamba2", "retnet", "s4d")
+FAMILIES = ("mamba", "gau_retnet")  # Of the other parts.
 LENGTHS = (0, 1_000, 10_000, 100_000)
 _MEMORY = "memory-of"  # The first argument of a process that is measured.
 
@@ -90,6 +95,18 @@ def memory(options: Any) -> Iterator[Table]:
   yield Table("peak RSS by length of the prompt", rows, results)
 
 
+def models(options: Any, families: Sequence[str], part: str) -> Iterator[LoadedModel]:
+  """Yields a fresh model of each family, and the runs of --workdir, with a progress bar."""
+  if options.quick:
+    families = families[:1]
+  makers: list[Callable[[], LoadedModel]] = [
+      *(functools.partial(small_model, family, quick=options.quick) for family in families),
+      *(functools.partial(runs.restore, workdir) for workdir in options.workdir),
+  ]
+  for make in common.progress(makers, part):
+    yield make()
+
+
 def drifts(model: LoadedModel, tokens_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Reads a text token by token with states kept in float32, and again in bfloat16.
 
@@ -126,12 +143,7 @@ def drift(options: Any) -> Iterator[Table]:
            "last tenth", "most"]]
   results = {}
   text = make_path(options.text, "--text").read_bytes()[: 16 * length].decode(errors="ignore")
-  families = FAMILIES[:1] if options.quick else FAMILIES
-  models: list[Callable[[], LoadedModel]] = [
-      functools.partial(runs.restore, workdir) for workdir in options.workdir
-  ] or [functools.partial(small_model, family, quick=options.quick) for family in families]
-  for make in common.progress(models, "drift"):
-    model = make()
+  for model in models(options, DRIFT_FAMILIES, "drift"):
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)][: length + 1]
     nll, change, kl = drifts(model, np.asarray(ids, np.int32))
     tenth = slice(-len(nll) // 10, None)
@@ -149,7 +161,39 @@ def drift(options: Any) -> Iterator[Table]:
   yield Table(f"states in bfloat16 over {length:,} tokens", rows, results)
 
 
-PARTS = {"memory": memory, "drift": drift}
+def batches(options: Any) -> Iterator[Table]:
+  """Measures what the batch size changes in texts that are drawn."""
+  length, sizes = 100 if options.quick else 2_000, (1, 4, 8)
+  rows = [["model", "tokens", *(f"changed, {size} rows" for size in sizes[1:]),
+           "log-probabilities"]]
+  results = {}
+  for model in models(options, FAMILIES, "batches"):
+    requests = [
+        Request([model.tokenizer.bos_id], Sampling(temperature), length, seed)
+        for seed, temperature in enumerate((0.8, 1.0, 1.2, 1.5) * 2)
+    ]
+    alone, *others = (Generator(model.model, batch_size=size)(requests) for size in sizes)
+    changed, difference = [], 0.0
+    for other in others:
+      same = 0
+      for one, two in zip(alone, other, strict=True):
+        pairs = list(zip(one.ids, two.ids, one.log_probs, two.log_probs, strict=True))
+        # After one token that differs, the texts are two.
+        first = next((at for at, pair in enumerate(pairs) if pair[0] != pair[1]), length)
+        same += first
+        difference = max(difference, *(abs(pair[2] - pair[3]) for pair in pairs[:first]), 0.0)
+      changed.append(length * len(requests) - same)
+    name = f"{model.name} ({model.model.config.family})"
+    total = length * len(requests)
+    results[name] = common.figures(
+        tokens=total, difference=difference,
+        **{f"changed_{size}": count for size, count in zip(sizes[1:], changed, strict=True)},
+    )
+    rows.append([name, f"{total:,}", *(f"{count:,}" for count in changed), f"{difference:.1e}"])
+  yield Table("tokens that another batch size changes", rows, results)
+
+
+PARTS = {"memory": memory, "drift": drift, "batches": batches}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -162,7 +206,7 @@ def main(arguments: Sequence[str]) -> None:
                       help=f"some of {', '.join(PARTS)} (all)")
   parser.add_argument("--text", required=True, metavar="FILE", help="the text for drift, UTF-8")
   parser.add_argument("--workdir", action="append", default=[], metavar="RUN",
-                      help="a trained run, for drift, instead of fresh models; may be repeated")
+                      help="a trained run to measure too; may be repeated")
   options = parser.parse_args(arguments)
   print(f"float32, {common.hardware()}\n", flush=True)
   results: dict[str, Any] = {}
