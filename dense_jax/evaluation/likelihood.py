@@ -10,7 +10,6 @@ than the last of these is read in several calls with its state carried, in const
 score does not depend on the batch size or on the order of the requests, except for rounding.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -23,7 +22,7 @@ from dense_jax.config import ModelConfig
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.errors import InputError
 from dense_jax.evaluation.prefixes import Edge, build_tree
-from dense_jax.evaluation.reading import LENGTHS, TARGETS, Programs, choose_lengths
+from dense_jax.evaluation.reading import LENGTHS, TARGETS, Programs, choose_lengths, programs_of
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.types import Array, Params
 
@@ -111,6 +110,9 @@ class Likelihood:
   ) -> None:
     """Stores what is needed; nothing is compiled yet.
 
+    Models of the same configuration share their programs, so that another instance compiles nothing
+    anew.
+
     Args:
       model: the model, which may be abstract.
       params: its parameters.
@@ -130,13 +132,6 @@ class Likelihood:
     self.window, self.carried, self.batch_size = window, carried, batch_size
     self._config: ModelConfig = model.config
     self._share, self._put, self._rows = share, put, rows
-    self._programs: dict[int, Programs] = {}
-
-  def with_params(self, params: Params) -> "Likelihood":
-    """Returns the same with other parameters; what is compiled is shared."""
-    changed = copy.copy(self)
-    changed.params = params
-    return changed
 
   @property
   def context(self) -> str:
@@ -189,11 +184,10 @@ class Likelihood:
     """
     context = getattr(self._config.mixer, "context", 0)
     context = min(context, max(16, 1 << (longest - 1).bit_length()))
-    if context not in self._programs:
-      mixer = dataclasses.replace(self._config.mixer, context=context) if context else (
-          self._config.mixer)
-      self._programs[context] = Programs(dataclasses.replace(self._config, mixer=mixer))
-    return self._programs[context]
+    if not context:
+      return programs_of(self._config)
+    mixer = dataclasses.replace(self._config.mixer, context=context)
+    return programs_of(dataclasses.replace(self._config, mixer=mixer))
 
   def num_rows(self, length: int, needed: int) -> int:
     """Returns the rows of a batch of at most `needed` rows of a padded length."""

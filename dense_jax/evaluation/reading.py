@@ -1,5 +1,6 @@
 """Compiled programs that read rows of tokens from a state, and score targets at some of them."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -131,6 +132,10 @@ class Programs:
     place, target, number = (everywhere(x, params) for x in (*padded, chunks))
     with sharding.mesh_of(params):
       return self._score(params, self._take(hidden_BTD, place), target, number)
+
+
+programs_of = functools.lru_cache(maxsize=8)(Programs)
+"""Returns the programs of a configuration, which are made once."""
 
 
 def _log_likelihood(logits_KV: Array, target_K: Array) -> tuple[Array, Array]:
