@@ -33,7 +33,7 @@ def model_card(
   sections = [
       _front_matter(config, with_transformers),
       f"# {_title(config)}, {parameters:,} parameters",
-      _about(config, record),
+      _about(config, record, files),
       "## Loading", _loading(layout, with_transformers, files),
       "## Training", _training(record, config),
       "## Evaluation", _evaluation(record),
@@ -64,18 +64,28 @@ def _title(config: ExperimentConfig) -> str:
   return f"{name} language model with dense connections, m = {dense.depth}"
 
 
-def _about(config: ExperimentConfig, record: Mapping[str, Any]) -> str:
+def _about(
+    config: ExperimentConfig, record: Mapping[str, Any], files: Collection[str]
+) -> str:
   model, dense = config.model, config.model.dense
   rows = [
       ("family", model.family), ("layers", model.layers), ("width", model.width),
-      ("vocabulary", f"{model.vocab_size:,}"),
-      *((key, value) for key, value in vars(model.mixer).items()),
+      ("tokenizer", f"{_tokenizer(files)}, {model.vocab_size:,} rows of the embedding"),
   ]
   if dense.depth:
-    rows += [(f"dense.{key}", value) for key, value in vars(dense).items()]
+    rows.append(("dense connections (arXiv 2403.00818)", ", ".join(
+        f"{key} {getattr(dense, key)}"
+        for key in ("depth", "inject", "fusion", "transition", "gate", "gate_sharing")
+    )))
   if record["step"]:
     rows.append(("numbers", _numbers(record)))
   return _table(("", ""), rows)
+
+
+def _tokenizer(files: Collection[str]) -> str:
+  if "tokenizer.json" in files:
+    return "`tokenizer.json` of the tokenizers library"
+  return "SentencePiece" if "tokenizer.model" in files else "bytes of UTF-8"
 
 
 def _numbers(record: Mapping[str, Any]) -> str:

@@ -140,6 +140,8 @@ def train_run(
         steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.seq_len,
     )
     evaluations = Evaluations(evaluators, config, data, trainer, recorder, progress, logger)
+    if not step and init:
+      evaluations.heldout_loss(Moment(step, state, False))  # To compare later ones with.
     state = train(
         trainer, state, batches, steps=config.train.steps,
         hooks=[
