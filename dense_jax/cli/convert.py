@@ -11,6 +11,7 @@ from dense_jax.config import invalid
 from dense_jax.errors import InputError
 from dense_jax.files import parse_json
 from dense_jax.outputs import check_destination
+from dense_jax.runs.card import is_evaluation
 
 _ABOUT = """\
 With --workdir, writes a run's model to a folder with config.json and model.safetensors, which
@@ -32,8 +33,9 @@ def main(arguments: Sequence[str]) -> int:
       "run has kept, instead of one"
   )
   command.add_argument(
-      "--evaluation", metavar="FILE", help="put the figures of this file, from evaluate --json, "
-      "into the card instead of the held-out loss of training"
+      "--evaluation", metavar="FILE", action="append", default=[], help="put the figures of this "
+      "file, from evaluate --json, into the card instead of the held-out loss of training; may be "
+      "repeated"
   )
   options = command.parse_args(arguments)
   folder = str(check_destination(options.output, "--output"))
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     made = runs.make_run(options.hf, folder)
     print(f"{made.parameters:,} parameters of {options.hf} as a run, step 0, in {made.folder}")
     return 0
-  evaluation = None if options.evaluation is None else _read_evaluation(options.evaluation)
+  evaluation = [_read_evaluation(file) for file in options.evaluation]
   run, mean_of = _load(options)
   made = runs.publish(run, options.workdir, folder, evaluation=evaluation, mean_of=mean_of)
   what = f"step {run.step}" + (", averaged (ema)" if run.weights == "ema" else "")
@@ -54,15 +56,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def _check_no_choice(options: argparse.Namespace) -> None:
   for name, usual in (("checkpoint", "latest"), ("weights", "auto"), ("average", None),
-                      ("evaluation", None)):
+                      ("evaluation", [])):
     value = getattr(options, name)
     if value != usual:
       raise invalid(f"--{name}", value, "no value with --hf, which is one model")
 
 
-def _load(options: argparse.Namespace) -> tuple[runs.Run, list[int] | None]:
+def _load(options: argparse.Namespace) -> tuple[runs.Run, list[int]]:
   if options.average is None:
-    return runs.restore(options.workdir, options.checkpoint, options.weights), None
+    return runs.restore(options.workdir, options.checkpoint, options.weights), []
   if options.checkpoint != "latest":
     raise invalid("--checkpoint", options.checkpoint, "no value with --average, which takes the "
                   "newest ones")
@@ -80,8 +82,8 @@ def _read_evaluation(path: str) -> dict[str, Any]:
     raise invalid("--evaluation", path, f"{valid} ({error.strerror})") from error
   except ValueError as error:
     raise InputError(f"--evaluation = {path!r} is not valid: expected {valid} ({error})") from error
-  if not isinstance(content, dict):
-    raise invalid("--evaluation", path, f"{valid}; it holds no object")
+  if not is_evaluation(content):
+    raise invalid("--evaluation", path, f"{valid}; it holds something else")
   return content
 
 

@@ -36,7 +36,7 @@ def model_card(
       _about(config, record, files),
       "## Loading", _loading(layout, with_transformers, files),
       "## Training", _training(record, config),
-      "## Evaluation", _evaluation(record),
+      "## Evaluation", _evaluation(record, config),
       "## Limits", _limits(record, config, layout),
   ]
   if record["step"]:
@@ -78,7 +78,7 @@ def _about(
         for key in ("depth", "inject", "fusion", "transition", "gate", "gate_sharing")
     )))
   if record["step"]:
-    rows.append(("numbers", _numbers(record)))
+    rows.append(("numbers", _numbers(record, config)))
   return _table(("", ""), rows)
 
 
@@ -88,14 +88,16 @@ def _tokenizer(files: Collection[str]) -> str:
   return "SentencePiece" if "tokenizer.model" in files else "bytes of UTF-8"
 
 
-def _numbers(record: Mapping[str, Any]) -> str:
+def _numbers(record: Mapping[str, Any], config: ExperimentConfig) -> str:
   """Says which of a run's parameters they are."""
   parameters = record["parameters"]
   if parameters == "raw":
     return f"float32, after step {record['step']:,}"
   if parameters == "ema":
-    decay = record["config"]["train"]["ema"]
-    return f"float32, exponential moving average after step {record['step']:,}, decay {decay}"
+    return (
+        f"float32, exponential moving average after step {record['step']:,}, decay "
+        f"{config.train.ema:g}"
+    )
   return f"float32, {parameters}"
 
 
@@ -156,11 +158,33 @@ def _training(record: Mapping[str, Any], config: ExperimentConfig) -> str:
         f"\n\nTraining began with the parameters of another model, {_code(init.get('model'))}, "
         "whose tokenizer this one has."
     )
+  template = _template(record)
+  if template is not None:
+    text += (
+        "\n\nThe template of prompts (`config.data.template`) is the following. A prompt has to be "
+        f"put into it before the model can answer.\n\n{_indented(template)}"
+    )
   return text
+
+
+def _template(record: Mapping[str, Any]) -> str | None:
+  """Returns the template of prompts of a model that was trained on responses, else None."""
+  data = record["config"].get("data")
+  if not isinstance(data, Mapping) or data.get("format") != "responses":
+    return None
+  return str(data.get("template"))
+
+
+def _indented(text: str) -> str:
+  """Returns text as a Markdown code block, which nothing in it can end."""
+  return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _data_rows(record: Mapping[str, Any], config: ExperimentConfig) -> Iterator[tuple[str, Any]]:
   yield "text", _code(config.data.path)
+  template = _template(record)
+  if template is not None:
+    yield "trained on", "responses alone, to prompts in the template below"
   data = record["data"]
   if not isinstance(data, Mapping):
     return
@@ -168,32 +192,71 @@ def _data_rows(record: Mapping[str, Any], config: ExperimentConfig) -> Iterator[
   yield "fingerprint of the tokenizer", _code(data.get("tokenizer"))
   files = data.get("files")
   for field, described in (files if isinstance(files, Mapping) else {}).items():
-    count, size = described.get("count", 0), described.get("bytes", 0)
-    yield f"files of `{field}`", f"{count:,}, {size:,} bytes, digest {_code(described['digest'])}"
+    if isinstance(described, Mapping):
+      count, size = (_number(described.get(key)) for key in ("count", "bytes"))
+      digest = _code(described.get("digest"))
+      yield f"files of `{field}`", f"{count}, {size} bytes, digest {digest}"
 
 
-def _evaluation(record: Mapping[str, Any]) -> str:
+def _evaluation(record: Mapping[str, Any], config: ExperimentConfig) -> str:
   evaluation, heldout = record["evaluation"], record["heldout"]
-  if isinstance(evaluation, Mapping):
-    return evaluation_table(evaluation)
+  if evaluation:
+    return "\n\n".join(evaluation_table(each) for each in evaluation)
   if not isinstance(heldout, Mapping):
     return "None was made of these parameters."
   rows = [(name.replace("_", " "), _number(value)) for name, value in heldout.items()]
-  window = record["config"]["data"]["seq_len"]
   return (
       f"Held-out text of the training run, a part of it (`train.eval_batches`), in windows of "
-      f"{window:,} tokens with a fresh context each. The loss is in nats per token.\n\n"
+      f"{config.data.seq_len:,} tokens with a fresh context each. The loss is in nats per token."
+      "\n\n"
       + _table(("", ""), rows)
   )
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> str:
-  """Returns the figures of a file that `evaluate --json` wrote, as a Markdown table."""
+  """Returns the figures of a file that `evaluate --json` wrote, as a Markdown table.
+
+  The file has either the figures of a text, or, under `tasks`, the metrics of tasks.
+  """
+  tasks = evaluation.get("tasks")
+  if isinstance(tasks, Mapping):
+    return _tasks_table(evaluation, tasks)
   rows = [
       (key.replace("_", " "), _number(value)) for key, value in evaluation.items()
       if not isinstance(value, Mapping | list)
   ]
   return _table(("", ""), rows)
+
+
+def is_evaluation(content: Any) -> bool:
+  """Returns whether JSON values have the form of an evaluation, of a text or of tasks."""
+  if not isinstance(content, Mapping) or "tasks" not in content:
+    return isinstance(content, Mapping) and "loss" in content
+  try:
+    return all(
+        "shots" in task and "items" in task["counts"]
+        and all({"value", "stderr"} <= found.keys() for found in task["metrics"].values())
+        for task in content["tasks"].values()
+    )
+  except (AttributeError, KeyError, TypeError):
+    return False
+
+
+def _tasks_table(evaluation: Mapping[str, Any], tasks: Mapping[str, Any]) -> str:
+  rows = []
+  for task, figures in tasks.items():
+    first: tuple[Any, ...] = task, figures["shots"], _number(figures["counts"]["items"])
+    for metric, found in figures["metrics"].items():
+      error = found["stderr"]
+      rows.append((*first, metric, _number(found["value"]),
+                   "" if error is None else _number(error)))
+      first = "", "", ""
+  versions = evaluation.get("versions")
+  definitions = versions.get("tasks") if isinstance(versions, Mapping) else "dense_jax"
+  head = ("task", "shots", "items", "metric", "value", "standard error")
+  return (
+      f"Tasks as in {definitions}; context: {evaluation.get('context')}.\n\n{_table(head, rows)}"
+  )
 
 
 def _limits(record: Mapping[str, Any], config: ExperimentConfig, layout: str) -> str:

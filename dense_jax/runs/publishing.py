@@ -9,7 +9,7 @@
     config           the run's configuration, but for `data.cache_dir`
     data             fingerprints and sizes of text and tokenizer, from data.json; or null
     heldout          the figures of the held-out text at that step, from metrics.jsonl; or null
-    evaluation       a file that the command `evaluate` wrote; or null
+    evaluation       the contents of files that the command `evaluate` wrote
     init             the model that the run began with, from init.json; or null
 
 `make_run` inverts it: a run's folder with one checkpoint, of step 0 and without an optimizer.
@@ -20,7 +20,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from dense_jax.interop.save import save_hf
 from dense_jax.models.params import as_scanned, by_layer, count_params
 from dense_jax.outputs import check_destination
 from dense_jax.runs import workdir as folders
-from dense_jax.runs.card import CARD_FILE, model_card
+from dense_jax.runs.card import CARD_FILE, is_evaluation, model_card
 from dense_jax.runs.restoring import Run, load_folder
 from dense_jax.training.checkpoint import Checkpoints
 from dense_jax.training.metrics import read_metrics
@@ -65,7 +65,7 @@ class Published:
 
 def publish(
     run: Run, workdir: str | os.PathLike[str], output: str, *,
-    evaluation: Mapping[str, Any] | None = None, mean_of: list[int] | None = None,
+    evaluation: Sequence[Mapping[str, Any]] = (), mean_of: Sequence[int] = (),
 ) -> Published:
   """Writes a run's model to a folder that others can load, with its tokenizer and a model card.
 
@@ -73,16 +73,16 @@ def publish(
     run: the run at a checkpoint, from `restore`, or with a mean of checkpoints as its parameters.
     workdir: its folder.
     output: the folder to write, a new or an empty one.
-    evaluation: the content of a file that the command `evaluate` wrote.
-    mean_of: the steps whose mean the parameters are.
+    evaluation: the contents of files that the command `evaluate` wrote.
+    mean_of: the steps whose mean the parameters are; empty if they are no mean.
 
   Raises:
     InputError: the folder cannot be written.
   """
   folder = check_destination(output, "--output")
   record = _record(run, epath.Path(make_path(os.fspath(workdir), "--workdir")), mean_of)
-  if evaluation is not None:
-    record["evaluation"] = dict(evaluation)
+  if evaluation:
+    record["evaluation"] = [dict(each) for each in evaluation]
   layout, _, _ = choose(run.model.config)
   files = converted_files(run.tokenizer)
   size = count_params(run.params)
@@ -101,7 +101,7 @@ def _json(record: Mapping[str, Any]) -> bytes:
   return (json.dumps(record, indent=2) + "\n").encode()
 
 
-def _record(run: Run, folder: epath.Path, mean_of: list[int] | None) -> dict[str, Any]:
+def _record(run: Run, folder: epath.Path, mean_of: Sequence[int]) -> dict[str, Any]:
   """Returns the content of `training.json`, without an evaluation."""
   before = read_training(folder)
   if before is not None:  # A run that `make_run` wrote has no history but this.
@@ -118,7 +118,7 @@ def _record(run: Run, folder: epath.Path, mean_of: list[int] | None) -> dict[str
       "config": defaults(dataclasses.replace(run.config, data=data)),
       "data": _data(folder),
       "heldout": _heldout(folder, run.step) if parameters == scored else None,
-      "evaluation": None,
+      "evaluation": [],
       "init": _read(folder / folders.INIT_FILE),
   }
 
@@ -170,8 +170,14 @@ def read_training(folder: epath.Path) -> dict[str, Any] | None:
       raise ValueError(f"its format_version is not {FORMAT_VERSION}")
     if not isinstance(record.get("config"), dict) or type(record.get("step")) is not int:
       raise ValueError("it has no step and configuration")
-    return {"parameters": "raw", "data": None, "heldout": None, "evaluation": None, "init": None,
-            **record}
+    lacking: dict[str, Any] = {"parameters": "raw", "evaluation": []}
+    lacking |= dict.fromkeys(("data", "heldout", "init"))
+    record |= {key: value for key, value in lacking.items() if key not in record}
+    if not isinstance(record["evaluation"], list) or not all(
+        map(is_evaluation, record["evaluation"])
+    ):
+      raise ValueError("its evaluation is none that evaluate wrote")
+    return record
   except (OSError, ValueError) as error:
     raise InputError(
         f"{file} cannot be read: expected what convert writes there, or no such file ({error})"

@@ -19,9 +19,8 @@ from tests.builders import (
   random_batch,
   random_params,
 )
+from tests.helpers import assert_trees_close
 
-T = 7
-NEAR = {"rtol": 0, "atol": 1e-6}
 BATCH = random_batch(packed([[4, 3], [7]]))
 BASE = {"depth": 0}
 # (options of the model to begin with, options of the one that begins); `gate_init=normal` shows
@@ -95,6 +94,10 @@ def config(family, options):
   return model_config(family, layers=4, block_layers=4, **options)
 
 
+def fresh(config):
+  return fast_jit(lambda: init_params(config, jax.random.key(1)))()
+
+
 def losses(config, params):
   return with_params(abstract_model(config), params).token_losses(BATCH, chunk=3)[0]
 
@@ -103,10 +106,12 @@ def losses(config, params):
 def test_the_new_model_computes_what_the_old_one_does(family, before, after):
   source, target = config(family, before), config(family, after)
   params = random_params(source)
-  started = warm_start(source, target, params, init_params(target, jax.random.key(1)))
+  started = warm_start(source, target, params, fresh(target))
   expected = fast_jit(lambda params: losses(source, params))(params)
   actual = fast_jit(lambda params: losses(target, params))(started)
-  np.testing.assert_allclose(actual, expected, **NEAR)
+  assert_trees_close(actual, expected)
+  assert np.mean(actual, dtype=np.float64) == pytest.approx(
+      np.mean(expected, dtype=np.float64), rel=0, abs=1e-6)
 
 
 @pytest.mark.parametrize("after", [
@@ -118,8 +123,7 @@ def test_the_new_model_computes_what_the_old_one_does(family, before, after):
 ])
 def test_what_is_closed_learns(after):
   source, target = config("gau_retnet", BASE), config("gau_retnet", after)
-  fresh = init_params(target, jax.random.key(1))
-  started = warm_start(source, target, random_params(source), fresh)
+  started = warm_start(source, target, random_params(source), fresh(target))
   gradients = fast_jit(jax.grad(lambda params: jnp.sum(losses(target, params))))(started)
   by_name = by_layer(target, gradients)
   for layer in range(1, 4):
@@ -135,7 +139,7 @@ def test_scanned_layers_begin_as_unrolled_ones_do():
   target = model_config("gau_retnet", 2, layers=6, gate_sharing="per_source", remat="full")
   assert source.block_layers == 0
   params = random_params(source)
-  started = warm_start(source, target, params, init_params(target, jax.random.key(1)))
+  started = warm_start(source, target, params, fresh(target))
   assert started.keys() == get_params(abstract_model(target)).keys()
   old, new = by_layer(source, params), by_layer(target, started)
   for name, value in old.items():
@@ -154,13 +158,13 @@ def test_scanned_layers_begin_as_unrolled_ones_do():
     (BASE, {"depth": 2, "gate": "none", "transition": "mlp"}, r"gate = 'none' is not valid"),
     (BASE, {"depth": 1, "inject": "inputs"}, r"input_norm = True is not valid: expected false"),
     (BASE, {"depth": 1, "inject": "inputs", "input_norm": False, "gate": "none"}, "gate = 'none'"),
-    ({"depth": 1}, {"depth": 1, "inject": "inputs"}, r"inject = 'inputs' is not valid: expected st"),
+    ({"depth": 1}, {"depth": 1, "inject": "inputs"}, r"inject = 'inputs' is not valid: expected"),
     ({"depth": 1}, {"depth": 1, "fusion": "gated"}, r"fusion = 'gated' .* expected add or concat"),
     ({"depth": 1, "fusion": "attention"}, {"depth": 2, "fusion": "attention"}, r"depth = 2 is not"),
     ({"depth": 1, "transition": "linear"}, {"depth": 1}, r"transition = 'identity' .* linear in a"),
     ({"depth": 1, "gate": "none"}, {"depth": 1}, r"gate = 'channel' is not valid: expected none"),
     ({"depth": 1}, {"depth": 1, "source": "fused"}, r"source = 'fused' is not valid: expected raw"),
-    ({"depth": 1}, {"depth": 1, "gate_reduction": 2}, r"gate_reduction = 2 is not valid: expected 4"),
+    ({"depth": 1}, {"depth": 1, "gate_reduction": 2}, r"gate_reduction = 2 .* expected 4"),
     ({"depth": 2, "gate_sharing": "per_source"}, {"depth": 2}, r"expected per_source in a warm"),
 ])
 def test_what_has_no_start_that_changes_nothing_is_refused_by_name(before, after, message):
@@ -184,7 +188,7 @@ def test_another_model_is_refused_with_all_that_differs(changes, lines):
 
 
 def test_another_family_is_refused():
-  with pytest.raises(InputError, match="config.model.family: it has 'mamba', now 'mamba2'"):
+  with pytest.raises(InputError, match=r"config\.model\.family: it has 'mamba', now"):
     check_warm_start(model_config("mamba"), model_config("mamba2"))
 
 

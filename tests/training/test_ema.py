@@ -148,9 +148,9 @@ def test_a_damaged_average_is_refused_and_not_begun_again(trained, tmp_path):
   copy = epath.Path(shutil.copytree(folder, tmp_path / "copy"))
   shutil.rmtree(copy / "2" / "ema")
   checkpoints = Checkpoints(copy, config().model, read_only=True)
-  with pytest.raises(InputError, match="checkpoint 2 in .* cannot be read"):
+  with pytest.raises(InputError, match=r"checkpoint 2 in .* cannot be read"):
     checkpoints.restore(make_trainer(config()).state_shapes, 2)
-  with pytest.raises(InputError, match="checkpoint 2 in .* cannot be read"):
+  with pytest.raises(InputError, match=r"checkpoint 2 in .* cannot be read"):
     checkpoints.restore_params(make_trainer(config()).state_shapes.params, "latest", "auto")
   checkpoints.close()
 
