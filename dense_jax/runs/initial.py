@@ -115,7 +115,7 @@ def find_source(init: InitFrom) -> Source:
     InputError: there is no such model, or a checkpoint is chosen in a folder that has no runs.
   """
   folder = _folder(init)
-  if folders.holds_run(folder):
+  if _is_run(folder):
     check_name(folder, FLAG)
     config = experiment.read(folder)
     if not saved_steps(folder / folders.CHECKPOINTS):
@@ -140,6 +140,11 @@ def _folder(init: InitFrom) -> epath.Path:
   return folder
 
 
+def _is_run(folder: epath.Path) -> bool:
+  """Returns whether a folder is a run's, of which only some have all keys of a configuration."""
+  return (folder / folders.CHECKPOINTS).is_dir() or folders.holds_run(folder)
+
+
 def base_config(workdir: str | os.PathLike[str], init: InitFrom | None) -> ExperimentConfig:
   """Returns the configuration to change where no experiment is named.
 
@@ -158,10 +163,8 @@ def base_config(workdir: str | os.PathLike[str], init: InitFrom | None) -> Exper
         f"run, or with {FLAG}, its configuration is taken instead"
     )
   source = _folder(init)
-  if folders.holds_run(source):
-    config = experiment.read(source)
-  else:
-    config = publishing.read_folder_config(init.path)
+  is_run = _is_run(source)
+  config = experiment.read(source) if is_run else publishing.read_folder_config(init.path)
   return dataclasses.replace(
       config, mesh=MeshConfig(), data=dataclasses.replace(config.data, tokenizer="train")
   )
@@ -169,7 +172,7 @@ def base_config(workdir: str | os.PathLike[str], init: InitFrom | None) -> Exper
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-  """What the model with which a run began, or is to begin, means for the run.
+  """The model with which a run began or is to begin, as far as the run needs to know it.
 
   Attributes:
     source: the model; None if the run goes on from its own checkpoint.

@@ -247,7 +247,8 @@ def _start(
   name, params = begun.source.load(mesh)
   record = begun.source.record(name, config.model)
   print(f"begins with {name}: {record['copied']:,} of its numbers"
-        + (f", and {record['new']:,} new ones that change nothing yet" if record["new"] else ""))
+        + (f", and {record['new']:,} new ones that change nothing yet" if record["new"] else ""),
+        flush=True)
   distributed.check_same({"--init-from": record})
   return trainer.init_from(config.seed, begun.source.model, params), record
 

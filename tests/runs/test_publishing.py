@@ -27,7 +27,7 @@ DATA = {
 }
 
 
-def make_workdir(folder, model, seeds=(0,), ema=0.0):
+def make_workdir(folder, model, seeds=(0,), ema=0.0, make_params=random_params):
   """Makes the folder of a run with a checkpoint of random parameters for each seed."""
   config = ExperimentConfig(
       model=model, data=DataConfig(path="there/*.txt", seq_len=32, cache_dir="/home/me/cache"),
@@ -36,8 +36,8 @@ def make_workdir(folder, model, seeds=(0,), ema=0.0):
   folder = epath.Path(folder)
   checkpoints = Checkpoints(folder / "checkpoints", model, keep_last=9)
   for step, seed in enumerate(seeds, 1):
-    average = random_params(model, seed + 100) if ema else None
-    state = TrainState(jnp.int32(10 * step), random_params(model, seed), {}, average)
+    average = make_params(model, seed + 100) if ema else None
+    state = TrainState(jnp.int32(10 * step), make_params(model, seed), {}, average)
     assert checkpoints.save(state, 10 * step, {}, None)
   checkpoints.close()
   experiment.save(config, folder)
@@ -63,10 +63,11 @@ def in_layers(run):
 # Each layout; m = 2 of a scanned model; options that config.json of transformers does not have.
 CASES = [
     *(pytest.param(family, {"depth": 0, "vocab_size": 258}, id=family,
-                   marks=() if family in ("mamba", "s4d") else pytest.mark.slow)
+                   marks=() if family == "mamba" else pytest.mark.slow)
       for family in FAMILIES),
     pytest.param("mamba2", {"depth": 0, "vocab_size": 260, "dtype": "bfloat16", "remat": "full",
-                            "dt_limit_min": 0.01, "chunk": 4}, id="mamba2-options"),
+                            "dt_limit_min": 0.01, "chunk": 4}, id="mamba2-options",
+                 marks=pytest.mark.slow),
     pytest.param("gau_retnet", {"depth": 2, "layers": 6, "vocab_size": 258}, id="scanned"),
     pytest.param("gau_retnet", {"depth": 1, "inject": "inputs", "layers": 3, "vocab_size": 258,
                                 "gate_reduction": 32}, id="released", marks=pytest.mark.slow),
