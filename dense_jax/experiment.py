@@ -122,7 +122,19 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConf
     config = get_config(file, argument)
   except (AttributeError, KeyError, TypeError, SyntaxError) as error:
     raise InputError(f"{file}: {error}") from error
-  values = config.to_dict()
+  return _changed(config.to_dict(), overrides)
+
+
+def change(config: ExperimentConfig, overrides: Sequence[tuple[str, str]]) -> ExperimentConfig:
+  """Returns a configuration with overrides applied, as `load` does.
+
+  Raises:
+    InputError: a key or a value is not valid.
+  """
+  return _changed(defaults(config), overrides)
+
+
+def _changed(values: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> ExperimentConfig:
   for key, text in overrides:
     if key == "model.family" and text != values["model"]["family"]:
       values["model"].update(family=text, mixer=defaults(family(text).config))

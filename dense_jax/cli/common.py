@@ -23,7 +23,7 @@ from dense_jax.interrupt import Interrupt, Output, Stopped
 from dense_jax.runs import resume
 from dense_jax.runs.formatting import printable
 
-_LATEST = "latest"
+_LATEST, _AUTO = "latest", "auto"
 COMPILED = "~/.cache/dense_jax/compiled"
 _DISK_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG
@@ -199,7 +199,7 @@ def _refused_by_disk(error: BaseException | None) -> str:
 
 
 def add_model_arguments(command: argparse.ArgumentParser) -> None:
-  """Adds --workdir with --checkpoint, and --hf: one of the two names the model."""
+  """Adds --workdir with --checkpoint and --weights, and --hf: one of the two names the model."""
   source = command.add_mutually_exclusive_group(required=True)
   source.add_argument("--workdir", help="the folder that training wrote")
   source.add_argument(
@@ -212,17 +212,19 @@ def load_model(options: argparse.Namespace) -> runs.LoadedModel:
   """Loads the model that the arguments of `add_model_arguments` name.
 
   Raises:
-    InputError: there is no such model, or --checkpoint was given with --hf.
+    InputError: there is no such model, or --checkpoint or --weights was given with --hf.
   """
   if options.hf is None:
-    return runs.restore(options.workdir, options.checkpoint)
-  if options.checkpoint != _LATEST:
-    raise invalid("--checkpoint", options.checkpoint, "no value with --hf, which has one model")
+    return runs.restore(options.workdir, options.checkpoint, options.weights)
+  for name, usual in (("checkpoint", _LATEST), ("weights", _AUTO)):
+    value = getattr(options, name)
+    if value != usual:
+      raise invalid(f"--{name}", value, "no value with --hf, which has one model")
   return runs.load_folder(options.hf)
 
 
 def add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
-  """Adds --workdir and --checkpoint."""
+  """Adds --workdir, --checkpoint and --weights."""
   command.add_argument("--workdir", required=True, help="the folder that training wrote")
   _add_checkpoint(command)
 
@@ -230,4 +232,8 @@ def add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
   command.add_argument(
       "--checkpoint", default=_LATEST, help="latest (default), best (held-out loss) or a step"
+  )
+  command.add_argument(
+      "--weights", default=_AUTO, choices=("raw", "ema"), help="the parameters that were trained, "
+      "or their average; left out, the average if the run keeps one (config.train.ema)"
   )

@@ -12,7 +12,7 @@ COMMANDS = {
     "evaluate": "scores a run on held-out text: loss, perplexity, bits per byte",
     "report": "shows a finished run: a table beside baselines, samples, the plot of its losses",
     "generate": "continues prompts with a run",
-    "convert": "writes a run as a Hugging Face style checkpoint",
+    "convert": "writes a run as a Hugging Face style folder, and makes a run of such a folder",
     "compile": "compiles a run's program for a TPU topology, without a TPU: does it fit?",
 }
 _HELP = ("help", "-h", "--help")

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str]) -> int:
   if options.batch_size < 1:
     raise invalid("--batch-size", options.batch_size, "an integer >= 1")
   report = runs.write_report(
-      options.workdir, options.checkpoint, batches=options.batches, batch_size=options.batch_size
+      options.workdir, options.checkpoint, options.weights, batches=options.batches,
+      batch_size=options.batch_size,
   )
   print(f"step {report.step}: {report.score.held_out.describe(report.score.bits_per_byte)}")
   print(f"\n{report.text}\n\nplot      {report.plot}\nreport    {report.file}")

@@ -17,6 +17,9 @@ class TrainConfig:
   z_loss: float = number(
       0.0, 0, help="weight of mean(log Z ** 2) in the loss, which keeps logits from drifting; 0 "
       "means none")
+  ema: float = number(
+      0.0, 0, 1, open_high=True, help="decay of an exponential moving average of the parameters, "
+      "which evaluation then takes instead of them (docs/publishing.md); 0 keeps none")
   loss_chunk: int = integer(256, 1, help="tokens of a row whose logits exist at one time")
   log_every: int = integer(10, 1, help="steps between logged losses; the last step is logged")
   layer_metrics_every: int = integer(

@@ -40,7 +40,8 @@ class Datasets:
 
 
 def load_datasets(
-    config: DataConfig, progress: Callable[[int], None] | None = None
+    config: DataConfig, progress: Callable[[int], None] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Datasets:
   """Finds the text, loads or trains the tokenizer, and tokenizes the text.
 
@@ -50,12 +51,23 @@ def load_datasets(
     config: the data's configuration.
     progress: called with the number of UTF-8 bytes tokenized so far, first of the training text
       and then, again from 0, of the held-out text; not called for text that the cache holds.
+    tokenizer: that of the model with which training begins, which `config.tokenizer = "train"` then
+      means; None means that there is no such model.
 
   Raises:
-    InputError: the text, the tokenizer or the cache cannot be used.
+    InputError: the text, the tokenizer or the cache cannot be used, or `config.tokenizer` is
+      another one than `tokenizer`.
   """
   train_source, heldout_source = split(config)
-  tokenizer = load_tokenizer(config, train_source)
+  if tokenizer is None:
+    tokenizer = load_tokenizer(config, train_source)
+  elif config.tokenizer != "train":
+    named = load_tokenizer(config, train_source)
+    if named.fingerprint != tokenizer.fingerprint:
+      raise invalid(
+          "config.data.tokenizer", config.tokenizer, "train, which takes the tokenizer of the "
+          "model that the run begins with; this is another one",
+      )
   train = build_store(train_source, tokenizer, config.cache_dir, progress)
   heldout = build_store(heldout_source, tokenizer, config.cache_dir, progress)
   if config.format == "responses":

@@ -20,7 +20,8 @@ class Snapshot:
     step: updates done.
     config: the run's configuration.
     model: the abstract model; `with_params(model, params)` makes one that computes.
-    params: float32, on training's mesh. Valid only during the call: the next step overwrites them.
+    params: float32, on training's mesh; their average if the run keeps one (`train.ema`). Valid
+      only during the call: the next step overwrites them.
     data: the run's text, tokens and tokenizer.
     rows: the rows of a global batch that this process loads.
     put: places a host batch of those rows on the mesh.

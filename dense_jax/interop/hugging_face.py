@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from dense_jax.config import invalid
+from dense_jax.config import ModelConfig, invalid
 from dense_jax.errors import InputError
 from dense_jax.files import is_remote, make_path, parse_json
 from dense_jax.interop.kinds import recognise
@@ -42,18 +42,37 @@ def load_hf(path: str) -> LanguageModel:
       counterpart here, or tensors are missing, extra, of another shape or dtype, or differ from
       a tensor that should be equal; the error lists all such tensors.
   """
-  place = make_path(path, "path")
-  if is_remote(place):
-    raise invalid("path", path, "a folder on this machine")
-  folder = pathlib.Path(place)
-  layout = recognise(_read_config(folder / "config.json"))
+  folder = _local(path)
+  layout = recognise(read_config(folder))
   model = abstract_model(unrolled_config(layout.config))
   expected = by_layer(model.config, get_params(model))
   params = layout.to_ours(read_tensors(folder), expected)
   return with_params(model, as_scanned(model.config, params))
 
 
-def _read_config(file: pathlib.Path) -> dict[str, Any]:
+def load_config(path: str) -> ModelConfig:
+  """Reads the configuration of the model in a folder; see `load_hf`.
+
+  Raises:
+    InputError: there is no `config.json`, it is damaged, or its layout is not known.
+  """
+  return recognise(read_config(_local(path))).config
+
+
+def _local(path: str) -> pathlib.Path:
+  place = make_path(path, "path")
+  if is_remote(place):
+    raise invalid("path", path, "a folder on this machine")
+  return pathlib.Path(place)
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads a folder's `config.json`, an object of keys.
+
+  Raises:
+    InputError: it does not exist or is damaged.
+  """
+  file = folder / "config.json"
   if not file.is_file():
     raise InputError(f"{file} does not exist: expected a folder with config.json")
   try:

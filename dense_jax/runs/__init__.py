@@ -11,7 +11,10 @@ The commands of `dense_jax.cli` parse arguments, call these functions and print 
 """
 
 from dense_jax.evaluation.evaluators import Evaluator, HeldOutLoss, Snapshot
+from dense_jax.runs.averaging import average_checkpoints
 from dense_jax.runs.compile import CompiledProgram, compile_program
+from dense_jax.runs.initial import InitFrom, base_config
+from dense_jax.runs.publishing import Published, make_run, publish
 from dense_jax.runs.report import Report, write_report
 from dense_jax.runs.restoring import LoadedModel, Run, load_folder, restore
 from dense_jax.runs.scoring import Score, evaluate_run
@@ -20,7 +23,8 @@ from dense_jax.runs.training import RunResult, train_run
 from dense_jax.training.loop import Hook, Moment
 
 __all__ = [
-    "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "LoadedModel", "Moment", "Report", "Run",
-    "RunResult", "Score", "Snapshot", "compile_program", "evaluate_run", "evaluate_tasks",
-    "load_folder", "restore", "train_run", "write_report",
+    "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "InitFrom", "LoadedModel", "Moment",
+    "Published", "Report", "Run", "RunResult", "Score", "Snapshot", "average_checkpoints",
+    "base_config", "compile_program", "evaluate_run", "evaluate_tasks", "load_folder", "make_run",
+    "publish", "restore", "train_run", "write_report",
 ]

@@ -83,7 +83,7 @@ class Evaluations:
     self._logger.pause()
     trainer = self._trainer
     snapshot = Snapshot(
-        moment.step, self._config, trainer.model, moment.state.params, self._data, trainer.rows,
+        moment.step, self._config, trainer.model, moment.state.weights, self._data, trainer.rows,
         trainer.put,
     )
     numbers = {key: float(value) for key, value in evaluator.evaluate(snapshot).items()}
@@ -92,5 +92,6 @@ class Evaluations:
     self._writer.write(
         moment.step, {f"{evaluator.name}_{key}": value for key, value in numbers.items()}
     )
-    self._progress.line(f"step {moment.step}  {evaluator.describe(numbers, snapshot)}")
+    averaged = "" if moment.state.ema is None else " (averaged parameters)"
+    self._progress.line(f"step {moment.step}{averaged}  {evaluator.describe(numbers, snapshot)}")
     self._logger.resume()

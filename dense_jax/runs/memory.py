@@ -47,7 +47,8 @@ def check_memory(config: ExperimentConfig) -> None:
 
   The needs are, each compared by itself:
 
-  - on all devices together: one copy of the float32 parameters, the gradients and AdamW's moments;
+  - on all devices together: one copy of the float32 parameters, the gradients, AdamW's moments, and
+    the parameters' average if the run keeps one;
   - on all devices together, for one of the `train.accumulate` parts of a batch: the inputs of the
     layers that the backward pass keeps, and the logits of one chunk;
   - on all hosts together: the tokens of a batch.
@@ -60,6 +61,7 @@ def check_memory(config: ExperimentConfig) -> None:
   model, train, optimizer = config.model, config.train, config.optimizer
   moments = (optimizer.first_moment_dtype, optimizer.second_moment_dtype)
   per_parameter = 4 + 4 + sum(jnp.dtype(dtype).itemsize for dtype in moments)
+  per_parameter += 4 if train.ema else 0
   available = device_memory()
   # Begin with a lower bound, the embedding and one norm of each layer, because tracing many layers
   # takes long. If it fits, count exactly, with scanned layers, which are traced once.

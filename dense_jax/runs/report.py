@@ -63,8 +63,8 @@ class Report:
 
 
 def write_report(
-    workdir: str | os.PathLike[str], checkpoint: str = "latest", *, batches: int = 200,
-    batch_size: int = 16,
+    workdir: str | os.PathLike[str], checkpoint: str = "latest", weights: str = "auto", *,
+    batches: int = 200, batch_size: int = 16,
 ) -> Report:
   """Scores a run, samples from it and plots its losses, on one device.
 
@@ -74,6 +74,7 @@ def write_report(
   Args:
     workdir: the folder that training wrote.
     checkpoint: "latest", "best" (by held-out loss) or a step's number.
+    weights: "raw", "ema" or "auto"; see `restore`.
     batches: the most batches of held-out text to score, spread evenly over it; 0 means all.
     batch_size: windows in a batch, of `config.data.seq_len` tokens each.
 
@@ -82,7 +83,7 @@ def write_report(
       folder cannot be written.
   """
   folder = make_path(os.fspath(workdir), "--workdir")
-  run = restore(folder, checkpoint)
+  run = restore(folder, checkpoint, weights)
   config = run.config
   check_file(os.fspath(folder / REPORT_FILE), "--workdir")
   train, heldout = split(config.data)

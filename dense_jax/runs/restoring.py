@@ -42,21 +42,28 @@ class Run(LoadedModel):
   Attributes:
     config: the configuration with which the run was last trained.
     step: updates done.
+    weights: "raw" if the parameters are those that were trained, "ema" if they are their average
+      (`train.ema`).
   """
 
   config: ExperimentConfig
   step: int
+  weights: str = "raw"
 
 
-def restore(workdir: str | os.PathLike[str], checkpoint: str = "latest") -> Run:
+def restore(
+    workdir: str | os.PathLike[str], checkpoint: str = "latest", weights: str = "auto"
+) -> Run:
   """Restores a run's parameters onto the first device; the run may be training at the same time.
 
   Args:
     workdir: the folder that training wrote, local or in a bucket.
     checkpoint: "latest", "best" (by held-out loss) or a step's number.
+    weights: "raw" for the parameters that were trained, "ema" for their average, or "auto" for the
+      average if the run keeps one (`train.ema`), which is what evaluation during training scores.
 
   Raises:
-    InputError: there is no such run or checkpoint.
+    InputError: there is no such run or checkpoint, or no average in it.
   """
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")
@@ -67,14 +74,20 @@ def restore(workdir: str | os.PathLike[str], checkpoint: str = "latest") -> Run:
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   checkpoints = Checkpoints(folder / CHECKPOINTS, config.model, read_only=True)
   try:
-    step, params = checkpoints.restore_params(shapes, checkpoint)
+    step, params, weights = checkpoints.restore_params(shapes, checkpoint, weights)
   finally:
     checkpoints.close()
   tokenizer = load_saved_tokenizer(folder / TOKENIZER)
   return Run(
-      f"step {step} of {os.fspath(workdir)}", tokenizer, with_params(model, params), params, config,
-      step,
+      describe(step, weights, workdir), tokenizer, with_params(model, params), params, config, step,
+      weights,
   )
+
+
+def describe(step: int, weights: str, workdir: str | os.PathLike[str]) -> str:
+  """Says which parameters of a run they are."""
+  averaged = ", averaged (ema)" if weights == "ema" else ""
+  return f"step {step} of {os.fspath(workdir)}{averaged}"
 
 
 def load_folder(path: str) -> LoadedModel:

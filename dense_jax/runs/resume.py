@@ -6,7 +6,7 @@ Every key matches exactly one row of one table, `CHANGES`:
 |---|---|---|
 | never | the seed, model, data, batch size | the model, or the order of the batches |
 | freely | implementation, memory, mesh, logging, intervals, places | the rounding, or less |
-| when asked | the optimizer, its schedule, the number of steps, the loss | the course of the run |
+| when asked | the optimizer, its schedule, the number of steps, the loss, averages | the course |
 
 To ask means to name a key with `--allow-change`. `train.steps` and `optimizer.schedule_steps` need
 this only if they change the learning rate of a step that is still to be done.
@@ -43,7 +43,7 @@ CHANGES = {
     r"data\.(path|heldout_path|tokenizer|cache_dir)": Change.FREELY,
     r"optimizer\..*": Change.ASKED,
     r"train\.batch_size": Change.NEVER,
-    r"train\.(steps|z_loss)": Change.ASKED,
+    r"train\.(steps|z_loss|ema)": Change.ASKED,
     r"train\.(accumulate|loss_chunk|eval_batches|keep_last|keep_best|.*_every)": Change.FREELY,
     r"eval\..*": Change.FREELY,
     r"mesh\..*": Change.FREELY,

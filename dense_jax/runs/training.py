@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import tqdm
@@ -14,16 +15,19 @@ from jax.sharding import Mesh
 from dense_jax import distributed, sharding
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.pipeline import Datasets, TrainBatches, load_datasets
+from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.evaluation.evaluators import Evaluator
 from dense_jax.files import make_path
 from dense_jax.interrupt import Interrupt
 from dense_jax.models.params import get_params
 from dense_jax.models.registry import family
+from dense_jax.models.warm_start import check_warm_start
 from dense_jax.ops import resolver
 from dense_jax.runs import resume
 from dense_jax.runs import workdir as folders
 from dense_jax.runs.evaluating import Evaluations, with_standard
 from dense_jax.runs.formatting import parameter_table
+from dense_jax.runs.initial import Beginning, InitFrom, beginning
 from dense_jax.runs.memory import check_memory
 from dense_jax.runs.recording import Recorder
 from dense_jax.training.checkpoint import Checkpoints, check_name
@@ -62,7 +66,7 @@ class RunResult:
 def train_run(
     config: ExperimentConfig, workdir: str | os.PathLike[str], *, hooks: Sequence[Hook] = (),
     evaluators: Sequence[Evaluator] = (), allow_change: Collection[str] = (),
-    interrupt: Interrupt | None = None,
+    init_from: InitFrom | None = None, interrupt: Interrupt | None = None,
 ) -> RunResult:
   """Trains a model in a folder, or resumes the run that the folder holds.
 
@@ -80,6 +84,9 @@ def train_run(
       it, for example a `HeldOutLoss` with another interval.
     allow_change: keys such as "train.steps" that may differ from the configuration that the run in
       the folder was made with, although they alter its course; see `dense_jax.runs.resume`.
+    init_from: the model whose parameters and tokenizer the run begins with, at step 0 and with a
+      fresh optimizer. It may have fewer dense connections, and the run then begins with its
+      function (`dense_jax.models.warm_start`). It is not read again when the run goes on.
     interrupt: an active context that may end the process, as a command line has. None means that
       signals are handled here: the first one makes it save and return, and no signal ends the
       process.
@@ -103,7 +110,9 @@ def train_run(
     lock = _take_lock(stack, folder)
     distributed.by_first(lambda: folders.check_config(folder, config, allow_change))
     mesh = sharding.make_mesh(config.mesh)
-    data = _load_data(config)
+    begun = beginning(folder, init_from)
+    config = _with_vocab_of(config, begun)
+    data = _load_data(config, begun.tokenizer if begun else None)
     config = _with_vocab(config, data)
     check_memory(config)
     trainer = Trainer(config, mesh)
@@ -119,10 +128,10 @@ def train_run(
         keep_last=config.train.keep_last, keep_best=config.train.keep_best,
     )))
     distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})
-    state = _start(trainer, checkpoints, batches, config.seed)
+    state, init = _start(trainer, checkpoints, batches, config, mesh, begun)
     step = int(state.step)
     if step < config.train.steps:  # Else the run stays what it was trained with.
-      distributed.by_first(lambda: folders.begin(folder, config, data))
+      distributed.by_first(lambda: folders.begin(folder, config, data, init))
     print(_span(step, config.train.steps, folder), flush=True)
     recorder = stack.enter_context(contextlib.closing(Recorder(folder, step)))
     progress = stack.enter_context(contextlib.closing(Progress(step, config.train.steps)))
@@ -131,6 +140,8 @@ def train_run(
         steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.seq_len,
     )
     evaluations = Evaluations(evaluators, config, data, trainer, recorder, progress, logger)
+    if not step and init:
+      evaluations.heldout_loss(Moment(step, state, False))  # To compare later ones with.
     state = train(
         trainer, state, batches, steps=config.train.steps,
         hooks=[
@@ -155,10 +166,25 @@ def _span(step: int, steps: int, folder: epath.Path) -> str:
   return f"from step {step} to {steps} in {folder}"
 
 
-def _load_data(config: ExperimentConfig) -> Datasets:
+def _load_data(config: ExperimentConfig, tokenizer: Tokenizer | None) -> Datasets:
   with tqdm.tqdm(unit="B", unit_scale=True, desc="tokenizing", leave=False,
                  disable=not sys.stderr.isatty()) as bar:
-    return load_datasets(config.data, lambda done: bar.update(max(done - bar.n, 0)))
+    return load_datasets(config.data, lambda done: bar.update(max(done - bar.n, 0)), tokenizer)
+
+
+def _with_vocab_of(config: ExperimentConfig, begun: Beginning | None) -> ExperimentConfig:
+  """Returns the configuration for a run that began, or is to begin, with another model.
+
+  Raises:
+    InputError: the model cannot begin as the other one; see `check_warm_start`.
+  """
+  if begun is None:
+    return config
+  vocab_size = config.model.vocab_size or begun.vocab_size
+  model = dataclasses.replace(config.model, vocab_size=vocab_size)
+  if begun.source is not None:
+    check_warm_start(begun.source.model, model)
+  return dataclasses.replace(config, model=model)
 
 
 def _with_vocab(config: ExperimentConfig, data: Datasets) -> ExperimentConfig:
@@ -204,14 +230,27 @@ def _take_lock(stack: contextlib.ExitStack, folder: epath.Path) -> RunLock | Non
 
 
 def _start(
-    trainer: Trainer, checkpoints: Checkpoints, batches: TrainBatches, seed: int
-) -> TrainState:
-  """Returns the newest checkpoint's state, or a fresh one if there is none."""
-  if checkpoints.latest is None:
-    return trainer.init(seed)
-  state, position = checkpoints.restore(trainer.state_shapes, checkpoints.latest)
-  batches.set_state(position)
-  return state
+    trainer: Trainer, checkpoints: Checkpoints, batches: TrainBatches, config: ExperimentConfig,
+    mesh: Mesh, begun: Beginning | None,
+) -> tuple[TrainState, dict[str, Any] | None]:
+  """Returns the state to go on from, and what init.json says.
+
+  The state is that of the newest checkpoint or, if there is none, one with the parameters of the
+  model to begin with, or with fresh ones.
+  """
+  if checkpoints.latest is not None:
+    state, position = checkpoints.restore(trainer.state_shapes, checkpoints.latest)
+    batches.set_state(position)
+    return state, begun.record if begun else None
+  if begun is None or begun.source is None:
+    return trainer.init(config.seed), None
+  name, params = begun.source.load(mesh)
+  record = begun.source.record(name, config.model)
+  print(f"begins with {name}: {record['copied']:,} of its numbers"
+        + (f", and {record['new']:,} new ones that change nothing yet" if record["new"] else ""),
+        flush=True)
+  distributed.check_same({"--init-from": record})
+  return trainer.init_from(config.seed, begun.source.model, params), record
 
 
 def _saved_at_once(folder: epath.Path) -> str:

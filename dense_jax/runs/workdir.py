@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -21,13 +22,14 @@ from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 DATA_FILE = "data.json"
+INIT_FILE = "init.json"
 PLOT_FILE = "loss.png"
 REPORT_FILE = "report.md"
 _LOG = logging.getLogger(__name__)
 # Names that file systems and killed processes leave in a folder that is otherwise empty.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
-_FILES = (experiment.CONFIG_FILE, DATA_FILE, METRICS_FILE, PLOT_FILE, REPORT_FILE)
+_FILES = (experiment.CONFIG_FILE, DATA_FILE, INIT_FILE, METRICS_FILE, PLOT_FILE, REPORT_FILE)
 _FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 
 
@@ -48,9 +50,14 @@ def check_config(
     InputError: the folder holds something else, or a run that cannot be resumed like this.
   """
   steps = saved_steps(workdir / CHECKPOINTS)
+  if steps == [0]:
+    raise invalid(
+        "--workdir", str(workdir), "a folder with a run, or a new one and --init-from this one; it "
+        "holds a model that convert wrote, without an optimizer to go on with",
+    )
   if steps:
     resume.check(experiment.read(workdir), config, steps[-1], allow_change)
-  elif workdir.exists() and not _has_run(workdir):
+  elif workdir.exists() and not holds_run(workdir):
     foreign = [e.name for e in workdir.iterdir() if e != workdir and not _is_leftover(e)]
     if foreign:
       raise invalid(
@@ -63,7 +70,7 @@ def check_config(
       raise invalid("--workdir", str(workdir), f"a folder whose {name} is a {kind}")
 
 
-def _has_run(workdir: epath.Path) -> bool:
+def holds_run(workdir: epath.Path) -> bool:
   """Returns whether the folder's config.json is a run's; other programs use that name too."""
   file = workdir / experiment.CONFIG_FILE
   if not file.is_file():
@@ -118,12 +125,21 @@ def check_data(workdir: epath.Path, data: Datasets) -> None:
     )
 
 
-def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None:
+def begin(
+    workdir: epath.Path, config: ExperimentConfig, data: Datasets,
+    init: Mapping[str, Any] | None = None,
+) -> None:
   """Writes what identifies the run, and deletes partial files that a killed process left.
 
   The configuration is written first: whenever the process is killed, a folder with a config.json
   is a run's. If the folder has a checkpoint, restore it with this configuration and these data
   before this call, which overwrites what the folder says about its run.
+
+  Args:
+    workdir: the folder.
+    config: the run's configuration.
+    data: the run's data.
+    init: which model the run began with; None means fresh parameters.
   """
   if not is_remote(workdir):
     for folder in (workdir, workdir / TOKENIZER):
@@ -133,3 +149,7 @@ def begin(workdir: epath.Path, config: ExperimentConfig, data: Datasets) -> None
   experiment.save(config, workdir)
   write_atomically(workdir / DATA_FILE, json.dumps(identity.describe(data), indent=1).encode())
   data.tokenizer.save(workdir / TOKENIZER)
+  if init is None:
+    (workdir / INIT_FILE).unlink(missing_ok=True)  # Of a run that was killed and begins otherwise.
+  else:
+    write_atomically(workdir / INIT_FILE, json.dumps(init, indent=1).encode())

@@ -2,12 +2,14 @@
 
 A checkpoint holds the parameters of each layer, and their moments, under `layers.<N>.<rest>`
 (`dense_jax.models.params.by_layer`). It does not record how layers were scanned, so a run may
-resume with another `block_layers`. Stacked arrays are split on the way from the devices to the
+resume with another `block_layers`. A run with `train.ema` also saves the average of its parameters,
+in the same form. Stacked arrays are split on the way from the devices to the
 memory of their hosts, and stacked on the way back, so that no device holds a second copy of the
 state.
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -25,7 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dense_jax import distributed
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.errors import InputError
-from dense_jax.files import is_remote
+from dense_jax.files import is_remote, parse_json
 from dense_jax.models.params import (
     as_scanned,
     by_layer,
@@ -40,6 +42,8 @@ from dense_jax.types import Params, PyTree
 T = TypeVar("T")
 
 HELDOUT_LOSS = "heldout_loss"
+# The name of the average in a checkpoint, and of the choice to take it.
+_EMA = "ema"
 # The most attempts to read, in case a run saves and deletes faster than this process reads.
 _MOST_TRIED = 20
 _LOG = logging.getLogger(__name__)
@@ -168,7 +172,7 @@ class Checkpoints:
     """
     if self._manager.latest_step() == step:
       return True
-    if not distributed.to_host(_all_finite((state.params, state.opt_state))):
+    if not distributed.to_host(_all_finite((state.params, state.opt_state, state.ema))):
       return False
     state = by_layer(self._model, state, split=_to_hosts)
     ranked = heldout_loss is not None and math.isfinite(heldout_loss)
@@ -178,6 +182,7 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave({"step": state.step, "optimizer": state.opt_state}),
             data=ocp.args.JsonSave(dict(data)),
+            **({} if state.ema is None else {_EMA: ocp.args.StandardSave(state.ema)}),
         ),
         metrics={HELDOUT_LOSS: heldout_loss} if ranked else None,
         force=True,
@@ -187,10 +192,14 @@ class Checkpoints:
   def restore(self, shapes: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
     """Restores a step; returns its state, placed as `shapes` says, and the data's position.
 
+    If `shapes` has an average of the parameters and the checkpoint has none, the average begins
+    with the parameters. An average for which `shapes` has no place is not read.
+
     Raises:
       InputError: a part of the checkpoint is missing, damaged or of another form.
     """
     layers = _on_hosts(by_layer(self._model, shapes))
+    has_ema = shapes.ema is not None and self._has_ema(step)
     restored = self._read(
         step,
         ocp.args.Composite(
@@ -199,19 +208,36 @@ class Checkpoints:
                 {"step": layers.step, "optimizer": layers.opt_state}
             ),
             data=ocp.args.JsonRestore(),
+            **({_EMA: ocp.args.StandardRestore(layers.ema)} if has_ema else {}),
         ),
     )
     rest = restored["optimizer"]
-    state = TrainState(rest["step"], restored["params"], rest["optimizer"])
-    return self._join(state, shapes), restored["data"]
+    ema = restored[_EMA] if has_ema else None
+    state = TrainState(rest["step"], restored["params"], rest["optimizer"], ema)
+    if shapes.ema is None or has_ema:
+      return self._join(state, shapes), restored["data"]
+    state = self._join(state, dataclasses.replace(shapes, ema=None))
+    began = dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.params))
+    return began, restored["data"]
+
+  def _has_ema(self, step: int) -> bool:
+    """Returns whether a checkpoint was saved with an average, which may be damaged now."""
+    folder = self._folder / str(step)
+    try:
+      saved = parse_json((folder / "_CHECKPOINT_METADATA").read_bytes())
+      return _EMA in saved["item_handlers"]
+    except (OSError, KeyError, TypeError, ValueError):  # Damaged.
+      return (folder / _EMA).is_dir()
 
   def _join(self, tree: PyTree, shapes: PyTree) -> PyTree:
     """Converts entries by layer to the form of the model, placed as `shapes` says."""
     scanned = as_scanned(self._model, tree, stack=_to_devices)
     return jax.device_put(scanned, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
-  def restore_params(self, shapes: Params, which: str) -> tuple[int, Params]:
-    """Restores the parameters alone, for evaluation and sampling; returns the step and them.
+  def restore_params(
+      self, shapes: Params, which: str, weights: str = "raw"
+  ) -> tuple[int, Params, str]:
+    """Restores the parameters alone, for evaluation and sampling.
 
     A run that is training may delete a checkpoint while it is read, and one may be damaged.
     "latest" and "best" then take the next that can be read, and log which.
@@ -219,27 +245,36 @@ class Checkpoints:
     Args:
       shapes: the parameters' shapes and shardings.
       which: "latest", "best" (the lowest finite held-out loss) or a step's number.
+      weights: "raw" for the parameters that were trained, "ema" for their average, or "auto" for
+        the average if the checkpoint has one.
+
+    Returns:
+      The step, the parameters, and "raw" or "ema".
 
     Raises:
-      InputError: there is no such checkpoint, or none that can be read.
+      InputError: there is no such checkpoint, none that can be read, or no average in it.
     """
-    layers = _on_hosts(by_layer(self._model, shapes))
-    arguments = ocp.args.Composite(params=ocp.args.StandardRestore(layers))
+    layers = ocp.args.StandardRestore(_on_hosts(by_layer(self._model, shapes)))
     failed: dict[int, InputError] = {}
     while len(failed) < _MOST_TRIED:
       candidates = [step for step in self._candidates(which) if step not in failed]
       if not candidates:
         break
       step = candidates[0]
+      has_ema = weights != "raw" and self._has_ema(step)
+      if weights == _EMA and not has_ema:
+        raise invalid("--weights", weights, f"raw or no value: checkpoint {step} in {self._folder} "
+                      "has no average of parameters, as config.train.ema was 0")
+      item = _EMA if has_ema else "params"
       try:
-        params = self._read(step, arguments)["params"]
+        params = self._read(step, ocp.args.Composite(**{item: layers}))[item]
       except InputError as error:
         failed[step] = error
         _retried(self._manager.reload)  # Another process may have saved and deleted meanwhile.
         continue
       for why_not in failed.values():
         _LOG.warning("%s; checkpoint %d is taken", why_not, step)
-      return step, self._join(params, shapes)
+      return step, self._join(params, shapes), _EMA if has_ema else "raw"
     if failed:
       raise [*failed.values()][-1]
     steps = self._manager.all_steps()

@@ -23,6 +23,7 @@ from dense_jax.models.params import (
   logical_axes,
   with_params,
 )
+from dense_jax.models.warm_start import warm_start
 from dense_jax.training.losses import loss_sum
 from dense_jax.training.optimizer import learning_rate, make_optimizer
 from dense_jax.types import Array, Params, PyTree
@@ -41,11 +42,18 @@ class TrainState:
     step: int32 scalar, updates done.
     params: parameters by name, float32.
     opt_state: the state of the optax optimizer.
+    ema: the exponential moving average of the parameters, float32, if `train.ema` is above 0.
   """
 
   step: Array
   params: Params
   opt_state: PyTree
+  ema: Params | None = None
+
+  @property
+  def weights(self) -> Params:
+    """The parameters that evaluation takes: the average, if there is one."""
+    return self.params if self.ema is None else self.ema
 
 
 class _Gradients(NamedTuple):
@@ -131,6 +139,34 @@ def has_layers(metrics: Metrics) -> bool:
   return any(name.startswith(_LAYERS) for name in metrics)
 
 
+def _averaged(ema: Params, params: Params, decay: float, step: Array) -> Params:
+  """Moves an average towards the parameters after update number `step`, counted from 1.
+
+      ema <- d ema + (1 - d) params,    d = min(decay, (1 + step) / (10 + step))
+
+  The first parameters are so forgotten early, whatever the decay.
+  """
+  # 1 - (1 + step) / (10 + step), without a difference of two numbers near one.
+  weight = jnp.maximum(1 - decay, 9 / (10 + step.astype(jnp.float32)))
+  return jax.tree.map(lambda mean, new: mean + weight * (new - mean), ema, params)
+
+
+def placed_shapes(model: LanguageModel, mesh: Mesh) -> Params:
+  """Returns the shapes of a model's parameters, with their shardings on a mesh.
+
+  Raises:
+    InputError: the mesh does not divide a parameter.
+  """
+  shapes = get_params(model)
+  placed = sharding.param_shardings(
+      logical_axes(model), {name: leaf.shape for name, leaf in shapes.items()}, mesh
+  )
+  return jax.tree.map(
+      lambda leaf, sharded: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded),
+      shapes, placed,
+  )
+
+
 class Trainer:
   """The compiled train step of a configuration, and states for it, on a mesh.
 
@@ -152,17 +188,18 @@ class Trainer:
     train = config.train
     sharding.check_batch(train.batch_size, config.data.seq_len, train.accumulate, mesh)
     self.model = abstract_model(config.model)
-    shapes = get_params(self.model)
-    by_name = sharding.param_shardings(
-        logical_axes(self.model), {name: leaf.shape for name, leaf in shapes.items()}, mesh
-    )
+    shapes = placed_shapes(self.model, mesh)
+    by_name = {name: leaf.sharding for name, leaf in shapes.items()}
     everywhere = sharding.replicated(mesh)
     optimizer = make_optimizer(config.optimizer, train.steps, list(shapes))
     schedule = learning_rate(config.optimizer, train.steps)
 
     def init(key: Array) -> TrainState:
-      params = init_params(config.model, key)
-      return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+      return begin(init_params(config.model, key))
+
+    def begin(params: Params) -> TrainState:
+      ema = jax.tree.map(jnp.copy, params) if train.ema else None
+      return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
     def step(state: TrainState, batch: Batch, measure: bool) -> tuple[TrainState, Metrics]:
       with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Kernels ask for it.
@@ -179,7 +216,10 @@ class Trainer:
       if measure:
         metrics |= _layer_metrics(config.model, aux, gradients)
       params = optax.apply_updates(state.params, updates)
-      return TrainState(state.step + 1, params, opt_state), metrics
+      ema = state.ema
+      if ema is not None:
+        ema = _averaged(ema, params, train.ema, state.step + 1)
+      return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     opt_shardings = optax.tree_map_params(
@@ -190,7 +230,8 @@ class Trainer:
         transform_non_params=lambda _: everywhere,
     )
     placed: Any = everywhere  # Shardings stand where the dataclass is annotated with arrays.
-    shardings = TrainState(placed, cast(Params, by_name), opt_shardings)
+    ema_shardings = cast(Params, by_name) if train.ema else None
+    shardings = TrainState(placed, cast(Params, by_name), opt_shardings, ema_shardings)
     self.state_shapes: TrainState = jax.tree.map(
         lambda leaf, sharded: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded),
         abstract,
@@ -200,6 +241,12 @@ class Trainer:
     self._batch_shape = (train.batch_size, config.data.seq_len)
     self._measure_every = train.layer_metrics_every
     self._init = jax.jit(init, out_shardings=shardings)
+
+    def init_from(key: Array, params: Params, source: ModelConfig) -> TrainState:
+      fresh = init_params(config.model, key)
+      return begin(warm_start(source, config.model, params, fresh))
+
+    self._init_from = jax.jit(init_from, static_argnums=2, out_shardings=shardings)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
       return step(state, batch, measure=False)
@@ -232,6 +279,19 @@ class Trainer:
   def init(self, seed: int) -> TrainState:
     """Makes a fresh state in place on its devices."""
     return self._init(jax.random.key(seed))
+
+  def init_from(self, seed: int, source: ModelConfig, params: Params) -> TrainState:
+    """Makes the state before the first step of a model that begins as another one.
+
+    Args:
+      seed: of the parameters that the other model does not have.
+      source: the other model's configuration.
+      params: its parameters, on the trainer's mesh (`placed_shapes`).
+
+    Raises:
+      InputError: the model cannot begin as the other one; see `warm_start`.
+    """
+    return self._init_from(jax.random.key(seed), params, source)
 
   @functools.cached_property
   def rows(self) -> slice:

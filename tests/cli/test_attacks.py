@@ -214,7 +214,7 @@ def test_an_unreadable_heldout_loss_ranks_nothing_and_keeps_nothing_from_being_r
   file.write_bytes(damaged)
   checkpoints = Checkpoints(folder, MODEL, read_only=True)
   for which, step in (("latest", 2), ("best", 1), ("2", 2)):
-    found, params = checkpoints.restore_params(params, which)
+    found, params, _ = checkpoints.restore_params(params, which)
     assert (found, params["w"].tolist()) == (step, [step, step])
   checkpoints.close()
   # The next run goes on beside it.

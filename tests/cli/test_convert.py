@@ -77,12 +77,13 @@ def test_the_tokenizer_is_written_too(tmp_path, monkeypatch, capsys, kind):
   config = experiment.load("experiments/smoke.py:debug", overrides)
   model = LanguageModel(config.model, rngs=nnx.Rngs(0))
   run = runs.Run("a run", tokenizer, model, get_params(model), config, 4)
-  monkeypatch.setattr(runs, "restore", lambda workdir, which: run)
+  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights: run)
   monkeypatch.setenv("HOME", str(tmp_path))
   assert convert.main(["--workdir", "run", "--output", "~/a/saved"]) == 0
   output = tmp_path / "a" / "saved"
   assert str(output) in capsys.readouterr().out
-  files = {"config.json", "model.safetensors", "tokenizer_config.json"}
+  files = {"config.json", "model.safetensors", "tokenizer_config.json", "README.md",
+           "training.json"}
   files |= {"tokenizer.model"} if kind == "sentencepiece" else set()
   assert {file.name: file.stat().st_mode & 0o777 for file in output.iterdir()} == dict.fromkeys(
       files, MODE)

@@ -131,9 +131,9 @@ def _parse(main: Callable[[Sequence[str]], object], arguments: Sequence[str]) ->
 
 
 def _load(spec: str | None, overrides: list[tuple[str, str]]) -> None:
-  """Loads the experiment of a command that has one."""
-  if spec is not None:
-    experiment.load(spec, [(key, value) for key, value in overrides if key != "KEY"])
+  """Loads the experiment of a command that has one, or that changes one which it does not name."""
+  if spec is not None or overrides:
+    experiment.load(spec or SMOKE, [(key, value) for key, value in overrides if key != "KEY"])
 
 
 def _console(arguments: list[str]) -> str | None:

@@ -30,7 +30,7 @@ def on_device(tree):
 def read(folder, which):
   """Returns the step, which is also the value of the parameters."""
   checkpoints = Checkpoints(epath.Path(folder), MODEL, read_only=True)
-  step, params = checkpoints.restore_params(on_device(state(0).params), which)
+  step, params, _ = checkpoints.restore_params(on_device(state(0).params), which)
   checkpoints.close()
   assert params["w"].tolist() == [step] * 3
   return step

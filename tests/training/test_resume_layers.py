@@ -58,7 +58,7 @@ def _save(folder, model: ModelConfig, state):
 def _restore(folder, model: ModelConfig, shapes):
   checkpoints = Checkpoints(epath.Path(folder), model, read_only=True)
   state, position = checkpoints.restore(shapes, 1)
-  step, params = checkpoints.restore_params(shapes.params, "latest")
+  step, params, _ = checkpoints.restore_params(shapes.params, "latest")
   checkpoints.close()
   assert (position, step) == ({"row": 7}, 1)
   assert_trees_close(jax.device_get(params), jax.device_get(state.params), scale=0.0)
