@@ -25,7 +25,7 @@ TPU_COMPILER := $(VENV)/tpu_compiler/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train setup test test-slow test-exhaustive lint xpk ci clean
+.PHONY: help train setup extras test test-slow test-exhaustive lint xpk ci clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv312]"
@@ -40,11 +40,13 @@ setup: $(VENV)/.installed-dev $(TPU_COMPILER) ## what `make test` needs and does
 test: setup ## the tests that take seconds; ARGS="-k packing"
 	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
-test-slow: setup xpk ## the tests that take minutes
+test-slow: setup xpk extras ## the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
 
 test-exhaustive: setup ## every form, length and mesh of every family; more than an hour
 	$(PYTEST) -m exhaustive $(ARGS)
+
+extras: $(VENV)/.installed-extras ## the optional packages that slow tests need besides
 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check $(ARGS)
@@ -80,6 +82,11 @@ $(VENV)/.installed: $(VENV)/.created requirements.txt pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools for tests into $(VENV) (once) ..."
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-extras: $(VENV)/.installed-dev
+	@echo "installing the extras hf and eval into $(VENV) (once) ..."
+	@$(PIP) -e '.[hf,eval]'
 	@touch $@
 
 # The version that the installed jax asks for in its own extra "tpu".
