@@ -10,7 +10,6 @@ than the last of these is read in several calls with its state carried, in const
 score does not depend on the batch size or on the order of the requests, except for rounding.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -23,12 +22,17 @@ from dense_jax.config import ModelConfig
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.errors import InputError
 from dense_jax.evaluation.prefixes import Edge, build_tree
-from dense_jax.evaluation.reading import TARGETS, Programs, padded_length
+from dense_jax.evaluation.reading import (
+    LENGTHS,
+    TARGETS,
+    WORTH_A_PROGRAM,
+    Programs,
+    choose_lengths,
+    programs_of,
+)
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.types import Array, Params
 
-# Edges of at most this many tokens are read in batches of as many tokens as longer ones.
-_SHORT = 64
 # Batches that run on the devices before the results of the first are waited for.
 _IN_FLIGHT = 2
 
@@ -111,13 +115,16 @@ class Likelihood:
   ) -> None:
     """Stores what is needed; nothing is compiled yet.
 
+    Models of the same configuration share their programs, so that another instance compiles nothing
+    anew.
+
     Args:
       model: the model, which may be abstract.
       params: its parameters.
       tokenizer: its tokenizer, whose bos is before a document.
       window: tokens that the model reads at most if no state is carried, such as the length of its
         rows in training.
-      batch_size: rows of a batch; shorter rows go into batches of up to 8 times as many.
+      batch_size: rows of a batch.
       carried: whether a context, or a document, of any length is read from its beginning, with the
         state carried over all of it (attention carries its cache, which holds the last tokens).
         Otherwise only the last `window` tokens before the last target are read.
@@ -130,13 +137,6 @@ class Likelihood:
     self.window, self.carried, self.batch_size = window, carried, batch_size
     self._config: ModelConfig = model.config
     self._share, self._put, self._rows = share, put, rows
-    self._programs: dict[int, Programs] = {}
-
-  def with_params(self, params: Params) -> "Likelihood":
-    """Returns the same with other parameters; what is compiled is shared."""
-    changed = copy.copy(self)
-    changed.params = params
-    return changed
 
   @property
   def context(self) -> str:
@@ -189,18 +189,17 @@ class Likelihood:
     """
     context = getattr(self._config.mixer, "context", 0)
     context = min(context, max(16, 1 << (longest - 1).bit_length()))
-    if context not in self._programs:
-      mixer = dataclasses.replace(self._config.mixer, context=context) if context else (
-          self._config.mixer)
-      self._programs[context] = Programs(dataclasses.replace(self._config, mixer=mixer))
-    return self._programs[context]
+    if not context:
+      return programs_of(self._config)
+    mixer = dataclasses.replace(self._config.mixer, context=context)
+    return programs_of(dataclasses.replace(self._config, mixer=mixer))
 
   def num_rows(self, length: int, needed: int) -> int:
-    """Returns the rows of a batch of at most `needed` rows of a padded length."""
-    if self._put is not None:
-      return self.batch_size
-    most = self.batch_size * max(_SHORT // length, 1)
-    return next(rows for rows in (1, -(-most // 4), most) if rows >= min(needed, most))
+    """Returns the rows of a batch for at most `needed` rows of a padded length."""
+    most = self.batch_size
+    if self._put is not None or most * length <= 2 * WORTH_A_PROGRAM:
+      return most
+    return next(size for size in (1, -(-most // 4), most) if size >= min(needed, most))
 
   def place(self, batch: Batch) -> Batch:
     """Puts a host batch on the devices."""
@@ -236,6 +235,9 @@ class _Scoring:
       targets.append(np.asarray(request.target_ids, np.int32))
     self._roots = build_tree(inputs, targets, share=likelihood._share)
     self._programs = likelihood.programs(max(map(len, inputs), default=1))
+    self._lengths = {
+        fresh: choose_lengths(lengths) for fresh, lengths in _lengths(self._roots).items()
+    }
     self._pending: list[tuple[list[tuple[int, int]], list[tuple[Array, Array]]]] = []
 
   def run(self) -> list[Scored]:
@@ -264,10 +266,15 @@ class _Scoring:
     """Yields edges of nearly equal lengths, the longest first."""
     edges = sorted(edges, key=lambda pair: -len(pair[0].tokens))
     while edges:
-      length = padded_length(len(edges[0][0].tokens))
+      length = self._padded(edges[0][0].start, len(edges[0][0].tokens))
       rows = self._likelihood.num_rows(length, len(edges))
       yield edges[:rows]
       edges = edges[rows:]
+
+  def _padded(self, start: int, longest: int) -> int:
+    """Returns the length to which rows are padded that begin at a position."""
+    lengths = self._lengths[start == 0]
+    return next((length for length in lengths if length >= longest), lengths[-1])
 
   def _read_batch(
       self, group: list[tuple[Edge, int]], state: ModelState | None, *, keep: bool
@@ -276,7 +283,7 @@ class _Scoring:
     edges, rows = [edge for edge, _ in group], [row for _, row in group]
     done, longest = 0, max(len(edge.tokens) for edge in edges)
     while done < longest:
-      length = padded_length(longest - done)
+      length = self._padded(edges[0].start + done, longest - done)
       batch_size = self._likelihood.num_rows(length, len(edges))
       goes_on = keep or done + length < longest
       index_B = np.zeros(batch_size, np.int32)
@@ -339,6 +346,18 @@ class _Scoring:
   def _tell(self, numbers: Sequence[int] | np.ndarray) -> None:
     if self._on_done is not None and len(numbers):
       self._on_done({int(number): self._scored(int(number)) for number in numbers})
+
+
+def _lengths(roots: Sequence[Edge]) -> dict[bool, list[int]]:
+  """Returns the lengths of all calls' rows: of those that begin a document, and of the others."""
+  lengths: dict[bool, list[int]] = {True: [], False: []}
+  edges = list(roots)
+  while edges:
+    edge = edges.pop()
+    for done in range(0, len(edge.tokens), LENGTHS[-1]):
+      lengths[edge.start + done == 0].append(min(len(edge.tokens) - done, LENGTHS[-1]))
+    edges += edge.children
+  return lengths
 
 
 def _host_batch(edges: Sequence[Edge], done: int, length: int, batch_size: int) -> Batch:

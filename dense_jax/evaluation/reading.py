@@ -1,6 +1,7 @@
 """Compiled programs that read rows of tokens from a state, and score targets at some of them."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,32 @@ from dense_jax.models.language_model import ModelState
 from dense_jax.models.params import abstract_model, with_params
 from dense_jax.types import Array, Params
 
-# Lengths to which rows are padded: a program is compiled for each that occurs.
+# Lengths to which rows may be padded. A row that is longer than the last is read in several calls.
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# So many padded tokens are worth another program. Its compilation takes as long as reading some
+# 6,000 (12 layers of width 512, families mamba and mamba2, on a CPU: 3.5 s against 0.5 to 0.8 ms a
+# token), but is kept for all later evaluations of models of the same configuration.
+WORTH_A_PROGRAM = 700
 # Targets of a call of `Programs.score`, and how many of them have logits at one time.
 TARGETS, CHUNK = 2048, 128
 
 
-def padded_length(longest: int) -> int:
-  """Returns the length to which rows are padded; longer rows are read in several calls."""
-  return next((length for length in LENGTHS if length >= longest), LENGTHS[-1])
+def choose_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+  """Chooses the padded lengths for rows of these lengths, from 1 to the last of `LENGTHS`.
+
+  Each length that is used is a program to compile. The choice is the subset of `LENGTHS` for which
+  the padded tokens and the compilations together cost the least.
+  """
+  below = [0, *(int((np.asarray(lengths, int) <= length).sum()) for length in LENGTHS)]
+  # The least cost of all rows up to each length, and the lengths that it needs.
+  best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
+  for index, length in enumerate(LENGTHS, 1):
+    best.append(min(
+        (cost + (below[index] - below[start]) * length + WORTH_A_PROGRAM, (*chosen, length))
+        if below[index] > below[start] else (cost, chosen)
+        for start, (cost, chosen) in enumerate(best)
+    ))
+  return best[-1][1]
 
 
 class Programs:
@@ -43,18 +61,19 @@ class Programs:
       hidden_BTD, after = with_params(model, params).hidden(tokens_BT, segments, state)
       return hidden_BTD, after if keep else None
 
+    def take(hidden_BTD: Array, place_K: Array) -> Array:
+      return hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[place_K]
+
     def score(
-        params: Params, hidden_BTD: Array, place_K: Array, target_K: Array, chunks: Array
+        params: Params, hidden_KD: Array, target_K: Array, chunks: Array
     ) -> tuple[Array, Array]:
       loaded = with_params(model, params)
-      hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
 
       def body(chunk: Array, scored: tuple[Array, Array]) -> tuple[Array, Array]:
         def part(x: Array) -> Array:
           return jax.lax.dynamic_slice_in_dim(x, chunk * CHUNK, CHUNK)
 
-        logits = loaded.logits(hidden[part(place_K)])
-        values = _log_likelihood(logits, part(target_K))
+        values = _log_likelihood(loaded.logits(part(hidden_KD)), part(target_K))
         return tuple(  # type: ignore[return-value]
             jax.lax.dynamic_update_slice_in_dim(whole, value, chunk * CHUNK, 0)
             for whole, value in zip(scored, values, strict=True)
@@ -66,7 +85,9 @@ class Programs:
     self._read: Callable[..., tuple[Array, ModelState]] = jax.jit(
         read, static_argnames="keep"
     )
+    self._take: Callable[[Array, Array], Array] = jax.jit(take)
     self._score: Callable[..., tuple[Array, Array]] = jax.jit(score)
+    self._has_cache = hasattr(config.mixer, "context")
 
   def read(
       self, params: Params, state: ModelState | None, index_B: np.ndarray, batch: Batch, *,
@@ -82,9 +103,11 @@ class Programs:
       keep: whether the state after the rows is wanted.
 
     Returns:
-      The last norm's output hidden_BTD, and the state (None without `keep`).
+      The last norm's output hidden_BTD, and the state (perhaps None without `keep`).
     """
     parents = None if state is None else (state, everywhere(index_B, params))
+    # To keep a state costs little, unless it is a cache; one program then serves both.
+    keep = keep or (state is None and not self._has_cache)
     with sharding.mesh_of(params):
       return self._read(params, parents, batch.tokens_BT, batch.segments, keep=keep)
 
@@ -107,9 +130,13 @@ class Programs:
     padded = np.zeros((2, TARGETS), np.int32)
     padded[0, :count], padded[1, :count] = place_K, target_K
     chunks = np.asarray(-(-count // CHUNK), np.int32)
-    arguments = (everywhere(x, params) for x in (padded[0], padded[1], chunks))
+    place, target, number = (everywhere(x, params) for x in (*padded, chunks))
     with sharding.mesh_of(params):
-      return self._score(params, hidden_BTD, *arguments)
+      return self._score(params, self._take(hidden_BTD, place), target, number)
+
+
+programs_of = functools.lru_cache(maxsize=8)(Programs)
+"""Returns the programs of a configuration, which are made once."""
 
 
 def _log_likelihood(logits_KV: Array, target_K: Array) -> tuple[Array, Array]:

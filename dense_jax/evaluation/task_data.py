@@ -196,7 +196,6 @@ def _find(folder: str, names: tuple[str, ...], field: str) -> epath.Path | None:
   return None
 
 
-@functools.lru_cache(maxsize=4)
 def _content(path: epath.Path) -> bytes:
   try:
     content = path.read_bytes()
@@ -210,10 +209,11 @@ def _digest(path: epath.Path) -> str:
 
 
 def _decoded(path: epath.Path, form: str) -> str:
+  content = _content(path)
   try:
-    return _content(path).decode("utf-8-sig")
+    return content.decode("utf-8-sig")
   except UnicodeDecodeError as error:
-    line = _content(path)[: error.start].count(b"\n") + 1
+    line = content[: error.start].count(b"\n") + 1
     raise _malformed(path, line, "it is not UTF-8", form) from error
 
 

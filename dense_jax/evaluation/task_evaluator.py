@@ -8,7 +8,6 @@ from dense_jax.evaluation.likelihood import Likelihood
 from dense_jax.evaluation.scoring import evaluate_task
 from dense_jax.evaluation.task_data import load_task
 from dense_jax.evaluation.tasks import parse_names
-from dense_jax.models.language_model import LanguageModel
 
 
 class TaskScores(Evaluator):
@@ -30,18 +29,14 @@ class TaskScores(Evaluator):
         load_task(name, config.data, field="config.eval.data", limit=config.items)
         for name in names
     ]
-    self._model: LanguageModel | None = None
 
   def evaluate(self, snapshot: Snapshot) -> dict[str, float]:
     """Computes the metrics of all tasks, named `<task>_<metric>`."""
-    if self._model is not snapshot.model:  # One instance may serve several runs.
-      self._model = snapshot.model
-      self._likelihood = Likelihood(
-          snapshot.model, snapshot.params, snapshot.data.tokenizer,
-          window=snapshot.config.data.seq_len, batch_size=snapshot.config.train.batch_size,
-          put=snapshot.put, rows=snapshot.rows,
-      )
-    likelihood = self._likelihood.with_params(snapshot.params)
+    likelihood = Likelihood(
+        snapshot.model, snapshot.params, snapshot.data.tokenizer,
+        window=snapshot.config.data.seq_len, batch_size=snapshot.config.train.batch_size,
+        put=snapshot.put, rows=snapshot.rows,
+    )
     numbers: dict[str, float] = {}
     for data in self._data:
       metrics = evaluate_task(likelihood, data).metrics

@@ -71,7 +71,7 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """What is scored of a record.
+  """The texts of a record that are scored.
 
   Attributes:
     name: the record's own id, or "".
