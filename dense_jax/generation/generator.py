@@ -18,6 +18,9 @@ from dense_jax.models.language_model import LanguageModel
 # Rows that are decoded together unless it is said otherwise. On a CPU, a step of eight rows of a
 # small model takes two to five times as long as a step of one.
 BATCH_SIZE = 8
+# More than one row are a multiple of this. With two, XLA's CPU backend computes some contractions
+# of the first row in another order than those of the second.
+_ROWS = 4
 
 
 class Generator:
@@ -47,7 +50,8 @@ class Generator:
       model: any model.
       tokenizer: spells the continuations; None means that results have no text, and requests no
         stop strings.
-      batch_size: B, the rows that are decoded together, idle ones among them.
+      batch_size: B, the rows that are decoded together, idle ones among them; above 1 it is
+        rounded up to a multiple of 4.
 
     Raises:
       InputError: `batch_size` is less than 1.
@@ -55,7 +59,7 @@ class Generator:
     if batch_size < 1:
       raise invalid("batch_size", batch_size, "an integer >= 1")
     self._tokenizer = tokenizer
-    self.programs = Programs(model, batch_size)
+    self.programs = Programs(model, 1 if batch_size == 1 else -(-batch_size // _ROWS) * _ROWS)
 
   def read(self, ids: Sequence[int], prefix: Prefix | None = None) -> Prefix:
     """Reads a text once, for many requests to continue; memory does not grow with its length.
@@ -165,7 +169,7 @@ class _Continuation:
 
   @property
   def keeps(self) -> bool:
-    """Whether the result has a prefix."""
+    """True if the result is to have a prefix."""
     return self.request.keep_state
 
   @property

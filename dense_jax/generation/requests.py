@@ -1,4 +1,4 @@
-"""What a generator is asked for, and what it answers."""
+"""Requests to continue texts, and their results."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """What one block of decoding adds to one continuation.
+  """The part of one continuation that one block of decoding adds.
 
   Attributes:
     index: the request's place among all requests.

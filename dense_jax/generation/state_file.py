@@ -3,7 +3,8 @@
 A safetensors file, written atomically, with one tensor for each part of a `Prefix`:
 
     position          int32 [1]
-    layers.<N>.<name> [1, ...], each part of a mixer's state, in its own dtype
+    layers.<N>.<name> [1, ...], each part of a mixer's state: float32, or the bits of bfloat16
+                      numbers as uint16
     logits            float32 [V]
     seen              uint8 [ceil(V / 8)], the bits of `seen_V`
     last_ids          int32
@@ -30,7 +31,7 @@ from dense_jax.generation.requests import Prefix
 from dense_jax.generation.text import CONTEXT
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import abstract_model, by_layer, get_params, unrolled_config
-from dense_jax.types import PyTree
+from dense_jax.types import Array, PyTree
 
 _FORMAT, _VERSION = "dense_jax state", "1"
 # The keys of a model's configuration that change how it is computed, but not the function.
@@ -146,14 +147,21 @@ def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
 def _named(state: ModelState) -> dict[str, Any]:
   """Returns the parts of a state by name."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(state.layers)
-  return {"position": state.position_B} | {_name(path): leaf for path, leaf in leaves}
+  return {"position": state.position_B} | {
+      # Not all that reads safetensors knows bfloat16.
+      _name(path): leaf.view(jnp.uint16) if leaf.dtype == jnp.bfloat16 else leaf
+      for path, leaf in leaves
+  }
 
 
 def _from_named(shapes: ModelState, tensors: Mapping[str, Any]) -> ModelState:
   """Inverts `_named`; recurrences' states get the dtype that the model keeps them in."""
-  layers: PyTree = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: tensors[_name(path)].astype(leaf.dtype), shapes.layers
-  )
+  def restored(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+    tensor = tensors[_name(path)]
+    tensor = tensor.view(jnp.bfloat16) if tensor.dtype == jnp.uint16 else tensor
+    return tensor.astype(leaf.dtype)
+
+  layers: PyTree = jax.tree_util.tree_map_with_path(restored, shapes.layers)
   return ModelState(tensors["position"], layers)
 
 
@@ -176,7 +184,7 @@ def _read(path: str, field: str) -> tuple[dict[str, Any], dict[str, str]]:
     metadata = parse_json(content[8 : 8 + size]).get("__metadata__", {})
   except OSError as error:
     raise invalid(field, path, f"a file to read ({error.strerror or error})") from error
-  except (SafetensorError, ValueError, AttributeError, TypeError) as error:
+  except (SafetensorError, ValueError, AttributeError, KeyError, TypeError) as error:
     raise invalid(
         field, path, f"a file that --save-state wrote; it is damaged or another ({error})"
     ) from error

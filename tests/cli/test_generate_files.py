@@ -57,6 +57,7 @@ def _shared(run, monkeypatch):
 
 
 _GENERATORS = {}
+CONVERSE = [*MODEL, "--interactive", "--batch-size", "8"]
 
 
 def _write(path, lines):
@@ -179,20 +180,28 @@ def _without_replacement(text):
 
 def test_another_models_state_is_refused(tmp_path, monkeypatch):
   state = str(tmp_path / "state")
-  assert generate.main([*MODEL, "--prompt", "a", "--max-new-tokens", "0", "--save-state", state]) == 0
+  reads = ["--prompt", "a", "--max-new-tokens", "0", "--save-state", state]
+  assert generate.main([*MODEL, *reads]) == 0
   monkeypatch.setattr(runs, "restore", lambda workdir, which: _model(seed=1))
   with pytest.raises(InputError, match=r"--from-state = .*a state of run 1; it is one of run 0"):
     generate.main([*MODEL, "--from-state", state])
 
 
-def test_states_in_bfloat16(capsys):
-  arguments = [*MODEL, "--prompt", "line", "--max-new-tokens", "40", "--temperature", "2"]
-  printed = []
-  for dtype in ("float32", "bfloat16"):
-    assert generate.main([*arguments, "--state-dtype", dtype]) == 0
-    printed.append(capsys.readouterr().out)
-  assert generate.main(arguments) == 0
-  assert capsys.readouterr().out == printed[0]
+def test_the_dtype_of_states_and_the_rows(run, monkeypatch):
+  made = []
+
+  def generator(model, tokenizer, *, batch_size):
+    made.append((model.config.state_dtype, batch_size))
+    raise Stopped
+
+  monkeypatch.setattr(generate, "Generator", generator)
+  for more in (["--prompt", "a"], ["--interactive"], ["--interactive", "--batch-size", "3"],
+               ["--prompt", "a", "--state-dtype", "bfloat16"]):
+    with pytest.raises(Stopped):
+      generate.main([*MODEL, *more])
+  assert made == [("float32", 8), ("float32", 1), ("float32", 3), ("bfloat16", 8)]
+  changed = generating.with_state_dtype(run, "bfloat16")
+  assert get_params(changed.model).keys() == run.params.keys()
 
 
 def _types(monkeypatch, *lines):
@@ -211,10 +220,10 @@ def _types(monkeypatch, *lines):
 def test_a_conversation_keeps_its_state(monkeypatch, tmp_path, capsys):
   state = str(tmp_path / "state")
   _types(monkeypatch, "once", "", lambda: signal.raise_signal(signal.SIGINT), " upon")
-  arguments = [*MODEL, "--max-new-tokens", "5", "--seed", "6"]
-  assert generate.main([*arguments, "--interactive", "--save-state", state]) == 0
+  arguments = [*CONVERSE, "--max-new-tokens", "5", "--seed", "6"]
+  assert generate.main([*arguments, "--save-state", state]) == 0
   printed = capsys.readouterr().out
-  generator, prefix, expected = _GENERATORS[1], None, []
+  generator, prefix, expected = _GENERATORS[8], None, []
   for text in ("once", "", " upon"):
     ids = [*([] if prefix else [256]), *text.encode()]
     (result,) = generator([
@@ -225,13 +234,13 @@ def test_a_conversation_keeps_its_state(monkeypatch, tmp_path, capsys):
   assert printed == "".join(expected[:2]) + "\n(Ctrl-D ends)\n" + expected[2]
   # It goes on from the state.
   _types(monkeypatch, "a")
-  assert generate.main([*arguments, "--interactive", "--from-state", state]) == 0
+  assert generate.main([*arguments, "--from-state", state]) == 0
   (result,) = generator([Request([97], Sampling(0.8), 5, 6, (257,), prefix=prefix)])
   assert capsys.readouterr().out == generate.printable(result.text) + "\n"
   # Nothing is typed: there is no state.
   _types(monkeypatch)
   with pytest.raises(InputError, match="--save-state"):
-    generate.main([*arguments, "--interactive", "--save-state", state])
+    generate.main([*arguments, "--save-state", state])
 
 
 def test_ctrl_c_ends_an_answer_not_the_conversation(monkeypatch, capsys):
@@ -246,10 +255,10 @@ def test_ctrl_c_ends_an_answer_not_the_conversation(monkeypatch, capsys):
     return write(text)
 
   monkeypatch.setattr(sys.stdout, "write", interrupting)
-  arguments = [*MODEL, "--interactive", "--max-new-tokens", "40", "--temperature", "0"]
+  arguments = [*CONVERSE, "--max-new-tokens", "40", "--temperature", "0"]
   with Interrupt():
     assert generate.main(arguments) == 0
-  first, *_ = _GENERATORS[1]([Request([256, *b"once"], Sampling(0), 40, 0, (257,))])
+  first, *_ = _GENERATORS[8]([Request([256, *b"once"], Sampling(0), 40, 0, (257,))])
   shown = "".join(pieces)
   assert len(first.ids) > 8 and generate.printable(first.text) not in shown
   assert shown.startswith(generate.printable(first.text[:2]))

@@ -26,7 +26,7 @@ from tests.builders import (
 from tests.generation.tokenizers import Letters
 from tests.helpers import assert_trees_close
 
-ROWS = 2  # Fewer than there are requests.
+ROWS = 4  # Fewer than requests, in some tests.
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5, 8, 9] * 3]  # The last takes several chunks.
 NEW = 20  # More than two blocks.
 GREEDY = Sampling(temperature=0)
@@ -46,7 +46,7 @@ def _short_blocks():
 def _model(family):
   kinds = {"gau_retnet": (2, "inputs"), "transformer": (0, "state")}
   depth, inject = kinds.get(family, (1, "state"))
-  return random_model(model_config(family, depth, inject, layers=4))
+  return random_model(model_config(family, depth, inject, layers=3))
 
 
 @functools.cache
@@ -263,6 +263,11 @@ def test_an_invalid_request_is_named_before_anything_is_read(values, message):
   good = Request([1])
   with pytest.raises(InputError, match=message):
     _generator("mamba").stream([good, dataclasses.replace(good, **values)])
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(1, 1), (2, 4), (4, 4), (5, 8)])
+def test_rows_are_one_or_a_multiple_of_four(batch_size, rows):
+  assert Generator(_model("mamba"), batch_size=batch_size).programs.batch_size == rows
 
 
 def test_no_request_no_rows_and_no_tokenizer():

@@ -10,7 +10,7 @@ import pytest
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.errors import InputError
 from dense_jax.generation.generator import Generator
-from dense_jax.generation.requests import Request
+from dense_jax.generation.requests import Prefix, Request
 from dense_jax.generation.sampling import Sampling
 from dense_jax.generation.state_file import StateFiles, params_fingerprint
 from dense_jax.models.params import get_params, unrolled, with_params
@@ -21,6 +21,7 @@ from tests.builders import (
   kind_name,
   model_config,
   random_model,
+  random_state,
 )
 from tests.generation.tokenizers import Letters
 
@@ -87,6 +88,19 @@ def test_going_on_from_a_file_equals_never_having_stopped(kind, tmp_path):
 @_kinds([])
 def test_going_on_after_thousands_of_tokens(kind, tmp_path):
   _assert_goes_on(kind, (1, 63, 64, 5000), tmp_path)
+
+
+def test_states_in_bfloat16_come_back(tmp_path):
+  model = _model(vocab_size=258, dtype="bfloat16", state_dtype="bfloat16")
+  prefix = Prefix(
+      random_state(unrolled(model), [5]), jnp.zeros(258), jnp.zeros(258, bool), (1,)
+  )
+  files = StateFiles("a model", model, ByteTokenizer())
+  files.save(prefix, str(tmp_path / "state"), "--save-state")
+  loaded = files.load(str(tmp_path / "state"), "--from-state")
+  assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.state)} == {"int32", "bfloat16"}
+  for mine, other in zip(_leaves(loaded), _leaves(prefix), strict=True):
+    np.testing.assert_array_equal(mine, other)
 
 
 @pytest.mark.slow
