@@ -38,8 +38,8 @@ class DataConfig:
   template: str = text(
       "plain", "plain, dialogue, instruction, chatml, or a text with {prompt} in it once",
       help="with format=responses, the text around a prompt: plain adds nothing, dialogue writes "
-      "User: and Assistant:, instruction ### Instruction: and ### Response:, chatml <|im_start|> "
-      "and <|im_end|>; or a text of your own, such as 'Q: {prompt}\\nA:'")
+      "User: and Assistant:, instruction ### Instruction: and ### Response:, chatml ChatML's "
+      "tokens; or a text of your own, such as 'Q: {prompt}\\nA:'")
   seq_len: int = integer(256, 1, help="T: tokens of a row")
   tokenizer: str = text(
       "train", "train, bytes, the path of a SentencePiece .model file or of a tokenizer.json, or a "

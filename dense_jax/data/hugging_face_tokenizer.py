@@ -30,7 +30,8 @@ _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "[BOS]",
 # of this many characters at least, and so many characters are encoded at a time.
 _PIECE = 1 << 16
 _AT_A_TIME = 1 << 20
-_LINE_START = re.compile(r"\n(?=[A-Za-z])")
+# Between two lines, else between two words.
+_BORDERS = (re.compile(r"\n(?=[^\r\n])"), re.compile(r"(?<=\w)(?= \w)"))
 _PROBE = 256
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
@@ -194,23 +195,25 @@ class HuggingFaceTokenizer:
       ) from error
 
   def _pieces(self, text: str) -> Iterator[str]:
-    """Cuts a long text at line ends where the ids of both sides join to those of the whole.
+    """Cuts a long text between lines or words where the ids of both sides join to the whole's.
 
     Whether they do is tried on the text around the border: a tokenizer that marks the beginning of
     a text, for example, gives other ids, and its texts stay whole.
     """
     start = 0
     for low in range(_PIECE, len(text), _PIECE):
-      found = _LINE_START.search(text, low, low + _PIECE)
-      if found is None:
-        continue
-      border = found.end()
-      left, right = text[border - _PROBE : border], text[border : border + _PROBE]
-      whole, first, second = self._encode([left + right, left, right])
-      if whole == first + second:
-        yield text[start:border]
-        start = border
+      for pattern in _BORDERS:
+        found = pattern.search(text, low, low + _PIECE)
+        if found and self._joins(text, found.end()):
+          yield text[start : found.end()]
+          start = found.end()
+          break
     yield text[start:]
+
+  def _joins(self, text: str, border: int) -> bool:
+    left, right = text[border - _PROBE : border], text[border : border + _PROBE]
+    whole, first, second = self._encode([left + right, left, right])
+    return whole == first + second
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of the ids; bytes that are not valid UTF-8 become U+FFFD.

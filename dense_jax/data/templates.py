@@ -5,12 +5,16 @@ is asked in the form in which it was taught.
 """
 
 import dataclasses
+import json
 import string
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from etils import epath
+
 from dense_jax.config import DataConfig, invalid
-from dense_jax.errors import did_you_mean
+from dense_jax.data.tokenizer_files import DESCRIPTION, TEMPLATE, read_description
+from dense_jax.errors import InputError, did_you_mean
 
 FIELD = "config.data.template"
 ROLES = ("system", "user", "assistant")
@@ -74,6 +78,30 @@ class Template:
         prompt += before + content + behind
     return tuple(turns), prompt + self.assistant
 
+  def jinja(self) -> str:
+    """Returns the template as transformers' `apply_chat_template` takes it, as Jinja.
+
+    Rendered with `add_generation_prompt`, it gives bos, the turns with eos after each response, and
+    the text that asks for one more.
+    """
+    def message(before: str, behind: str) -> str:
+      return f"{_literal(before)}{{{{ message['content'] }}}}{behind}"
+
+    system = message(self.system[0], _literal(self.system[1]))
+    user = message(self.user[0], _literal(self.user[1]))
+    assistant = message(self.assistant, f"{{{{ eos_token }}}}{_literal(self.after)}")
+    return (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}" + system
+        + "{% elif message['role'] == 'user' %}" + user + "{% else %}" + assistant
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + _literal(self.assistant)
+        + "{% endif %}"
+    )
+
+
+def _literal(text: str) -> str:
+  """Returns Jinja that gives the text; Jinja would drop a line end after a block."""
+  return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+
 
 NAMED = {
     "plain": Template(),
@@ -136,3 +164,21 @@ def template_of(config: DataConfig) -> Template | None:
         "config.data.format=responses there are prompts for a template",
     )
   return None
+
+
+def load_saved_template(directory: epath.PathLike) -> Template | None:
+  """Loads the template of a folder that the command `convert` wrote.
+
+  Returns:
+    The template; None means that the model was not trained on responses, or by another program.
+
+  Raises:
+    InputError: the folder's tokenizer_config.json is damaged.
+  """
+  file = epath.Path(directory) / DESCRIPTION
+  text = read_description(epath.Path(directory)).get(TEMPLATE)
+  if text is None:
+    return None
+  if not isinstance(text, str):
+    raise InputError(f'{file} is not valid: expected "{TEMPLATE}": a template')
+  return parse_template(text)

@@ -25,6 +25,8 @@ from dense_jax.files import parse_json, write_atomically
 
 DESCRIPTION = "tokenizer_config.json"
 KIND = "dense_jax_tokenizer"
+# The key, in a converted folder, of the `config.data.template` of a model trained on responses.
+TEMPLATE = "dense_jax_template"
 HUGGING_FACE_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 # Older folders of Hugging Face's tools name their special tokens here.

@@ -146,6 +146,7 @@ def test_the_description_says_which_tokens_are_bos_and_eos(files, settings, bos,
 @pytest.mark.parametrize("place", ["folder", "file", "folder with special_tokens_map.json"])
 def test_a_folder_of_other_tools(files, tmp_path, place):
   (tmp_path / "tokenizer.json").write_bytes(files["llama"])
+  (tmp_path / "tokenizer.model").write_bytes(b"not read where there is a tokenizer.json")
   names = {"bos_token": "</s>", "eos_token": {"content": "<s>"}}
   config = {"chat_template": "{{ x }}", "tokenizer_class": "LlamaTokenizerFast"}
   if "map" in place:
@@ -193,7 +194,9 @@ def test_truncation_padding_and_dropout_are_not_obeyed(plain, tmp_path):
 @pytest.mark.parametrize("style", STYLES)
 def test_long_texts_are_cut_where_it_does_not_show(files, style, monkeypatch):
   ours = HuggingFaceTokenizer(files[style])
-  text = "".join(TEXT) + "\n" * 50 + "x" * 3000 + "\nY" + "".join(TEXT)
+  lines = "".join(TEXT)
+  text = lines + "\n" * 50 + "x" * 3000 + "\nY" + lines.replace("\n", "\n ") + lines.split("\n")[0]
+  text += "  " + lines.replace("\n", " ") + "\r\n".join(TEXT)
   whole = ours.encode(text)
   assert whole == ours._tokenizer.encode(text, add_special_tokens=False).ids
   monkeypatch.setattr(hugging_face_tokenizer, "_PIECE", 500)

@@ -3,9 +3,17 @@
 import pytest
 
 from dense_jax.config import DataConfig
+from dense_jax.data.converted import converted_files
 from dense_jax.data.spelling import chat_ids, prompt_ids
-from dense_jax.data.templates import NAMED, Message, Turn, parse_template, template_of
-from dense_jax.data.tokenizer import ByteTokenizer
+from dense_jax.data.templates import (
+  NAMED,
+  Message,
+  Turn,
+  load_saved_template,
+  parse_template,
+  template_of,
+)
+from dense_jax.data.tokenizer import ByteTokenizer, load_saved_tokenizer
 from dense_jax.errors import InputError
 
 CHAT = [Message("system", "Be brief."), Message("user", "1+1?"), Message("assistant", "2"),
@@ -72,3 +80,27 @@ def test_a_template_without_prompts_is_named():
   assert template_of(DataConfig(format="responses", template="chatml")) == NAMED["chatml"]
   with pytest.raises(InputError, match=r"^config\.data\.template = 'chatml' .*format=responses"):
     template_of(DataConfig(template="chatml"))
+
+
+def test_transformers_is_given_the_same_template():
+  assert parse_template('"{prompt}"\nA:').jinja() == (
+      "{{ bos_token }}{% for message in messages %}"
+      "{% if message['role'] == 'system' %}{{ message['content'] }}{{ \"\\n\\n\" }}"
+      "{% elif message['role'] == 'user' %}"
+      '{{ "\\"" }}{{ message[\'content\'] }}{{ "\\"\\nA:" }}'
+      "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+      "{% if add_generation_prompt %}{% endif %}"
+  )
+
+
+@pytest.mark.parametrize("text", ["chatml", "Q: {prompt}\\nA:"])
+def test_a_converted_folder_says_its_template(tmp_path, text):
+  for name, content in converted_files(ByteTokenizer(), text).items():
+    (tmp_path / name).write_bytes(content)
+  assert load_saved_template(tmp_path) == parse_template(text)
+  assert isinstance(load_saved_tokenizer(tmp_path), ByteTokenizer)
+  ByteTokenizer().save(tmp_path)
+  assert load_saved_template(tmp_path) is None
+  (tmp_path / "tokenizer_config.json").write_text('{"dense_jax_template": 3}')
+  with pytest.raises(InputError, match=r"tokenizer_config\.json is not valid.*dense_jax_template"):
+    load_saved_template(tmp_path)
