@@ -50,7 +50,7 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """What answers the harness's requests.
+  """The model, tokenizer and generator that answer the harness's requests.
 
   Attributes:
     name: says which model it is, for the results.

@@ -22,12 +22,17 @@ from dense_jax.config import ModelConfig
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.errors import InputError
 from dense_jax.evaluation.prefixes import Edge, build_tree
-from dense_jax.evaluation.reading import LENGTHS, TARGETS, Programs, choose_lengths, programs_of
+from dense_jax.evaluation.reading import (
+    LENGTHS,
+    TARGETS,
+    WORTH_A_PROGRAM,
+    Programs,
+    choose_lengths,
+    programs_of,
+)
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.types import Array, Params
 
-# Edges of at most this many tokens are read in batches of as many tokens as longer ones.
-_SHORT = 64
 # Batches that run on the devices before the results of the first are waited for.
 _IN_FLIGHT = 2
 
@@ -119,7 +124,7 @@ class Likelihood:
       tokenizer: its tokenizer, whose bos is before a document.
       window: tokens that the model reads at most if no state is carried, such as the length of its
         rows in training.
-      batch_size: rows of a batch; shorter rows go into batches of up to 8 times as many.
+      batch_size: rows of a batch.
       carried: whether a context, or a document, of any length is read from its beginning, with the
         state carried over all of it (attention carries its cache, which holds the last tokens).
         Otherwise only the last `window` tokens before the last target are read.
@@ -190,13 +195,11 @@ class Likelihood:
     return programs_of(dataclasses.replace(self._config, mixer=mixer))
 
   def num_rows(self, length: int, needed: int) -> int:
-    """Returns the rows of a batch of at most `needed` rows of a padded length."""
-    if self._put is not None:
-      return self.batch_size
-    most = self.batch_size * max(_SHORT // length, 1)
-    # Fewer rows are a program of their own, which only long rows are worth.
-    sizes = (1, -(-most // 4), most) if length == LENGTHS[-1] else (most,)
-    return next(size for size in sizes if size >= min(needed, most))
+    """Returns the rows of a batch for at most `needed` rows of a padded length."""
+    most = self.batch_size
+    if self._put is not None or most * length <= 2 * WORTH_A_PROGRAM:
+      return most
+    return next(size for size in (1, -(-most // 4), most) if size >= min(needed, most))
 
   def place(self, batch: Batch) -> Batch:
     """Puts a host batch on the devices."""

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A prefix is read apart if it has at least this many tokens, and if that saves at least this part
-# of the tokens of the sequences that share it. Shorter ones cost more in padding than they save.
-SHORTEST_SHARED = 8
-LEAST_SAVED = 0.2
-# Edges from the root to a leaf, at most. States are held for one batch of each level at a time.
-MAX_LEVELS = 4
+# A prefix is read apart if it has at least this many tokens, and if that saves at least so many
+# tokens and this part of those of the sequences that share it. Less is lost again in padding.
+SHORTEST_SHARED, FEWEST_SAVED, LEAST_SAVED = 8, 32, 0.35
+# Edges from the root to a leaf, at most. The states of one batch of each level are held at a time.
+MAX_LEVELS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ def _worth(rows: Sequence[np.ndarray], depth: int, common: int) -> bool:
   """Returns whether to read tokens `depth` to `common` of these rows once."""
   total = sum(len(row) - depth for row in rows)
   saved = (len(rows) - 1) * (common - depth)
-  return common - depth >= SHORTEST_SHARED and saved >= LEAST_SAVED * total
+  return common - depth >= SHORTEST_SHARED and saved >= max(FEWEST_SAVED, LEAST_SAVED * total)
 
 
 def _edge(

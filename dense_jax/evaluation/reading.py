@@ -17,9 +17,10 @@ from dense_jax.types import Array, Params
 
 # Lengths to which rows may be padded. A row that is longer than the last is read in several calls.
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# The compilation of a program takes as long as reading about this many tokens (12 layers of width
-# 512, families mamba and mamba2, on a CPU: 3.5 s against 0.5 to 0.8 ms a token).
-_COMPILATION = 6000
+# So many padded tokens are worth another program. Its compilation takes as long as reading some
+# 6,000 (12 layers of width 512, families mamba and mamba2, on a CPU: 3.5 s against 0.5 to 0.8 ms a
+# token), but is kept for all later evaluations of models of the same configuration.
+WORTH_A_PROGRAM = 700
 # Targets of a call of `Programs.score`, and how many of them have logits at one time.
 TARGETS, CHUNK = 2048, 128
 
@@ -35,7 +36,7 @@ def choose_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
   best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
   for index, length in enumerate(LENGTHS, 1):
     best.append(min(
-        (cost + (below[index] - below[start]) * length + _COMPILATION, (*chosen, length))
+        (cost + (below[index] - below[start]) * length + WORTH_A_PROGRAM, (*chosen, length))
         if below[index] > below[start] else (cost, chosen)
         for start, (cost, chosen) in enumerate(best)
     ))

@@ -35,7 +35,7 @@ from dense_jax import runs
 from dense_jax.evaluation.harness_tasks import DEFINITIONS
 from dense_jax.evaluation.likelihood import Likelihood
 from dense_jax.evaluation.scoring import evaluate_task
-from dense_jax.evaluation.task_data import TaskData, load_task, read_records, task_files
+from dense_jax.evaluation.task_data import TaskData, load_task
 from dense_jax.runs import harness
 from experiments.benchmarks import common, harness_models
 
@@ -136,10 +136,7 @@ def score(likelihood: Likelihood, data: TaskData) -> Scores:
 
 def make_models(folder: pathlib.Path, data: str, size: Size) -> dict[str, float]:
   """Writes a model of each family into a folder of its name; returns their last losses."""
-  # What is evaluated is not trained on.
   text = pathlib.Path(data, "text", "wikitext2_raw_valid.txt").read_text(encoding="utf-8")
-  passages = read_records("lambada", task_files("lambada", data)[0])[1000:]
-  text += "\n\n".join(passage.fields["passage"] + passage.choices[0] for passage in passages)
   tokenizer = harness_models.train_tokenizer([text], size.vocabulary)
   ids = np.array(tokenizer.encode(text).ids, np.int32)
   losses = {}

@@ -30,13 +30,14 @@ def _question(number: int, key: str, choices: int) -> dict:
           "answerKey": labels[number % choices]}
 
 
-def write(folder: pathlib.Path) -> None:
-  """Writes four documents of each task; ARC has a file of examples too."""
-  numbers = range(4)
+def write(folder: pathlib.Path, count: int = 4) -> None:
+  """Writes so many documents of each task, and as many examples of ARC; two of WikiText."""
+  numbers = range(count)
   (folder / "wiki.test.raw").write_text(_PAGES, encoding="utf-8")
+  words = ("seven", "caf\u00e9", "red-ish.", "\u65e5")
   _write(folder / "lambada_test.jsonl", [
-      {"text": f"He went to the  house,\nand the number {i} of the house was {word}"}
-      for i, word in enumerate(("seven", "caf\u00e9", "red-ish.", "\u65e5"))
+      {"text": f"He went to the  house,\nand the number {i} of the house was {words[i % 4]}"}
+      for i in numbers
   ])
   _write(folder / "hellaswag_val.jsonl", [{
       "ind": i, "activity_label": "Home and Garden",
@@ -55,14 +56,14 @@ def write(folder: pathlib.Path) -> None:
   for name in ("arc_easy", "arc_challenge"):
     _write(folder / f"{name}_test.jsonl", [_question(i, "question", 3 + i % 2) for i in numbers])
     _write(folder / f"{name}_validation.jsonl",
-           [_question(i, "question", 4) for i in range(10, 14)])
+           [_question(count + i, "question", 4) for i in numbers])
   _write(folder / "boolq_dev.jsonl", [
       {"passage": f"Water is wet. {i}", "question": "is water wet", "answer": i % 2 == 0}
       for i in numbers
   ])
   _write(folder / "copa_dev.jsonl", [
       {"premise": f"The man fell {i}.", "choice1": "He slept.", "choice2": "It was icy.",
-       "question": ("cause", "effect")[i % 2], "label": i // 2} for i in numbers
+       "question": ("cause", "effect")[i % 2], "label": i % 3 % 2} for i in numbers
   ])
   _write(folder / "openbookqa_test.jsonl", [_question(i, "question_stem", 4) for i in numbers])
   with open(folder / "storycloze_val.csv", "w", newline="") as out:

@@ -68,13 +68,14 @@ def check_all(model, requests, batch_sizes):
     np.testing.assert_allclose(values(scored), expected, rtol=1e-6, atol=CLOSE)
     assert [score.greedy for score in scored] == greedy
     first = first if first is not None else values(scored)
-    np.testing.assert_allclose(values(scored), first, rtol=0, atol=CLOSE)
+    # Of long documents, less than float32 can tell apart.
+    np.testing.assert_allclose(values(scored), first, rtol=3e-8, atol=CLOSE)
   likelihood = make(model, batch_size=batch_sizes[0])
   shuffled = likelihood.score([requests[index] for index in order])
   np.testing.assert_array_equal(values(shuffled), first[order])
   np.testing.assert_allclose(
-      values(make(model, batch_size=batch_sizes[0], share=False).score(requests)), first, rtol=0,
-      atol=CLOSE,
+      values(make(model, batch_size=batch_sizes[0], share=False).score(requests)), first,
+      rtol=3e-8, atol=CLOSE,
   )
 
 
@@ -160,7 +161,7 @@ def test_the_border_of_context_and_continuation():
 
 
 def test_the_tree_reads_a_shared_prefix_once():
-  shots, first, second = (np.array(ids(length), np.int32) for length in (40, 12, 12))
+  shots, first, second = (np.array(ids(length), np.int32) for length in (40, 30, 30))
   first[0], second[0] = 1, 2
   options = [np.array(option, np.int32) for option in ([1, 2], [3], [3, 4, 5])]
   inputs = [np.concatenate([shots, question, option[:-1]])
@@ -170,11 +171,11 @@ def test_the_tree_reads_a_shared_prefix_once():
   np.testing.assert_array_equal(root.tokens, shots)
   assert (root.start, root.spans, len(root.children)) == (0, [], 2)
   for question in root.children:
-    assert (question.start, len(question.tokens)) == (40, 12)
+    assert (question.start, len(question.tokens)) == (40, 30)
     # The first token of each option, and all of an option of one token.
     assert sorted(span.targets.tolist() for span in question.spans) == [[1], [3], [3]]
     assert sorted(edge.tokens.tolist() for edge in question.children) == [[1], [3, 4]]
-    assert all(edge.start == 52 and not edge.children for edge in question.children)
+    assert all(edge.start == 70 and not edge.children for edge in question.children)
   assert sum(len(edge.tokens) for edge in build_tree(inputs, targets, share=False)) == sum(
       map(len, inputs))
   assert build_tree([], []) == []
@@ -204,7 +205,7 @@ def test_the_tree_of_random_sequences_has_every_target_once():
 def test_few_rows_are_padded_to_one_length_and_many_to_several():
   assert choose_lengths([]) == ()
   assert choose_lengths([3, 9, 60]) == (64,)
-  assert choose_lengths([3] * 2000 + [60] * 2000) == (8, 64)
+  assert choose_lengths([3] * 20 + [60] * 20) == (8, 64)
   assert choose_lengths([512, 1]) == (512,)
   assert set(choose_lengths(list(range(1, 513)) * 100)) == set(LENGTHS)
 
