@@ -32,8 +32,8 @@ from dense_jax.types import Array, Params
 _DENSE = ".mixer.dense."
 # Keys of a model that may differ: how it is computed, and how fresh parameters are drawn.
 _ANY = frozenset({
-    "dtype", "block_layers", "remat", "implementation", "chunk", "mixer.dt_min", "mixer.dt_max",
-    "mixer.dt_floor", "mixer.init",
+    "dtype", "state_dtype", "block_layers", "remat", "implementation", "chunk", "mixer.dt_min",
+    "mixer.dt_max", "mixer.dt_floor", "mixer.init",
 })
 # Keys that are only sizes of parameters, with a default that is written as 0.
 _SIZES = frozenset(f"mixer.{key}" for key in (

@@ -1,4 +1,4 @@
-"""The Python interface to a run: train, restore, evaluate, report and compile.
+"""The Python interface to a run: train, restore, evaluate, report, publish and compile.
 
     from dense_jax import experiment, runs
 

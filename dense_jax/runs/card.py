@@ -1,11 +1,11 @@
 """The model card of a published model: README.md in its folder."""
 
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from dense_jax.config import ExperimentConfig
+from dense_jax.evaluation.perplexity import fixed
 from dense_jax.interop import dense_retnet, native
 from dense_jax.runs.formatting import printable
 
@@ -281,7 +281,7 @@ def _number(value: Any) -> str:
     return str(value)
   if isinstance(value, int):
     return f"{value:,}"
-  return f"{value:.4f}" if math.isfinite(value) else str(value)
+  return fixed(value, 4)
 
 
 def _code(text: Any) -> str:

@@ -75,8 +75,7 @@ INPUT_CASES = {
 }
 
 
-QUICK = (("mamba", "0-2"), ("mamba", "1-2"), ("gau_retnet", "0-2-gated"),
-         ("gau_retnet", "1-2-inputs"))
+QUICK = (("mamba", "1-2"), ("gau_retnet", "0-2-gated"))
 
 
 def _cases():
@@ -107,11 +106,10 @@ def test_the_new_model_computes_what_the_old_one_does(family, before, after):
   source, target = config(family, before), config(family, after)
   params = random_params(source)
   started = warm_start(source, target, params, fresh(target))
-  expected = fast_jit(lambda params: losses(source, params))(params)
-  actual = fast_jit(lambda params: losses(target, params))(started)
+  expected = np.asarray(fast_jit(lambda params: losses(source, params))(params), np.float64)
+  actual = np.asarray(fast_jit(lambda params: losses(target, params))(started), np.float64)
   assert_trees_close(actual, expected)
-  assert np.mean(actual, dtype=np.float64) == pytest.approx(
-      np.mean(expected, dtype=np.float64), rel=0, abs=1e-6)
+  assert float(actual.mean()) == pytest.approx(float(expected.mean()), rel=0, abs=1e-6)
 
 
 @pytest.mark.parametrize("after", [

@@ -68,7 +68,8 @@ CASES = [
     pytest.param("mamba2", {"depth": 0, "vocab_size": 260, "dtype": "bfloat16", "remat": "full",
                             "dt_limit_min": 0.01, "chunk": 4}, id="mamba2-options",
                  marks=pytest.mark.slow),
-    pytest.param("gau_retnet", {"depth": 2, "layers": 6, "vocab_size": 258}, id="scanned"),
+    pytest.param("gau_retnet", {"depth": 2, "layers": 6, "vocab_size": 258}, id="scanned",
+                 marks=pytest.mark.slow),
     pytest.param("gau_retnet", {"depth": 1, "inject": "inputs", "layers": 3, "vocab_size": 258,
                                 "gate_reduction": 32}, id="released", marks=pytest.mark.slow),
 ]
