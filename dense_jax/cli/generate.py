@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ _EPILOG = """
 What is printed is the text that the run's tokenizer spells for the tokens of the prompt and of its
 continuation together. A tokenizer that changes text (as T5's does, with spaces and forms of
 letters) prints the prompt as it reads it. Control characters are printed as U+FFFD.
+
+A model that was tuned on responses is given each prompt in its template, and each later one of a
+conversation, or after --from-state, behind the end of the response before it.
 
 A line of --prompts is a JSON object: "prompt", and optionally "id" (copied), "max_new_tokens",
 "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed" and "stop" (a text or a list
@@ -65,6 +69,9 @@ def main(arguments: Sequence[str]) -> int:
                        help="write the state after the one prompt, or conversation, to this file")
   command.add_argument("--from-state", metavar="F",
                        help="go on from a state that --save-state wrote; needs no prompt")
+  command.add_argument("--no-template", action="store_true",
+                       help="continue prompts as they are, though the model was taught to answer "
+                       "them in a template (config.data.template)")
   command.add_argument("--state-dtype", choices=("float32", "bfloat16"),
                        help="dtype of kept states; default config.model.state_dtype")
   command.add_argument(
@@ -74,6 +81,8 @@ def main(arguments: Sequence[str]) -> int:
   settings, prompts = _check(options)
 
   model = common.load_model(options)
+  if options.no_template:
+    model = dataclasses.replace(model, template=None)
   if options.state_dtype:
     model = generating.with_state_dtype(model, options.state_dtype)
   batch_size = options.batch_size or (1 if options.interactive else BATCH_SIZE)
@@ -167,7 +176,7 @@ def _print(
   tokenizer = model.tokenizer
   requests = [
       each.settings.request(
-          tokenizer, each.text, prefix, keep_state=options.save_state is not None
+          model, each.text, prefix, keep_state=options.save_state is not None
       )
       for each in prompts
   ]
@@ -209,7 +218,7 @@ def _write(
     return generating.continuation(prompts[place], result, log_probs=options.log_probs)
 
   if not options.output:
-    results = dict(generating.continue_prompts(generator, model.tokenizer, prompts, prefix))
+    results = dict(generating.continue_prompts(generator, model, prompts, prefix))
     for place in range(len(prompts)):
       print(generating.json_line(line(place, results[place]), ascii_only=True))
     return
@@ -217,7 +226,7 @@ def _write(
       check_file(options.output, "--output"), _job(options, generator, model, prompts)
   )
   for place, result in generating.continue_prompts(
-      generator, model.tokenizer, prompts, prefix, done=output.lines
+      generator, model, prompts, prefix, done=output.lines
   ):
     output.add(place, line(place, result))
   output.finish()
@@ -233,7 +242,7 @@ def _job(
   return generating.job_digest(
       repr([(each.text, each.settings, each.copied) for each in prompts]), state.hex(),
       repr(config), params_fingerprint(model.model), model.tokenizer.fingerprint,
-      repr((generator.programs.batch_size, options.log_probs)),
+      repr((model.template, generator.programs.batch_size, options.log_probs)),
   )
 
 
@@ -244,7 +253,7 @@ def _converse(
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  # Lets `input` edit lines.
 
-  conversation = generating.Conversation(generator, model.tokenizer, settings, prefix)
+  conversation = generating.Conversation(generator, model, settings, prefix)
   with Break() as ctrl_c:
     for text in _typed(ctrl_c):
       ctrl_c.asked = False

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from dense_jax.config import ExperimentConfig
+from dense_jax.data.templates import parse_template
 from dense_jax.evaluation.perplexity import fixed
 from dense_jax.interop import dense_retnet, native
 from dense_jax.runs.formatting import printable
@@ -122,7 +123,8 @@ With transformers:
     if has_tokenizer:
       theirs += """
 
-`AutoTokenizer` reads `tokenizer.json`."""
+`AutoTokenizer` reads `tokenizer.json`. Put the id of bos (`config.json`) before the ids of a text
+where it does not do so itself: every text of training begins with it."""
     else:
       theirs += """
 
@@ -162,7 +164,8 @@ def _training(record: Mapping[str, Any], config: ExperimentConfig) -> str:
   if template is not None:
     text += (
         "\n\nThe template of prompts (`config.data.template`) is the following. A prompt has to be "
-        f"put into it before the model can answer.\n\n{_indented(template)}"
+        "put into it, after the token bos, before the model can answer.\n\n"
+        f"{_indented(template)}"
     )
   return text
 
@@ -172,7 +175,7 @@ def _template(record: Mapping[str, Any]) -> str | None:
   data = record["config"].get("data")
   if not isinstance(data, Mapping) or data.get("format") != "responses":
     return None
-  return str(data.get("template"))
+  return parse_template(str(data.get("template"))).prompt("{prompt}")
 
 
 def _indented(text: str) -> str:

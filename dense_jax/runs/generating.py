@@ -14,7 +14,6 @@ from etils import epath
 
 from dense_jax.config import LARGEST_SEED, invalid
 from dense_jax.data.spelling import prompt_ids
-from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.errors import InputError, did_you_mean
 from dense_jax.files import is_remote, make_path, parse_json, write_atomically
 from dense_jax.generation.generator import Generator
@@ -66,26 +65,34 @@ class Settings:
       raise invalid("stop", "", "a text that is not empty")
 
   def request(
-      self, tokenizer: Tokenizer, text: str, prefix: Prefix | None = None, *,
+      self, model: LoadedModel, text: str, prefix: Prefix | None = None, *,
       keep_state: bool = False,
   ) -> Request:
     """Returns the request to continue `text`, which follows `prefix` if there is one."""
     return Request(
-        turn_ids(tokenizer, text, begins=prefix is None), self.sampling, self.max_new_tokens,
-        self.seed, (tokenizer.eos_id,), self.stop, prefix, keep_state,
+        turn_ids(model, text, begins=prefix is None), self.sampling, self.max_new_tokens,
+        self.seed, (model.tokenizer.eos_id,), self.stop, prefix, keep_state,
     )
 
 
-def turn_ids(tokenizer: Tokenizer, text: str, *, begins: bool) -> list[int]:
+def turn_ids(model: LoadedModel, text: str, *, begins: bool) -> list[int]:
   """Returns the ids of what a person wrote.
 
+  If the model has a template, these are a prompt in it, and later prompts follow the end of the
+  response before them, as in a chat of training (`dense_jax.data.spelling.chat_ids`). An empty
+  text adds nothing in any case.
+
   Args:
-    tokenizer: the model's.
-    text: what was written. A model that was tuned to a template of turns is given the text in that
-      template here.
+    model: the model that is to answer.
+    text: what was written.
     begins: whether the text begins a document, before which bos goes if the tokenizer adds it.
   """
-  return prompt_ids(tokenizer, text) if begins else tokenizer.encode(text)
+  tokenizer, template = model.tokenizer, model.template
+  if template is None or not text:
+    return prompt_ids(tokenizer, text) if begins else tokenizer.encode(text)
+  if begins:
+    return prompt_ids(tokenizer, template.prompt(text))
+  return [tokenizer.eos_id, *tokenizer.encode(template.after + template.prompt(text))]
 
 
 def with_state_dtype(model: LoadedModel, dtype: str) -> LoadedModel:
@@ -195,21 +202,21 @@ def continuation(prompt: Prompt, result: Result, *, log_probs: bool) -> dict[str
 
 
 def continue_prompts(
-    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[Prompt],
+    generator: Generator, model: LoadedModel, prompts: Sequence[Prompt],
     prefix: Prefix | None = None, *, done: Mapping[int, Any] | None = None,
 ) -> Iterator[tuple[int, Result]]:
   """Continues prompts; yields places and results as they are finished, with a progress bar.
 
   Args:
     generator: the model's.
-    tokenizer: the model's.
+    model: the model.
     prompts: the prompts.
     prefix: a text that comes before each of them.
     done: places of prompts that are left out.
   """
   places = [place for place in range(len(prompts)) if place not in (done or {})]
   requests = [
-      prompts[place].settings.request(tokenizer, prompts[place].text, prefix) for place in places
+      prompts[place].settings.request(model, prompts[place].text, prefix) for place in places
   ]
   if not requests:
     return
@@ -289,10 +296,10 @@ class Conversation:
   """
 
   def __init__(
-      self, generator: Generator, tokenizer: Tokenizer, settings: Settings,
+      self, generator: Generator, model: LoadedModel, settings: Settings,
       prefix: Prefix | None = None,
   ) -> None:
-    self._generator, self._tokenizer, self._settings = generator, tokenizer, settings
+    self._generator, self._model, self._settings = generator, model, settings
     self.prefix = prefix
 
   def answer(self, text: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -302,7 +309,7 @@ class Conversation:
       text: what the person wrote; may be empty.
       stop: is called every few tokens; if it returns true, the answer ends where it is.
     """
-    request = self._settings.request(self._tokenizer, text, self.prefix, keep_state=True)
+    request = self._settings.request(self._model, text, self.prefix, keep_state=True)
     for piece in self._generator.stream([request], block=SHOWN_TOKENS, stop=stop):
       if piece.result is not None:
         self.prefix = piece.result.prefix

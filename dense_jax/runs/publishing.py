@@ -84,7 +84,8 @@ def publish(
   if evaluation:
     record["evaluation"] = [dict(each) for each in evaluation]
   layout, _, _ = choose(run.model.config)
-  files = converted_files(run.tokenizer)
+  data = run.config.data
+  files = converted_files(run.tokenizer, data.template if data.format == "responses" else "")
   size = count_params(run.params)
   config = experiment.resolve(record["config"])
   card = model_card(record, config, layout, size, files)

@@ -7,6 +7,7 @@ import jax
 
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.data.templates import Template, load_saved_template, template_of
 from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
 from dense_jax.errors import InputError
 from dense_jax.files import make_path
@@ -27,12 +28,15 @@ class LoadedModel:
     tokenizer: the model's tokenizer.
     model: holds the parameters; `model(tokens_BT)` returns logits.
     params: the same parameters by name, float32.
+    template: the template in which the model was taught to answer prompts; None means that it
+      continues texts as they are.
   """
 
   name: str
   tokenizer: Tokenizer
   model: LanguageModel
   params: Params
+  template: Template | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,7 @@ def restore(
   tokenizer = load_saved_tokenizer(folder / TOKENIZER)
   return Run(
       describe(step, weights, workdir), tokenizer, with_params(model, params), params, config, step,
-      weights,
+      weights, template=template_of(config.data),
   )
 
 
@@ -97,10 +101,12 @@ def load_folder(path: str) -> LoadedModel:
     InputError: the folder has no model, no tokenizer, or a damaged one.
   """
   model = load_hf(path)
-  tokenizer = load_saved_tokenizer(make_path(path, "path"))
+  folder = make_path(path, "path")
+  tokenizer = load_saved_tokenizer(folder)
   if tokenizer.vocab_size > model.config.vocab_size:
     raise invalid(
         "path", path, f"a tokenizer of at most {model.config.vocab_size} ids, the rows of the "
         f"model's embedding; it has {tokenizer.vocab_size}",
     )
-  return LoadedModel(path, tokenizer, model, get_params(model))
+  template = load_saved_template(folder)
+  return LoadedModel(path, tokenizer, model, get_params(model), template=template)
