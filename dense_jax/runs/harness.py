@@ -19,7 +19,7 @@ from dense_jax.data.spelling import prompt_ids
 from dense_jax.evaluation import harness
 from dense_jax.evaluation.harness import Answers, Continuation
 from dense_jax.evaluation.harness_tasks import DEFINITIONS, write_task
-from dense_jax.evaluation.task_data import read_records, task_files
+from dense_jax.evaluation.task_data import find_task_files, read_records
 from dense_jax.generation.generator import Generator
 from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
@@ -115,7 +115,7 @@ def check_tasks(names: str, data: str | None, include_path: str | None) -> list[
     if task in DEFINITIONS:
       if data is None:
         raise invalid("--data", None, "a folder that has the tasks' files")
-      task_files(task, data)
+      find_task_files(task, data)
   return tasks
 
 
@@ -169,7 +169,7 @@ def _write_task(
     folder: pathlib.Path, task: str, data: str, shots: int, first_shots: bool
 ) -> str:
   """Writes one of this project's tasks for the harness; returns its name there."""
-  scored, examples = task_files(task, data)
+  scored, examples = find_task_files(task, data)
   return write_task(
       folder, task, read_records(task, scored),
       read_records(task, examples) if shots and examples is not None else None,
