@@ -254,6 +254,11 @@ def test_the_harness_knows_our_models_by_name(tmp_path):
   assert lm.answers.likelihood.batch_size == 4
   results = harness.run_harness(lm, ["counting"], include_path=str(tmp_path / "tasks"))
   assert results["results"]["counting"]["exact_match,none"] in (0.0, 1.0)
+  assert results["n-shot"]["counting"] == 0
+  elsewhere = task | {"task": "elsewhere", "dataset_path": "nobody/nothing", "dataset_kwargs": {}}
+  (tmp_path / "tasks" / "elsewhere.yaml").write_text(json.dumps(elsewhere))
+  with pytest.raises(InputError, match=r"--tasks = 'elsewhere' is not valid: .* on this machine"):
+    harness.run_harness(lm, ["elsewhere"], include_path=str(tmp_path / "tasks"))
   with pytest.raises(InputError, match=r"one of workdir=\.\.\. and hf=\.\.\."):
     lm_eval.api.registry.get_model("dense_jax").create_from_arg_string("batch_size=4")
 
