@@ -15,7 +15,7 @@ from dense_jax.evaluation.likelihood import Likelihood, Request, encode_pair, en
 from dense_jax.evaluation.prefixes import build_tree
 from dense_jax.evaluation.reading import LENGTHS, choose_lengths
 from dense_jax.models.params import get_params, logical_axes
-from tests.builders import FAMILIES, STATE_FAMILIES, VOCAB, model_config, random_model
+from tests.builders import FAMILIES, STATE_FAMILIES, TWINS, VOCAB, model_config, random_model
 
 RNG = np.random.default_rng(3)
 BYTES = ByteTokenizer()
@@ -85,15 +85,15 @@ def test_a_score_depends_on_its_request_alone():
   check_all(random_model(model_config("mamba", 2)), requests, [2, 5])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "depth"),
-    [(family, 0) for family in FAMILIES] + [(family, 2) for family in STATE_FAMILIES],
-)
+@pytest.mark.parametrize(("family", "depth"), [
+    pytest.param(family, depth, marks=(
+        pytest.mark.exhaustive if family in TWINS else pytest.mark.slow))
+    for depth, families in ((0, FAMILIES), (2, STATE_FAMILIES)) for family in families
+])
 def test_a_score_depends_on_its_request_alone_in_every_family(family, depth):
   requests = [*questions(6, shots=30, options=3), Request(ids(4), ids(700))]
   requests += [Request(ids(20), ids(10)) for _ in range(9)]
-  check_all(random_model(model_config(family, depth)), requests, [1, 4, 16])
+  check_all(random_model(model_config(family, depth)), requests, [1, 16])
 
 
 def test_a_context_that_no_state_carries_is_cut_on_the_left():
