@@ -3,6 +3,7 @@
 `turn_ids` is the one place where what a person writes becomes token ids.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -244,9 +245,11 @@ class OutputLines:
     header = json.dumps({"job": job}).encode()
     first, _, rest = self._read_partial().partition(b"\n")
     if first == header:
-      for line in rest.split(b"\n")[:-1]:  # The last one may be cut off.
-        place, content = parse_json(line)
-        self.lines[place] = content
+      # The last line may be cut off, and others may be damaged: their prompts are continued again.
+      for line in rest.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError, TypeError):
+          place, content = parse_json(line)
+          self.lines[int(place)] = dict(content)
     if not is_remote(file):
       kept = [json.dumps([place, line]).encode() for place, line in self.lines.items()]
       write_atomically(self._partial, b"\n".join([header, *kept, b""]))

@@ -145,7 +145,7 @@ def test_a_file_of_continuations_goes_on_where_it_was_stopped(monkeypatch, tmp_p
     generate.main(arguments)
   assert not output.exists()
   partial = tmp_path / "out.jsonl.partial"
-  partial.write_bytes(partial.read_bytes() + b'[3, {"cut')
+  partial.write_bytes(partial.read_bytes() + b'gar\0bled\n[9]\n[3, {"cut')
   monkeypatch.setattr(generating, "continue_prompts", counted)
   assert generate.main(arguments) == 0
   assert len(continued) == 2 and output.read_bytes() == whole
