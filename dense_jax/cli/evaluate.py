@@ -139,7 +139,7 @@ def _evaluate_by_harness(options: argparse.Namespace, file: epath.Path | None) -
           model, batch_size=options.batch_size, carried=options.context != "fresh"
       ),
       names, data=options.data, include_path=options.include_path, limit=options.limit,
-      shots=options.shots or 0, samples=items is not None,
+      shots=options.shots, samples=items is not None,
   )
   print(harness.table(results))
   if items is not None:

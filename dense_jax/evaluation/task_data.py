@@ -120,7 +120,7 @@ def load_task(
   """
   task = TASKS[name]
   shots = 0 if task.kind == "document" else shots
-  scored, source = task_files(name, folder, field)
+  scored, source = find_task_files(name, folder, field)
   records = read_records(name, scored)
   read = {str(scored): _digest(scored)}
   examples, own = records, True
@@ -138,7 +138,7 @@ def load_task(
   return TaskData(name, shots, tuple(items), len(records), read)
 
 
-def task_files(
+def find_task_files(
     name: str, folder: str, field: str = "--data"
 ) -> tuple[epath.Path, epath.Path | None]:
   """Returns a task's file to score, and the file of its examples, or None where there is none.

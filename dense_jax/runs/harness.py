@@ -19,7 +19,7 @@ from dense_jax.data.spelling import prompt_ids
 from dense_jax.evaluation import harness
 from dense_jax.evaluation.harness import Answers, Continuation
 from dense_jax.evaluation.harness_tasks import DEFINITIONS, write_task
-from dense_jax.evaluation.task_data import read_records, task_files
+from dense_jax.evaluation.task_data import find_task_files, read_records
 from dense_jax.generation.generator import Generator
 from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
@@ -115,13 +115,14 @@ def check_tasks(names: str, data: str | None, include_path: str | None) -> list[
     if task in DEFINITIONS:
       if data is None:
         raise invalid("--data", None, "a folder that has the tasks' files")
-      task_files(task, data)
+      find_task_files(task, data)
   return tasks
 
 
 def run_harness(
     model: Any, tasks: Sequence[str], *, data: str | None = None, include_path: str | None = None,
-    limit: int | None = None, shots: int = 0, first_shots: bool = False, samples: bool = False,
+    limit: int | None = None, shots: int | None = None, first_shots: bool = False,
+    samples: bool = False,
 ) -> dict[str, Any]:
   """Evaluates a model by the harness, offline.
 
@@ -132,7 +133,7 @@ def run_harness(
     data: the folder of the data of this project's tasks; see `dense_jax.evaluation.task_data`.
     include_path: a folder of further task files, whose data the harness must find by itself.
     limit: the most documents of a task; None means all.
-    shots: examples in a prompt.
+    shots: examples in a prompt; None means what a task file says, which is none for our own.
     first_shots: all prompts have the same examples, which are then read once; see `write_task`.
     samples: whether the results have each document with its requests and their scores.
 
@@ -141,19 +142,21 @@ def run_harness(
     "<metric>_stderr,none". Standard errors of perplexities are of 1,000 bootstrap samples.
 
   Raises:
-    InputError: lm_eval is not installed, or data are missing or malformed.
+    InputError: lm_eval is not installed, or data are missing or malformed, or a task of
+      `include_path` cannot be loaded.
   """
   lm_eval = harness.require()
   with tempfile.TemporaryDirectory() as folder, harness.quiet():
     names = [
-        _write_task(pathlib.Path(folder), task, data or "", shots, first_shots)
+        _write_task(pathlib.Path(folder), task, data or "", bool(shots), first_shots)
         if task in DEFINITIONS else task
         for task in tasks
     ]
+    manager = _manager(folder, include_path)
+    _try_to_load(manager, [task for task in tasks if task not in DEFINITIONS])
     results = lm_eval.simple_evaluate(
-        model, tasks=names, num_fewshot=shots, limit=limit,
-        task_manager=_manager(folder, include_path), log_samples=samples,
-        bootstrap_iters=_BOOTSTRAP,
+        model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager,
+        log_samples=samples, bootstrap_iters=_BOOTSTRAP,
     )
   return dict(results)
 
@@ -165,14 +168,26 @@ def _manager(*folders: str | None) -> Any:
   return TaskManager(include_path=paths, include_defaults=False)
 
 
+def _try_to_load(manager: Any, tasks: Sequence[str]) -> None:
+  """Refuses task files of the user that the harness cannot load; their code may raise anything."""
+  for task in tasks:
+    try:
+      manager.load([task])
+    except Exception as error:
+      raise invalid(
+          "--tasks", task, f"a task file that the harness can load, with data on this machine "
+          f"({type(error).__name__}: {error})",
+      ) from error
+
+
 def _write_task(
-    folder: pathlib.Path, task: str, data: str, shots: int, first_shots: bool
+    folder: pathlib.Path, task: str, data: str, has_shots: bool, first_shots: bool
 ) -> str:
   """Writes one of this project's tasks for the harness; returns its name there."""
-  scored, examples = task_files(task, data)
+  scored, examples = find_task_files(task, data)
   return write_task(
       folder, task, read_records(task, scored),
-      read_records(task, examples) if shots and examples is not None else None,
+      read_records(task, examples) if has_shots and examples is not None else None,
       first_shots=first_shots,
   )
 

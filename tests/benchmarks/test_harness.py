@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests import task_files
 from tests.benchmarks.test_benchmarks import run
-from tests.evaluation import published
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -11,10 +11,16 @@ pytest.importorskip("transformers")
 
 @pytest.mark.slow
 def test_both_agree_on_every_log_likelihood(tmp_path):
-  published.write(tmp_path, 8)
-  (tmp_path / "text").mkdir()
-  page = (tmp_path / "wiki.test.raw").read_text()
-  (tmp_path / "text" / "wikitext2_raw_valid.txt").write_text(page * 30)
+  task_files.write_all(tmp_path)
+  (tmp_path / "text" / "wikitext2_raw_valid.txt").write_text(task_files.PAGES * 30)
+  words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+  task_files.write_lines(tmp_path / "eval" / "lambada_openai_test.jsonl", [
+      {"text": f"The number after {i} is of course {word}"} for i, word in enumerate(words)
+  ])
+  task_files.write_lines(tmp_path / "eval" / "arc_easy_validation.jsonl", [
+      {"question": f"Which is {word}?", "choices": [word, "none", "all"], "label": 0}
+      for word in words
+  ])
   record, output = run("harness", tmp_path, "--quick", "--data", str(tmp_path))
   results = record["results"]
   assert len(results) == 10

@@ -18,14 +18,14 @@ from dense_jax.errors import InputError
 from dense_jax.evaluation import harness as adapter
 from dense_jax.evaluation.harness_tasks import DEFINITIONS
 from dense_jax.evaluation.likelihood import encode_pairs
-from dense_jax.evaluation.task_data import load_task
+from dense_jax.evaluation.task_data import find_task_files, load_task, read_records
 from dense_jax.evaluation.tasks import TASKS
 from dense_jax.interop.save import save_hf
 from dense_jax.models.params import get_params
 from dense_jax.runs import harness
+from tests import task_files
 from tests.builders import model_config, random_model
 from tests.data import hugging_face
-from tests.evaluation import published
 
 VOCABULARY = ByteTokenizer.vocab_size
 
@@ -60,9 +60,11 @@ def test_every_task_has_a_definition_of_the_harness():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("shots", [0, 1])
 def test_the_harness_asks_and_counts_as_our_tasks_do(tmp_path, shots):
-  published.write(tmp_path)
+  task_files.write_all(tmp_path)
+  task_files.write_lines(tmp_path / "arc_easy_validation.jsonl", [
+      {"question": "What flies?", "choices": ["cats", "birds"], "label": 1}])
   model = loaded()
   results = harness.run_harness(
       harness.harness_model(model), list(TASKS), data=str(tmp_path), shots=shots,
@@ -98,7 +100,10 @@ def test_the_harness_asks_and_counts_as_our_tasks_do(tmp_path, shots):
 
 @pytest.mark.slow
 def test_by_default_each_prompt_has_other_examples(tmp_path):
-  published.write(tmp_path)
+  task_files.write_lines(tmp_path / "piqa_valid.jsonl", [
+      {"goal": f"Open jar {i}", "sol1": "turn it", "sol2": "hit it", "label": i % 2}
+      for i in range(6)
+  ])
   results = harness.run_harness(
       harness.harness_model(loaded()), ["piqa"], data=str(tmp_path), shots=2, samples=True
   )
@@ -109,6 +114,21 @@ def test_by_default_each_prompt_has_other_examples(tmp_path):
     assert not any(f"jar {number}\n" in example for example in pair)
   assert len(set(map(tuple, examples))) > 1
   assert results["n-shot"]["piqa"] == 2
+
+
+@pytest.mark.slow
+def test_hellaswag_is_read_as_the_harness_reads_it(tmp_path):
+  import datasets
+  from lm_eval.tasks.hellaswag.utils import process_docs
+
+  task_files.write_all(tmp_path)
+  documents = [line for line in task_files.LINES["hellaswag"][1] if "ctx_a" in line]
+  rows = [{**line, "label": str(line["label"])} for line in documents]
+  theirs = process_docs(datasets.Dataset.from_list(rows))
+  scored, _ = find_task_files("hellaswag", str(tmp_path))
+  for row, record in zip(theirs, read_records("hellaswag", scored), strict=False):
+    assert (record.fields["query"], list(record.choices)) == (row["query"], row["choices"])
+    assert record.gold == row["gold"]
 
 
 HARD = [
@@ -234,13 +254,18 @@ def test_the_harness_knows_our_models_by_name(tmp_path):
   assert lm.answers.likelihood.batch_size == 4
   results = harness.run_harness(lm, ["counting"], include_path=str(tmp_path / "tasks"))
   assert results["results"]["counting"]["exact_match,none"] in (0.0, 1.0)
+  assert results["n-shot"]["counting"] == 0
+  elsewhere = task | {"task": "elsewhere", "dataset_path": "nobody/nothing", "dataset_kwargs": {}}
+  (tmp_path / "tasks" / "elsewhere.yaml").write_text(json.dumps(elsewhere))
+  with pytest.raises(InputError, match=r"--tasks = 'elsewhere' is not valid: .* on this machine"):
+    harness.run_harness(lm, ["elsewhere"], include_path=str(tmp_path / "tasks"))
   with pytest.raises(InputError, match=r"one of workdir=\.\.\. and hf=\.\.\."):
     lm_eval.api.registry.get_model("dense_jax").create_from_arg_string("batch_size=4")
 
 
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
-  published.write(tmp_path)
+  task_files.write_all(tmp_path)
   folder, file, items = (str(tmp_path / name) for name in ("model", "out.json", "items.jsonl"))
   save_hf(loaded().model, folder, files=converted_files(ByteTokenizer()))
   command = ["--hf", folder, "--tasks", "lambada,winogrande", "--data", str(tmp_path), "--limit",

@@ -152,8 +152,8 @@ def test_the_border_of_context_and_continuation():
   def tokens(text):
     return tuple(words.encode_batch([text])[0])
 
-  # The token that spans the border is the context's: the continuation has those beyond its number.
-  assert encode_pair(words, "abc", "def") == Request(tokens("abcd")[:2], tokens("abcdef")[2:])
+  # A token that spans the border is nobody's: both have the tokens of their own texts.
+  assert encode_pair(words, "abc", "def") == Request(tokens("abc"), tokens("abcdef")[2:])
   assert encode_pair(words, "ab", "cd") == Request(tokens("ab"), tokens("cd"))
   assert encode_pair(words, " ", "cd") == Request((256,), tokens(" cd"))
   assert encode_pairs(words, [("ab", "cd"), ("", "ab")]) == [
