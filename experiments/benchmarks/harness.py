@@ -42,7 +42,7 @@ from experiments.benchmarks import common, harness_models
 SHOTS = 5
 # Task -> documents without examples in the prompt, and with them.
 DOCUMENTS = {
-    "lambada": (200, 50), "hellaswag": (100, 25), "arc_easy": (100, 50), "wikitext": (6, 0),
+    "lambada": (200, 200), "hellaswag": (100, 100), "arc_easy": (100, 100), "wikitext": (6, 0),
 }
 QUICK_DOCUMENTS = {"lambada": (3, 2), "arc_easy": (2, 2), "wikitext": (1, 0)}
 RIVAL_BATCHES = (4, 16, 32)
