@@ -141,8 +141,9 @@ class Programs:
     Returns:
       The rows after the last token, and each row's tokens and their log-probabilities, [B, T].
     """
-    limit = jnp.int32(min(limit, BLOCK))
-    rows, tokens_TB, log_probs_TB, count = self._decode(self._params, rows, limit)
+    rows, tokens_TB, log_probs_TB, count = self._decode(
+        self._params, rows, jnp.int32(min(limit, BLOCK))
+    )
     count = int(count)
     return rows, np.asarray(tokens_TB)[:count].T, np.asarray(log_probs_TB)[:count].T
 
