@@ -216,11 +216,20 @@ def load_model(options: argparse.Namespace) -> runs.LoadedModel:
   """
   if options.hf is None:
     return runs.restore(options.workdir, options.checkpoint, options.weights)
+  check_no_choice(options)
+  return runs.load_folder(options.hf)
+
+
+def check_no_choice(options: argparse.Namespace) -> None:
+  """Refuses what chooses among a run's parameters, for a folder that --hf names.
+
+  Raises:
+    InputError: --checkpoint or --weights was given.
+  """
   for name, usual in (("checkpoint", _LATEST), ("weights", _AUTO)):
     value = getattr(options, name)
     if value != usual:
-      raise invalid(f"--{name}", value, "no value with --hf, which has one model")
-  return runs.load_folder(options.hf)
+      raise invalid(f"--{name}", value, "no value with --hf, which is one model")
 
 
 def add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:

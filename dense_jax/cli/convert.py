@@ -40,7 +40,10 @@ def main(arguments: Sequence[str]) -> int:
   options = command.parse_args(arguments)
   folder = str(check_destination(options.output, "--output"))
   if options.hf is not None:
-    _check_no_choice(options)
+    common.check_no_choice(options)
+    for name in ("average", "evaluation"):
+      if getattr(options, name) not in (None, []):
+        raise invalid(f"--{name}", getattr(options, name), "no value with --hf, which is one model")
     made = runs.make_run(options.hf, folder)
     print(f"{made.parameters:,} parameters of {options.hf} as a run, step 0, in {made.folder}")
     return 0
@@ -52,14 +55,6 @@ def main(arguments: Sequence[str]) -> int:
     what = f"mean of steps {', '.join(map(str, mean_of))}"
   print(f"{what}: {made.parameters:,} parameters in {made.folder}, layout: {made.layout}")
   return 0
-
-
-def _check_no_choice(options: argparse.Namespace) -> None:
-  for name, usual in (("checkpoint", "latest"), ("weights", "auto"), ("average", None),
-                      ("evaluation", [])):
-    value = getattr(options, name)
-    if value != usual:
-      raise invalid(f"--{name}", value, "no value with --hf, which is one model")
 
 
 def _load(options: argparse.Namespace) -> tuple[runs.Run, list[int]]:

@@ -181,9 +181,9 @@ def _print(
       for each in prompts
   ]
   shown, last = 0, None
-  # The texts of continuations that are not yet printed, and of those that have ended.
+  # The texts of continuations that are not yet printed, and which ones have ended.
   later: list[list[str]] = [[] for _ in prompts]
-  ended: dict[int, Result] = {}
+  ended: set[int] = set()
 
   def begin() -> None:
     spelling = Spelling(tokenizer, prefix.last_ids if prefix else ())
@@ -194,7 +194,7 @@ def _print(
   for piece in generator.stream(requests, block=SHOWN_TOKENS if len(prompts) == 1 else 64):
     later[piece.index].append(piece.text)
     if piece.result is not None:
-      ended[piece.index] = piece.result
+      ended.add(piece.index)
       last = piece.result.prefix
     while shown < len(prompts) and later[shown]:
       printer("".join(later[shown]))
