@@ -74,10 +74,11 @@ class Programs:
           return jax.lax.dynamic_slice_in_dim(x, chunk * CHUNK, CHUNK)
 
         values = _log_likelihood(loaded.logits(part(hidden_KD)), part(target_K))
-        return tuple(  # type: ignore[return-value]
-            jax.lax.dynamic_update_slice_in_dim(whole, value, chunk * CHUNK, 0)
-            for whole, value in zip(scored, values, strict=True)
-        )
+
+        def put(whole: Array, value: Array) -> Array:
+          return jax.lax.dynamic_update_slice_in_dim(whole, value, chunk * CHUNK, 0)
+
+        return put(scored[0], values[0]), put(scored[1], values[1])
 
       fresh = jnp.zeros(TARGETS, jnp.float32), jnp.zeros(TARGETS, bool)
       return jax.lax.fori_loop(0, chunks, body, fresh)
