@@ -1,11 +1,13 @@
 """Paths, atomic writes, locks and JSON, for local files and for files in a bucket."""
 
+import contextlib
 import fcntl
 import importlib.util
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,6 +63,41 @@ PARTIALS = ".*.partial"
 def temporary_beside(path: Path) -> Path:
   """Returns an unused path in `path`'s folder, from which a rename to `path` is atomic."""
   return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+  """Makes a local folder that other processes see with all of its files, or not at all.
+
+  Args:
+    folder: a path at which there is nothing, or an empty folder, whose mode is kept. Its parents
+      are made.
+
+  Yields:
+    An empty folder beside it, which takes its place when the block ends, and is removed if the
+    block raises.
+  """
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  partial = temporary_beside(folder)
+  partial.mkdir()
+  try:
+    yield partial
+    if folder.exists():
+      shutil.copymode(folder, partial)
+    sync(partial)
+    os.replace(partial, folder)
+    sync(folder.parent)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+  """Flushes a file's content, or a folder's entries, to the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def write_atomically(path: epath.PathLike, content: bytes) -> None:

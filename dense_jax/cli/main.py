@@ -9,9 +9,9 @@ from dense_jax.errors import InputError, did_you_mean
 # Each is a module of dense_jax.cli with `main(arguments) -> status`, imported when it is called.
 COMMANDS = {
     "train": "trains a model, or goes on with a run",
-    "evaluate": "scores a run on held-out text: loss, perplexity, bits per byte",
+    "evaluate": "scores a model on held-out text, or on tasks from local files",
     "report": "shows a finished run: a table beside baselines, samples, the plot of its losses",
-    "generate": "continues prompts with a run",
+    "generate": "continues prompts, a file of them, or a conversation",
     "convert": "writes a run as a Hugging Face style folder, and makes a run of such a folder",
     "compile": "compiles a run's program for a TPU topology, without a TPU: does it fit?",
 }

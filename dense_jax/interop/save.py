@@ -1,12 +1,10 @@
 """Writes Hugging Face style checkpoints: a folder with `config.json` and the tensors."""
 
 import json
-import os
-import pathlib
 import shutil
 from collections.abc import Mapping
 
-from dense_jax.files import temporary_beside, write_atomically
+from dense_jax.files import sync, whole_folder, write_atomically
 from dense_jax.interop.kinds import choose
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import by_layer, get_params
@@ -51,31 +49,12 @@ def save_hf(
   tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None}
   text = json.dumps(config | tokens | {"torch_dtype": "float32"}, indent=2) + "\n"
 
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  partial = temporary_beside(folder)
-  partial.mkdir()
-  try:
+  with whole_folder(folder) as partial:
     for file_name, content in {**(files or {}), "config.json": text.encode()}.items():
       write_atomically(partial / file_name, content)
     weights = partial / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     # safetensors makes a file that only its owner may read; give it the user's usual mode.
     shutil.copymode(partial / "config.json", weights)
-    if folder.exists():
-      shutil.copymode(folder, partial)
-    for written in (weights, partial):
-      _sync(written)
-    os.replace(partial, folder)
-    _sync(folder.parent)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    sync(weights)
   return name
-
-
-def _sync(path: pathlib.Path) -> None:
-  """Flushes a file's content, or a folder's entries, to the disk."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

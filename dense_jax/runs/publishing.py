@@ -19,7 +19,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from dense_jax import experiment
 from dense_jax.config import DataConfig, ExperimentConfig, defaults, invalid
 from dense_jax.data.converted import converted_files
 from dense_jax.errors import InputError
-from dense_jax.files import make_path, parse_json, temporary_beside, write_atomically
+from dense_jax.files import make_path, parse_json, whole_folder, write_atomically
 from dense_jax.interop.hugging_face import load_config
 from dense_jax.interop.kinds import choose
 from dense_jax.interop.save import save_hf
@@ -228,10 +227,7 @@ def make_run(path: str, output: str) -> Published:
   config = read_folder_config(path)
   loaded = load_folder(path)
   params = as_scanned(config.model, by_layer(loaded.model.config, loaded.params))
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  partial = temporary_beside(folder)
-  partial.mkdir()
-  try:
+  with whole_folder(folder) as partial:
     place = epath.Path(partial)
     checkpoints = Checkpoints(place / folders.CHECKPOINTS, config.model)
     try:
@@ -245,9 +241,4 @@ def make_run(path: str, output: str) -> Published:
     training = pathlib.Path(make_path(path, "--hf")) / TRAINING_FILE
     if training.is_file():
       write_atomically(place / TRAINING_FILE, training.read_bytes())
-    if folder.exists():
-      shutil.copymode(folder, partial)
-    os.replace(partial, folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
   return Published(folder, "a run", count_params(params))
