@@ -147,3 +147,22 @@ def parse_json(
     return json.loads(content, object_pairs_hook=object_pairs_hook)
   except RecursionError:
     raise ValueError("it is nested too deeply") from None
+
+
+def read_object(file: Path, valid: str) -> dict[str, Any]:
+  """Reads a file that holds one JSON object.
+
+  Args:
+    file: a file that exists.
+    valid: says what it has to hold, for the error message.
+
+  Raises:
+    InputError: it cannot be read, is not JSON, or holds something else.
+  """
+  try:
+    values = parse_json(file.read_bytes())
+  except (OSError, ValueError) as error:
+    raise InputError(f"{file} is not JSON: {error}") from error
+  if not isinstance(values, dict):
+    raise InputError(f"{file} is not valid: expected {valid}")
+  return values

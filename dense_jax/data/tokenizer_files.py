@@ -20,8 +20,7 @@ from typing import Any
 
 from etils import epath
 
-from dense_jax.errors import InputError
-from dense_jax.files import parse_json, write_atomically
+from dense_jax.files import read_object, write_atomically
 
 DESCRIPTION = "tokenizer_config.json"
 KIND = "dense_jax_tokenizer"
@@ -56,12 +55,7 @@ def read_description(folder: epath.Path) -> dict[str, Any]:
     file = folder / name
     if not file.is_file():
       continue
-    try:
-      read = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-      raise InputError(f"{file} is not JSON: {error}") from error
-    if not isinstance(read, dict):
-      raise InputError(f"{file} is not valid: expected a JSON object")
+    read = read_object(file, "a JSON object")
     if name == _SPECIAL_TOKENS:
       read = {key: read[key] for key in ("bos_token", "eos_token") if key in read}
     values |= read

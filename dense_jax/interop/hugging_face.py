@@ -5,7 +5,7 @@ from typing import Any
 
 from dense_jax.config import ModelConfig, invalid
 from dense_jax.errors import InputError
-from dense_jax.files import is_remote, make_path, parse_json
+from dense_jax.files import is_remote, make_path, read_object
 from dense_jax.interop.kinds import recognise
 from dense_jax.interop.weights import read_tensors
 from dense_jax.models.language_model import LanguageModel
@@ -75,10 +75,4 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   file = folder / "config.json"
   if not file.is_file():
     raise InputError(f"{file} does not exist: expected a folder with config.json")
-  try:
-    config = parse_json(file.read_bytes())
-  except (OSError, ValueError) as error:
-    raise InputError(f"{file} is not JSON: {error}") from error
-  if not isinstance(config, dict):
-    raise InputError(f"{file} is not valid: expected an object of keys")
-  return config
+  return read_object(file, "an object of keys")
