@@ -78,6 +78,25 @@ class Linear(nnx.Module):
     """Maps [..., in] to [..., out], in x's dtype."""
     return self.matmul(x, self.kernel[...])
 
+  def of_normed(self, norm: "RMSNorm", x: Array, squares_J: Array) -> Array:
+    """Maps norm(x), given the sums of squares of x.
+
+    Where the norm multiplies a token by one number, the map's result is multiplied by it instead,
+    and the norm's scale is part of the matrix. So x is read once, by the map.
+
+    Args:
+      norm: the norm, over J groups.
+      x: [..., in].
+      squares_J: the sum of squares of each group, [..., J] in float32.
+    """
+    inverse_J = jax.lax.rsqrt(squares_J * (norm.groups / x.shape[-1]) + norm.epsilon)
+    scale, kernel = norm.scale[...], self.kernel[...]
+    if norm.groups > 1 or x.ndim < 3:  # One token of decoding is smaller than the matrix.
+      x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], norm.groups, -1) * inverse_J[..., None]
+      return self.matmul((x32.reshape(x.shape) * spread(scale, x)).astype(x.dtype), kernel)
+    y = self.matmul(x, scale[:, None] * kernel)
+    return (y.astype(jnp.float32) * inverse_J).astype(x.dtype)
+
 
 class RMSNorm(nnx.Module):
   """Root-mean-square norm (arXiv 1910.07467) over the last axis, with float32 statistics.

@@ -27,8 +27,8 @@ from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
-from dense_jax.ops.cpu import spread
 from dense_jax.ops.diagonal.step_sizes import StepSizes
+from dense_jax.ops.epilogue import Epilogue
 from dense_jax.types import Array
 
 
@@ -100,10 +100,6 @@ class Mamba(nnx.Module):
     )
     return dt, b_N, c_N
 
-  def _output(self, y_E: Array, x_E: Array, z_E: Array) -> Array:
-    y_E = y_E + spread(self.d[...], x_E) * x_E.astype(jnp.float32)
-    return self.out_proj(y_E.astype(z_E.dtype) * jax.nn.silu(z_E))
-
   def __call__(
       self, x_D: Array, tokens: Segments | Token, state: MambaState | None,
       shallow: Sequence[Shared],
@@ -123,9 +119,10 @@ class Mamba(nnx.Module):
         ),
     )
     states = self.recurrence(dt, a_NE, fused["x"], fused["b"], tokens, h_BNE)
-    y_E, h_BNE, states = self.dense.run(x_D, c_N, states, shallow)
+    epilogue = Epilogue(self.d[...], x_E, z_E, dtype=x_D.dtype)
+    output, h_BNE, states = self.dense.run(x_D, c_N, states, shallow, epilogue)
     return MixerOutput(
-        self._output(y_E, x_E, z_E), MambaState(tail_BWE, h_BNE),
+        self.out_proj(output.y), MambaState(tail_BWE, h_BNE),
         self.dense.share(own, fused, states),
     )
 

@@ -28,6 +28,7 @@ from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
 from dense_jax.ops.cpu import spread
+from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.sharding import constrain_tokens
 from dense_jax.types import Array
 
@@ -135,12 +136,14 @@ class Mamba2(nnx.Module):
   def _by_head(self, x_E: Array) -> Array:
     return x_E.reshape(*x_E.shape[:-1], self.heads, self.head_dim)
 
-  def _output(self, y_HP: Array, x_E: Array, z_E: Array) -> Array:
-    """Applies skip connection, gated norm and output projection."""
-    x_HP = self._by_head(x_E).astype(jnp.float32)
-    y_HP = y_HP + spread(self.d[...][:, None], x_HP) * x_HP
-    y_E = y_HP.reshape(z_E.shape) * jax.nn.silu(z_E.astype(jnp.float32))
-    return self.out_proj(self.norm(y_E).astype(z_E.dtype))
+  def _output(self, output: Output) -> Array:
+    """Applies the norm and the output projection."""
+    assert output.moments is not None
+    squares_H = output.moments[..., 1]
+    squares_J = jnp.sum(squares_H.reshape(*squares_H.shape[:-1], self.groups, -1), axis=-1)
+    return self.out_proj.of_normed(
+        self.norm, output.y.reshape(*squares_H.shape[:-1], self.width), squares_J
+    )
 
   def __call__(
       self, x_D: Array, tokens: Segments | Token, state: Mamba2State | None,
@@ -158,14 +161,13 @@ class Mamba2(nnx.Module):
     fused = self.dense.fuse_inputs(x_D, own, shallow)
     log_decay_H = dt_H * spread(-jnp.exp(self.a_log[...]), dt_H)
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
-    x_HP = self._by_head(fused["x"])
     states = self.recurrence(
-        self._by_group(fused["b"]), (dt_H[..., None] * x_HP).astype(x_HP.dtype), log_decay_H,
-        tokens, h_BHPN,
+        self._by_group(fused["b"]), self._by_head(fused["x"]), dt_H, log_decay_H, tokens, h_BHPN
     )
-    y_HP, h_BHPN, states = self.dense.run(x_D, self._by_group(c), states, shallow)
+    epilogue = Epilogue(self.d[...], x_E, z_E, dtype=x_D.dtype, moments=True)
+    output, h_BHPN, states = self.dense.run(x_D, self._by_group(c), states, shallow, epilogue)
     return MixerOutput(
-        self._output(y_HP, x_E, z_E), Mamba2State(x_tail_BWE, bc_tail_BWN, h_BHPN),
+        self._output(output), Mamba2State(x_tail_BWE, bc_tail_BWN, h_BHPN),
         self.dense.share(own, fused, states),
     )
 

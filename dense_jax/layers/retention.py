@@ -23,6 +23,7 @@ from dense_jax.layers.linear import Linear, xavier_uniform
 from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
+from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.rotary import rotate_neighbours
 from dense_jax.types import Array
 
@@ -84,8 +85,8 @@ class Retention(nnx.Module):
     """Returns the query [..., K], the inputs k [..., K] and v [..., E], and the gate [..., E]."""
     raise NotImplementedError
 
-  def normalize(self, y_HP: Array) -> Array:
-    """Normalises each head, [..., H, P] in float32."""
+  def normalize(self, y_HP: Array, mean_H1: Array, square_H1: Array) -> Array:
+    """Normalises each head, [..., H, P], given the means of y and of its square; float32."""
     raise NotImplementedError
 
   def log_decay_H(self) -> Array:
@@ -95,13 +96,19 @@ class Retention(nnx.Module):
   def _by_head(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.heads, -1)
 
-  def _output(self, y_HP: Array, position: Array, gate_E: Array) -> Array:
+  def _output(self, output: Output, position: Array, gate_E: Array) -> Array:
     """Applies scale, norm of each head, gate and output projection."""
-    gamma_log = self.log_decay_H().reshape((1,) * (y_HP.ndim - 2) + (-1,))
+    gamma_log = self.log_decay_H().reshape((1,) * (output.y.ndim - 2) + (-1,))
     # sum over s <= t of gamma^(t - s), in closed form.
     count = position.astype(jnp.float32)[..., None] + 1
     mass_H = jnp.expm1(count * gamma_log) / jnp.expm1(gamma_log)
-    y_HP = self.normalize(y_HP * jax.lax.rsqrt(mass_H)[..., None])
+    scale_H1 = jax.lax.rsqrt(mass_H)[..., None]
+    assert output.moments is not None
+    mean_H2 = output.moments / (self.width // self.heads)
+    y_HP = self.normalize(
+        output.y.astype(jnp.float32) * scale_H1, mean_H2[..., :1] * scale_H1,
+        mean_H2[..., 1:] * jnp.square(scale_H1),
+    )
     return self.out_proj(y_HP.reshape(gate_E.shape).astype(gate_E.dtype) * gate_E)
 
   def __call__(
@@ -121,10 +128,13 @@ class Retention(nnx.Module):
     )
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
     before_BHPN = None if state is None else state.h_BHPN
-    states = self.recurrence(k_HN, self._by_head(fused["v"]), log_decay_H, tokens, before_BHPN)
-    y_HP, h_BHPN, states = self.dense.run(x_D, q_HN, states, shallow)
+    states = self.recurrence(
+        k_HN, self._by_head(fused["v"]), None, log_decay_H, tokens, before_BHPN
+    )
+    epilogue = Epilogue(dtype=x_D.dtype, moments=True)
+    output, h_BHPN, states = self.dense.run(x_D, q_HN, states, shallow, epilogue)
     return MixerOutput(
-        self._output(y_HP, position, gate_E), RetentionState(h_BHPN),
+        self._output(output, position, gate_E), RetentionState(h_BHPN),
         self.dense.share(own, fused, states),
     )
 

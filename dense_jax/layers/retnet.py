@@ -54,8 +54,7 @@ class RetNet(Retention):
     k = self.k_proj(x_D) * (self.key_dim // self.heads) ** -0.5
     return self.q_proj(x_D), {"k": k, "v": self.v_proj(x_D)}, jax.nn.silu(self.gate_proj(x_D))
 
-  def normalize(self, y_HP: Array) -> Array:
+  def normalize(self, y_HP: Array, mean_H1: Array, square_H1: Array) -> Array:
     """See `Retention`."""
-    y_HP = y_HP - jnp.mean(y_HP, axis=-1, keepdims=True)
-    variance_H1 = jnp.mean(y_HP * y_HP, axis=-1, keepdims=True)
-    return y_HP * jax.lax.rsqrt(variance_H1 + self.epsilon)
+    variance_H1 = jnp.maximum(square_H1 - jnp.square(mean_H1), 0)
+    return (y_HP - mean_H1) * jax.lax.rsqrt(variance_H1 + self.epsilon)

@@ -32,7 +32,7 @@ from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
 from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
-from dense_jax.ops.cpu import spread
+from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.lti import hippo
 from dense_jax.ops.lti.system import DiagonalSystem, DplrSystem, System
 from dense_jax.types import Array
@@ -144,10 +144,9 @@ class S4D(nnx.Module):
         self.discretization,
     )
 
-  def _output(self, y_E: Array, x_E: Array) -> Array:
-    """Applies skip connection, activation and gated output projection."""
-    y_E = y_E + spread(self.d[...], x_E) * x_E.astype(jnp.float32)
-    y_E = jax.nn.gelu(y_E, approximate=False).astype(x_E.dtype)
+  def _output(self, y_E: Array, dtype: jnp.dtype) -> Array:
+    """Applies activation, in float32, and gated output projection, in `dtype`."""
+    y_E = jax.nn.gelu(y_E, approximate=False).astype(dtype)
     a_D, b_D = jnp.split(self.out_proj(y_E), 2, axis=-1)
     return a_D * jax.nn.sigmoid(b_D)
 
@@ -163,9 +162,10 @@ class S4D(nnx.Module):
     )
     before_BNE = None if state is None else state.h_BNE
     states = self.recurrence(self.system(), x_D, tokens, before_BNE)
-    y_E, h_BNE, states = self.dense.run(x_D, self.c[...], states, shallow)
+    epilogue = Epilogue(self.d[...], x_D)
+    output, h_BNE, states = self.dense.run(x_D, self.c[...], states, shallow, epilogue)
     return MixerOutput(
-        self._output(y_E, x_D), S4State(h_BNE), self.dense.share({}, {}, states)
+        self._output(output.y, x_D.dtype), S4State(h_BNE), self.dense.share({}, {}, states)
     )
 
   def init_state(self, batch: int) -> S4State:

@@ -17,6 +17,7 @@ from typing import Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.types import Array, PyTree
 
 FLOAT32 = jnp.dtype("float32")
@@ -41,6 +42,20 @@ class Recurrence(Protocol):
     Returns:
       The sum of all reads, float32, and the state after the last token that is not padding,
       float32, to carry on from.
+    """
+
+  def finish(
+      self, query: Array, reads: Sequence["Read"], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
+    """Runs the recurrence as `run` does, and what follows the read in its layer.
+
+    Args:
+      query: C of the layer itself.
+      reads: gated reads of other layers' recurrences, which are added to the layer's own read.
+      epilogue: what follows; an implementation may compute it in the same pass over memory.
+
+    Returns:
+      The epilogue of the sum of all reads, and the state after the last token, float32.
     """
 
   def read(self, query: Array) -> Array:
@@ -71,7 +86,22 @@ class TokenRecurrence(Recurrence, Protocol):
     """Returns the recurrence whose state is the sum of its own and h, N last."""
 
 
-class ScannedRecurrence:
+class FinishedRecurrence:
+  """The base class of recurrences whose read is in memory before the epilogue begins."""
+
+  def run(self, query: Array, reads: Sequence["Read"] = ()) -> tuple[Array, Array]:
+    """See `Recurrence`."""
+    raise NotImplementedError
+
+  def finish(
+      self, query: Array, reads: Sequence["Read"], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
+    """See `Recurrence`."""
+    y, final = self.run(query, reads)
+    return epilogue(y), final
+
+
+class ScannedRecurrence(FinishedRecurrence):
   """The base class of recurrences that compute a read and the last state together."""
 
   def _scan(self, query: Array) -> tuple[Array, Array]:

@@ -24,6 +24,7 @@ from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.mixer import Mixer, MixerOutput
 from dense_jax.layers.s4 import S4, S4D, S4State
 from dense_jax.models.registry import FAMILIES
+from dense_jax.ops.epilogue import Epilogue
 from dense_jax.types import Array, PyTree
 from experiments.benchmarks import common
 from experiments.benchmarks.common import SSM_FAMILIES, Size, Table
@@ -85,7 +86,8 @@ class ScannedS4D(S4D):
     """See `Mixer`; supports only rows that begin without a state, and returns no final state."""
     scanned = scanned_s4 if isinstance(self, S4) else scanned_s4d
     y_BTE = scanned(*self.system().dense(), self.c[...], x_D)
-    return MixerOutput(self._output(y_BTE, x_D), None, None)
+    y_BTE = Epilogue(self.d[...], x_D)(y_BTE).y
+    return MixerOutput(self._output(y_BTE, x_D.dtype), None, None)
 
 
 class ScannedS4(ScannedS4D, S4):

@@ -14,6 +14,7 @@ from dense_jax.layers.dense.fusion import FUSIONS
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.ops import resolver
 from dense_jax.ops.diagonal.token import DiagonalToken
+from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix.token import MatrixToken
 from tests.builders import (
     INPUT_FAMILIES,
@@ -61,8 +62,8 @@ def _diagonal_states(seed):
 
 def _matrix_states(seed):
   return resolver.matrix_form("chunked", 3)(
-      normal(seed, B, T, H, N), normal(seed + 1, B, T, H, P), -jnp.exp(normal(seed + 2, B, T, H)),
-      SEGMENTS, normal(seed + 3, B, H, P, N),
+      normal(seed, B, T, H, N), normal(seed + 1, B, T, H, P), None,
+      -jnp.exp(normal(seed + 2, B, T, H)), SEGMENTS, normal(seed + 3, B, H, P, N),
   )
 
 
@@ -160,15 +161,15 @@ def test_state_injection_is_equations_3_and_4(form, options, sources):
     make = {"diagonal": _diagonal_states, "matrix": _matrix_states}[form]
     states = [make(10 * index) for index in range(1 + sources)]
     expected = _by_hand(connection, fusion, x_BTD, states, query)
-    sequence, _, shared = connection.run(x_BTD, query, states[0], states[1:])
+    sequence, _, shared = connection.run(x_BTD, query, states[0], states[1:], Epilogue())
     assert shared.materialize().shape == states[0].materialize().shape
     # One token of decoding is the same.
     token = {
         "diagonal": lambda h: DiagonalToken(jnp.swapaxes(h, 1, 2)), "matrix": MatrixToken,
     }[form]
     last = [token(state.materialize()[:, 2]) for state in states]
-    one, _, _ = connection.run(x_BTD[:, 2], query[:, 2], last[0], last[1:])
-    return sequence, one, expected
+    one, _, _ = connection.run(x_BTD[:, 2], query[:, 2], last[0], last[1:], Epilogue())
+    return sequence.y, one.y, expected
 
   sequence, one, expected = both(connection)
   valid = np.asarray(SEGMENTS.valid_BT)
@@ -193,7 +194,7 @@ def test_fused_states_are_a_chain_of_lazy_reads(form, options):
     states = [make(10 * index) for index in range(4)]
     shared, h = states[0], states[0].materialize()
     for connection, own in zip(connections, states[1:], strict=True):
-      y, _, shared = connection.run(x_BTD, query, own, [shared])
+      output, _, shared = connection.run(x_BTD, query, own, [shared], Epilogue())
       h = own.materialize() + _phi_by_hand(connection, x_BTD, h, 0)
     # Decoding adds the states of one token instead.
     token = {
@@ -202,10 +203,11 @@ def test_fused_states_are_a_chain_of_lazy_reads(form, options):
     one, first_x, first_q = token(states[0].materialize()[:, 2]), x_BTD[:, 2], query[:, 2]
     for connection, own in zip(connections, states[1:], strict=True):
       own = token(own.materialize()[:, 2])
-      _, _, one = connection.run(first_x, first_q, own, [one])
+      _, _, one = connection.run(first_x, first_q, own, [one], Epilogue())
     expected = jnp.einsum("bthpn,bthn->bthp" if form == "matrix" else "bten,btn->bte", h, query)
     mapped = shared.read_mapped(query, lambda h, _: 2 * h, None)
-    return (y, shared.read(query), mapped / 2), shared.materialize(), one.materialize(), expected, h
+    reads = output.y, shared.read(query), mapped / 2
+    return reads, shared.materialize(), one.materialize(), expected, h
 
   reads, materialized, one, expected, h = both(connections)
   valid = np.asarray(SEGMENTS.valid_BT)
@@ -238,7 +240,7 @@ def test_input_injection_is_equation_5(sources, input_norm):
   assert_trees_close(actual, expected)
   assert connection.share(own, actual, STATES) is own
   # The hook of the other kind of injection does nothing.
-  read = connection.run(x_BTD, own["b"], STATES, shallow)[0]
+  read = connection.run(x_BTD, own["b"], STATES, shallow, Epilogue())[0].y
   assert_trees_close(read, STATES.read(own["b"]))
 
 
@@ -249,7 +251,7 @@ def test_no_sources_is_the_identity_without_parameters(inject):
   own = {"b": normal(0, B, T, N)}
   assert connection.fuse_inputs(normal(1, B, T, D), own, ()) is own
   assert connection.share(own, own, STATES) is (STATES if inject == "state" else own)
-  read = connection.run(normal(1, B, T, D), own["b"], STATES, ())[0]
+  read = connection.run(normal(1, B, T, D), own["b"], STATES, (), Epilogue())[0].y
   assert_trees_close(read, STATES.read(own["b"]))
 
 
@@ -344,7 +346,7 @@ def test_gates_start_as_configured_and_zero_is_exactly_nothing(inject, init):
   if inject == "state":
     states = _diagonal_states(5)
     own = states.read(c_BTN)
-    fused = connection.run(x_BTD, c_BTN, states, [_diagonal_states(0)])[0]
+    fused = connection.run(x_BTD, c_BTN, states, [_diagonal_states(0)], Epilogue())[0].y
   else:
     fused = connection.fuse_inputs(x_BTD, {"x": own}, [{"x": normal(3, B, T, E)}])["x"]
   assert np.array_equal(fused, own) == (init == "zeros")

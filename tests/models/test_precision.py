@@ -80,9 +80,9 @@ def _outputs(model, call):
     recurrences, connection = [], type(layer.mixer.dense)
     run = connection.run
 
-    def watch(self, x_D, query, states, shallow, run=run, recurrences=recurrences):
+    def watch(self, x_D, query, states, *rest, run=run, recurrences=recurrences):
       recurrences.append(states)
-      return run(self, x_D, query, states, shallow)
+      return run(self, x_D, query, states, *rest)
 
     with mock.patch.object(connection, "run", watch):
       output = call(layer.mixer, bank)

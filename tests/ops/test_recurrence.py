@@ -43,7 +43,8 @@ def _matrix(implementation, time=T, segments=SEGMENTS, chunk=C, seed=0):
   form = resolver.matrix_form(implementation, chunk)
   states = form(
       normal(seed, B, time, H, N), normal(seed + 1, B, time, H, P),
-      -jnp.exp(normal(seed + 2, B, time, H)), segments, normal(seed + 3, B, H, P, N),
+      jax.nn.softplus(normal(seed + 6, B, time, H)), -jnp.exp(normal(seed + 2, B, time, H)),
+      segments, normal(seed + 3, B, H, P, N),
   )
   return states, normal(seed + 4, B, time, H, N), normal(seed + 8, B, time, H, N)
 

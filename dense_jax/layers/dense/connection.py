@@ -6,6 +6,7 @@ from typing import Protocol, TypeAlias
 from flax import nnx
 
 from dense_jax.layers.metrics import record_rms
+from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.recurrence import Recurrence
 from dense_jax.types import Array
 
@@ -28,8 +29,9 @@ class Connection(Protocol):
     """Fuses the recurrence's own inputs with those that the sources shared."""
 
   def run(
-      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared]
-  ) -> tuple[Array, Array, Recurrence]:
+      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared],
+      epilogue: Epilogue,
+  ) -> tuple[Output, Array, Recurrence]:
     """Runs the layer's recurrence, and reads those of its sources.
 
     Args:
@@ -37,10 +39,11 @@ class Connection(Protocol):
       query: the mixer's query, [..., N] or [..., J, N], or [E, N] if it is a parameter.
       states: the layer's recurrence.
       shallow: what the sources shared.
+      epilogue: what follows the fused read.
 
     Returns:
-      The fused read, [..., E] or [..., H, P] in float32; the state after the last token, float32;
-      and the recurrence that deeper layers may read.
+      The epilogue of the fused read; the state after the last token, float32; and the recurrence
+      that deeper layers may read.
     """
 
   def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
@@ -62,13 +65,14 @@ class NoConnection(nnx.Module):
     return own
 
   def run(
-      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared]
-  ) -> tuple[Array, Array, Recurrence]:
+      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared],
+      epilogue: Epilogue,
+  ) -> tuple[Output, Array, Recurrence]:
     """See `Connection`: equation (2)."""
     del x_D, shallow
-    y, final = states.run(query)
-    record_rms("own_read_rms", y)
-    return y, final, states
+    record_rms("own_read_rms", lambda: states.read(query))
+    output, final = states.finish(query, (), epilogue)
+    return output, final, states
 
   def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
     """See `Connection`."""

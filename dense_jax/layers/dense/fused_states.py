@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from dense_jax.layers.dense.transition import Phi, gate_states
+from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.recurrence import Read, Recurrence, StateMap, TokenRecurrence, gated
 from dense_jax.types import Array, PyTree
 
@@ -28,6 +29,12 @@ class FusedStates:
   def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
     """See `Recurrence`; the final state is that of h."""
     return self.own.run(query, (self.phi.as_read(self.below, query), *reads))
+
+  def finish(
+      self, query: Array, reads: Sequence[Read], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
+    """See `Recurrence`."""
+    return self.own.finish(query, (self.phi.as_read(self.below, query), *reads), epilogue)
 
   def read(self, query: Array) -> Array:
     """See `Recurrence`."""

@@ -14,6 +14,7 @@ from dense_jax.config import ModelConfig
 from dense_jax.layers.dense.gate import Gate, bottleneck
 from dense_jax.layers.dense.transition import ReadShape, identity_matrices, project_query
 from dense_jax.layers.linear import Linear, fan_in_uniform
+from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.recurrence import Read, Recurrence, gated_reads
 from dense_jax.types import Array
 
@@ -35,8 +36,8 @@ class Add(nnx.Module):
     return [query] * (1 + self.sources)
 
   def __call__(
-      self, x_D: Array, states: Recurrence, query: Array, reads: Sequence[Read]
-  ) -> tuple[Array, Array]:
+      self, x_D: Array, states: Recurrence, query: Array, reads: Sequence[Read], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
     """Runs the layer's recurrence and joins its read with those of the sources.
 
     Args:
@@ -44,12 +45,13 @@ class Add(nnx.Module):
       states: the layer's recurrence.
       query: the query of the layer's own states.
       reads: the gated reads of sources, nearest first.
+      epilogue: what follows the fused read.
 
     Returns:
-      The fused read, [..., E] or [..., H, P] in float32, and the state after the last token.
+      The epilogue of the fused read, and the state after the last token.
     """
     del x_D
-    return states.run(query, reads)
+    return states.finish(query, reads, epilogue)
 
 
 class Concat(Add):
@@ -77,12 +79,12 @@ class _OfReads(Add):
     raise NotImplementedError
 
   def __call__(
-      self, x_D: Array, states: Recurrence, query: Array, reads: Sequence[Read]
-  ) -> tuple[Array, Array]:
+      self, x_D: Array, states: Recurrence, query: Array, reads: Sequence[Read], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
     """See `Add`."""
     y, final = states.run(query)
     own, *others = gated_reads(y, reads)
-    return self.join(x_D, own, others), final
+    return epilogue(self.join(x_D, own, others)), final
 
 
 class Gated(_OfReads):

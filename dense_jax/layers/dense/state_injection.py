@@ -11,6 +11,7 @@ from dense_jax.layers.dense.fused_states import fused_states
 from dense_jax.layers.dense.fusion import FUSIONS
 from dense_jax.layers.dense.transition import ReadShape, Transition
 from dense_jax.layers.metrics import record_ratio, record_rms, record_spread
+from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.recurrence import Read, Recurrence
 from dense_jax.types import Array
 
@@ -37,8 +38,9 @@ class StateInjection(NoConnection):
     self.recompute = config.remat in ("reads", "full")
 
   def run(
-      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared]
-  ) -> tuple[Array, Array, Recurrence]:
+      self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared],
+      epilogue: Epilogue,
+  ) -> tuple[Output, Array, Recurrence]:
     """See `Connection`."""
     sources = [cast(Recurrence, source) for source in shallow]
     phis = [self.transition(x_D, index) for index in range(len(sources))]
@@ -48,10 +50,10 @@ class StateInjection(NoConnection):
         for phi, source, source_query in zip(phis, sources, queries, strict=True)
     ]
     _record(states, own_query, reads)
-    y, final = self.fusion(x_D, states, own_query, reads)
+    output, final = self.fusion(x_D, states, own_query, reads, epilogue)
     if self.share_fused:  # One source, as its h' contains those of all layers below.
       states = fused_states(states, sources[0], phis[0])
-    return y, final, states
+    return output, final, states
 
 
 def _record(states: Recurrence, own_query: Array, reads: Sequence[Read]) -> None:

@@ -29,7 +29,7 @@ class MatrixForm:
   chunk: int
 
   def __call__(
-      self, k: Array, v: Array, log_decay: Array, tokens: Segments | Token,
+      self, k: Array, v: Array, scale: Array | None, log_decay: Array, tokens: Segments | Token,
       initial_BHPN: Array | None,
   ) -> Recurrence:
     """Makes a recurrence of a sequence or of one token.
@@ -37,6 +37,7 @@ class MatrixForm:
     Args:
       k: keys k_BTJN (for one token k_BJN); head h uses those of group h // (H / J).
       v: values v_BTHP or v_BHP, in the keys' dtype.
+      scale: float32 factor of the values, scale_BTH or scale_BH; None means 1.
       log_decay: float32, <= 0, log_decay_BTH or log_decay_BH; its B may be 1 (a decay that all
         rows share).
       tokens: the sequence's documents, or the one token.
@@ -45,12 +46,14 @@ class MatrixForm:
     """
     if isinstance(tokens, Token):
       assert initial_BHPN is not None
+      if scale is not None:
+        v = (scale[..., None] * v).astype(v.dtype)
       return MatrixToken(self.step(initial_BHPN, log_decay, k, v))
     resets_BT, valid_BT = tokens.resets_BT, tokens.valid_BT
     if valid_BT is not None:
       log_decay = jnp.where(valid_BT[..., None], log_decay, 0)
       k = jnp.where(valid_BT[..., None, None], k, 0)
-    states = self.sequence(k, v, log_decay, resets_BT, initial_BHPN, self.chunk)
+    states = self.sequence(k, v, scale, log_decay, resets_BT, initial_BHPN, self.chunk)
     if sequence_parallel.shards() == 1:
       return states
     return dataclasses.replace(states, initial_BHPN=_before_shard(states))
@@ -60,7 +63,7 @@ def _before_shard(states: MatrixSequence) -> Array:
   """Computes the state before this device's tokens, h_BHPN, from the tokens to the left."""
   first_BHPN = states.before_first()
   _, u_BHPN = chunk_states(
-      states.k_BTJN, states.v_BTHP, states.log_decay_BTH, states.resets_BT,
+      states.k_BTJN, states.scaled_BTHP(), states.log_decay_BTH, states.resets_BT,
       sequence_parallel.on_first_shard(first_BHPN), associative=False, chunk=states.chunk,
   )
   decay_BH = jnp.exp(jnp.sum(states.log_decay_BTH, axis=1))

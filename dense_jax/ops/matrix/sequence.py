@@ -25,6 +25,7 @@ class MatrixSequence(ScannedRecurrence):
   Attributes:
     k_BTJN: keys, zero at padding; head h uses those of group h // (H / J).
     v_BTHP: values, in the keys' dtype.
+    scale_BTH: float32 factor of the values, such as a step size; None means 1.
     log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
     resets_BT: bool, true where the state is cleared before the token; None means never.
     initial_BHPN: float32 state before the first token; None means zero.
@@ -33,10 +34,17 @@ class MatrixSequence(ScannedRecurrence):
 
   k_BTJN: Array
   v_BTHP: Array
+  scale_BTH: Array | None
   log_decay_BTH: Array
   resets_BT: Array | None
   initial_BHPN: Array | None
   chunk: int = dataclasses.field(metadata={"static": True})
+
+  def scaled_BTHP(self) -> Array:
+    """Computes scale * v, rounded to the dtype of v."""
+    if self.scale_BTH is None:
+      return self.v_BTHP
+    return (self.scale_BTH[..., None] * self.v_BTHP).astype(self.v_BTHP.dtype)
 
   def before_first(self) -> Array:
     """Returns the state before the first token, h_BHPN."""
@@ -60,14 +68,14 @@ class MatrixSequence(ScannedRecurrence):
       return matrix_step(h_BHPN, log_decay_BH, k_BJN, v_BHP)
 
     return token_scan(
-        step, read, self.before_first(), (self.k_BTJN, self.v_BTHP, self.log_decay_BTH), queries,
-        self.resets_BT, chunk=self.chunk,
+        step, read, self.before_first(), (self.k_BTJN, self.scaled_BTHP(), self.log_decay_BTH),
+        queries, self.resets_BT, chunk=self.chunk,
     )
 
   def materialize(self) -> Array:
     """See `Recurrence`: h_BTHPN, float32."""
     states, _ = matrix_states(
-        self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self.before_first()
+        self.k_BTJN, self.scaled_BTHP(), self.log_decay_BTH, self.resets_BT, self.before_first()
     )
     return states
 
@@ -89,12 +97,13 @@ class ChunkedMatrix(MatrixSequence):
   associative: ClassVar[bool] = False
 
   def _scan(self, q_BTJN: Array) -> tuple[Array, Array]:
+    v_BTHP = self.scaled_BTHP()
     before_BGHPN, final_BHPN = chunk_states(
-        self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, self.before_first(),
+        self.k_BTJN, v_BTHP, self.log_decay_BTH, self.resets_BT, self.before_first(),
         associative=self.associative, chunk=self.chunk,
     )
     y_BTHP = chunk_read(
-        q_BTJN, self.k_BTJN, self.v_BTHP, self.log_decay_BTH, self.resets_BT, before_BGHPN,
+        q_BTJN, self.k_BTJN, v_BTHP, self.log_decay_BTH, self.resets_BT, before_BGHPN,
         chunk=self.chunk,
     )
     return y_BTHP, final_BHPN

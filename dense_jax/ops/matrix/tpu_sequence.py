@@ -51,7 +51,7 @@ class KernelMatrix(MatrixSequence):
     if gate is not None:
       gate = gate.astype(jnp.float32).reshape(self.v_BTHP.shape)
     return Matrix(
-        q_BTJN, self.k_BTJN, self.v_BTHP, self.log_decay_BTH, gate, self.before_first()
+        q_BTJN, self.k_BTJN, self.scaled_BTHP(), self.log_decay_BTH, gate, self.before_first()
     )
 
 

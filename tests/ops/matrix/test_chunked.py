@@ -40,15 +40,19 @@ def _inputs(time, initial=True, rows=B, groups=H):
 
 def _fast(inputs, segments, implementation, chunk=C):
   form = resolver.matrix_form(implementation, chunk)
-  states = form(inputs["k"], inputs["v"], inputs["log_decay"], segments, inputs["initial"])
+  states = form(
+      inputs["k"], inputs["v"], inputs.get("scale"), inputs["log_decay"], segments,
+      inputs["initial"],
+  )
   return states.run(inputs["q"])
 
 
 def _specification(inputs, segments):
   """Reads the reference's states; the final state is that of the last valid token."""
   log_decay = jnp.broadcast_to(inputs["log_decay"], inputs["v"].shape[:3])
+  v = inputs["v"] * inputs["scale"][..., None] if "scale" in inputs else inputs["v"]
   states, _ = matrix_states(
-      inputs["k"], inputs["v"], log_decay, segments.resets_BT, inputs["initial"]
+      inputs["k"], v, log_decay, segments.resets_BT, inputs["initial"]
   )
   y = jax.vmap(matrix_read, in_axes=1, out_axes=1)(states, inputs["q"])
   return y, after_last_valid(states, inputs["initial"], segments)
@@ -87,6 +91,13 @@ def test_heads_may_share_keys_and_queries():
     assert_trees_close(actual, expected)
   repeated = inputs | {name: jnp.repeat(inputs[name], H, axis=2) for name in "kq"}
   assert_trees_close(_compare(repeated, segments)[0][0], expected[0])
+
+
+def test_values_may_have_a_factor():
+  inputs, segments = _inputs(11) | {"scale": jnp.exp(normal(11, B, 11, H))}, documents(11, ROW)
+  expected, *fast = _compare(inputs, segments)
+  for actual in fast:
+    assert_trees_close(actual, expected)
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "associative"])
