@@ -206,6 +206,10 @@ class _Grid:
     """Returns the blocks of masks."""
     return jax.tree.map(lambda _: self.tokens(), masks)
 
+  def numbers(self) -> tuple[Any, Any]:
+    """Returns the numbers of a block's channels, with their block."""
+    return jnp.arange(self.block, dtype=jnp.int32), pl.BlockSpec((self.block,), lambda e, b: (0,))
+
   def source_gradient(self, source: Source) -> tuple[Any, Any]:
     """Returns the shapes and blocks of a recurrence's gradient, before sums over programs."""
     shape: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source)
@@ -290,6 +294,7 @@ def _forward(
           (sources, tuple(map(grid.source, sources))),
           (epilogue, grid.epilogue(epilogue)),
           (masks, grid.masks(masks)),
+          grid.numbers(),
       ],
       [
           (jax.ShapeDtypeStruct((batch, time, width), epilogue.dtype), grid.row_channels(time)),
@@ -343,6 +348,7 @@ def _finish_backward(
           (sources, tuple(map(grid.source, sources))),
           (epilogue, grid.epilogue(epilogue)),
           (masks, grid.masks(masks)),
+          grid.numbers(),
           (before, (grid.row_channels(time // chunk, size),) * len(sources)),
           (dy_BTE, grid.row_channels(time)),
           (dfinal_BNE, grid.row_channels(size)),

@@ -94,6 +94,10 @@ def _sigmoid(x: Array) -> Array:
   return 1 / (1 + jnp.exp(-x))
 
 
+def _silu(x: Array) -> Array:
+  return x * _sigmoid(x)
+
+
 def _softplus(x: Array) -> Array:
   return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
@@ -110,6 +114,33 @@ def _token(source: Source, masks: Masks, bias_E: Array | None, token: Array) -> 
       dt_E, slope_E, _row(source.x_BTE, token), _row(source.b_BTN, token),
       None if masks.keep is None else masks.keep[token],
   )
+
+
+class States:
+  """Loads and stores states, in the layout that kernels compute with: a channel in each thread.
+
+  From an array of consecutive addresses the compiler would load four channels a thread and give
+  each warp its own part of N, and use that layout for all arithmetic. So it must not see that
+  the channels, an input of kernels, are consecutive.
+
+  Args:
+    channels: the numbers of the block's channels, 0, 1, ... E - 1, int32 [E].
+    state_size: N.
+  """
+
+  def __init__(self, channels: Ref, state_size: int) -> None:
+    shape = state_size, channels.shape[0]
+    self._where = (
+        jax.lax.broadcasted_iota(jnp.int32, shape, 0), jnp.broadcast_to(channels[...][None], shape)
+    )
+
+  def load(self, ref: Ref, *index: Array) -> Array:
+    """Returns `ref[*index]`, [N, E]."""
+    return ref[(*index, *self._where)]
+
+  def store(self, ref: Ref, value: Array, *index: Array) -> None:
+    """Sets `ref[*index]`."""
+    ref[(*index, *self._where)] = value
 
 
 def _group(first: Array, size: int) -> list[Array]:
@@ -145,7 +176,7 @@ class _Finish(NamedTuple):
 
   def gate(self) -> Array | None:
     """Returns silu(z)."""
-    return None if self.z_E is None else self.z_E * _sigmoid(self.z_E)
+    return None if self.z_E is None else _silu(self.z_E)
 
   def slope(self) -> Array:
     """Returns the derivative of silu(z)."""
@@ -158,6 +189,7 @@ def forward_kernel(
     sources: tuple[Source, ...],
     epilogue: Epilogue,
     masks: Masks,
+    channels: Ref,
     y: Ref,
     final: Ref,
     before: tuple[Ref, ...],
@@ -170,12 +202,14 @@ def forward_kernel(
     sources: the recurrences.
     epilogue: what follows.
     masks: resets and padding.
+    channels: see `States`.
     y: the result [T, E], an output.
     final: the first source's last state, an output.
     before: each source's state before each chunk [T / C, N, E], outputs; empty if not saved.
     chunk: C.
   """
-  rates = [source.a_NE[...] for source in sources]
+  states = States(channels, final.shape[0])
+  rates = [states.load(source.a_NE) for source in sources]
   biases = [_whole(source.bias_E) for source in sources]
   skip_E = _whole(epilogue.skip)
 
@@ -205,13 +239,13 @@ def forward_kernel(
 
   def run_chunk(index: Array, h: tuple[Array, ...]) -> tuple[Array, ...]:
     for ref, h_NE in zip(before, h[: len(before)], strict=True):
-      ref[index] = h_NE
+      states.store(ref, h_NE, index)
     return _loop(
         chunk // GROUP, lambda group, h: run_group(index * chunk + group * GROUP, h), h
     )
 
-  start = tuple(source.initial_BNE[...] for source in sources)
-  final[...] = _loop(y.shape[0] // chunk, run_chunk, start)[0]
+  start = tuple(states.load(source.initial_BNE) for source in sources)
+  states.store(final, _loop(y.shape[0] // chunk, run_chunk, start)[0])
 
 
 def _loop(count: int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
@@ -252,6 +286,7 @@ def backward_kernel(
     sources: tuple[Source, ...],
     epilogue: Epilogue,
     masks: Masks,
+    channels: Ref,
     before: tuple[Ref, ...],
     dy: Ref,
     dfinal: Ref,
@@ -268,6 +303,7 @@ def backward_kernel(
     sources: the recurrences.
     epilogue: what follows the sum of their reads.
     masks: resets and padding.
+    channels: see `States`.
     before: each source's state before each chunk.
     dy: the gradient of the result.
     dfinal: the gradient of the first source's last state.
@@ -280,6 +316,7 @@ def backward_kernel(
   """
   count = dy.shape[0] // chunk
   skip_E = _whole(epilogue.skip)
+  states = States(channels, dfinal.shape[0])
   zeros = jnp.zeros(dfinal.shape, jnp.float32)
   zeros_E = jnp.zeros(dfinal.shape[1:], jnp.float32)
 
@@ -292,12 +329,12 @@ def backward_kernel(
     after = []
     for number, source in enumerate(sources):
       adjoint = _Adjoint(
-          source, dsources[number], epilogue, depilogue, masks, scratch, dy, skip_E, number,
-          _whole(source.bias_E), source.a_NE[...],
+          source, dsources[number], epilogue, depilogue, masks, states, scratch, dy, skip_E,
+          number, _whole(source.bias_E), states.load(source.a_NE),
       )
       _loop(
           chunk // GROUP_BACK, functools.partial(adjoint.forward_group, first),
-          before[number][index],
+          states.load(before[number], index),
       )
       barrier()
       carry = carries[number]
@@ -318,14 +355,14 @@ def backward_kernel(
 
   start = [
       _Carry(
-          zeros if number else dfinal[...], zeros, None if source.bias_E is None else zeros_E
+          zeros if number else states.load(dfinal), zeros, None if source.bias_E is None else zeros_E
       )
       for number, source in enumerate(sources)
   ]
   carries, dskip_E = _loop(count, run_chunk, (start, None if skip_E is None else zeros_E))
   for carry, gradient in zip(carries, dsources, strict=True):
-    gradient.initial_BNE[...] = carry.dh_NE
-    gradient.a_NE[...] = carry.da_NE
+    states.store(gradient.initial_BNE, carry.dh_NE)
+    states.store(gradient.a_NE, carry.da_NE)
     if gradient.bias_E is not None:
       gradient.bias_E[...] = carry.dbias_E
   if depilogue.skip is not None:
@@ -341,6 +378,7 @@ class _Adjoint:
   epilogue: Epilogue
   depilogue: Epilogue
   masks: Masks
+  states: States
   scratch: Scratch
   dy: Ref
   skip_E: Array | None
@@ -353,7 +391,7 @@ class _Adjoint:
 
   def forward_group(self, first: Array, group: Array, h_NE: Array) -> Array:
     """Writes the state before a group, and adds reads to the chunk's; returns the state after."""
-    self.scratch.states[group] = h_NE
+    self.states.store(self.scratch.states, h_NE, group)
     numbers = _group(first + group * GROUP_BACK, GROUP_BACK)
     tokens, reads = self._tokens(numbers), self.scratch.y
     c = [_row(self.source.c_BTN, number) for number in numbers]
@@ -375,32 +413,28 @@ class _Adjoint:
     group = chunk // GROUP_BACK - 1 - group
     numbers = _group(first + group * GROUP_BACK, GROUP_BACK)
     tokens = self._tokens(numbers)
-    c = [_row(self.source.c_BTN, number) for number in numbers]
     gates = [_gate(self.source, number) for number in numbers]
-    dread = [_row(self.dy, number) for number in numbers]
-    ends = [
-        _Finish.of(self.epilogue, self.skip_E, self.source.x_BTE, number) for number in numbers
-    ]
-    states, decays = [self.scratch.states[group]], []
+    cotangents = [self._before_epilogue(number) for number in numbers]
+    states = [self.states.load(self.scratch.states, group)]
     for token in tokens:
-      decays.append(token.decay(self.a_NE))
-      states.append(token.step(decays[-1], states[-1]))
+      states.append(token.step(token.decay(self.a_NE), states[-1]))
 
     dh_NE, da_NE, dbias_E = carry
-    results: list[tuple[Array | None, ...]] = []
+    results = []
     for index in reversed(range(GROUP_BACK)):
-      token, c_N, end = tokens[index], c[index], ends[index]
-      silu_E = end.gate()
-      dy_E = dread[index] if silu_E is None else dread[index] * silu_E
+      number, token, dy_E, gate_E = numbers[index], tokens[index], cotangents[index], gates[index]
+      b_N, c_N = _row(self.source.b_BTN, number), _row(self.source.c_BTN, number)
       dgate_E = None
-      if gates[index] is not None:
+      if gate_E is not None:
         dgate_E = dy_E * jnp.sum(states[index + 1] * c_N[:, None], axis=0)
-      dread_E = _gated(gates[index], dy_E)
+      dread_E = _gated(gate_E, dy_E)
       dc_N = jnp.sum(states[index + 1] * dread_E[None], axis=1)
       dh_NE += c_N[:, None] * dread_E[None]
       db_N = jnp.sum(dh_NE * (token.dt_E * token.x_E)[None], axis=1)
-      du_E = jnp.sum(dh_NE * token.b_N[:, None], axis=0)
-      dh_NE *= decays[index]
+      # At once: each thread has a sum over channels whole, in N registers.
+      self.gradient.b_BTN[number, :], self.gradient.c_BTN[number, :] = db_N, dc_N
+      du_E = jnp.sum(dh_NE * b_N[:, None], axis=0)
+      dh_NE *= token.decay(self.a_NE)
       dlog_NE = dh_NE * states[index]  # The gradient with respect to dt A, the log decay.
       ddt_E = du_E * token.x_E + jnp.sum(dlog_NE * self.a_NE, axis=0)
       da_NE += dlog_NE * token.dt_E[None]
@@ -410,15 +444,19 @@ class _Adjoint:
       dx_E = du_E * token.dt_E
       if self.number == 0 and self.skip_E is not None and self.epilogue.x is None:
         dx_E += self.skip_E * dy_E
-      results.append((ddt_E, dx_E, db_N, dc_N, dgate_E))
+      results.append((number, ddt_E, dx_E, dgate_E))
 
-    fields = ("dt_BTE", "x_BTE", "b_BTN", "c_BTN", "gate_BTE")
-    for number, values in zip(reversed(numbers), results, strict=True):
-      for field, value in zip(fields, values, strict=True):
+    for number, *values in results:
+      for field, value in zip(("dt_BTE", "x_BTE", "gate_BTE"), values, strict=True):
         if value is not None:
           ref = getattr(self.gradient, field)
           ref[number, :] = value.astype(ref.dtype)
     return _Carry(dh_NE, da_NE, dbias_E)
+
+  def _before_epilogue(self, number: Array) -> Array:
+    """Returns the gradient of the sum of reads."""
+    dy_E = _row(self.dy, number)
+    return dy_E if self.epilogue.z is None else dy_E * _silu(_row(self.epilogue.z, number))
 
 
 def _epilogue_group(
