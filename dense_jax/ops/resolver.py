@@ -60,6 +60,11 @@ IMPLEMENTATIONS = {
     "attention": ("softmax",),
 }
 
+# (form of state, platform) -> the kernels that "auto" takes, where the compiler's bytes say so.
+KERNELS: Mapping[tuple[str, str], str] = {}
+# Forms whose kernels were found to compute something else on this machine.
+_REFUSED: set[str] = set()
+
 _TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 
 
@@ -130,6 +135,12 @@ def resolve(form: str, requested: str) -> str:
   return INTERPRETED if requested == "pallas" and platform != "tpu" else requested
 
 
+def refuse_kernels(form: str) -> None:
+  """Makes "auto" choose a form without kernels from here on, for the states of a form."""
+  _REFUSED.add(form)
+  _choose.cache_clear()
+
+
 def _platform() -> str:
   return _TARGET.get() or jax.default_backend()
 
@@ -144,6 +155,8 @@ def _choose(form: str, platform: str) -> str:
   chosen = {
       "diagonal": diagonal, "matrix": "chunked", "lti": "conv", "attention": "softmax"
   }[form]
+  if form not in _REFUSED:
+    chosen = KERNELS.get((form, platform), chosen)
   note = " (chunked where rows hold several documents or go on from a state)"
   _LOG.info(
       "implementation of %s states on %s: %s%s", form, platform, chosen,
