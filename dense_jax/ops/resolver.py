@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from dense_jax.errors import InputError
-from dense_jax.ops.cpu import cpu_matmul
+from dense_jax.ops.cpu import cpu_delays, cpu_matmul
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
 from dense_jax.ops.diagonal.sequence import (
@@ -35,6 +35,7 @@ from dense_jax.ops.matrix.sequence import (
     RecurrentMatrix,
 )
 from dense_jax.ops.matrix.tpu_sequence import InterpretedMatrix, KernelMatrix
+from dense_jax.ops.short_conv import delays_by_padding
 from dense_jax.types import Array
 
 _LOG = logging.getLogger(__name__)
@@ -112,6 +113,11 @@ def lti_form(requested: str, chunk: int) -> LtiForm:
 def matmul_function() -> Callable[[Array, Array], Array]:
   """Returns `matmul`, or `cpu_matmul` if the platform is a CPU."""
   return cpu_matmul if _platform() == "cpu" else matmul
+
+
+def delays_function() -> Callable[[Array, Array], list[Array]]:
+  """Returns `delays_by_padding`, or `cpu_delays` if the platform is a CPU."""
+  return cpu_delays if _platform() == "cpu" else delays_by_padding
 
 
 def resolve(form: str, requested: str) -> str:
