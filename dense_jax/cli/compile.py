@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dense_jax import experiment, sharding
 from dense_jax.cli import common, config_help
 from dense_jax.config import MeshConfig, field_types, invalid
+from dense_jax.costs import largest
+from dense_jax.costs.hlo import Item, total
 from dense_jax.outputs import check_file, write_json
 from dense_jax.runs import compile as programs
 from dense_jax.runs import compile_targets as targets
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--program", default="train", choices=programs.PROGRAMS,
                        help="train step (default), eval loss, prefill of a prompt of seq_len, "
                        "decode of one token; all of train.batch_size rows")
+  command.add_argument("--largest", type=int, default=0, metavar="N",
+                       help="also the N instructions, and lines of code, that move the most bytes")
   command.add_argument("--json", metavar="FILE", help="write the figures there")
   config_help.add_argument(command)
   if config_help.is_asked(arguments):
@@ -60,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
 
   report = programs.compile_program(config, options.topology, options.program, say=say)
   print(_describe(report))
+  if options.largest:
+    print("\n" + _largest(report.items, options.largest))
   if file is not None:
     write_json(file, report.as_dict(), "--json")
   return 0 if report.fits else 1
@@ -123,6 +129,24 @@ def _describe(report: programs.CompiledProgram) -> str:
   if report.note:
     parts.append(f"note: {report.note}")
   return "\n\n".join([*parts, _verdict(report)])
+
+
+def _largest(items: Sequence[Item], count: int) -> str:
+  """Returns two tables: the largest instructions, and the largest lines of code, by bytes."""
+  everything = total(items).bytes_accessed
+  tables = []
+  for title, entries in (
+      ("instructions that move the most bytes", largest.instructions(items, count)),
+      ("lines of code that move the most bytes", largest.lines(items, count)),
+  ):
+    rows = [(title, "share", "runs", "bytes a run", "pass", "what")]
+    rows += [
+        (each.lines, f"{each.bytes / everything:.1%}", f"{each.runs:,}",
+         scaled(each.bytes / each.runs, "B"), each.phase, each.what)
+        for each in entries if each.bytes
+    ]
+    tables.append(table(rows))
+  return "\n\n".join(tables)
 
 
 def _verdict(report: programs.CompiledProgram) -> str:

@@ -9,12 +9,13 @@ import importlib.metadata
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dense_jax import sharding
 from dense_jax.batch import Segments
@@ -62,29 +63,20 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledProgram:
-  """A program that was compiled for a topology, with the figures of one chip.
+class Figures:
+  """What the compiler and its program say, for one chip.
 
   Attributes:
-    config: the run's configuration, with the size of the vocabulary.
-    topology: the chips, such as "v5p:4x4x4".
-    mesh: axis -> number of devices.
-    program: one of `PROGRAMS`.
-    chips: the number of chips.
     compile_seconds: the time that lowering and compiling took.
     memory: the use of a chip's memory.
-    cost: operations, bytes and collectives; None means that the compiler refused the program.
+    cost: operations, bytes, launches and collectives; None means that the compiler refused the
+      program.
     bound: lower bounds of the run time, in seconds, by the chip's published peaks; None like cost.
     estimate: the run time, in seconds, by measured ceilings; None like cost, and for TPUs.
     note: what `cost` leaves out; "" if nothing.
     items: the instructions that `cost` adds up.
   """
 
-  config: ExperimentConfig
-  topology: str
-  mesh: dict[str, int]
-  program: str
-  chips: int
   compile_seconds: float
   memory: Memory
   cost: Cost | None
@@ -97,6 +89,25 @@ class CompiledProgram:
   def fits(self) -> bool:
     """True if the program fits a chip's memory."""
     return self.cost is not None and self.memory.peak <= self.memory.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram(Figures):
+  """A run's program that was compiled for a topology, with the figures of one chip.
+
+  Attributes:
+    config: the run's configuration, with the size of the vocabulary.
+    topology: the chips, such as "v5p:4x4x4".
+    mesh: axis -> number of devices.
+    program: one of `PROGRAMS`.
+    chips: the number of chips.
+  """
+
+  config: ExperimentConfig
+  topology: str
+  mesh: dict[str, int]
+  program: str
+  chips: int
 
   def as_dict(self) -> dict[str, Any]:
     """Returns the figures as a dict of JSON values."""
@@ -147,35 +158,61 @@ def compile_program(
   config = _with_vocab(config)
   devices = topology_devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
+  figures = _compile(lambda: _lower(config, mesh, program), mesh, topology, say)
+  fields = {field.name: getattr(figures, field.name) for field in dataclasses.fields(Figures)}
+  return CompiledProgram(
+      **fields, config=config, topology=topology, mesh=dict(mesh.shape), program=program,
+      chips=len(devices),
+  )
+
+
+def compile_function(
+    function: Callable[..., Any], arguments: Sequence[PyTree], topology: str
+) -> Figures:
+  """Compiles a function for the first chip of a topology.
+
+  Args:
+    function: a function of arrays.
+    arguments: its arguments, as arrays or `jax.ShapeDtypeStruct`.
+    topology: the chips, such as "v5e:2x2" or "h100:1".
+
+  Raises:
+    InputError: there is no such topology, or its compiler is not installed.
+  """
+  mesh = Mesh(np.asarray(topology_devices(topology)[:1]), ("device",))
+  here = NamedSharding(mesh, PartitionSpec())
+  shapes = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tuple(arguments)
+  )
+  return _compile(lambda: jax.jit(function).lower(*shapes), mesh, topology)
+
+
+def _compile(
+    lower: Callable[[], Any], mesh: Mesh, topology: str, say: Callable[[str], None] = lambda _: None
+) -> Figures:
+  """Lowers and compiles a program whose arguments are on the mesh, which is of the topology."""
   chip = topology_chip(topology)
   begin = time.monotonic()
   say("lowering")
   known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
   with resolver.compiling_for("gpu" if chip.is_gpu else "tpu"), known:
-    lowered = _lower(config, mesh, program)
+    lowered = lower()
   say("compiling")
-  items: list[Item] = []
-  cost, limits, expected, note = None, None, None, ""
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     memory = Memory(None, None, None, _refused(error), chip.memory)
-    seconds = time.monotonic() - begin
-  else:
-    seconds = time.monotonic() - begin
-    stats = compiled.memory_analysis()
-    memory = Memory(
-        stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes,
-        stats.peak_memory_in_bytes, chip.memory,
-    )
-    say("reading")
-    items, note = _items(compiled.as_text())
-    cost = total(items)
-    limits, expected = bound(cost, chip), estimate(cost, chip)
-  return CompiledProgram(
-      config, topology, dict(mesh.shape), program, len(devices), seconds, memory, cost, limits,
-      expected, note, items,
+    return Figures(time.monotonic() - begin, memory, None, None, None, "", [])
+  seconds = time.monotonic() - begin
+  stats = compiled.memory_analysis()
+  memory = Memory(
+      stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes,
+      stats.peak_memory_in_bytes, chip.memory,
   )
+  say("reading")
+  items, note = _items(compiled.as_text())
+  cost = total(items)
+  return Figures(seconds, memory, cost, bound(cost, chip), estimate(cost, chip), note, items)
 
 
 def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
