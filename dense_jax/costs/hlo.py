@@ -182,7 +182,7 @@ class _Walk:
       moved = hlo_bytes.moved_bytes(computation, instruction)
     cost = dataclasses.replace(work, bytes_accessed=moved, launches=1)
     lines = self._module.frames.get(origin.frame, (origin.source,) if origin.source else ())
-    return Item(instruction, lines, origin.op_name, times, cost)
+    return Item(instruction, lines, instruction.op_name or origin.op_name, times, cost)
 
   def _origin(self, computation: Computation, instruction: Instruction) -> Instruction:
     """Returns the instruction that tells where in the code an instruction comes from.

@@ -144,6 +144,8 @@ def bar(cell: Cell, found: Price, base: Price | None) -> str:
       limits = {"state m=2": MAMBA_TPU_RATIO}
     if ratio and cell.kind in limits:
       parts.append((ratio, limits[cell.kind], " of base"))
+  elif cell.overrides:
+    pass  # The other bars are those of the models as they are.
   elif cell.target == "h100":
     if cell.family in H100_BARS:
       parts.append((1e3 * found.seconds, H100_BARS[cell.family], " ms"))
