@@ -29,6 +29,7 @@ from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
 from dense_jax.ops.cpu import spread
 from dense_jax.ops.epilogue import Epilogue, Output
+from dense_jax.ops.recurrence import Sizes
 from dense_jax.sharding import constrain_tokens
 from dense_jax.types import Array
 
@@ -120,6 +121,11 @@ class Mamba2(nnx.Module):
         channels=self.width,
         inputs={"b": (self.groups * self.state_size, None), "x": (self.width, "inner")},
     )
+
+  @property
+  def sizes(self) -> Sizes:
+    """The sizes of the recurrence's states."""
+    return Sizes(self.heads, self.groups, self.head_dim, self.state_size)
 
   def _project(self, x_D: Array) -> tuple[Array, Array, Array, Array]:
     """Returns z, the convolutions' inputs x and (B, C), and dt; dt is float32."""

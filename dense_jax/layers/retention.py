@@ -24,6 +24,7 @@ from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue, Output
+from dense_jax.ops.recurrence import Sizes
 from dense_jax.ops.rotary import rotate_neighbours
 from dense_jax.types import Array
 
@@ -72,6 +73,13 @@ class Retention(nnx.Module):
     self.dense = make_connection(
         config, sources=sources, rngs=rngs, query=(heads, key_dim // heads), channels=width,
         inputs={"k": (key_dim, "heads"), "v": (width, "inner")},
+    )
+
+  @property
+  def sizes(self) -> Sizes:
+    """The sizes of the recurrence's states."""
+    return Sizes(
+        self.heads, self.heads, self.width // self.heads, self.key_dim // self.heads
     )
 
   def project(

@@ -26,6 +26,23 @@ StateMap = Callable[[Array, PyTree], Array]
 """Maps one token's states [B, ..., N], and that token's inputs, to states of the same shape."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The sizes of a layer's states.
+
+  Attributes:
+    heads: H; 1 for diagonal states.
+    groups: J, groups of heads that share keys; 1 for diagonal states.
+    channels: P, or E for diagonal states.
+    state_size: N.
+  """
+
+  heads: int
+  groups: int
+  channels: int
+  state_size: int
+
+
 class Recurrence(Protocol):
   """The states h of one layer, over a sequence or at one token: an immutable pytree.
 

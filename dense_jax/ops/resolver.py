@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from dense_jax.errors import InputError
-from dense_jax.ops.cpu import cpu_matmul
+from dense_jax.ops.cpu import cpu_delays, cpu_matmul
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
 from dense_jax.ops.diagonal.sequence import (
@@ -35,6 +35,7 @@ from dense_jax.ops.matrix.sequence import (
     RecurrentMatrix,
 )
 from dense_jax.ops.matrix.tpu_sequence import InterpretedMatrix, KernelMatrix
+from dense_jax.ops.short_conv import delays_by_padding
 from dense_jax.types import Array
 
 _LOG = logging.getLogger(__name__)
@@ -59,6 +60,11 @@ IMPLEMENTATIONS = {
     "diagonal": tuple(_DIAGONAL), "matrix": tuple(_MATRIX), "lti": tuple(_LTI),
     "attention": ("softmax",),
 }
+
+# (form of state, platform) -> the kernels that "auto" takes, where the compiler's bytes say so.
+KERNELS: Mapping[tuple[str, str], str] = {}
+# Forms whose kernels were found to compute something else on this machine.
+_REFUSED: set[str] = set()
 
 _TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 
@@ -109,6 +115,11 @@ def matmul_function() -> Callable[[Array, Array], Array]:
   return cpu_matmul if _platform() == "cpu" else matmul
 
 
+def delays_function() -> Callable[[Array, Array], list[Array]]:
+  """Returns `delays_by_padding`, or `cpu_delays` if the platform is a CPU."""
+  return cpu_delays if _platform() == "cpu" else delays_by_padding
+
+
 def resolve(form: str, requested: str) -> str:
   """Returns the name of the implementation that runs.
 
@@ -130,6 +141,12 @@ def resolve(form: str, requested: str) -> str:
   return INTERPRETED if requested == "pallas" and platform != "tpu" else requested
 
 
+def refuse_kernels(form: str) -> None:
+  """Makes "auto" choose a form without kernels from here on, for the states of a form."""
+  _REFUSED.add(form)
+  _choose.cache_clear()
+
+
 def _platform() -> str:
   return _TARGET.get() or jax.default_backend()
 
@@ -144,6 +161,8 @@ def _choose(form: str, platform: str) -> str:
   chosen = {
       "diagonal": diagonal, "matrix": "chunked", "lti": "conv", "attention": "softmax"
   }[form]
+  if form not in _REFUSED:
+    chosen = KERNELS.get((form, platform), chosen)
   note = " (chunked where rows hold several documents or go on from a state)"
   _LOG.info(
       "implementation of %s states on %s: %s%s", form, platform, chosen,
