@@ -139,9 +139,6 @@ class Mamba2(nnx.Module):
   def _by_group(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.groups, self.state_size)
 
-  def _by_head(self, x_E: Array) -> Array:
-    return x_E.reshape(*x_E.shape[:-1], self.heads, self.head_dim)
-
   def _output(self, output: Output) -> Array:
     """Applies the norm and the output projection."""
     assert output.moments is not None
@@ -168,7 +165,7 @@ class Mamba2(nnx.Module):
     log_decay_H = dt_H * spread(-jnp.exp(self.a_log[...]), dt_H)
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
     states = self.recurrence(
-        self._by_group(fused["b"]), self._by_head(fused["x"]), dt_H, log_decay_H, tokens, h_BHPN
+        self._by_group(fused["b"]), fused["x"], dt_H, log_decay_H, tokens, h_BHPN
     )
     epilogue = Epilogue(self.d[...], x_E, z_E, dtype=x_D.dtype, moments=True)
     output, h_BHPN, states = self.dense.run(x_D, self._by_group(c), states, shallow, epilogue)

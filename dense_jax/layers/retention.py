@@ -137,7 +137,7 @@ class Retention(nnx.Module):
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
     before_BHPN = None if state is None else state.h_BHPN
     states = self.recurrence(
-        k_HN, self._by_head(fused["v"]), None, log_decay_H, tokens, before_BHPN
+        k_HN, fused["v"], None, log_decay_H, tokens, before_BHPN
     )
     epilogue = Epilogue(dtype=x_D.dtype, moments=True)
     output, h_BHPN, states = self.dense.run(x_D, q_HN, states, shallow, epilogue)
