@@ -16,6 +16,7 @@ from dense_jax.errors import InputError
 from dense_jax.ops.cpu import cpu_delays, cpu_matmul
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
+from dense_jax.ops.diagonal.gpu_sequence import GpuDiagonal, InterpretedGpuDiagonal
 from dense_jax.ops.diagonal.sequence import (
     AssociativeDiagonal,
     DiagonalSequence,
@@ -40,26 +41,29 @@ from dense_jax.types import Array
 
 _LOG = logging.getLogger(__name__)
 
-# "pallas" resolves to this if there is no TPU: the same kernels, interpreted.
-INTERPRETED = "pallas (interpreted)"
+# Kernels -> the platform that they are for. On any other one their name resolves to itself and
+# INTERPRETED: the same kernels, interpreted.
+PLATFORMS = {"pallas": "tpu", "triton": "gpu"}
+INTERPRETED = " (interpreted)"
 
-# Form of state -> implementation -> its class. "auto" never chooses "pallas" (kernels for TPUs)
-# until it has been measured on a chip.
+# Form of state -> implementation -> its class. "auto" chooses kernels by `KERNELS` only.
 _DIAGONAL: Mapping[str, type[DiagonalSequence]] = {
     "associative": AssociativeDiagonal, "pallas": KernelDiagonal, "recurrent": RecurrentDiagonal,
+    "triton": GpuDiagonal, "pallas" + INTERPRETED: InterpretedDiagonal,
+    "triton" + INTERPRETED: InterpretedGpuDiagonal,
 }
 _MATRIX: Mapping[str, type[MatrixSequence]] = {
     "chunked": ChunkedMatrix, "associative": AssociativeMatrix, "pallas": KernelMatrix,
-    "recurrent": RecurrentMatrix,
+    "recurrent": RecurrentMatrix, "pallas" + INTERPRETED: InterpretedMatrix,
 }
 _LTI: Mapping[str, type[LtiSequence]] = {
     "conv": ConvolvedLti, "chunked": ChunkedLti, "recurrent": RecurrentLti,
 }
 # Form of state -> the implementations that a configuration may ask for.
 IMPLEMENTATIONS = {
-    "diagonal": tuple(_DIAGONAL), "matrix": tuple(_MATRIX), "lti": tuple(_LTI),
-    "attention": ("softmax",),
-}
+    form: tuple(name for name in classes if not name.endswith(INTERPRETED))
+    for form, classes in {"diagonal": _DIAGONAL, "matrix": _MATRIX, "lti": _LTI}.items()
+} | {"attention": ("softmax",)}
 
 # (form of state, platform) -> the kernels that "auto" takes, where the compiler's bytes say so.
 KERNELS: Mapping[tuple[str, str], str] = {}
@@ -89,8 +93,7 @@ def diagonal_form(requested: str, chunk: int) -> DiagonalForm:
   Raises:
     InputError: diagonal states have no implementation of that name.
   """
-  name = resolve("diagonal", requested)
-  sequence = InterpretedDiagonal if name == INTERPRETED else _DIAGONAL[name]
+  sequence = _DIAGONAL[resolve("diagonal", requested)]
   if sequence is RecurrentDiagonal and _platform() == "cpu":
     sequence = CpuRecurrentDiagonal
   return DiagonalForm(sequence, chunk)
@@ -98,8 +101,7 @@ def diagonal_form(requested: str, chunk: int) -> DiagonalForm:
 
 def matrix_form(requested: str, chunk: int) -> MatrixForm:
   """Returns the object that makes recurrences with matrix states; see `diagonal_form`."""
-  name = resolve("matrix", requested)
-  sequence = InterpretedMatrix if name == INTERPRETED else _MATRIX[name]
+  sequence = _MATRIX[resolve("matrix", requested)]
   step = cpu_matrix_step if _platform() == "cpu" else matrix_step
   return MatrixForm(sequence, step, chunk)
 
@@ -138,7 +140,7 @@ def resolve(form: str, requested: str) -> str:
         f"config.model.implementation = {requested!r} is not valid for a {form} state: "
         f"expected auto or one of {', '.join(options)}"
     )
-  return INTERPRETED if requested == "pallas" and platform != "tpu" else requested
+  return requested + INTERPRETED * (PLATFORMS.get(requested, platform) != platform)
 
 
 def refuse_kernels(form: str) -> None:

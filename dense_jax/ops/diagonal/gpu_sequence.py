@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import jax
-import jax.numpy as jnp
 
 from dense_jax.ops import partition
 from dense_jax.ops.diagonal.gpu import selective_finish
@@ -14,46 +13,31 @@ from dense_jax.ops.diagonal.gpu_kernels import Source
 from dense_jax.ops.diagonal.sequence import DiagonalSequence
 from dense_jax.ops.diagonal.step_sizes import StepSizes
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.recurrence import Read, add_reads
+from dense_jax.ops.recurrence import KernelRecurrence, Read
 from dense_jax.types import WIDTH_AXIS, Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GpuDiagonal(DiagonalSequence):
+class GpuDiagonal(KernelRecurrence, DiagonalSequence):
   """Runs the kernels of `dense_jax.ops.diagonal.gpu`, compiled for a GPU."""
 
   interpret: ClassVar[bool] = False
 
-  def _scan(self, c_BTN: Array) -> tuple[Array, Array]:
-    return self.run(c_BTN)
-
-  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`: c_BTN -> y_BTE, h_BNE."""
-    output, final_BNE = self.finish(query, reads, Epilogue())
-    return output.y, final_BNE
-
-  def finish(
+  def _joint(
       self, query: Array, reads: Sequence[Read], epilogue: Epilogue
   ) -> tuple[Output, Array]:
-    """See `Recurrence`: c_BTN -> y_BTE, h_BNE.
-
-    One kernel computes the own read, all `reads` and the epilogue, if each of the reads is of a
-    `GpuDiagonal` without a function; otherwise they are added one after the other.
-    """
-    if any(not isinstance(r.recurrence, GpuDiagonal) or r.function is not None for r in reads):
-      y_BTE, final_BNE = self.run(query)
-      return epilogue(add_reads(y_BTE, reads)), final_BNE
     sources = [self._asked(query, None)]
     for read in reads:
       sources.append(cast(GpuDiagonal, read.recurrence)._asked(read.query, read.gate))
     if epilogue.x is self.x_BTE:  # The kernel then reads one array once.
       epilogue = dataclasses.replace(epilogue, x=None)
     valid_BT = self.dt.valid_BT if isinstance(self.dt, StepSizes) else None
-    channels = partition.by_row(None, WIDTH_AXIS)
+    channels, by_row = partition.by_row(None, WIDTH_AXIS), partition.by_row()
     y_BTE, final_BNE = partition.over_mesh(
-        functools.partial(_finish, chunk=self.chunk, interpret=self.interpret), _specs,
-        (channels, channels), [*sources, epilogue, valid_BT], self.resets_BT,
+        functools.partial(selective_finish, chunk=self.chunk, interpret=self.interpret),
+        lambda _: (list(map(_specs, sources)), _specs(epilogue), by_row, by_row),
+        (channels, channels), sources, epilogue, self.resets_BT, valid_BT,
     )
     return Output(y_BTE, None), final_BNE
 
@@ -77,27 +61,18 @@ class InterpretedGpuDiagonal(GpuDiagonal):
   interpret: ClassVar[bool] = True
 
 
-def _finish(
-    arguments: Sequence[Any], resets_BT: Array | None, *, chunk: int, interpret: bool
-) -> tuple[Array, Array]:
-  *sources, epilogue, valid_BT = arguments
-  return selective_finish(
-      sources, epilogue, resets_BT, valid_BT, chunk=chunk, interpret=interpret
+def _specs(argument: Source | Epilogue) -> Any:
+  """Returns the argument with specs for its arrays."""
+  channels, by_row = partition.by_row(None, WIDTH_AXIS), partition.by_row()
+  if isinstance(argument, Epilogue):
+    return dataclasses.replace(
+        argument,
+        skip=None if argument.skip is None else partition.split(WIDTH_AXIS),
+        x=None if argument.x is None else channels,
+        z=None if argument.z is None else channels,
+    )
+  return Source(
+      channels, None if argument.bias_E is None else partition.split(WIDTH_AXIS),
+      partition.split(None, WIDTH_AXIS), channels, by_row, by_row,
+      None if argument.gate_BTE is None else channels, channels,
   )
-
-
-def _specs(argument: Source | Epilogue | Array | None, width: int) -> Any:
-  """Returns an argument of `_finish` with specs for its arrays; `width` is unused."""
-  del width
-  if not isinstance(argument, Source | Epilogue):
-    return None if argument is None else partition.by_row()
-  specs = {
-      "a_NE": partition.split(None, WIDTH_AXIS), "b_BTN": partition.by_row(),
-      "c_BTN": partition.by_row(), "bias_E": partition.split(WIDTH_AXIS),
-      "skip": partition.split(WIDTH_AXIS),
-  }
-  names = (field.name for field in dataclasses.fields(argument))
-  return dataclasses.replace(argument, **{
-      name: specs.get(name, partition.by_row(None, WIDTH_AXIS))
-      for name in names if isinstance(getattr(argument, name), jax.Array)
-  })
