@@ -25,6 +25,8 @@ BITS = {
 FLOATS = ("bf16", "f", "c")
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# A kernel's attributes may have line breaks, after which a line may begin with braces too.
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -190,7 +192,7 @@ def parse_module(text: str) -> Module:
       if header:
         current = Computation(header[2], {}, "")
         entry = header[2] if header[1] else entry
-    elif line.startswith("}"):
+    elif _END.match(line):
       computations[current.name] = current
       current = None
     elif begin := _INSTRUCTION.match(line):

@@ -11,8 +11,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from dense_jax.errors import InputError
+from dense_jax.ops.attention import gpu
+from dense_jax.ops.attention.blockwise import blockwise_attention
+from dense_jax.ops.attention.reference import Attend, softmax_attention
+from dense_jax.ops.attention.tpu import splash_attention
 from dense_jax.ops.cpu import cpu_delays, cpu_matmul
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
@@ -59,11 +64,17 @@ _MATRIX: Mapping[str, type[MatrixSequence]] = {
 _LTI: Mapping[str, type[LtiSequence]] = {
     "conv": ConvolvedLti, "chunked": ChunkedLti, "recurrent": RecurrentLti,
 }
+_ATTENTION: Mapping[str, Attend] = {
+    "blockwise": blockwise_attention, "cudnn": gpu.cudnn_attention, "pallas": splash_attention,
+    "softmax": softmax_attention,
+    "pallas" + INTERPRETED: functools.partial(splash_attention, interpret=True),
+}
 # Form of state -> the implementations that a configuration may ask for.
 IMPLEMENTATIONS = {
     form: tuple(name for name in classes if not name.endswith(INTERPRETED))
-    for form, classes in {"diagonal": _DIAGONAL, "matrix": _MATRIX, "lti": _LTI}.items()
-} | {"attention": ("softmax",)}
+    for form, classes in {"diagonal": _DIAGONAL, "matrix": _MATRIX, "lti": _LTI,
+                          "attention": _ATTENTION}.items()
+}
 
 # (form of state, platform) -> the kernels that "auto" takes, where the compiler's bytes say so.
 KERNELS: Mapping[tuple[str, str], str] = {}
@@ -110,6 +121,32 @@ def lti_form(requested: str, chunk: int) -> LtiForm:
   """Returns the object that makes recurrences of time-invariant systems; see `diagonal_form`."""
   name = resolve("lti", requested)
   return LtiForm(_LTI[name], chunk)
+
+
+def attention_function(requested: str, dtype: jnp.dtype, head_dim: int) -> Attend:
+  """Returns the function that computes attention over whole sequences.
+
+  Args:
+    requested: `config.model.implementation`.
+    dtype: that of queries, keys and values.
+    head_dim: N.
+
+  Raises:
+    InputError: attention has no implementation of that name, or cuDNN is asked for where there is
+      no GPU or for what it does not cover.
+  """
+  name = resolve("attention", requested)
+  if name != "cudnn":
+    return _ATTENTION[name]
+  covered = gpu.covers(dtype, head_dim)
+  if requested == "auto":
+    return _ATTENTION["cudnn" if covered else "blockwise"]
+  if not covered or _platform() != "gpu":
+    raise InputError(
+        "config.model.implementation = 'cudnn' is not valid here: expected auto or blockwise, or "
+        f"a GPU, dtype bfloat16, and heads of a multiple of 8 channels, at most {gpu.MAX_HEAD_DIM}"
+    )
+  return _ATTENTION[name]
 
 
 def matmul_function() -> Callable[[Array, Array], Array]:
@@ -160,8 +197,9 @@ def _choose(form: str, platform: str) -> str:
   # parallelism in B N E, and by their compiler the token scan moves 2 % (v5p) to 76 % (v6e) of
   # the bytes (tests/ops/test_tpu_compile.py).
   diagonal = "recurrent" if platform in ("cpu", "tpu") else "associative"
+  attention = {"gpu": "cudnn", "tpu": "pallas"}.get(platform, "blockwise")
   chosen = {
-      "diagonal": diagonal, "matrix": "chunked", "lti": "conv", "attention": "softmax"
+      "diagonal": diagonal, "matrix": "chunked", "lti": "conv", "attention": attention,
   }[form]
   if form not in _REFUSED:
     chosen = KERNELS.get((form, platform), chosen)

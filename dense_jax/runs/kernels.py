@@ -33,7 +33,8 @@ def check_kernels(config: ModelConfig, *, strict: bool = False) -> bool:
   """
   form = family(config.family).form
   chosen = resolver.resolve(form, config.implementation)
-  if config.implementation != "auto" or chosen not in resolver.KERNELS.values():
+  kernels = {name for (of, _), name in resolver.KERNELS.items() if of == form}
+  if config.implementation != "auto" or chosen not in kernels:
     return True
   stack = abstract_model(config).stack
   # Mixers whose form of state has kernels have sizes.
