@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
 
+from dense_jax.ops.diagonal.kernel_inputs import Source
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.types import Array
 
@@ -24,33 +25,6 @@ GROUP_BACK = 4
 
 Ref: TypeAlias = Any
 """A Pallas reference to a block in memory."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """One selective recurrence, with the query and gate of its read.
-
-  Attributes:
-    dt_BTE: step sizes >= 0, or with `bias_E` what softplus(dt + bias) makes step sizes of; float32
-      or bfloat16.
-    bias_E: float32; None means that `dt_BTE` are step sizes.
-    a_NE: float32 decay rates <= 0.
-    x_BTE: inputs, float32 or bfloat16.
-    b_BTN: input maps, float32 or bfloat16.
-    c_BTN: queries, float32 or bfloat16.
-    gate_BTE: factors of the read, float32 or bfloat16; None means 1.
-    initial_BNE: float32 state before the first token.
-  """
-
-  dt_BTE: Array
-  bias_E: Array | None
-  a_NE: Array
-  x_BTE: Array
-  b_BTN: Array
-  c_BTN: Array
-  gate_BTE: Array | None
-  initial_BNE: Array
 
 
 @jax.tree_util.register_dataclass
