@@ -22,7 +22,7 @@ from dense_jax.costs.hlo import Cost
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-  """What one operation at a time reaches on a chip: matmul FLOP/s and bytes/s of main memory."""
+  """The rates that one large operation reaches: matmul FLOP/s, and bytes/s of main memory."""
 
   flops: float
   memory_bandwidth: float

@@ -31,12 +31,13 @@ from collections.abc import Iterable, Iterator
 from dense_jax.costs import hlo_bytes, hlo_loops, hlo_ops
 from dense_jax.costs.hlo_loops import Frame
 from dense_jax.costs.hlo_text import (
-    Computation,
-    Instruction,
-    Module,
-    OpenLoopError,
-    parse_module,
+  Computation,
+  Instruction,
+  Module,
+  OpenLoopError,
+  parse_module,
 )
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
