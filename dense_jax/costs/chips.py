@@ -22,7 +22,7 @@ from dense_jax.costs.hlo import Cost
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-  """What one operation at a time reaches on a chip: matmul FLOP/s and bytes/s of main memory."""
+  """The rates that one large operation reaches: matmul FLOP/s, and bytes/s of main memory."""
 
   flops: float
   memory_bandwidth: float
@@ -122,7 +122,8 @@ class Estimate:
 
 def estimate(cost: Cost, chip: Chip) -> Estimate | None:
   """Returns the estimate from a chip's measured ceilings, or None if it has none."""
-  ceilings = chip.ceilings
-  return ceilings and Estimate(
-      cost.matmul_flops / ceilings.flops, cost.bytes_accessed / ceilings.memory_bandwidth
+  if chip.ceilings is None:
+    return None
+  return Estimate(
+      cost.matmul_flops / chip.ceilings.flops, cost.bytes_accessed / chip.ceilings.memory_bandwidth
   )

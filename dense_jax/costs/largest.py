@@ -1,4 +1,4 @@
-"""Where a program's bytes are moved: the largest instructions, and lines of code, by their bytes."""
+"""Finds the instructions, and the lines of code, that move the most bytes of a program."""
 
 import dataclasses
 from collections.abc import Sequence

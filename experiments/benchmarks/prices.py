@@ -1,12 +1,12 @@
-r"""What models cost in time and memory, by the compilers for GPUs and TPUs; needs neither.
+r"""Prices of models in time and memory, by the compilers for GPUs and TPUs; needs no such chip.
 
     python -m experiments.benchmarks.prices [--target h100 v5e ...] [--family mamba2 ...] \
         [--only base ...] [--set model.layers=10 ...] [--json FILE]
     python -m experiments.benchmarks.prices --target h100 --family mamba2 --only base --largest 20
 
 Compiles the train step of `experiments/family_350m.py` for one chip, in bf16 with float32 AdamW,
-sequences of 2048 tokens: 16 of them with `remat=minimal` on GPUs, 4 with `remat=full` on TPUs. A case
-takes minutes; FILE is written after each, and cases that it already has are not compiled again.
+sequences of 2048 tokens: 16 of them with `remat=minimal` on GPUs, 4 with `remat=full` on TPUs. A
+case takes minutes; FILE is written after each, and cases that it has are not compiled again.
 Targets are kinds of chips (GPUs need `make gpu-compiler`). Other keys of the configuration are
 given with --set, in place of a cheaper or another model.
 
@@ -144,14 +144,12 @@ def bar(cell: Cell, found: Price, base: Price | None) -> str:
       limits = {"state m=2": MAMBA_TPU_RATIO}
     if ratio and cell.kind in limits:
       parts.append((ratio, limits[cell.kind], " of base"))
-  elif cell.overrides:
-    pass  # The other bars are those of the models as they are.
-  elif cell.target == "h100":
+  elif not cell.overrides and cell.target == "h100":
     if cell.family in H100_BARS:
       parts.append((1e3 * found.seconds, H100_BARS[cell.family], " ms"))
     if cell.family in LAUNCHES:
       parts.append((found.launches, LAUNCHES[cell.family], " launches"))
-  elif cell.target == "v5e" and cell.family in HBM_OVER_MATMULS:
+  elif not cell.overrides and cell.target == "v5e" and cell.family in HBM_OVER_MATMULS:
     parts.append((found.memory / found.matmuls, HBM_OVER_MATMULS[cell.family], " HBM / matmuls"))
   return "; ".join(
       f"<= {limit:g}{unit}: {'yes' if value <= limit else 'no'}" for value, limit, unit in parts
@@ -188,8 +186,8 @@ def prices(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str]]
 
 def work(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str]]:
   """Makes table 2."""
-  rows = [["chip, family, model", "peak memory, GB", "over base", "bar", "TFLOP", "over base", "bar",
-           "compiled in, s"]]
+  rows = [["chip, family, model", "peak memory, GB", "over base", "bar", "TFLOP", "over base",
+           "bar", "compiled in, s"]]
   for cell in cells:
     report, base = results.get(cell.name), _base(cell, results)
     if not report:
