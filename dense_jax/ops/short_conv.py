@@ -41,18 +41,23 @@ def short_conv(
   if sequence_parallel.shards() > 1:
     tail_BWE = sequence_parallel.tail_before(x_BTE, resets_BT, tail_BWE)
   tail_BWE = tail_BWE.astype(x_BTE.dtype)
-  tail_BWE = tail_BWE.astype(x_BTE.dtype)
   document_BT = None
   if resets_BT is not None:
     # The tail belongs to document 0, the one that continues until the row's first reset.
     document_BT = jnp.cumsum(resets_BT, axis=1, dtype=jnp.int32)
     first_BW = jnp.zeros((batch, taps - 1), jnp.int32)
+  # In a loop over layers these are the same in each, unless they seem to depend on its parameters.
+  # XLA would compute masks, padded tails and even zeros of the size of x before the loop, to be
+  # read in each.
+  kernel_WE, tail_BWE, document_BT, zero = jax.lax.optimization_barrier(
+      (kernel_WE, tail_BWE, document_BT, jnp.zeros((), x_BTE.dtype))
+  )
 
   y_BTE = spread(bias_E, x_BTE)
   for back, past_BTE in enumerate(delays(x_BTE, tail_BWE)):
     if document_BT is not None and back:
       same_BT = jnp.concatenate([first_BW[:, -back:], document_BT], 1)[:, :time] == document_BT
-      past_BTE = jnp.where(same_BT[..., None], past_BTE, 0)
+      past_BTE = jnp.where(same_BT[..., None], past_BTE, zero)
     y_BTE = y_BTE + past_BTE * spread(kernel_WE[taps - 1 - back], x_BTE)
   y_BTE = y_BTE.astype(x_BTE.dtype)
 
