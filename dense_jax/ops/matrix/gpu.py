@@ -250,6 +250,10 @@ class _Specs:
     self.d_moments = spec((None, *heads, 2, time), lambda b, i, j: (b, head(i, j), 0, 0))
     self.sums = spec((None, *numbers, time), lambda b, i, j: (b, head(i, j), part(i, j), 0))
     self.numbers = spec((None, None, *numbers), lambda b, i, j: (b, i, head(i, j), part(i, j)))
+    self.whole = spec(
+        (None, None, *numbers),
+        lambda b, i, j: (b, div(i, plan.tiles), head(i, j), part(i, j)),
+    )
     self._decays = self.shared if plan.shared_decay else self.by_head
 
   def stream(self, stream: Stream) -> Stream:
@@ -335,7 +339,7 @@ def _forward(
       (out_BTE, moments_BHA2T, (_between(plan),) * sources, final_BHPN),
       (specs.values, _if(moments_BHA2T, specs.moments), (specs.between,) * sources, specs.state),
       matmul_flops=2 * tokens * (plan.tile * (size + plan.width) + 2 * size * plan.width),
-      exponentials=tokens * plan.tile, warps=8, stages=2,
+      exponentials=tokens * plan.tile, warps=8, stages=plan.stages,
   )
 
 
@@ -364,7 +368,10 @@ def _backward(
   batch, time, size, width = plan.batch, plan.time, plan.state_size, plan.width
   sums = jax.ShapeDtypeStruct((batch, plan.heads, plan.parts, time), jnp.float32)
   tiles = plan.chunks * plan.tiles
-  numbers = jax.ShapeDtypeStruct((batch, tiles, plan.heads, plan.parts), jnp.float32)
+  numbers, whole = (
+      jax.ShapeDtypeStruct((batch, count, plan.heads, plan.parts), jnp.float32)
+      for count in (tiles, plan.chunks)
+  )
 
   def written(stream: Stream) -> Stream:
     return dataclasses.replace(
@@ -380,7 +387,7 @@ def _backward(
   gate_specs = tuple(specs.values for _ in gates)
   by_part = 2 * batch * time * plan.heads * plan.parts
   by_group = 2 * batch * time * plan.groups
-  d_streams, d_gates, d_tail, sums, d_last = _call(
+  d_streams, d_gates, d_tail, sums, d_last, d_whole = _call(
       chunks_backward_kernel, plan, (batch, tiles, plan.groups),
       (
           streams_in, gates, tail, count_BT, out_BTE, d_out_BTE, d_moments_BH2T, d_y_BTE, before,
@@ -395,7 +402,7 @@ def _backward(
       (
           tuple(_like(written(stream)) for stream in streams), _like(gates),
           Tail(_if(tail.skip_H, numbers), _like(tail.x_BTE), _like(tail.z_BTE)),
-          token_sums(sums), (numbers,) * sources,
+          token_sums(sums), (numbers,) * sources, (whole,) * sources,
       ),
       (
           tuple(map(written, in_specs)), gate_specs,
@@ -403,7 +410,7 @@ def _backward(
               _if(tail.skip_H, specs.numbers), _if(tail.x_BTE, specs.values),
               _if(tail.z_BTE, specs.values),
           ),
-          token_sums(specs.sums), (specs.numbers,) * sources,
+          token_sums(specs.sums), (specs.numbers,) * sources, (specs.whole,) * sources,
       ),
       matmul_flops=sources * (
           by_part * width * (4 * plan.chunk + 4 * size) + by_group * 4 * plan.chunk * size
@@ -413,8 +420,8 @@ def _backward(
   )
   gradients = tuple(
       _gradient(plan, stream, d_stream, sums_, last, d_initial_BHPN)
-      for stream, d_stream, sums_, last, d_initial_BHPN in zip(
-          streams, d_streams, sums, d_last, d_initial, strict=True
+      for stream, d_stream, sums_, *last, d_initial_BHPN in zip(
+          streams, d_streams, sums, d_last, d_whole, d_initial, strict=True
       )
   )
   skip_H = None if tail.skip_H is None else jnp.sum(d_tail.skip_H, axis=(0, 1, 3))
@@ -467,18 +474,19 @@ def _states_backward(
           tuple(_if(x, specs.state) for x in initial),
       ),
       matmul_flops=2 * tokens * plan.state_size * plan.width, exponentials=tokens,
-      warps=8, stages=2,
+      warps=8, stages=plan.stages,
   )
 
 
 def _gradient(
-    plan: Plan, stream: Stream, d_stream: Stream, sums: TokenSums, d_last_BTHA: Array,
+    plan: Plan, stream: Stream, d_stream: Stream, sums: TokenSums, d_last: Sequence[Array],
     d_initial_BHPN: Array | None,
 ) -> Stream:
   """Returns a source's gradient."""
   d_low_BHT = jnp.sum(sums.read - sums.value, axis=2)
-  d_last_BGH = jnp.sum(
-      d_last_BTHA.reshape(plan.batch, plan.chunks, plan.tiles, plan.heads, -1), axis=(2, 4)
+  d_last_BGH = sum(
+      jnp.sum(d_BTHA.reshape(plan.batch, plan.chunks, -1, plan.heads, plan.parts), axis=(2, 4))
+      for d_BTHA in d_last
   )
   is_last_C = jnp.arange(plan.chunk) == plan.chunk - 1
   d_last_BHGC = jnp.where(

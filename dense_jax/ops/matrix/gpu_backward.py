@@ -96,6 +96,16 @@ class _Program:
   def chunk(self) -> Array:
     return div(self.tile, self.plan.tiles)
 
+  @property
+  def first(self) -> Array:
+    """The first token of the chunk."""
+    return self.chunk * self.plan.chunk
+
+  @property
+  def last(self) -> Array:
+    """The last token of the chunk."""
+    return self.first + self.plan.chunk - 1
+
   def at(self, offset: int) -> Array:
     """Returns a tile near the program's, or some tile if there is none."""
     return jnp.clip(self.tile + offset, 0, self.plan.chunks * self.plan.tiles - 1)
@@ -180,6 +190,7 @@ def chunks_backward_kernel(
     d_tail: Tail,
     sums: tuple[TokenSums, ...],
     d_last: Sequence[PyTree],
+    d_whole: Sequence[PyTree],
 ) -> None:
   """Computes the gradients of a tile. `d_` is a gradient.
 
@@ -205,8 +216,9 @@ def chunks_backward_kernel(
     d_gates: the gates' gradients, outputs.
     d_tail: the epilogue's gradients, outputs; that of `skip` is this tile's share, [H, A].
     sums: for each source the sums that gradients of decays and scales need, outputs.
-    d_last: for each source what the chunk's last token adds to its sum's gradient, this tile's
-      share, [H, A], outputs.
+    d_last: for each source the part of the last token's gradient that this tile's values in the
+      state after the chunk make, [H, A], outputs.
+    d_whole: the part that the state before the chunk makes there, [H, A], outputs.
   """
   program = _Program(plan, streams, gates, count_T, d_y_TU, pl.program_id(1))
   _reads(
@@ -215,10 +227,12 @@ def chunks_backward_kernel(
   )
   for source in range(len(streams)):
     _queries(program, source, before[source], d_streams[source].q_BTK)
-    _keys(
-        program, source, tail, (before[source], d_after[source]), d_streams[source], sums[source],
+    _keys(program, source, d_after[source], d_streams[source].k_BTK)
+    _values(
+        program, source, tail, d_after[source], d_streams[source].v_BTE, sums[source],
         d_last[source],
     )
+    _whole_chunk(program, source, before[source], d_after[source], d_whole[source])
 
 
 def _reads(
@@ -246,12 +260,12 @@ def _reads(
     for source, stream in enumerate(streams):
       decays = part.decays(stream, program.count_T)
       q = plan.load(stream.q_BTK, rows)
-      read_TX = decays.since(program.chunk * plan.chunk, rows)[:, None] * plan.summed_dot(
+      read_TX = decays.since(program.first, rows)[:, None] * plan.summed_dot(
           q, part.state(before[source], program.chunk), (1, 0)
       )
       for offset, scores_QS in zip(program.keys(), scores[source], strict=True):
         key = program.at(offset)
-        decay_QS = decays.between(tile, tile + offset)
+        decay_QS = decays.between(tile, tile + offset, same=not offset)
         weights_QS = _weights(plan, scores_QS, decay_QS, offset)
         read_TX += plan.dot(weights_QS, part.values(stream, plan.rows(key)), (1, 0))
       d_read_TX = program.d_read(source, part, rows).astype(jnp.float32)
@@ -296,12 +310,12 @@ def _queries(program: _Program, source: int, before_GHNP: PyTree, d_q_TN: PyTree
     decays = part.decays(stream, program.count_T)
     d_read_TX = program.d_read(source, part, rows)
     d_scores = tuple(
-        d_QS + decays.between(tile, tile + offset) * plan.dot(
+        d_QS + decays.between(tile, tile + offset, same=not offset) * plan.dot(
             d_read_TX, part.values(stream, plan.rows(program.at(offset))), (1, 1)
         )
         for d_QS, offset in zip(d_scores, program.keys(), strict=True)
     )
-    from_start_T = decays.since(program.chunk * plan.chunk, rows)
+    from_start_T = decays.since(program.first, rows)
     d_carried_TX = from_start_T[:, None] * d_read_TX.astype(jnp.float32)
     h = part.state(before_GHNP, program.chunk)
     d_q = tuple(
@@ -317,56 +331,38 @@ def _queries(program: _Program, source: int, before_GHNP: PyTree, d_q_TN: PyTree
     d_q_TN[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_q_TN.dtype)
 
 
-def _keys(
+def _values(
     program: _Program,
     source: int,
     tail: Tail,
-    states: tuple[PyTree, PyTree],
-    d_stream: Stream,
+    d_after_GHNP: PyTree,
+    d_v_TU: PyTree,
     sums: TokenSums,
     d_last_HA: PyTree,
 ) -> None:
-  """Computes the gradients of a source's keys and values, and what those of decays need."""
+  """Computes the gradient of a source's values, and the sums that need it."""
   plan, stream = program.plan, program.streams[source]
-  before_GHNP, d_after_GHNP = states
   tile = program.tile
-  rows = plan.rows(tile)
-  last = (program.chunk + 1) * plan.chunk - 1
+  rows, last = plan.rows(tile), program.last
   is_last_T1 = (
       tile * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) == last
   )
-  ends_chunk = rem(tile, plan.tiles) == plan.tiles - 1
   scores = [program.scores(source, program.at(offset), tile) for offset in program.queries()]
-  k = plan.load(stream.k_BTK, rows)
+  own_T1 = _own_score(plan, scores[0])[:, None]
 
-  def body(part: _Part, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
-    d_scores, d_k = carry
+  def body(part: _Part, carry: PyTree) -> PyTree:
     decays = part.decays(stream, program.count_T)
-    v_TX = part.values(stream, rows)
-    dh = part.state(d_after_GHNP, program.chunk)
-    to_end_T1 = decays.to(last, rows)[:, None]
-    d_kept_TX = to_end_T1 * plan.summed_dot(k, dh, (1, 0))
+    k, dh = plan.load(stream.k_BTK, rows), part.state(d_after_GHNP, program.chunk)
+    d_kept_TX = decays.to(last, rows)[:, None] * plan.summed_dot(k, dh, (1, 0))
+    v_TX = part.values(stream, rows).astype(jnp.float32)
     d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
-    d_last = jnp.sum(v_TX.astype(jnp.float32) * d_v_TX)
-    d_last = jax.lax.cond(
-        ends_chunk,
-        lambda: d_last + decays.since(program.chunk * plan.chunk, last) * sum(
-            jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
-            for h_NX, dh_NX in zip(part.state(before_GHNP, program.chunk), dh, strict=True)
-        ),
-        lambda: d_last,
-    )
-    d_last_HA[part.index] = d_last
-    added = []
-    for offset, scores_QS, d_QS in zip(program.queries(), scores, d_scores, strict=True):
+    d_last_HA[part.index] = jnp.sum(v_TX * d_v_TX)
+    for offset, scores_QS in zip(program.queries(), scores, strict=True):
       d_read_TX = program.d_read(source, part, plan.rows(program.at(offset)))
-      decay_QS = decays.between(tile + offset, tile)
-      weights_QS = _weights(plan, scores_QS, decay_QS, offset)
+      weights_QS = _weights(plan, scores_QS, decays.between(tile + offset, tile, same=not offset), offset)
       d_v_TX += plan.dot(weights_QS, d_read_TX, (0, 0))
-      added.append(d_QS + decay_QS * plan.dot(d_read_TX, v_TX, (1, 1)))
-    sums.value[(*part.index, rows)] = jnp.sum(v_TX.astype(jnp.float32) * d_v_TX, axis=1)
+    sums.value[(*part.index, rows)] = jnp.sum(v_TX * d_v_TX, axis=1)
     d_v_TX += jnp.where(is_last_T1, d_kept_TX, 0.0)
-    own_T1 = _own_score(plan, scores[0])[:, None]
     d_v_TX += own_T1 * program.d_read(source, part, rows).astype(jnp.float32)
     if stream.scale_BHT is not None:
       raw_TX = stream.v_BTE[rows, part.channels].astype(jnp.float32)
@@ -375,16 +371,60 @@ def _keys(
     if source == 0 and tail.skip_H is not None and tail.x_BTE is None:
       d_y_TX = program.d_y_TU[rows, part.channels].astype(jnp.float32)
       d_v_TX += tail.skip_H[part.head] * d_y_TX
-    d_stream.v_BTE[rows, part.channels] = d_v_TX.astype(d_stream.v_BTE.dtype)
-    kept_TX = to_end_T1 * v_TX.astype(jnp.float32)
+    d_v_TU[rows, part.channels] = d_v_TX.astype(d_v_TU.dtype)
+    return carry
+
+  program.each_part(body, 0)
+
+
+def _whole_chunk(
+    program: _Program, source: int, before_GHNP: PyTree, d_after_GHNP: PyTree, d_whole_HA: PyTree
+) -> None:
+  """Computes the gradient of the chunk's whole decay, in the program of the chunk's last tile."""
+  plan, stream = program.plan, program.streams[source]
+  ends_chunk = rem(program.tile, plan.tiles) == plan.tiles - 1
+
+  def body(part: _Part, carry: PyTree) -> PyTree:
+    decays = part.decays(stream, program.count_T)
+    h, dh = (part.state(x, program.chunk) for x in (before_GHNP, d_after_GHNP))
+    product = sum(
+        jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
+        for h_NX, dh_NX in zip(h, dh, strict=True)
+    )
+    d_whole_HA[part.index] = decays.since(program.first, program.last) * product
+    return carry
+
+  @pl.when(ends_chunk)
+  def _last_tile() -> None:
+    program.each_part(body, 0)
+
+
+def _keys(program: _Program, source: int, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
+  """Computes the gradient of a source's keys."""
+  plan, stream = program.plan, program.streams[source]
+  tile = program.tile
+  rows = plan.rows(tile)
+
+  def body(part: _Part, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
+    d_scores, d_k = carry
+    decays = part.decays(stream, program.count_T)
+    v_TX = part.values(stream, rows)
+    d_scores = tuple(
+        d_QS + decays.between(tile + offset, tile, same=not offset) * plan.dot(
+            program.d_read(source, part, plan.rows(program.at(offset))), v_TX, (1, 1)
+        )
+        for d_QS, offset in zip(d_scores, program.queries(), strict=True)
+    )
+    kept_TX = decays.to(program.last, rows)[:, None] * v_TX.astype(jnp.float32)
+    dh = part.state(d_after_GHNP, program.chunk)
     d_k = tuple(
         d_TN + plan.dot(kept_TX, dh_NX, (1, 1)) for d_TN, dh_NX in zip(d_k, dh, strict=True)
     )
-    return tuple(added), d_k
+    return d_scores, d_k
 
   d_scores, d_k = program.each_part(body, (program.zeros_scores(), program.zeros_keys()))
   for offset, d_QS in zip(program.queries(), d_scores, strict=True):
     q = plan.load(stream.q_BTK, plan.rows(program.at(offset)))
     d_k = tuple(d_TN + plan.dot(d_QS, q_TN, (0, 0)) for d_TN, q_TN in zip(d_k, q, strict=True))
   for start, d_TN in zip(plan.pieces, d_k, strict=True):
-    d_stream.k_BTK[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_stream.k_BTK.dtype)
+    d_k_TN[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_k_TN.dtype)

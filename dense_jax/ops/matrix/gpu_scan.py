@@ -60,7 +60,7 @@ def forward_kernel(
       q, k = plan.load(stream.q_BTK, rows), plan.load(stream.k_BTK, rows)
       scale_T = None if stream.scale_BHT is None else stream.scale_BHT[rows]
       v_TX = scaled(plan, stream.v_BTE[rows, :], scale_T)
-      weights_QS = plan.summed_dot(q, k, (1, 1)) * decay.between(tile, tile)
+      weights_QS = plan.summed_dot(q, k, (1, 1)) * decay.between(tile, tile, same=True)
       read_TX = decay.since(first, rows)[:, None] * plan.summed_dot(q, h, (1, 0))
       read_TX += plan.dot(weights_QS, v_TX, (1, 0))
       if plan.gates[index] is not None:

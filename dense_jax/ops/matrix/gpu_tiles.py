@@ -127,6 +127,11 @@ class Plan:
     """The first index of each piece of N."""
     return range(0, self.state_size, self.piece)
 
+  @property
+  def stages(self) -> int:
+    """Tiles in shared memory at a time while a kernel goes through them in order."""
+    return 2 if len(self.gates) * self.state_size <= 256 else 1
+
   def dot(self, left: Array, right: Array, axes: tuple[int, int]) -> Array:
     """Contracts an axis of each array, with operands in `dtype` and float32 sums."""
     exact = self.dtype == jnp.float32
@@ -224,21 +229,27 @@ class Decays:
     kept = None if self.count_T is None else self.count_T[rows] == self.count_T[last]
     return weight(kept, self._at(last).since(self._at(rows)))
 
-  def between(self, query: Array, key: Array) -> Array:
-    """Returns the decay [Q, S] from tokens of one tile to those of another, 0 where it is later.
+  def between(self, query: Array, key: Array, *, same: bool) -> Array:
+    """Returns the decay [Q, S] from tokens of tile `key` to those of tile `query`.
 
-    It is 0 too if the tiles are not of one chunk.
+    It is 0 where a query's token is earlier than the key's, or in another chunk or document.
+
+    Args:
+      query: a tile, or a tile that a row does not have.
+      key: the same tile or an earlier one.
+      same: whether they are the same tile.
     """
     plan = self.plan
-    size = (plan.tile, plan.tile)
-    q_T, s_T = (
-        tile * plan.tile + jax.lax.broadcasted_iota(jnp.int32, size, axis)
-        for axis, tile in enumerate((query, key))
+    if same:
+      size = (plan.tile, plan.tile)
+      q_QS, s_QS = (jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(2))
+      sees = q_QS >= s_QS
+    else:
+      sees = key >= div(query, plan.tiles) * plan.tiles
+    # What is loaded for a tile that there is not does not matter.
+    q_rows, s_rows = (
+        plan.rows(jnp.clip(tile, 0, plan.chunks * plan.tiles - 1)) for tile in (query, key)
     )
-    sees = (q_T >= s_T) & (s_T >= div(query, plan.tiles) * plan.chunk)
-    # A tile outside the row is masked above; what is loaded instead does not matter.
-    query, key = (jnp.clip(tile, 0, plan.chunks * plan.tiles - 1) for tile in (query, key))
-    q_rows, s_rows = plan.rows(query), plan.rows(key)
     if self.count_T is not None:
       sees &= self.count_T[q_rows][:, None] == self.count_T[s_rows][None, :]
     q, s = self._at(q_rows), self._at(s_rows)

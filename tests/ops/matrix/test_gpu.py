@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matrix import gpu
 from dense_jax.ops.matrix.gpu import Source, matrix_finish
 from dense_jax.ops.matrix.gpu_tiles import Tail
 from dense_jax.ops.matrix.reference import matrix_read, matrix_states
@@ -16,6 +17,12 @@ from tests.helpers import assert_trees_close
 from tests.ops.sequences import strong_decays
 
 B = 2
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+  """Makes chunks of a few tokens have several tiles."""
+  monkeypatch.setattr(gpu, "TILE", 16)
 
 
 @dataclasses.dataclass(frozen=True)
