@@ -175,6 +175,13 @@ def check_same(values: Mapping[str, object]) -> None:
       )
 
 
+def any_process(value: bool) -> bool:
+  """Returns whether `value` is true in any process; all processes must call it."""
+  if jax.process_count() == 1:
+    return value
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
 def by_first(action: Callable[[], None]) -> None:
   """Runs `action` in the first process, while the others wait for it.
 

@@ -208,6 +208,14 @@ def add_model_arguments(command: argparse.ArgumentParser) -> None:
   _add_checkpoint(command)
 
 
+def add_strict_argument(command: argparse.ArgumentParser) -> None:
+  """Adds --strict."""
+  command.add_argument(
+      "--strict", action="store_true", help="stop, instead of going on by a slower form, if the "
+      "kernels that would run on this device do not compute what they should"
+  )
+
+
 def load_model(options: argparse.Namespace) -> runs.LoadedModel:
   """Loads the model that the arguments of `add_model_arguments` name.
 
@@ -215,9 +223,11 @@ def load_model(options: argparse.Namespace) -> runs.LoadedModel:
     InputError: there is no such model, or --checkpoint or --weights was given with --hf.
   """
   if options.hf is None:
-    return runs.restore(options.workdir, options.checkpoint, options.weights)
+    return runs.restore(
+        options.workdir, options.checkpoint, options.weights, strict=options.strict
+    )
   check_no_choice(options)
-  return runs.load_folder(options.hf)
+  return runs.load_folder(options.hf, strict=options.strict)
 
 
 def check_no_choice(options: argparse.Namespace) -> None:

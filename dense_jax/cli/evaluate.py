@@ -46,6 +46,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
   command = common.parser("evaluate", "A model's scores on tasks, or on held-out text.")
   command.epilog = _EPILOG
   common.add_model_arguments(command)
+  common.add_strict_argument(command)
   command.add_argument("--tasks", metavar="NAME,...", help=f"of {', '.join(tasks.NAMES)}")
   command.add_argument("--data", metavar="DIR", help="the folder that has the tasks' files")
   command.add_argument("--shots", type=int, metavar="K",

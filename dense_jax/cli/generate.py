@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
   command = common.parser("generate", "Samples continuations of prompts.")
   command.epilog = _EPILOG
   common.add_model_arguments(command)
+  common.add_strict_argument(command)
   texts = command.add_mutually_exclusive_group()
   texts.add_argument(
       "--prompt", action="append",

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--workdir", required=True, help="where the run is kept")
   _add_init_arguments(command)
   common.add_allow_change_argument(command)
+  common.add_strict_argument(command)
   common.add_process_arguments(command)
   config_help.add_argument(command)
   if config_help.is_asked(arguments):
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     distributed.initialize(*processes)
   with Interrupt() as interrupt:
     result = runs.train_run(
-        config, options.workdir, allow_change=allowed, init_from=init_from, interrupt=interrupt
+        config, options.workdir, allow_change=allowed, init_from=init_from,
+        strict=options.strict, interrupt=interrupt,
     )
   if distributed.is_first():
     # Without the arguments that differ between processes.

@@ -37,7 +37,8 @@ class ModelConfig:
       help="how much the backward pass computes again to save memory, from nothing to nearly "
       "everything; docs/dense.md says what each keeps")
   implementation: str = choice(
-      "auto", "auto", "associative", "chunked", "conv", "pallas", "recurrent", "softmax",
+      "auto", "auto", "associative", "blockwise", "chunked", "conv", "cudnn", "pallas", "recurrent",
+      "softmax", "triton",
       help="how the recurrence is computed; auto means the fastest for the family and the "
       "device, docs/families.md lists what each family has")
   chunk: int = integer(

@@ -24,8 +24,14 @@ TRANSCENDENTAL = frozenset({
     "atan2", "cbrt", "cosine", "erf", "exponential", "exponential-minus-one", "log",
     "log-plus-one", "logistic", "power", "rsqrt", "sine", "sqrt", "tan", "tanh",
 })
+# What a kernel's author says: jax's own estimate, or the scope of ops/kernel_cost.py.
 _COST_ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
-_FIELD = re.compile(r'"(\w+)":"?(\d+)')
+_COST_SCOPE = re.compile(r"kernel_cost\[([^\]]*)\]")
+_FIELD = re.compile(r'"?(\w+)"?[:=]"?(\d+)')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+# Beginnings of the names of custom calls of cuBLAS and cuDNN.
+_LIBRARIES = ("__cublas$", "__cudnn$")
+_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +71,54 @@ def operations(computation: Computation, instruction: Instruction) -> Operations
     return Operations(_floats(operands[len(operands) // 2 + 1 :]))
   if opcode == "fft":
     return Operations(_fft(operands[0], shape, instruction))
+  if is_library_call(instruction):
+    flops = _library_flops(computation, instruction)
+    return Operations(flops, flops)
   if estimate := cost_estimate(instruction):
     return Operations(
-        estimate.get("flops", 0), transcendentals=estimate.get("transcendentals", 0)
+        estimate.get("flops", 0), estimate.get("matmul_flops", 0),
+        estimate.get("transcendentals", 0),
     )
   return Operations()
 
 
 def cost_estimate(instruction: Instruction) -> dict[str, int]:
-  """Returns the cost estimate that a custom call carries (from a Pallas kernel's author), or {}."""
-  found = _COST_ESTIMATE.search(instruction.attributes)
+  """Returns what the author of a Pallas kernel says about its custom call, or {}."""
+  if instruction.opcode != "custom-call":
+    return {}
+  found = _COST_SCOPE.search(instruction.op_name) or _COST_ESTIMATE.search(instruction.attributes)
   return {name: int(value) for name, value in _FIELD.findall(found[1])} if found else {}
+
+
+def target(instruction: Instruction) -> str:
+  """Returns the name of what a custom call calls; "" for another instruction."""
+  found = _TARGET.search(instruction.attributes)
+  return found[1] if found else ""
+
+
+def is_library_call(instruction: Instruction) -> bool:
+  """Returns whether an instruction is a matmul, convolution or attention of cuBLAS or cuDNN."""
+  return instruction.opcode == "custom-call" and target(instruction).startswith(_LIBRARIES)
+
+
+def _library_flops(computation: Computation, instruction: Instruction) -> float:
+  """Returns the operations of a call of cuBLAS or cuDNN.
+
+  Raises:
+    HloError: the call is of an unknown kind.
+  """
+  name = target(instruction)
+  result = instruction.shape.leaves[0]
+  if name.startswith("__cublas$"):
+    found = _CONTRACTED.search(instruction.attributes)
+    if not found:
+      raise HloError(f"{instruction.name} does not say what it sums over")
+    left = computation.operand(instruction, 0).shape
+    axes = [int(axis.strip('"')) for axis in found[1].split(",") if axis]
+    return _multiply_add(result) * result.elements * math.prod(left.dims[axis] for axis in axes)
+  if name.startswith("__cudnn$conv"):
+    return _convolution(computation, dataclasses.replace(instruction, shape=result))
+  raise HloError(f"{instruction.name} calls {name}, whose operations are not known")
 
 
 def _floats(shapes: list[Shape]) -> int:

@@ -30,6 +30,7 @@ from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, normal
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver, sequence_parallel
+from dense_jax.ops.attention.reference import Documents
 from dense_jax.ops.rotary import rotate_halves
 from dense_jax.types import Array
 
@@ -101,7 +102,7 @@ class Attention(nnx.Module):
   Weights start Gaussian with standard deviation 0.02, divided for the output map by sqrt(2 L).
 
   Raises:
-    InputError: the model has dense connections, or an implementation other than "softmax".
+    InputError: the model has dense connections, or attention no such implementation.
   """
 
   form: ClassVar[str] = "attention"
@@ -114,12 +115,12 @@ class Attention(nnx.Module):
           "config.model.dense.depth", config.dense.depth,
           "0 with this family: attention has no states that deeper layers could read",
       )
-    resolver.resolve(self.form, config.implementation)  # Refuses other implementations.
     self.head_dim = head_dim(config)
     self.kv_heads = options.kv_heads or options.heads
     self.theta = options.rope_theta
     self.context = options.context
     self.dtype = jnp.dtype(config.dtype)
+    self.attend = resolver.attention_function(config.implementation, self.dtype, self.head_dim)
     query_width, width = options.heads * self.head_dim, self.kv_heads * self.head_dim
 
     def project(width: int) -> Linear:
@@ -170,24 +171,30 @@ class Attention(nnx.Module):
       self, q_BTHN: Array, k_BTJN: Array, v_BTJN: Array, segments: Segments,
       state: AttentionState | None,
   ) -> Array:
-    """Attends to the rows' tokens and, given a state, to the cache; softmax in float32."""
-    time = q_BTHN.shape[1]
-    if state is None and segments.ids_BT is None:
-      return jax.nn.dot_product_attention(
-          q_BTHN, k_BTJN, v_BTJN, is_causal=True,
-          local_window_size=(self.context - 1, 0) if time > self.context else None,
-      )
-    mask_BTS = _row_mask(segments, time, self.context)
-    if state is not None:
-      k_BTJN = jnp.concatenate([state.k_BCJN, k_BTJN], axis=1)
-      v_BTJN = jnp.concatenate([state.v_BCJN, v_BTJN], axis=1)
-      cache_BTC = _cache_mask(segments, time, self.context)
-      batch = max(cache_BTC.shape[0], mask_BTS.shape[0])
-      mask_BTS = jnp.concatenate(
-          [jnp.broadcast_to(mask, (batch, *mask.shape[1:])) for mask in (cache_BTC, mask_BTS)],
-          axis=2,
-      )
-    return jax.nn.dot_product_attention(q_BTHN, k_BTJN, v_BTJN, mask=mask_BTS[:, None])
+    """Attends to the rows' tokens and, given a state, to the cache."""
+    number_BT = None
+    if segments.resets_BT is not None:
+      # Padding counts as part of the last document; causality hides it from all valid tokens.
+      number_BT = jnp.cumsum(segments.resets_BT, axis=1, dtype=jnp.int32)
+    if state is None:
+      documents = None if number_BT is None else Documents(number_BT, number_BT)
+      return self.attend(q_BTHN, k_BTJN, v_BTJN, documents, self.context)
+    if number_BT is None:
+      number_BT = jnp.zeros((1, q_BTHN.shape[1]), jnp.int32)
+    first_B1 = segments.positions_BT[:, :1]
+    slot_BC, held_BC = _in_order(first_B1, self.context)
+    slot_BC = jnp.broadcast_to(slot_BC, state.k_BCJN.shape[:2])[..., None, None]
+    k_BSJN, v_BSJN = (
+        jnp.concatenate([jnp.take_along_axis(cache, slot_BC, axis=1), row], axis=1)
+        for cache, row in ((state.k_BCJN, k_BTJN), (state.v_BCJN, v_BTJN))
+    )
+    # The cache belongs to the document that continues until the row's first reset.
+    cache_BC = jnp.where(held_BC >= 0, 0, -1)
+    batch = max(len(cache_BC), len(number_BT))
+    keys_BS = jnp.concatenate(
+        [jnp.broadcast_to(x, (batch, x.shape[1])) for x in (cache_BC, number_BT)], axis=1
+    )
+    return self.attend(q_BTHN, k_BSJN, v_BSJN, Documents(number_BT, keys_BS), self.context)
 
   def _attend_token(
       self, q_BHN: Array, k_BJN: Array, v_BJN: Array, position_B: Array,
@@ -211,29 +218,14 @@ class Attention(nnx.Module):
     return AttentionState(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
 
-def _row_mask(segments: Segments, time: int, context: int) -> Array:
-  """Returns a bool mask [B, T, T] (B may be 1), true where a query attends to a key of its row."""
-  distance_TT = jnp.arange(time)[:, None] - jnp.arange(time)[None]
-  mask_BTT = ((distance_TT >= 0) & (distance_TT < context))[None]
-  if segments.resets_BT is None:
-    return mask_BTT
-  # Padding counts as part of the last document; causality hides it from all valid tokens.
-  document_BT = jnp.cumsum(segments.resets_BT, axis=1, dtype=jnp.int32)
-  return mask_BTT & (document_BT[:, :, None] == document_BT[:, None])
+def _in_order(first_B1: Array, context: int) -> tuple[Array, Array]:
+  """Returns the cache's slots from the oldest token to the newest, before the token at `first_B1`.
 
-
-def _cache_mask(segments: Segments, time: int, context: int) -> Array:
-  """Returns a bool mask [B, T, C] (B may be 1), true where a query attends to a cache slot."""
-  first_B1 = segments.positions_BT[:, :1]
-  held_BC = _held(first_B1 - 1, context)
-  # The window moves on with the tokens; a slot below position 0 was never written.
-  position_BT1 = first_B1[..., None] + jnp.arange(time)[None, :, None]
-  mask_BTC = (held_BC >= 0)[:, None] & (position_BT1 - held_BC[:, None] < context)
-  if segments.resets_BT is None:
-    return mask_BTC
-  # The cache belongs to the document that continues until the row's first reset.
-  goes_on_BT = jnp.cumsum(segments.resets_BT, axis=1, dtype=jnp.int32) == 0
-  return mask_BTC & goes_on_BT[..., None]
+  Returns:
+    Each slot's index, and the position of its token, [B, C]; below 0 means that it is empty.
+  """
+  held_BC = first_B1 - context + jnp.arange(context)[None]
+  return held_BC % context, held_BC
 
 
 def _held(last_B1: Array, context: int) -> Array:

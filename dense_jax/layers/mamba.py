@@ -29,6 +29,7 @@ from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
 from dense_jax.ops.diagonal.step_sizes import StepSizes
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.recurrence import Sizes
 from dense_jax.types import Array
 
 
@@ -89,6 +90,11 @@ class Mamba(nnx.Module):
         config, sources=sources, rngs=rngs, query=(self.state_size,), channels=self.width,
         inputs={"b": (self.state_size, None), "x": (self.width, "inner")},
     )
+
+  @property
+  def sizes(self) -> Sizes:
+    """The sizes of the recurrence's states."""
+    return Sizes(1, 1, self.width, self.state_size)
 
   def _selected(self, x_E: Array) -> tuple[StepSizes, Array, Array]:
     """Returns dt, B and C, made from the convolved input."""

@@ -29,6 +29,7 @@ from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
 from dense_jax.ops.cpu import spread
 from dense_jax.ops.epilogue import Epilogue, Output
+from dense_jax.ops.recurrence import Sizes
 from dense_jax.sharding import constrain_tokens
 from dense_jax.types import Array
 
@@ -121,6 +122,11 @@ class Mamba2(nnx.Module):
         inputs={"b": (self.groups * self.state_size, None), "x": (self.width, "inner")},
     )
 
+  @property
+  def sizes(self) -> Sizes:
+    """The sizes of the recurrence's states."""
+    return Sizes(self.heads, self.groups, self.head_dim, self.state_size)
+
   def _project(self, x_D: Array) -> tuple[Array, Array, Array, Array]:
     """Returns z, the convolutions' inputs x and (B, C), and dt; dt is float32."""
     # Whole on each device: otherwise dt, whose heads are split, makes the compiler split all of it.
@@ -132,9 +138,6 @@ class Mamba2(nnx.Module):
 
   def _by_group(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.groups, self.state_size)
-
-  def _by_head(self, x_E: Array) -> Array:
-    return x_E.reshape(*x_E.shape[:-1], self.heads, self.head_dim)
 
   def _output(self, output: Output) -> Array:
     """Applies the norm and the output projection."""
@@ -162,7 +165,7 @@ class Mamba2(nnx.Module):
     log_decay_H = dt_H * spread(-jnp.exp(self.a_log[...]), dt_H)
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
     states = self.recurrence(
-        self._by_group(fused["b"]), self._by_head(fused["x"]), dt_H, log_decay_H, tokens, h_BHPN
+        self._by_group(fused["b"]), fused["x"], dt_H, log_decay_H, tokens, h_BHPN
     )
     epilogue = Epilogue(self.d[...], x_E, z_E, dtype=x_D.dtype, moments=True)
     output, h_BHPN, states = self.dense.run(x_D, self._by_group(c), states, shallow, epilogue)

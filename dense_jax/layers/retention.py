@@ -24,6 +24,7 @@ from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue, Output
+from dense_jax.ops.recurrence import Sizes
 from dense_jax.ops.rotary import rotate_neighbours
 from dense_jax.types import Array
 
@@ -72,6 +73,13 @@ class Retention(nnx.Module):
     self.dense = make_connection(
         config, sources=sources, rngs=rngs, query=(heads, key_dim // heads), channels=width,
         inputs={"k": (key_dim, "heads"), "v": (width, "inner")},
+    )
+
+  @property
+  def sizes(self) -> Sizes:
+    """The sizes of the recurrence's states."""
+    return Sizes(
+        self.heads, self.heads, self.width // self.heads, self.key_dim // self.heads
     )
 
   def project(
@@ -129,7 +137,7 @@ class Retention(nnx.Module):
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
     before_BHPN = None if state is None else state.h_BHPN
     states = self.recurrence(
-        k_HN, self._by_head(fused["v"]), None, log_decay_H, tokens, before_BHPN
+        k_HN, fused["v"], None, log_decay_H, tokens, before_BHPN
     )
     epilogue = Epilogue(dtype=x_D.dtype, moments=True)
     output, h_BHPN, states = self.dense.run(x_D, q_HN, states, shallow, epilogue)

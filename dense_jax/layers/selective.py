@@ -10,6 +10,7 @@ from flax import nnx
 from dense_jax.batch import Segments, Token
 from dense_jax.config import integer, invalid, number
 from dense_jax.layers.linear import parameter, uniform
+from dense_jax.ops import resolver
 from dense_jax.ops.short_conv import short_conv, short_conv_step
 from dense_jax.types import Array
 
@@ -57,6 +58,7 @@ class ShortConv(nnx.Module):
     bound = 1 / math.sqrt(options.conv_width)
     self.kernel = parameter(rngs, (options.conv_width, width), (None, axis), uniform(bound))
     self.bias = parameter(rngs, (width,), (axis,), uniform(bound))
+    self.delays = resolver.delays_function()
     self.tail_shape, self.dtype = (options.conv_width - 1, width), jnp.dtype(dtype)
 
   def __call__(
@@ -69,7 +71,9 @@ class ShortConv(nnx.Module):
     if isinstance(tokens, Token):
       x_E, tail_BWE = short_conv_step(x_E, kernel_WE, bias_E, tail_BWE)
     else:
-      x_E, tail_BWE = short_conv(x_E, kernel_WE, bias_E, tokens, tail_BWE)
+      x_E, tail_BWE = short_conv(
+          x_E, kernel_WE, bias_E, tokens, tail_BWE, self.delays
+      )
     return jax.nn.silu(x_E), tail_BWE
 
   def init_state(self, batch: int) -> Array:

@@ -20,6 +20,17 @@ def cpu_matmul(x: Array, kernel: Array) -> Array:
   return matmul_by_contractions(x, kernel)
 
 
+def cpu_delays(x_BTE: Array, tail_BWE: Array) -> list[Array]:
+  """Computes `delays_by_padding` as slices of one array, which the CPU backend reads faster.
+
+  Padded arrays cost a comparison an element, and make a convolution's gradient 1.2 to 1.3 times as
+  slow (two cores).
+  """
+  time, taps = x_BTE.shape[1], tail_BWE.shape[1] + 1
+  past = jnp.concatenate([tail_BWE, x_BTE], axis=1)
+  return [past[:, taps - 1 - back :][:, :time] for back in range(taps)]
+
+
 def spread(weight: Array, x: Array) -> Array:
   """Broadcasts a weight of the last axis or axes of x, [E], to the shape of x, [..., E].
 

@@ -1,4 +1,4 @@
-"""What follows a layer's read before its output projection, as data that a kernel can take over."""
+"""The steps between a layer's read and its output projection, as data that a kernel takes over."""
 
 import dataclasses
 

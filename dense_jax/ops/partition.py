@@ -4,13 +4,13 @@ The compiler cannot partition a kernel by itself. Rows are independent of each o
 channels and heads, so a kernel needs no data from other devices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array
+from dense_jax.types import BATCH_AXES, WIDTH_AXIS
 
 
 def split(*axes: str | tuple[str, ...] | None) -> Any:
@@ -24,32 +24,27 @@ def by_row(*rest: str | None) -> Any:
 
 
 def over_mesh(
-    kernel: Callable[..., tuple[Array, Array]],
-    specs: Callable[[Any, int], Any],
-    outputs: tuple[Any, Any],
-    sources: Sequence[Any],
-    resets_BT: Array | None,
-) -> tuple[Array, Array]:
-  """Runs kernel(sources, resets_BT) on each device of the current mesh, if there is one.
+    kernel: Callable[..., Any], specs: Callable[[int], tuple[Any, ...]], outputs: Any,
+    *arguments: Any,
+) -> Any:
+  """Runs kernel(*arguments) on each device of the current mesh, if there is one.
 
   The mesh's sequence axis must already be manual here.
 
   Args:
-    kernel: returns y and the final state.
-    specs: called as specs(source, size of the width axis); returns the source with a
-      `PartitionSpec` in place of each array.
-    outputs: the specs of y and of the final state.
-    sources: the recurrences that the kernel reads.
-    resets_BT: bool, true where the state is cleared before the token; None means never.
+    kernel: the function that runs kernels.
+    specs: called with the size of the mesh's width axis; returns, for each argument, its tree with
+      a `PartitionSpec` in place of each array.
+    outputs: the result's tree, with specs in place of arrays.
+    *arguments: trees of arrays.
 
   Returns:
-    y and the final state, global arrays.
+    The kernel's result, of global arrays.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return kernel(sources, resets_BT)
-  in_specs = [specs(source, mesh.shape[WIDTH_AXIS]) for source in sources]
+    return kernel(*arguments)
   return jax.shard_map(
-      kernel, in_specs=(in_specs, by_row()), out_specs=outputs,
+      kernel, in_specs=specs(mesh.shape[WIDTH_AXIS]), out_specs=outputs,
       axis_names={*BATCH_AXES, WIDTH_AXIS}, check_vma=False,
-  )(sources, resets_BT)
+  )(*arguments)

@@ -26,6 +26,23 @@ StateMap = Callable[[Array, PyTree], Array]
 """Maps one token's states [B, ..., N], and that token's inputs, to states of the same shape."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The sizes of a layer's states.
+
+  Attributes:
+    heads: H; 1 for diagonal states.
+    groups: J, groups of heads that share keys; 1 for diagonal states.
+    channels: P, or E for diagonal states.
+    state_size: N.
+  """
+
+  heads: int
+  groups: int
+  channels: int
+  state_size: int
+
+
 class Recurrence(Protocol):
   """The states h of one layer, over a sequence or at one token: an immutable pytree.
 
@@ -116,6 +133,38 @@ class ScannedRecurrence(FinishedRecurrence):
   def read(self, query: Array) -> Array:
     """See `Recurrence`."""
     return self._scan(query)[0]
+
+
+class KernelRecurrence(ScannedRecurrence):
+  """The base class of recurrences whose kernel computes reads and epilogue in one pass.
+
+  The kernel takes the layer's own read and those of its sources, if each source is a recurrence of
+  the same class and each read is one of the states themselves. Otherwise it computes the own read,
+  the others are added one after the other, and the epilogue follows.
+  """
+
+  def _joint(
+      self, query: Array, reads: Sequence["Read"], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
+    """Computes `finish` by the kernel; each of `reads` has a recurrence of this class."""
+    raise NotImplementedError
+
+  def _scan(self, query: Array) -> tuple[Array, Array]:
+    return self.run(query)
+
+  def run(self, query: Array, reads: Sequence["Read"] = ()) -> tuple[Array, Array]:
+    """See `Recurrence`."""
+    output, final = self.finish(query, reads, Epilogue())
+    return output.y, final
+
+  def finish(
+      self, query: Array, reads: Sequence["Read"], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
+    """See `Recurrence`."""
+    if all(type(read.recurrence) is type(self) and read.function is None for read in reads):
+      return self._joint(query, reads, epilogue)
+    y, final = self.run(query)
+    return epilogue(add_reads(y, reads)), final
 
 
 @jax.tree_util.register_dataclass

@@ -11,11 +11,17 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 
 from dense_jax.errors import InputError
-from dense_jax.ops.cpu import cpu_matmul
+from dense_jax.ops.attention import gpu
+from dense_jax.ops.attention.blockwise import blockwise_attention
+from dense_jax.ops.attention.reference import Attend, softmax_attention
+from dense_jax.ops.attention.tpu import splash_attention
+from dense_jax.ops.cpu import cpu_delays, cpu_matmul
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
+from dense_jax.ops.diagonal.gpu_sequence import GpuDiagonal, InterpretedGpuDiagonal
 from dense_jax.ops.diagonal.sequence import (
     AssociativeDiagonal,
     DiagonalSequence,
@@ -35,30 +41,45 @@ from dense_jax.ops.matrix.sequence import (
     RecurrentMatrix,
 )
 from dense_jax.ops.matrix.tpu_sequence import InterpretedMatrix, KernelMatrix
+from dense_jax.ops.short_conv import delays_by_padding
 from dense_jax.types import Array
 
 _LOG = logging.getLogger(__name__)
 
-# "pallas" resolves to this if there is no TPU: the same kernels, interpreted.
-INTERPRETED = "pallas (interpreted)"
+# Kernels -> the platform that they are for. On any other one their name resolves to itself and
+# INTERPRETED: the same kernels, interpreted.
+PLATFORMS = {"pallas": "tpu", "triton": "gpu"}
+INTERPRETED = " (interpreted)"
 
-# Form of state -> implementation -> its class. "auto" never chooses "pallas" (kernels for TPUs)
-# until it has been measured on a chip.
+# Form of state -> implementation -> its class. "auto" chooses kernels by `KERNELS` only.
 _DIAGONAL: Mapping[str, type[DiagonalSequence]] = {
     "associative": AssociativeDiagonal, "pallas": KernelDiagonal, "recurrent": RecurrentDiagonal,
+    "triton": GpuDiagonal, "pallas" + INTERPRETED: InterpretedDiagonal,
+    "triton" + INTERPRETED: InterpretedGpuDiagonal,
 }
 _MATRIX: Mapping[str, type[MatrixSequence]] = {
     "chunked": ChunkedMatrix, "associative": AssociativeMatrix, "pallas": KernelMatrix,
-    "recurrent": RecurrentMatrix,
+    "recurrent": RecurrentMatrix, "pallas" + INTERPRETED: InterpretedMatrix,
 }
 _LTI: Mapping[str, type[LtiSequence]] = {
     "conv": ConvolvedLti, "chunked": ChunkedLti, "recurrent": RecurrentLti,
 }
+_ATTENTION: Mapping[str, Attend] = {
+    "blockwise": blockwise_attention, "cudnn": gpu.cudnn_attention, "pallas": splash_attention,
+    "softmax": softmax_attention,
+    "pallas" + INTERPRETED: functools.partial(splash_attention, interpret=True),
+}
 # Form of state -> the implementations that a configuration may ask for.
 IMPLEMENTATIONS = {
-    "diagonal": tuple(_DIAGONAL), "matrix": tuple(_MATRIX), "lti": tuple(_LTI),
-    "attention": ("softmax",),
+    form: tuple(name for name in classes if not name.endswith(INTERPRETED))
+    for form, classes in {"diagonal": _DIAGONAL, "matrix": _MATRIX, "lti": _LTI,
+                          "attention": _ATTENTION}.items()
 }
+
+# (form of state, platform) -> the kernels that "auto" takes, where the compiler's bytes say so.
+KERNELS: Mapping[tuple[str, str], str] = {}
+# Forms whose kernels were found to compute something else on this machine.
+_REFUSED: set[str] = set()
 
 _TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 
@@ -83,8 +104,7 @@ def diagonal_form(requested: str, chunk: int) -> DiagonalForm:
   Raises:
     InputError: diagonal states have no implementation of that name.
   """
-  name = resolve("diagonal", requested)
-  sequence = InterpretedDiagonal if name == INTERPRETED else _DIAGONAL[name]
+  sequence = _DIAGONAL[resolve("diagonal", requested)]
   if sequence is RecurrentDiagonal and _platform() == "cpu":
     sequence = CpuRecurrentDiagonal
   return DiagonalForm(sequence, chunk)
@@ -92,8 +112,7 @@ def diagonal_form(requested: str, chunk: int) -> DiagonalForm:
 
 def matrix_form(requested: str, chunk: int) -> MatrixForm:
   """Returns the object that makes recurrences with matrix states; see `diagonal_form`."""
-  name = resolve("matrix", requested)
-  sequence = InterpretedMatrix if name == INTERPRETED else _MATRIX[name]
+  sequence = _MATRIX[resolve("matrix", requested)]
   step = cpu_matrix_step if _platform() == "cpu" else matrix_step
   return MatrixForm(sequence, step, chunk)
 
@@ -104,9 +123,40 @@ def lti_form(requested: str, chunk: int) -> LtiForm:
   return LtiForm(_LTI[name], chunk)
 
 
+def attention_function(requested: str, dtype: jnp.dtype, head_dim: int) -> Attend:
+  """Returns the function that computes attention over whole sequences.
+
+  Args:
+    requested: `config.model.implementation`.
+    dtype: that of queries, keys and values.
+    head_dim: N.
+
+  Raises:
+    InputError: attention has no implementation of that name, or cuDNN is asked for where there is
+      no GPU or for what it does not cover.
+  """
+  name = resolve("attention", requested)
+  if name != "cudnn":
+    return _ATTENTION[name]
+  covered = gpu.covers(dtype, head_dim)
+  if requested == "auto":
+    return _ATTENTION["cudnn" if covered else "blockwise"]
+  if not covered or _platform() != "gpu":
+    raise InputError(
+        "config.model.implementation = 'cudnn' is not valid here: expected auto or blockwise, or "
+        f"a GPU, dtype bfloat16, and heads of a multiple of 8 channels, at most {gpu.MAX_HEAD_DIM}"
+    )
+  return _ATTENTION[name]
+
+
 def matmul_function() -> Callable[[Array, Array], Array]:
   """Returns `matmul`, or `cpu_matmul` if the platform is a CPU."""
   return cpu_matmul if _platform() == "cpu" else matmul
+
+
+def delays_function() -> Callable[[Array, Array], list[Array]]:
+  """Returns `delays_by_padding`, or `cpu_delays` if the platform is a CPU."""
+  return cpu_delays if _platform() == "cpu" else delays_by_padding
 
 
 def resolve(form: str, requested: str) -> str:
@@ -127,7 +177,13 @@ def resolve(form: str, requested: str) -> str:
         f"config.model.implementation = {requested!r} is not valid for a {form} state: "
         f"expected auto or one of {', '.join(options)}"
     )
-  return INTERPRETED if requested == "pallas" and platform != "tpu" else requested
+  return requested + INTERPRETED * (PLATFORMS.get(requested, platform) != platform)
+
+
+def refuse_kernels(form: str) -> None:
+  """Makes "auto" choose a form without kernels from here on, for the states of a form."""
+  _REFUSED.add(form)
+  _choose.cache_clear()
 
 
 def _platform() -> str:
@@ -141,9 +197,12 @@ def _choose(form: str, platform: str) -> str:
   # parallelism in B N E, and by their compiler the token scan moves 2 % (v5p) to 76 % (v6e) of
   # the bytes (tests/ops/test_tpu_compile.py).
   diagonal = "recurrent" if platform in ("cpu", "tpu") else "associative"
+  attention = {"gpu": "cudnn", "tpu": "pallas"}.get(platform, "blockwise")
   chosen = {
-      "diagonal": diagonal, "matrix": "chunked", "lti": "conv", "attention": "softmax"
+      "diagonal": diagonal, "matrix": "chunked", "lti": "conv", "attention": attention,
   }[form]
+  if form not in _REFUSED:
+    chosen = KERNELS.get((form, platform), chosen)
   note = " (chunked where rows hold several documents or go on from a state)"
   _LOG.info(
       "implementation of %s states on %s: %s%s", form, platform, chosen,

@@ -1,6 +1,9 @@
 """Short causal depthwise convolution that respects documents and carries its last inputs."""
 
+from collections.abc import Callable
+
 import chex
+import jax
 import jax.numpy as jnp
 
 from dense_jax.batch import Segments
@@ -15,6 +18,7 @@ def short_conv(
     bias_E: Array,
     segments: Segments,
     tail_BWE: Array,
+    delays: Callable[[Array, Array], list[Array]],
 ) -> tuple[Array, Array]:
   """Computes y_t = bias + sum_j kernel[W - 1 - j] x_{t-j}, over tokens of t's own document.
 
@@ -24,6 +28,7 @@ def short_conv(
     bias_E: added to every output.
     segments: the documents.
     tail_BWE: the W - 1 inputs before the first token, zero where the document has none.
+    delays: `delays_by_padding`, or an equivalent for the platform.
 
   Returns:
     y_BTE, and the tail after the last token that is not padding; both in x's dtype.
@@ -35,27 +40,55 @@ def short_conv(
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
   if sequence_parallel.shards() > 1:
     tail_BWE = sequence_parallel.tail_before(x_BTE, resets_BT, tail_BWE)
-  past = jnp.concatenate([tail_BWE.astype(x_BTE.dtype), x_BTE], axis=1)
-  kernel_WE = kernel_WE.astype(x_BTE.dtype)
-  y_BTE = spread(bias_E.astype(x_BTE.dtype), x_BTE)
-  if resets_BT is None or valid_BT is None:
-    for tap in range(taps):
-      y_BTE = y_BTE + past[:, tap : tap + time] * spread(kernel_WE[tap], x_BTE)
-    return y_BTE, past[:, time:]
+  tail_BWE = tail_BWE.astype(x_BTE.dtype)
+  tail_BWE = tail_BWE.astype(x_BTE.dtype)
+  document_BT = None
+  if resets_BT is not None:
+    # The tail belongs to document 0, the one that continues until the row's first reset.
+    document_BT = jnp.cumsum(resets_BT, axis=1, dtype=jnp.int32)
+    first_BW = jnp.zeros((batch, taps - 1), jnp.int32)
 
-  # The tail belongs to document 0, the one that continues until the row's first reset.
-  document = jnp.cumsum(resets_BT, axis=1, dtype=jnp.int32)
-  document = jnp.pad(document, ((0, 0), (taps - 1, 0)))
-  for tap in range(taps):
-    same = document[:, tap : tap + time] == document[:, taps - 1 :]
-    shifted = jnp.where(same[..., None], past[:, tap : tap + time], 0)
-    y_BTE = y_BTE + shifted * spread(kernel_WE[tap], x_BTE)
+  y_BTE = spread(bias_E, x_BTE)
+  for back, past_BTE in enumerate(delays(x_BTE, tail_BWE)):
+    if document_BT is not None and back:
+      same_BT = jnp.concatenate([first_BW[:, -back:], document_BT], 1)[:, :time] == document_BT
+      past_BTE = jnp.where(same_BT[..., None], past_BTE, 0)
+    y_BTE = y_BTE + past_BTE * spread(kernel_WE[taps - 1 - back], x_BTE)
+  y_BTE = y_BTE.astype(x_BTE.dtype)
+
+  if valid_BT is None or document_BT is None:
+    last_BWE = x_BTE[:, max(0, time - taps + 1) :]
+    return y_BTE, jnp.concatenate([tail_BWE[:, last_BWE.shape[1] :], last_BWE], axis=1)
+  # The last inputs, counted from the tail's first; the row is not copied to be joined to its tail.
   lengths_B1 = jnp.sum(valid_BT, axis=1, keepdims=True, dtype=jnp.int32)
-  index = lengths_B1 + jnp.arange(taps - 1)[None]
-  tail_BWE = jnp.take_along_axis(past, index[..., None], axis=1)
-  last = jnp.take_along_axis(document, lengths_B1 + taps - 2, axis=1)
-  same = jnp.take_along_axis(document, index, axis=1) == last
-  return y_BTE, jnp.where(same[..., None], tail_BWE, 0)
+  index_BW = lengths_B1 + jnp.arange(taps - 1)[None]
+  from_row_BW = index_BW - (taps - 1)
+  document_BT = jnp.concatenate([first_BW, document_BT], axis=1)
+  last_B1 = jnp.take_along_axis(document_BT, lengths_B1 + taps - 2, axis=1)
+  same_BW = jnp.take_along_axis(document_BT, index_BW, axis=1) == last_B1
+  row_BWE = jnp.take_along_axis(x_BTE, jnp.clip(from_row_BW, 0)[..., None], axis=1)
+  old_BWE = jnp.take_along_axis(tail_BWE, jnp.clip(index_BW, 0, taps - 2)[..., None], axis=1)
+  tail_BWE = jnp.where((from_row_BW < 0)[..., None], old_BWE, row_BWE)
+  return y_BTE, jnp.where(same_BW[..., None], tail_BWE, 0)
+
+
+def delays_by_padding(x_BTE: Array, tail_BWE: Array) -> list[Array]:
+  """Returns the inputs of 0 to W - 1 tokens before, [B, T, E] each, without a copy of the row.
+
+  The row and its tail are padded and added, which compilers fuse into what reads the result. They
+  write out a concatenation.
+  """
+  time, taps = x_BTE.shape[1], tail_BWE.shape[1] + 1
+
+  def shifted(x_BTE: Array, low: int) -> Array:
+    padding = ((0, 0, 0), (low, time - low - x_BTE.shape[1], 0), (0, 0, 0))
+    return jax.lax.pad(x_BTE, jnp.zeros((), x_BTE.dtype), padding)
+
+  return [x_BTE] + [
+      shifted(x_BTE[:, : max(0, time - back)], min(back, time))
+      + shifted(tail_BWE[:, taps - 1 - back :][:, :time], 0)
+      for back in range(1, taps)
+  ]
 
 
 def short_conv_step(
@@ -63,9 +96,8 @@ def short_conv_step(
 ) -> tuple[Array, Array]:
   """Computes one token of `short_conv`; returns y_BE and the next tail, in x's dtype."""
   window = jnp.concatenate([tail_BWE.astype(x_BE.dtype), x_BE[:, None]], axis=1)
-  kernel_WE = kernel_WE.astype(x_BE.dtype)
-  y_BE = spread(bias_E.astype(x_BE.dtype), x_BE)
+  y_BE = spread(bias_E, x_BE)
   # Tap by tap, in the same order as `short_conv`; a sum over W is slow on a CPU.
   for tap in range(kernel_WE.shape[0]):
     y_BE = y_BE + window[:, tap] * spread(kernel_WE[tap], x_BE)
-  return y_BE, window[:, 1:]
+  return y_BE.astype(x_BE.dtype), window[:, 1:]

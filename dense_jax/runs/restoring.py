@@ -14,6 +14,7 @@ from dense_jax.files import make_path
 from dense_jax.interop import load_hf
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params, with_params
+from dense_jax.runs.kernels import check_kernels
 from dense_jax.runs.workdir import CHECKPOINTS, TOKENIZER
 from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on, saved_steps
 from dense_jax.types import Params
@@ -56,7 +57,8 @@ class Run(LoadedModel):
 
 
 def restore(
-    workdir: str | os.PathLike[str], checkpoint: str = "latest", weights: str = "auto"
+    workdir: str | os.PathLike[str], checkpoint: str = "latest", weights: str = "auto", *,
+    strict: bool = False,
 ) -> Run:
   """Restores a run's parameters onto the first device; the run may be training at the same time.
 
@@ -65,6 +67,7 @@ def restore(
     checkpoint: "latest", "best" (by held-out loss) or a step's number.
     weights: "raw" for the parameters that were trained, "ema" for their average, or "auto" for the
       average if the run keeps one (`train.ema`), which is what evaluation during training scores.
+    strict: see `dense_jax.runs.kernels.check_kernels`.
 
   Raises:
     InputError: there is no such run or checkpoint, or no average in it.
@@ -74,6 +77,7 @@ def restore(
   config = experiment.read(folder)
   if not saved_steps(folder / CHECKPOINTS):
     raise InputError(f"--workdir = {os.fspath(workdir)!r} is not valid: it has no checkpoints yet")
+  check_kernels(config.model, strict=strict)
   model = abstract_model(config.model)
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   checkpoints = Checkpoints(folder / CHECKPOINTS, config.model, read_only=True)
@@ -94,8 +98,12 @@ def describe(step: int, weights: str, workdir: str | os.PathLike[str]) -> str:
   return f"step {step} of {os.fspath(workdir)}{averaged}"
 
 
-def load_folder(path: str) -> LoadedModel:
+def load_folder(path: str, *, strict: bool = False) -> LoadedModel:
   """Loads a model and its tokenizer from a folder in a Hugging Face layout; see `load_hf`.
+
+  Args:
+    path: the folder.
+    strict: see `dense_jax.runs.kernels.check_kernels`.
 
   Raises:
     InputError: the folder has no model, no tokenizer, or a damaged one.
@@ -108,5 +116,7 @@ def load_folder(path: str) -> LoadedModel:
         "path", path, f"a tokenizer of at most {model.config.vocab_size} ids, the rows of the "
         f"model's embedding; it has {tokenizer.vocab_size}",
     )
+  if not check_kernels(model.config, strict=strict):
+    model = with_params(abstract_model(model.config), get_params(model))
   template = load_saved_template(folder)
   return LoadedModel(path, tokenizer, model, get_params(model), template=template)

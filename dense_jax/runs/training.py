@@ -28,6 +28,7 @@ from dense_jax.runs import workdir as folders
 from dense_jax.runs.evaluating import Evaluations, with_standard
 from dense_jax.runs.formatting import parameter_table
 from dense_jax.runs.initial import Beginning, InitFrom, beginning
+from dense_jax.runs.kernels import check_kernels
 from dense_jax.runs.memory import check_memory
 from dense_jax.runs.recording import Recorder
 from dense_jax.training.checkpoint import Checkpoints, check_name
@@ -66,7 +67,7 @@ class RunResult:
 def train_run(
     config: ExperimentConfig, workdir: str | os.PathLike[str], *, hooks: Sequence[Hook] = (),
     evaluators: Sequence[Evaluator] = (), allow_change: Collection[str] = (),
-    init_from: InitFrom | None = None, interrupt: Interrupt | None = None,
+    init_from: InitFrom | None = None, strict: bool = False, interrupt: Interrupt | None = None,
 ) -> RunResult:
   """Trains a model in a folder, or resumes the run that the folder holds.
 
@@ -87,6 +88,8 @@ def train_run(
     init_from: the model whose parameters and tokenizer the run begins with, at step 0 and with a
       fresh optimizer. It may have fewer dense connections, and the run then begins with its
       function (`dense_jax.models.warm_start`). It is not read again when the run goes on.
+    strict: raises an error if the kernels that would run here compute something else than they
+      should, instead of training by another form; see `check_kernels`.
     interrupt: an active context that may end the process, as a command line has. None means that
       signals are handled here: the first one makes it save and return, and no signal ends the
       process.
@@ -114,6 +117,7 @@ def train_run(
     config = _with_vocab_of(config, begun)
     data = _load_data(config, begun.tokenizer if begun else None)
     config = _with_vocab(config, data)
+    check_kernels(config.model, strict=strict)
     check_memory(config)
     trainer = Trainer(config, mesh)
     _say_what_runs(config, mesh, trainer)

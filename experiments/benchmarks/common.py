@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ from dense_jax.errors import InputError
 from dense_jax.generation.programs import BLOCK, Programs
 from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
+from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import count_params, with_params
 from dense_jax.models.registry import FAMILIES
 from dense_jax.training.step import Trainer
@@ -106,17 +108,24 @@ class TrainStep:
   Attributes:
     parameters: the number of the model's parameters.
     tokens: the number of tokens per step.
+    batch: the rows that it trains on, on the host.
   """
 
   def __init__(self, settings: ExperimentConfig, *, documents: int = 1) -> None:
     """Compiles the step and runs it once."""
     trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
-    self._batch = trainer.put(batch(settings, documents))
+    self.batch = batch(settings, documents)
+    self._batch = trainer.put(self.batch)
     self._state = trainer.init(0)
+    self._model = trainer.model
     self._train_step = trainer.train_step
     self.parameters = count_params(self._state.params)
     self.tokens = settings.train.batch_size * settings.data.seq_len
     self()
+
+  def model(self) -> LanguageModel:
+    """Returns the model as it is now; it must not be used after the next step."""
+    return with_params(self._model, self._state.params)
 
   def __call__(self) -> float:
     """Runs one step; returns its seconds."""
@@ -132,6 +141,8 @@ class Decoding:
   Attributes:
     parameters: the number of the model's parameters.
     batch_size: B, the number of prompts.
+    model: the model.
+    prompt: the ids of each prompt.
   """
 
   def __init__(self, settings: ExperimentConfig, batch_size: int, *, context: int = 3) -> None:
@@ -140,8 +151,10 @@ class Decoding:
     params = trainer.init(0).params
     self.parameters = count_params(params)
     self.batch_size = batch_size
-    self._programs = Programs(with_params(trainer.model, params), batch_size)
+    self.model = with_params(trainer.model, params)
+    self._programs = Programs(self.model, batch_size)
     prompt = np.random.default_rng(0).integers(0, settings.model.vocab_size, context).tolist()
+    self.prompt = prompt
     request = Request(prompt, Sampling(temperature=0), max_new_tokens=2**31 - 1)
     read, self._rows = self._programs.read(prompt), self._programs.empty()
     for row in range(batch_size):
@@ -163,6 +176,7 @@ class Compared:
     first, second: the median seconds of each.
     ratio: the median of second / first over all repetitions.
     low, high: the smallest and the largest of these ratios.
+    quartiles: the first and the third quartile of these ratios.
   """
 
   first: float
@@ -170,6 +184,11 @@ class Compared:
   ratio: float
   low: float
   high: float
+  quartiles: tuple[float, float]
+
+  def middle(self) -> str:
+    """Returns the quartiles of the ratios, for a table."""
+    return f"{self.quartiles[0]:.2f} to {self.quartiles[1]:.2f}"
 
   def range(self) -> str:
     """Returns the range of the ratios, for a table."""
@@ -198,10 +217,13 @@ def compare(
     pairs.append((first(), second()))
     done()
   ratios = [after / before for before, after in pairs]
+  lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive") if ratios[1:] else (
+      ratios * 3
+  )
   return Compared(
       statistics.median(before for before, _ in pairs),
       statistics.median(after for _, after in pairs),
-      statistics.median(ratios), min(ratios), max(ratios),
+      statistics.median(ratios), min(ratios), max(ratios), (lower, upper),
   )
 
 
@@ -218,6 +240,12 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
 def median(call: Callable[[], float], repeats: int) -> float:
   """Returns the median of a call's seconds; the caller has warmed it up."""
   return statistics.median(call() for _ in range(repeats))
+
+
+def resident_memory() -> int:
+  """Returns the resident memory of this process, in bytes."""
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def hardware() -> str:

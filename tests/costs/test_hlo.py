@@ -359,3 +359,19 @@ def test_shapes():
 def test_a_text_without_an_entry_is_an_error(text):
   with pytest.raises(HloError, match="no entry"):
     parse_module(text)
+
+
+def test_line_breaks_in_a_kernels_attributes_do_not_end_its_computation():
+  text = '''HloModule m
+
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %kernel = f32[4,8]{1,0} custom-call(%x), custom_call_target="t", frontend_attributes={a={
+"b":"{\\"c\\": 1}"
+}}, metadata={op_name="k"}
+  ROOT %root = f32[4,8]{1,0} add(%kernel, %x)
+}
+'''
+  module = parse_module(text)
+  assert module.computations["main"].root == "root"
+  assert program_cost(text).bytes_accessed == (2 + 3) * 4 * 8 * 4

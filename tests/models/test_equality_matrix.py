@@ -2,8 +2,8 @@
 
 The reference is the recurrence itself: a float32 `lax.scan` over tokens, which also reads the
 shallow layers' states token by token. Every other form of the family is compared with it and, if
-rows hold one document each, so is decoding step by step. Attention has one form, which is always
-compared with steps. The comparison covers logits, the final state, and the gradients by all
+rows hold one document each, so is decoding step by step; attention, whose cache can be emptied, is
+always compared with steps. The comparison covers logits, the final state, and the gradients by all
 parameters and by the initial state.
 
 Plain dense connections of depth 2 (and attention) are tested at every length with documents, and at
@@ -66,7 +66,9 @@ OPTIONS = {
 }
 # Interpreted kernels take long to compile. tests/ops/pallas compares them at every length, with
 # segments; here they meet models: one pass for all reads, reads apart, decays that rows share.
-KERNEL_LENGTHS = {"mamba": (63,), "mamba2": (1, 257), "gau_retnet": (C - 1,)}
+KERNEL_LENGTHS = {
+    "mamba": (63,), "mamba2": (1, 257), "gau_retnet": (C - 1,), "transformer": (63,),
+}
 KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {
@@ -77,7 +79,8 @@ SELECTIVE_FAMILIES = ("mamba", "mamba2")  # Their tokens choose their decays.
 
 
 def _kernels_take_part(family, option, length, scene):
-  lengths = KERNEL_LENGTHS.get(family, ()) if option == "m2" else ()
+  plain = "m2" if family in STATE_FAMILIES else "base"
+  lengths = KERNEL_LENGTHS.get(family, ()) if option == plain else ()
   reads = KERNEL_READS if family == "mamba2" else ()
   if scene == "strong-decays":
     return family == "mamba2" and length == 63
@@ -133,7 +136,8 @@ def _cases():
 
 def _forms(family, option, length, scene):
   """Returns the family's forms that differ in that scene, the reference last."""
-  forms = list(IMPLEMENTATIONS[REGISTRY[family].form])
+  # cuDNN is on GPUs alone; tests/ops/attention tests what is asked of it.
+  forms = [form for form in IMPLEMENTATIONS[REGISTRY[family].form] if form != "cudnn"]
   if "pallas" in forms and not _kernels_take_part(family, option, length, scene):
     forms.remove("pallas")
   if "conv" in forms:  # It takes chunks where rows hold documents or go on from a state.
@@ -242,8 +246,7 @@ def test_every_form_is_the_recurrence(family, option, length, scene):
       return everything(model, lambda bound, before: run(bound, state=before))
 
     results = [outcome(model, _logits) for model in models]
-    # An attention has one form: its documents are compared with steps too.
-    if not has_documents or len(models) == 1:
+    if not has_documents or REGISTRY[family].form == "attention":
       results.insert(0, outcome(models[-1], _logits_by_steps))
     return results
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dense_jax.batch import Segments
-from dense_jax.ops.short_conv import short_conv, short_conv_step
+from dense_jax.ops.cpu import cpu_delays
+from dense_jax.ops.short_conv import delays_by_padding, short_conv, short_conv_step
 from tests.builders import fast_jit, normal, packed
 from tests.helpers import assert_trees_close
 
@@ -22,8 +23,10 @@ def _inputs(taps):
   }
 
 
-def _run(inputs, segments):
-  return short_conv(inputs["x"], inputs["kernel"], inputs["bias"], segments, inputs["tail"])
+def _run(inputs, segments, delays=delays_by_padding):
+  return short_conv(
+      inputs["x"], inputs["kernel"], inputs["bias"], segments, inputs["tail"], delays
+  )
 
 
 def _loop(inputs, segments):
@@ -78,6 +81,16 @@ def test_whole_equals_parts_at_every_split():
   assert len(parts) == T - 1
   for part in parts:
     assert_trees_close(part, whole)
+
+
+@pytest.mark.parametrize("time", [1, 2, 3, 7])
+def test_delays_on_a_cpu_are_the_others(time):
+  x_BTE, tail_BWE = normal(0, B, time, E), normal(1, B, 3, E)
+  expected = delays_by_padding(x_BTE, tail_BWE)
+  past = np.concatenate([tail_BWE, x_BTE], axis=1)
+  for back in range(4):
+    np.testing.assert_array_equal(expected[back], past[:, 3 - back :][:, :time])
+  assert_trees_close(cpu_delays(x_BTE, tail_BWE), expected)
 
 
 @fast_jit

@@ -32,8 +32,12 @@ class StepSizes:
       default=matmul, metadata={"static": True}
   )
 
+  def before_softplus(self) -> Array:
+    """Computes low W, [B, T, E] (in decoding [B, E]), in the dtype of `low`; without the bias."""
+    return self.matmul(self.low_BTR, self.kernel_RE)
+
   def dt(self) -> Array:
     """Computes dt_BTE (in decoding dt_BE), float32."""
-    dt = self.matmul(self.low_BTR, self.kernel_RE).astype(jnp.float32)
+    dt = self.before_softplus().astype(jnp.float32)
     dt = jax.nn.softplus(dt + spread(self.bias_E, dt))
     return dt if self.valid_BT is None else jnp.where(self.valid_BT[..., None], dt, 0)

@@ -38,8 +38,9 @@ class KernelDiagonal(DiagonalSequence):
       sources.append(cast(KernelDiagonal, read.recurrence)._asked(read.query, read.gate))
     channels = partition.by_row(None, WIDTH_AXIS)
     y_BTE, final_BNE = partition.over_mesh(
-        functools.partial(selective_reads, chunk=self.chunk, interpret=self.interpret), _specs,
-        (channels, channels), sources, self.resets_BT,
+        functools.partial(selective_reads, chunk=self.chunk, interpret=self.interpret),
+        lambda _: (list(map(_specs, sources)), partition.by_row()), (channels, channels),
+        sources, self.resets_BT,
     )
     return y_BTE if joint else add_reads(y_BTE, reads), final_BNE
 
@@ -60,9 +61,8 @@ class InterpretedDiagonal(KernelDiagonal):
   interpret: ClassVar[bool] = True
 
 
-def _specs(source: Diagonal, width: int) -> Diagonal:
-  """Returns the source with specs for its arrays; `width` is unused."""
-  del width
+def _specs(source: Diagonal) -> Diagonal:
+  """Returns the source with specs for its arrays."""
   channels = partition.by_row(None, WIDTH_AXIS)
   return dataclasses.replace(
       source, dt_BTE=channels, a_NE=partition.split(None, WIDTH_AXIS), x_BTE=channels,

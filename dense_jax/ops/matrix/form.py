@@ -36,7 +36,7 @@ class MatrixForm:
 
     Args:
       k: keys k_BTJN (for one token k_BJN); head h uses those of group h // (H / J).
-      v: values v_BTHP or v_BHP, in the keys' dtype.
+      v: values v_BTE or v_BTHP (for one token v_BE or v_BHP), in the keys' dtype.
       scale: float32 factor of the values, scale_BTH or scale_BH; None means 1.
       log_decay: float32, <= 0, log_decay_BTH or log_decay_BH; its B may be 1 (a decay that all
         rows share).
@@ -46,9 +46,12 @@ class MatrixForm:
     """
     if isinstance(tokens, Token):
       assert initial_BHPN is not None
+      v = v.reshape(len(v), log_decay.shape[-1], -1)
       if scale is not None:
         v = (scale[..., None] * v).astype(v.dtype)
       return MatrixToken(self.step(initial_BHPN, log_decay, k, v))
+    if v.ndim == 4:
+      v = v.reshape(*v.shape[:2], -1)
     resets_BT, valid_BT = tokens.resets_BT, tokens.valid_BT
     if valid_BT is not None:
       log_decay = jnp.where(valid_BT[..., None], log_decay, 0)

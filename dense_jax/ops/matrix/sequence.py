@@ -24,7 +24,8 @@ class MatrixSequence(ScannedRecurrence):
 
   Attributes:
     k_BTJN: keys, zero at padding; head h uses those of group h // (H / J).
-    v_BTHP: values, in the keys' dtype.
+    v_BTE: values, in the keys' dtype. Their heads' axis is not apart: in arrays [..., H, P] with
+      small H or P, tiles of a TPU's memory would be mostly padding.
     scale_BTH: float32 factor of the values, such as a step size; None means 1.
     log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
     resets_BT: bool, true where the state is cleared before the token; None means never.
@@ -33,12 +34,17 @@ class MatrixSequence(ScannedRecurrence):
   """
 
   k_BTJN: Array
-  v_BTHP: Array
+  v_BTE: Array
   scale_BTH: Array | None
   log_decay_BTH: Array
   resets_BT: Array | None
   initial_BHPN: Array | None
   chunk: int = dataclasses.field(metadata={"static": True})
+
+  @property
+  def v_BTHP(self) -> Array:
+    """The values of each head."""
+    return self.v_BTE.reshape(*self.v_BTE.shape[:2], self.log_decay_BTH.shape[2], -1)
 
   def scaled_BTHP(self) -> Array:
     """Computes scale * v, rounded to the dtype of v."""

@@ -1,57 +1,65 @@
-"""Matrix states by TPU kernels: a layer's own and its sources' reads in one pass over memory."""
+"""Matrix states by TPU kernels: all reads and the epilogue of a layer in one pass over memory."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import jax
-import jax.numpy as jnp
 
 from dense_jax.errors import InputError
 from dense_jax.ops import partition
+from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.matrix.sequence import MatrixSequence
 from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
-from dense_jax.ops.recurrence import Read, add_reads
+from dense_jax.ops.recurrence import KernelRecurrence, Read
 from dense_jax.types import WIDTH_AXIS, Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KernelMatrix(MatrixSequence):
-  """Runs the kernels of `dense_jax.ops.matrix.tpu`, compiled for a TPU."""
+class KernelMatrix(KernelRecurrence, MatrixSequence):
+  """Runs the kernels of `dense_jax.ops.matrix.tpu`, compiled for a TPU.
+
+  Raises `InputError` if the mesh would split a group of heads that share keys.
+  """
 
   interpret: ClassVar[bool] = False
 
-  def _scan(self, q_BTJN: Array) -> tuple[Array, Array]:
-    return self.run(q_BTJN)
-
-  def run(self, query: Array, reads: Sequence[Read] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`: q_BTJN -> y_BTHP, h_BHPN.
-
-    One kernel computes the own read and all `reads`, if each of those reads a `KernelMatrix`
-    without a function; otherwise they are added one after the other.
-
-    Raises:
-      InputError: the mesh would split a group of heads that share keys.
-    """
-    joint = all(isinstance(r.recurrence, KernelMatrix) and r.function is None for r in reads)
+  def _joint(
+      self, query: Array, reads: Sequence[Read], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
     sources = [self._asked(query, None)]
-    for read in reads if joint else ():
+    for read in reads:
       sources.append(cast(KernelMatrix, read.recurrence)._asked(read.query, read.gate))
-    y_BTHP, final_BHPN = partition.over_mesh(
-        functools.partial(matrix_reads, chunk=self.chunk, interpret=self.interpret), _specs,
-        (partition.by_row(None, WIDTH_AXIS), partition.by_row(WIDTH_AXIS)), sources,
-        self.resets_BT,
+    flat = {
+        name: None if x is None else x.reshape(self.v_BTE.shape)
+        for name, x in (("x", epilogue.x), ("z", epilogue.z))
+    }
+    if epilogue.x is self.v_BTE:  # The kernel need not read them twice.
+      flat["x"] = None
+    epilogue = dataclasses.replace(epilogue, **flat)
+    heads = partition.by_row(None, WIDTH_AXIS)
+    moments = partition.by_row(None, WIDTH_AXIS, None) if epilogue.moments else None
+    output, final_BHPN = partition.over_mesh(
+        functools.partial(matrix_reads, chunk=self.chunk, interpret=self.interpret),
+        lambda width: (
+            [_source_specs(source, width) for source in sources], partition.by_row(),
+            _epilogue_specs(epilogue),
+        ),
+        (Output(heads, moments), partition.by_row(WIDTH_AXIS)),
+        sources, self.resets_BT, epilogue,
     )
-    return y_BTHP if joint else add_reads(y_BTHP, reads), final_BHPN
+    shape = (*self.v_BTE.shape[:2], self.log_decay_BTH.shape[2], -1)
+    return dataclasses.replace(output, y=output.y.reshape(shape)), final_BHPN
 
   def _asked(self, q_BTJN: Array, gate: Array | None) -> Matrix:
     """Returns this recurrence with a query and a gate, as the kernel's input."""
     if gate is not None:
-      gate = gate.astype(jnp.float32).reshape(self.v_BTHP.shape)
+      gate = gate.reshape(self.v_BTE.shape)
     return Matrix(
-        q_BTJN, self.k_BTJN, self.scaled_BTHP(), self.log_decay_BTH, gate, self.before_first()
+        q_BTJN, self.k_BTJN, self.v_BTE, self.scale_BTH, self.log_decay_BTH, gate,
+        self.initial_BHPN,
     )
 
 
@@ -63,7 +71,7 @@ class InterpretedMatrix(KernelMatrix):
   interpret: ClassVar[bool] = True
 
 
-def _specs(source: Matrix, width: int) -> Matrix:
+def _source_specs(source: Matrix, width: int) -> Matrix:
   """Returns the source with specs for its arrays; `width` is the size of the mesh's width axis."""
   groups = source.k_BTJN.shape[2]
   if groups > 1 and groups % width:
@@ -75,8 +83,22 @@ def _specs(source: Matrix, width: int) -> Matrix:
   keys = partition.by_row(None, WIDTH_AXIS if groups > 1 else None)
   shared = source.log_decay_BTH.shape[0] == 1
   return dataclasses.replace(
-      source, q_BTJN=keys, k_BTJN=keys, v_BTHP=heads,
-      initial_BHPN=partition.by_row(WIDTH_AXIS),
+      source, q_BTJN=keys, k_BTJN=keys, v_BTE=heads,
+      scale_BTH=_unless_none(source.scale_BTH, heads),
       log_decay_BTH=partition.split(None, None, WIDTH_AXIS) if shared else heads,
-      gate_BTHP=None if source.gate_BTHP is None else heads,
+      gate_BTE=_unless_none(source.gate_BTE, heads),
+      initial_BHPN=_unless_none(source.initial_BHPN, partition.by_row(WIDTH_AXIS)),
   )
+
+
+def _epilogue_specs(epilogue: Epilogue) -> Epilogue:
+  """Returns the epilogue with specs for its arrays."""
+  heads = partition.by_row(None, WIDTH_AXIS)
+  return dataclasses.replace(
+      epilogue, skip=_unless_none(epilogue.skip, partition.split(WIDTH_AXIS)),
+      x=_unless_none(epilogue.x, heads), z=_unless_none(epilogue.z, heads),
+  )
+
+
+def _unless_none(x: Array | None, spec: Any) -> Any:
+  return None if x is None else spec

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.ops.matrix import tpu
+from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matrix import tpu_plan
 from dense_jax.ops.matrix.reference import matrix_read, matrix_states
 from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
 from tests.builders import fast_jit, normal
@@ -20,7 +21,11 @@ CHUNK = 4  # Rounded up to 16.
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Sizes of the inputs; `gates` is true for each source that has a gate."""
+  """Sizes of the inputs; `gates` is true for each source that has a gate.
+
+  `epilogue` names its parts: "skip" of the sources' values, or "x" for a skip of another array,
+  "z" and "moments".
+  """
 
   time: int
   gates: tuple[bool, ...] = (False, True)
@@ -30,18 +35,25 @@ class Case:
   channels: int = P
   decay_rows: int = B
   resets: bool = True
+  scale: bool = False
+  initial: bool = True
+  epilogue: str = ""
   chunk: int = CHUNK
   # The log decay is about -strong in a fifth of the tokens; 0 means no such tokens.
   strong: float = 0.0
 
 
 QUICK = [
-    Case(63),
-    Case(17, gates=(False, True, True), heads=2, groups=1, state_size=16, decay_rows=1),
-    Case(16, gates=(True,), groups=4, resets=False),
+    Case(63, scale=True, epilogue="skip z moments"),
+    Case(17, epilogue="moments", initial=False, gates=(False, True, True), heads=2, groups=1, state_size=16, decay_rows=1),
+    Case(16, gates=(True,), groups=4, resets=False, epilogue="x z"),
     Case(97, gates=(False,), chunk=64, strong=60.0),
 ]
 SLOW = [
+    *(Case(33, scale=scale, epilogue=epilogue, groups=1, state_size=16, resets=False)
+      for scale in (False, True)
+      for epilogue in ("", "skip", "x", "z", "moments", "skip moments", "x z moments")),
+    Case(33, gates=(False, True, True), scale=True, epilogue="skip z moments", initial=False),
     *(Case(time) for time in (1, 2, 15, 16, 17, 257)),
     *(Case(time, resets=False) for time in (17, 63, 257)),
     *(Case(17, groups=groups, gates=(True,)) for groups in (1, 4)),
@@ -55,13 +67,19 @@ SLOW = [
     Case(63, decay_rows=1, strong=20.0),
     Case(257, gates=(False,), chunk=50),
     Case(17, gates=(True,), heads=1, groups=1, channels=3),
+    Case(17, scale=True, epilogue="x z moments", heads=1, groups=1, channels=3),
 ]
 
 
 def _inputs(case):
-  """Makes (sources, resets, cotangents); documents begin inside chunks and at their borders."""
-  shape = B, case.time, case.heads, case.channels
+  """Makes ((sources, epilogue), resets, cotangents).
+
+  Documents begin inside chunks and at their borders.
+  """
+  by_head = B, case.time, case.heads
+  shape = B, case.time, case.heads * case.channels
   keys = B, case.time, case.groups, case.state_size
+  states = B, case.heads, case.channels, case.state_size
 
   def log_decay(seed):
     shape = case.decay_rows, case.time, case.heads
@@ -72,12 +90,19 @@ def _inputs(case):
   sources = [
       Matrix(
           normal(10 * i, *keys), normal(10 * i + 1, *keys), normal(10 * i + 2, *shape),
+          jax.nn.softplus(normal(10 * i + 6, *by_head)) if case.scale else None,
           log_decay(10 * i + 3),
           normal(10 * i + 4, *shape) if gate else None,
-          normal(10 * i + 5, B, *shape[2:], case.state_size),
+          normal(10 * i + 5, *states) if case.initial else None,
       )
       for i, gate in enumerate(case.gates)
   ]
+  parts = case.epilogue.split()
+  epilogue = Epilogue(
+      normal(80, case.heads) if {"skip", "x"} & set(parts) else None,
+      normal(81, *shape) if "x" in parts else None,
+      normal(82, *shape) if "z" in parts else None, moments="moments" in parts,
+  )
   resets = None
   if case.resets:
     begins = [[0, 3, 4, 16, 47], [15, 20, 32, 48, 100, 240]]
@@ -85,35 +110,48 @@ def _inputs(case):
     for row, positions in enumerate(begins):
       resets[row, [position for position in positions if position < case.time]] = True
     resets = jnp.asarray(resets)
-  return sources, resets, (normal(90, *shape), normal(91, B, *shape[2:], case.state_size))
+  moments = normal(92, *by_head, 2) if epilogue.moments else None
+  return (sources, epilogue), resets, (normal(90, *shape), moments, normal(91, *states))
 
 
-def _specification(sources, resets):
+def _specification(sources, epilogue, resets):
+  heads = sources[0].log_decay_BTH.shape[2]
+  by_head = (*sources[0].v_BTE.shape[:2], heads, -1)
   y, finals = 0.0, []
   for source in sources:
-    log_decay = jnp.broadcast_to(source.log_decay_BTH, source.v_BTHP.shape[:3])
-    states, final = matrix_states(
-        source.k_BTJN, source.v_BTHP, log_decay, resets, source.initial_BHPN
-    )
+    log_decay = jnp.broadcast_to(source.log_decay_BTH, by_head[:3])
+    v_BTHP, initial = source.v_BTE.reshape(by_head), source.initial_BHPN
+    if source.scale_BTH is not None:
+      v_BTHP = source.scale_BTH[..., None] * v_BTHP
+    if initial is None:
+      initial = jnp.zeros((B, heads, v_BTHP.shape[3], source.k_BTJN.shape[3]))
+    states, final = matrix_states(source.k_BTJN, v_BTHP, log_decay, resets, initial)
     read = jax.vmap(matrix_read, in_axes=1, out_axes=1)(states, source.q_BTJN)
-    y += read if source.gate_BTHP is None else read * source.gate_BTHP
+    y += read if source.gate_BTE is None else read * source.gate_BTE.reshape(by_head)
     finals.append(final)
-  return y, finals[0]
+  if epilogue.skip is not None and epilogue.x is None:
+    epilogue = dataclasses.replace(epilogue, x=sources[0].v_BTE)
+  output = epilogue(y)
+  return output.y.reshape(*by_head[:2], -1), output.moments, finals[0]
 
 
 def _kernel(chunk):
-  return lambda sources, resets: matrix_reads(sources, resets, chunk=chunk, interpret=True)
+  def run(sources, epilogue, resets):
+    output, final = matrix_reads(sources, resets, epilogue, chunk=chunk, interpret=True)
+    return output.y, output.moments, final
+
+  return run
 
 
-def _everything(function, sources, resets, cotangents):
-  """Returns ((y, final state), gradients of every float input of every source)."""
+def _everything(function, inputs, resets, cotangents):
+  """Returns ((y, moments, final state), gradients of every input of sources and epilogue)."""
 
   @fast_jit
-  def run(sources, cotangents):
-    outputs, vjp = jax.vjp(lambda sources: function(sources, resets), sources)
+  def run(inputs, cotangents):
+    outputs, vjp = jax.vjp(lambda inputs: function(*inputs, resets), inputs)
     return outputs, vjp(cotangents)[0]
 
-  return run(sources, cotangents)
+  return run(inputs, cotangents)
 
 
 def _assert_close(actual, expected, dtype="float32"):
@@ -133,13 +171,12 @@ def test_outputs_final_state_and_gradients_are_the_references(case):
   inputs = _inputs(case)
   expected = _everything(_specification, *inputs)
   actual = _everything(_kernel(case.chunk), *inputs)
-  assert_trees_close(actual[0], expected[0])
-  _assert_close(actual[1], expected[1])
+  _assert_close(actual, expected)
 
 
 def test_without_a_gradient_the_outputs_are_the_same():
-  sources, resets, _ = _inputs(Case(33, gates=(True,)))
-  outputs = [fast_jit(run)(sources, resets) for run in (_kernel(CHUNK), _specification)]
+  inputs, resets, _ = _inputs(Case(33, gates=(True,)))
+  outputs = [fast_jit(run)(*inputs, resets) for run in (_kernel(CHUNK), _specification)]
   assert_trees_close(*outputs)
 
 
@@ -147,8 +184,11 @@ def test_without_a_gradient_the_outputs_are_the_same():
 @pytest.mark.parametrize(("heads", "groups", "channels"), [(2, 2, 256), (4, 1, 64), (2, 1, 256)])
 def test_what_blocks_of_rows_share_is_summed(heads, groups, channels, monkeypatch):
   # The smallest possible blocks: a part of one head's rows, or some of a group's heads.
-  monkeypatch.setattr(tpu, "VMEM_BYTES", 0)
-  case = Case(17, gates=(True,), heads=heads, groups=groups, channels=channels)
+  monkeypatch.setattr(tpu_plan, "VMEM_BYTES", 0)
+  case = Case(
+      17, gates=(True,), heads=heads, groups=groups, channels=channels, scale=True,
+      epilogue="skip z moments",
+  )
   inputs = _inputs(case)
   expected = _everything(_specification, *inputs)
   _assert_close(_everything(_kernel(CHUNK), *inputs), expected)
@@ -156,30 +196,34 @@ def test_what_blocks_of_rows_share_is_summed(heads, groups, channels, monkeypatc
 
 @pytest.mark.slow
 def test_bfloat16_inputs_keep_float32_states():
-  sources, resets, cotangents = _inputs(Case(63, state_size=16))
+  (sources, epilogue), resets, cotangents = _inputs(
+      Case(63, state_size=16, scale=True, epilogue="skip z moments")
+  )
 
-  def lowered(source):
-    names = ("q_BTJN", "k_BTJN", "v_BTHP", "gate_BTHP")
-    low = {name: getattr(source, name) for name in names}
+  def lowered(tree, *names):
+    low = {name: getattr(tree, name) for name in names}
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), low)
-    return dataclasses.replace(source, **low)
+    return dataclasses.replace(tree, **low)
 
-  low = [lowered(source) for source in sources]
+  low = (
+      [lowered(source, "q_BTJN", "k_BTJN", "v_BTE", "gate_BTE") for source in sources],
+      lowered(epilogue, "z"),
+  )
   actual = _everything(_kernel(CHUNK), low, resets, cotangents)
   # From the same rounded inputs.
   rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
   expected = _everything(_specification, rounded, resets, cotangents)
-  assert [x.dtype for x in jax.tree.leaves(actual[0])] == [jnp.float32] * 2
+  assert [x.dtype for x in jax.tree.leaves(actual[0])] == [jnp.float32] * 3
   assert [x.dtype for x in jax.tree.leaves(actual[1])] == [x.dtype for x in jax.tree.leaves(low)]
   _assert_close(actual, expected, "bfloat16")
 
 
 @pytest.mark.slow
 def test_extreme_decays_stay_finite():
-  sources, resets, cotangents = _inputs(Case(17, gates=(True,)))
+  (sources, epilogue), resets, cotangents = _inputs(Case(17, gates=(True,)))
   cycle = jnp.asarray([-50.0, -1e-6, -1e4, -1e-30, -1e30])
   shape = sources[0].log_decay_BTH.shape
   for decay in (jnp.resize(cycle, shape), jnp.full(shape, -50.0), jnp.full(shape, -1e-6)):
-    extreme = [dataclasses.replace(sources[0], log_decay_BTH=decay)]
+    extreme = [dataclasses.replace(sources[0], log_decay_BTH=decay)], epilogue
     for leaf in jax.tree.leaves(_everything(_kernel(CHUNK), extreme, resets, cotangents)):
       assert np.isfinite(leaf).all()

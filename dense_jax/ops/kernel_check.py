@@ -1,0 +1,144 @@
+"""Compares the kernels of a form of state with its specification on the device that will run them.
+
+A compiler may translate a kernel wrongly for a card that it was not tested on, and a training run
+then goes wrong without a word. So a kernel that nobody asked for by name is used only after it has
+computed a small case like the specification: a layer's own read, a gated read of a source, the
+epilogue, final state and all gradients, with two documents in a row and a state before the first.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dense_jax.batch import Segments
+from dense_jax.ops import resolver
+from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.recurrence import Read, Recurrence, Sizes
+from dense_jax.types import Array, PyTree
+
+# Root mean squares of errors over those of the right values. Kernels round scores, and states for
+# products, to the model's dtype; a wrong kernel is wrong by orders of magnitude more.
+LIMITS: Mapping[str, float] = {"bfloat16": 0.02, "float32": 1e-3}
+_ROWS, _TIME, _BORDER = 1, 300, 141  # More than two chunks; a document begins inside the second.
+
+
+Inputs = dict[str, PyTree]
+Make = Callable[[str, Inputs, Segments], Recurrence]
+
+
+def kernel_errors(form: str, implementation: str, sizes: Sizes, dtype: str) -> dict[str, float]:
+  """Runs an implementation and the specification on a small case.
+
+  Args:
+    form: "diagonal" or "matrix".
+    implementation: the name of the implementation, in `resolver.IMPLEMENTATIONS[form]`.
+    sizes: the layer's.
+    dtype: the model's, a key of `LIMITS`.
+
+  Returns:
+    For y, the moments (matrix states), the final state and the gradient of each input: the root
+    mean square of the error over that of the right values.
+  """
+  make, inputs = {"diagonal": _diagonal, "matrix": _matrix}[form](sizes, jnp.dtype(dtype))
+  positions = np.concatenate([np.arange(5, 5 + _BORDER), np.arange(_TIME - _BORDER)])[None]
+  ids = np.concatenate([np.full(_BORDER, 1), np.full(_TIME - _BORDER, 2)])[None]
+  segments = Segments(jnp.asarray(positions), jnp.asarray(ids))
+
+  def outputs(implementation: str, inputs: Inputs) -> PyTree:
+    own, source = (make(implementation, inputs[name], segments) for name in ("own", "source"))
+    epilogue = Epilogue(
+        inputs["skip"], inputs["own"]["x"], inputs["z"], dtype=jnp.dtype(dtype),
+        moments=form == "matrix",
+    )
+    reads = [Read(source, inputs["query"], inputs["gate"], dtype=jnp.dtype(dtype))]
+    output, final = own.finish(inputs["query"], reads, epilogue)
+    found = {"y": output.y.astype(jnp.float32), "final": final}
+    return found if output.moments is None else found | {"moments": output.moments}
+
+  def everything(implementation: str, inputs: Inputs) -> PyTree:
+    def objective(inputs: Inputs) -> tuple[Array, PyTree]:
+      found = outputs(implementation, inputs)
+      weights = {name: _normal(90 + len(name), value.shape) for name, value in found.items()}
+      total = sum(
+          jnp.sum(weights[name] * value) / value.size**0.5 for name, value in found.items()
+      )
+      return total, found
+
+    gradients, found = jax.grad(objective, has_aux=True)(inputs)
+    return found | {"gradient": gradients}
+
+  run = jax.jit(everything, static_argnums=0)
+  exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), inputs)
+  right = run("recurrent", exact)
+  found = run(implementation, inputs)
+  return {
+      jax.tree_util.keystr(path, simple=True, separator="."): _error(value, wanted)
+      for (path, value), wanted in zip(
+          jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(right), strict=True
+      )
+  }
+
+
+def _error(found: Array, right: Array) -> float:
+  """Returns the relative error; not finite if `found` is not."""
+  found64, right64 = np.asarray(found, np.float64), np.asarray(right, np.float64)
+  scale = max(float(np.mean(right64**2)), 1e-30)
+  return math.sqrt(float(np.mean((found64 - right64) ** 2)) / scale)
+
+
+def _normal(seed: int, shape: tuple[int, ...], dtype: jnp.dtype | None = None) -> Array:
+  """Makes Gaussian numbers."""
+  values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+  return jnp.asarray(values, dtype)
+
+
+def _matrix(sizes: Sizes, dtype: jnp.dtype) -> tuple[Make, Inputs]:
+  heads, groups, size = sizes.heads, sizes.groups, sizes.state_size
+  width, lead = heads * sizes.channels, (_ROWS, _TIME)
+
+  def states(seed: int) -> Inputs:
+    scale = 0.05 + 0.05 * _normal(seed + 2, (*lead, heads)) ** 2
+    return {
+        "k": _normal(seed, (*lead, groups, size), dtype),
+        "x": _normal(seed + 1, (*lead, width), dtype),
+        "scale": scale, "log_decay": -scale * jnp.linspace(0.2, 4, heads)[None, None],
+        "initial": _normal(seed + 3, (_ROWS, heads, sizes.channels, size)),
+    }
+
+  def make(implementation: str, inputs: Inputs, segments: Segments) -> Recurrence:
+    x_BTHP = inputs["x"].reshape(*lead, heads, -1)
+    return resolver.matrix_form(implementation, 0)(
+        inputs["k"], x_BTHP, inputs["scale"], inputs["log_decay"], segments, inputs["initial"]
+    )
+
+  return make, {
+      "own": states(0), "source": states(10), "skip": _normal(20, (heads,)),
+      "query": _normal(21, (*lead, groups, size), dtype) * size**-0.5,
+      "gate": _normal(22, (*lead, width), dtype), "z": _normal(23, (*lead, width), dtype),
+  }
+
+
+def _diagonal(sizes: Sizes, dtype: jnp.dtype) -> tuple[Make, Inputs]:
+  width, size, lead = sizes.channels, sizes.state_size, (_ROWS, _TIME)
+
+  def states(seed: int) -> Inputs:
+    return {
+        "dt": 0.05 + 0.05 * _normal(seed, (*lead, width)) ** 2,
+        "a": -jnp.broadcast_to(jnp.arange(1.0, size + 1)[:, None], (size, width)),
+        "x": _normal(seed + 1, (*lead, width), dtype), "b": _normal(seed + 2, (*lead, size), dtype),
+        "initial": _normal(seed + 3, (_ROWS, size, width)),
+    }
+
+  def make(implementation: str, inputs: Inputs, segments: Segments) -> Recurrence:
+    return resolver.diagonal_form(implementation, 0)(
+        inputs["dt"], inputs["a"], inputs["x"], inputs["b"], segments, inputs["initial"]
+    )
+
+  return make, {
+      "own": states(0), "source": states(10), "skip": _normal(20, (width,)),
+      "query": _normal(21, (*lead, size), dtype),
+      "gate": _normal(22, (*lead, width), dtype), "z": _normal(23, (*lead, width), dtype),
+  }

@@ -1,0 +1,272 @@
+"""The backward kernel of matrix states: the gradients of all sources and of the epilogue.
+
+The summed log decay of a token enters as exp(sum) in the token's read and as exp(-sum) with its
+value. So its gradient is <d_read, read> - <v, d_v> of that token, which needs no product of
+[C, C] arrays; the last token's sum also enters the state after the chunk. Terms that no decay
+multiplies (a token's value in its own read, the last token's value in that state) would cancel
+up to rounding, which may far exceed the gradients of strong decays: both omit them.
+
+The epilogue's gradient needs the sum of all reads, which are computed again before any source's
+gradients. `d_` is a gradient.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dense_jax.ops.matrix.tpu_chunk import (
+    Blocks,
+    Finish,
+    Place,
+    Stream,
+    Tokens,
+    dot,
+    joined,
+    sigmoid_and_silu,
+    to_columns,
+    write_rows,
+)
+from dense_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+  """A source's sums in VMEM: over chunks, or over the blocks of a set.
+
+  Attributes:
+    dh: the gradients of a set's states after the chunk, replaced by those of states before.
+    scores_CC: the scores of the chunk.
+    d_scores_CC: their gradient.
+    d_q_CN, d_k_CN: parts of the gradients of queries and keys.
+  """
+
+  dh: PyTree
+  scores_CC: PyTree
+  d_scores_CC: PyTree
+  d_q_CN: PyTree
+  d_k_CN: PyTree
+
+
+class _Source:
+  """One source's chunk in the backward pass; collects its gradients head by head."""
+
+  def __init__(
+      self, blocks: Blocks, place: Place, stream: Stream, count_1C: PyTree, before_XN: PyTree,
+      d_final_BEN: PyTree, sums: Sums,
+  ) -> None:
+    self._blocks, self._place, self._stream, self._sums = blocks, place, stream, sums
+    self._before_XN = before_XN
+
+    @pl.when(place.is_first_chunk)
+    def _begin() -> None:
+      if d_final_BEN is None:
+        sums.dh[place.set_rows] = jnp.zeros((blocks.rows, sums.dh.shape[1]), jnp.float32)
+      else:
+        pltpu.sync_copy(d_final_BEN.at[place.row, place.all_rows], sums.dh.at[place.set_rows])
+
+    @pl.when(place.is_first_block)
+    def _clear() -> None:
+      for part in (sums.d_scores_CC, sums.d_q_CN, sums.d_k_CN):
+        part[...] = jnp.zeros(part.shape, part.dtype)
+
+    self.tokens = tokens = Tokens(blocks, place, stream, count_1C, sums.scores_CC)
+    self._dh_XN = sums.dh[place.set_rows]
+    self._carried_CX = dot(tokens.q_CN, before_XN[...], (1, 1), tokens.dtype)
+    self._d_kept_CX = dot(tokens.k_CN, self._dh_XN, (1, 1), tokens.dtype)
+    self._itself_CC = tokens.itself_CC()
+    self._is_last_C1 = jax.lax.broadcasted_iota(jnp.int32, (len(tokens.q_CN), 1), 0) == (
+        len(tokens.q_CN) - 1
+    )
+    self._score_C1 = jnp.sum(
+        jnp.where(self._itself_CC, tokens.scores_CC, 0.0), axis=1, keepdims=True
+    )
+    self._d_carried: list[Array] = []
+    self._kept: list[Array] = []
+    self._d_v: list[Array] = []
+    self._d_gate: list[Array] = []
+    self._d_sum: list[list[Array]] = []
+    self._d_scale: list[list[Array]] = []
+
+  def read(self, head: int) -> Array:
+    """Computes the head's gated read, [C, P]; float32."""
+    tokens, blocks = self.tokens, self._blocks
+    self._v_CP = tokens.value_CP(head)
+    self._decay_CC = tokens.within_CC(head)
+    weights_CC = jnp.where(self._itself_CC, 0.0, tokens.scores_CC * self._decay_CC)
+    self._weights_CC = weights_CC.astype(tokens.dtype)
+    carried_CP = tokens.from_start_C1[head] * blocks.of(self._carried_CX, head)
+    # Of earlier tokens only.
+    self._read_CP = carried_CP + dot(self._weights_CC, self._v_CP, (1, 0), tokens.dtype)
+    self._whole_CP = self._read_CP + self._score_C1 * self._v_CP.astype(jnp.float32)
+    return self._gated(self._whole_CP, head)
+
+  def _gated(self, x_CP: Array, head: int) -> Array:
+    gate = self._stream.gate_BTE
+    if gate is None:
+      return x_CP
+    return x_CP * self._blocks.of(gate, head).astype(jnp.float32)
+
+  def pull_back(self, d_CP: Array, head: int) -> None:
+    """Collects gradients, given that of the head's gated read; `read` must come before."""
+    tokens, blocks, dtype = self.tokens, self._blocks, self.tokens.dtype
+    d_read_CP = self._gated(d_CP, head)
+    # Rounded once and used in both inner products, so that their common terms cancel.
+    d_low_CP = d_read_CP.astype(dtype)
+    to_end_CP = tokens.to_end_C1[head] * blocks.of(self._d_kept_CX, head)
+    d_kept_CP = jnp.where(self._is_last_C1, 0.0, to_end_CP)
+    d_v_CP = dot(self._weights_CC, d_low_CP, (0, 0), dtype) + d_kept_CP
+    d_scores_CC = dot(d_low_CP, self._v_CP, (1, 1), dtype) * self._decay_CC
+    self._sums.d_scores_CC[...] += d_scores_CC
+
+    v_CP = self._v_CP.astype(jnp.float32)
+    rows = slice(head * blocks.width, (head + 1) * blocks.width)
+    before_PN = self._before_XN[rows].astype(jnp.float32)
+    d_last_11 = tokens.whole_11[head] * _sum(self._dh_XN[rows] * before_PN)
+    d_last_11 += _sum(v_CP * d_kept_CP)
+    d_sum_C1 = jnp.sum(d_low_CP * self._read_CP - v_CP * d_v_CP, axis=1, keepdims=True)
+    self._d_sum.append([d_sum_C1 + jnp.where(self._is_last_C1, d_last_11, 0.0)])
+    self._d_carried.append(tokens.from_start_C1[head] * d_read_CP)
+    self._kept.append(tokens.to_end_C1[head] * v_CP)
+    d_v_CP += self._score_C1 * d_low_CP + jnp.where(self._is_last_C1, to_end_CP, 0.0)
+    if self._stream.scale_BHG1C is not None:
+      raw_CP = blocks.of(tokens.raw_CX, head).astype(jnp.float32)
+      self._d_scale.append([jnp.sum(raw_CP * d_v_CP, axis=1, keepdims=True)])
+    self._d_v.append(tokens.scaled(d_v_CP, head))
+    self._d_gate.append(d_CP * self._whole_CP)
+
+  def write(self, gradient: Stream, d_x: list[Array]) -> None:
+    """Writes the gradients; `d_x` of each head is added to those of values, unless it is empty."""
+    place, tokens, sums, dtype = self._place, self.tokens, self._sums, self.tokens.dtype
+    d_v_CX = joined(self._d_v)
+    if d_x:
+      d_v_CX += joined(d_x)
+    gradient.v_BTE[...] = d_v_CX.astype(gradient.v_BTE.dtype)
+    if gradient.gate_BTE is not None:
+      gradient.gate_BTE[...] = joined(self._d_gate).astype(gradient.gate_BTE.dtype)
+    write_rows(self._d_sum, gradient.sum_BHG2C, place)
+    if gradient.scale_BHG1C is not None:
+      write_rows(self._d_scale, gradient.scale_BHG1C, place)
+
+    d_carried_CX, kept_CX = joined(self._d_carried), joined(self._kept)
+    sums.d_q_CN[...] += dot(d_carried_CX, self._before_XN[...], (1, 0), dtype)
+    sums.d_k_CN[...] += dot(kept_CX, self._dh_XN, (1, 0), dtype)
+    added_XN = dot(d_carried_CX, tokens.q_CN, (0, 0), dtype)
+    sums.dh[place.set_rows] = tokens.absorb(self._dh_XN, added_XN)
+
+    @pl.when(place.is_last_block)
+    def _write_keys() -> None:
+      d_scores_CC = sums.d_scores_CC[...]
+      d_q_CN = sums.d_q_CN[...] + dot(d_scores_CC, tokens.k_CN, (1, 0), dtype)
+      d_k_CN = sums.d_k_CN[...] + dot(d_scores_CC, tokens.q_CN, (0, 0), dtype)
+      gradient.q_BTK[...] = d_q_CN.astype(gradient.q_BTK.dtype)
+      gradient.k_BTK[...] = d_k_CN.astype(gradient.k_BTK.dtype)
+
+    if gradient.initial_BEN is not None:
+      d_initial_XN = gradient.initial_BEN.at[place.row, place.all_rows]
+
+      @pl.when(place.is_last_chunk)
+      def _end() -> None:
+        pltpu.sync_copy(sums.dh.at[place.set_rows], d_initial_XN)
+
+
+class _Finish:
+  """The epilogue's chunk in the backward pass; collects its gradients head by head."""
+
+  def __init__(
+      self, blocks: Blocks, finish: Finish, x_CX: Array, dy_CX: PyTree, d_moments_U2C: PyTree
+  ) -> None:
+    self._blocks, self._finish, self._x_CX, self._dy_CX = blocks, finish, x_CX, dy_CX
+    self._d_moments: list[Array] = []
+    if d_moments_U2C is not None:
+      rows = [d_moments_U2C[head, i : i + 1] for head in range(blocks.heads) for i in range(2)]
+      self._d_moments = to_columns(rows)
+    self.d_x: list[Array] = []
+    self._d_z: list[Array] = []
+    self._d_skip: list[Array] = []
+
+  def pull_back(self, y_CP: Array, head: int) -> Array:
+    """Collects gradients, and returns that of the head's read, given the read; float32."""
+    blocks, finish = self._blocks, self._finish
+    d_CP = blocks.of(self._dy_CX, head).astype(jnp.float32)
+    if finish.skip_1E is not None:
+      x_CP, skip_1P = blocks.of(self._x_CX, head).astype(jnp.float32), blocks.of(finish.skip_1E, head)
+      y_CP += skip_1P * x_CP
+    gate_CP = None
+    if finish.z_BTE is not None:
+      z_CP = blocks.of(finish.z_BTE, head).astype(jnp.float32)
+      sigmoid_CP, gate_CP = sigmoid_and_silu(z_CP)
+    if self._d_moments:
+      d_sum_C1, d_squares_C1 = self._d_moments[2 * head : 2 * head + 2]
+      d_CP += d_sum_C1 + 2 * d_squares_C1 * (y_CP if gate_CP is None else y_CP * gate_CP)
+    if gate_CP is not None:
+      self._d_z.append(d_CP * y_CP * sigmoid_CP * (1 + z_CP * (1 - sigmoid_CP)))
+      d_CP *= gate_CP
+    if finish.skip_1E is not None:
+      self.d_x.append(skip_1P * d_CP)
+      self._d_skip.append(jnp.sum(d_CP * x_CP, axis=0, keepdims=True))
+    return d_CP
+
+  def write(self, gradient: Finish) -> None:
+    """Writes the gradients."""
+    if gradient.skip_1E is not None:
+      gradient.skip_1E[...] = joined(self._d_skip)
+    if gradient.x_BTE is not None:
+      gradient.x_BTE[...] = joined(self.d_x).astype(gradient.x_BTE.dtype)
+    if gradient.z_BTE is not None:
+      gradient.z_BTE[...] = joined(self._d_z).astype(gradient.z_BTE.dtype)
+
+
+def backward_kernel(
+    blocks: Blocks,
+    streams: tuple[Stream, ...],
+    finish: Finish,
+    count_1C: PyTree,
+    dy_CX: PyTree,
+    d_moments_U2C: PyTree,
+    d_final_BEN: PyTree,
+    before: PyTree,
+    gradients: tuple[Stream, ...],
+    d_finish: Finish,
+    sums: tuple[Sums, ...],
+) -> None:
+  """Computes all gradients in a chunk; chunks are visited in reverse.
+
+  Args:
+    blocks: the division of states into blocks.
+    streams: the sources.
+    finish: the epilogue's arrays.
+    count_1C: resets up to each token of the chunk, inclusive; None means none.
+    dy_CX: the gradient of the result.
+    d_moments_U2C: that of its moments; None means zero.
+    d_final_BEN: that of the first source's last state; None means zero.
+    before: each source's state before the chunk, before_XN.
+    gradients: the sources' gradients, outputs; for keys and queries, this set's share.
+    d_finish: the epilogue's gradients, outputs.
+    sums: each source's sums, in VMEM.
+  """
+  place = Place.here(blocks)
+  sources = [
+      _Source(
+          blocks, place, stream, count_1C, before_XN, None if index else d_final_BEN, part
+      )
+      for index, (stream, before_XN, part) in enumerate(zip(streams, before, sums, strict=True))
+  ]
+  x_CX = sources[0].tokens.raw_CX if finish.x_BTE is None else finish.x_BTE[...]
+  epilogue = _Finish(blocks, finish, x_CX, dy_CX, d_moments_U2C)
+  for head in range(blocks.heads):
+    y_CP = sum(source.read(head) for source in sources)
+    d_CP = epilogue.pull_back(y_CP, head)
+    for source in sources:
+      source.pull_back(d_CP, head)
+  epilogue.write(d_finish)
+  shared = epilogue.d_x if finish.x_BTE is None else []
+  for index, (source, gradient) in enumerate(zip(sources, gradients, strict=True)):
+    source.write(gradient, [] if index else shared)
+
+
+def _sum(x: Array) -> Array:
+  return jnp.sum(jnp.sum(x, axis=1, keepdims=True), axis=0, keepdims=True)

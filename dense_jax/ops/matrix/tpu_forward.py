@@ -1,0 +1,97 @@
+"""The forward kernel of matrix states: all sources' reads of a chunk and what follows them."""
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dense_jax.ops.matrix.tpu_chunk import (
+    Blocks,
+    Finish,
+    Place,
+    Stream,
+    Tokens,
+    dot,
+    joined,
+    sigmoid_and_silu,
+    write_rows,
+)
+from dense_jax.types import Array, PyTree
+
+
+def _source(
+    blocks: Blocks, place: Place, source: Stream, tokens: Tokens, before_XN: PyTree, h: PyTree
+) -> Array:
+  """Computes a source's gated read of a chunk, [C, X], and advances its state over the chunk."""
+
+  @pl.when(place.is_first_chunk)
+  def _begin() -> None:
+    if source.initial_BEN is None:
+      h[place.set_rows] = jnp.zeros((blocks.rows, h.shape[1]), jnp.float32)
+    else:
+      pltpu.sync_copy(source.initial_BEN.at[place.row, place.all_rows], h.at[place.set_rows])
+
+  h_XN, dtype = h[place.set_rows], tokens.dtype
+  if before_XN is not None:
+    before_XN[...] = h_XN.astype(before_XN.dtype)
+  carried_CX = dot(tokens.q_CN, h_XN, (1, 1), dtype)
+  reads, kept = [], []
+  for head in range(blocks.heads):
+    v_CP = tokens.value_CP(head)
+    read_CP = dot(tokens.scores_CC * tokens.within_CC(head), v_CP, (1, 0), dtype)
+    reads.append(read_CP + tokens.from_start_C1[head] * blocks.of(carried_CX, head))
+    kept.append(tokens.to_end_C1[head] * v_CP.astype(jnp.float32))
+  h[place.set_rows] = tokens.absorb(h_XN, dot(joined(kept), tokens.k_CN, (0, 0), dtype))
+  y_CX = joined(reads)
+  gate_CX = source.gate_BTE
+  return y_CX if gate_CX is None else y_CX * gate_CX[...].astype(jnp.float32)
+
+
+def forward_kernel(
+    blocks: Blocks,
+    streams: tuple[Stream, ...],
+    finish: Finish,
+    count_1C: PyTree,
+    y_CX: PyTree,
+    moments_U2C: PyTree,
+    final_BEN: PyTree,
+    before: PyTree,
+    states: PyTree,
+    scores: PyTree,
+) -> None:
+  """Computes the epilogue of the sum of all sources' reads of a chunk, and advances their states.
+
+  Args:
+    blocks: the division of states into blocks.
+    streams: the sources.
+    finish: the epilogue's arrays.
+    count_1C: resets up to each token of the chunk, inclusive; None means none.
+    y_CX: the result, an output.
+    moments_U2C: the result's sum and sum of squares over each head, outputs; None means not wanted.
+    final_BEN: the first source's last state, an output.
+    before: each source's state before the chunk, before_XN, outputs; None means not saved.
+    states: each source's states of a set of blocks, carried from chunk to chunk.
+    scores: each source's scores_CC of the chunk, which the blocks of a set share.
+  """
+  place = Place.here(blocks)
+  chunks = [
+      Tokens(blocks, place, source, count_1C, scores_CC)
+      for source, scores_CC in zip(streams, scores, strict=True)
+  ]
+  out_CX = sum(
+      _source(blocks, place, source, tokens, before_XN, h)
+      for source, tokens, before_XN, h in zip(streams, chunks, before, states, strict=True)
+  )
+  if finish.skip_1E is not None:
+    x_CX = chunks[0].raw_CX if finish.x_BTE is None else finish.x_BTE[...]
+    out_CX += finish.skip_1E[...] * x_CX.astype(jnp.float32)
+  if finish.z_BTE is not None:
+    out_CX *= sigmoid_and_silu(finish.z_BTE[...])[1]
+  y_CX[...] = out_CX.astype(y_CX.dtype)
+  if moments_U2C is not None:
+    heads = [blocks.of(out_CX, head) for head in range(blocks.heads)]
+    sums = [[jnp.sum(x, axis=1, keepdims=True) for x in (y, y * y)] for y in heads]
+    write_rows(sums, moments_U2C, place)
+
+  @pl.when(place.is_last_chunk)
+  def _end() -> None:
+    pltpu.sync_copy(states[0].at[place.set_rows], final_BEN.at[place.row, place.all_rows])

@@ -1,0 +1,211 @@
+"""Tests of the selective kernels for GPUs, interpreted, against the float32 specification."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dense_jax.ops.diagonal.gpu import selective_finish
+from dense_jax.ops.diagonal.gpu_kernels import Source
+from dense_jax.ops.diagonal.reference import diagonal_read, diagonal_states
+from dense_jax.ops.epilogue import Epilogue
+from tests.builders import COMPILER_OPTIONS, normal
+from tests.helpers import assert_trees_close
+from tests.ops.sequences import after_last_valid, documents, everything, one_document
+
+B, C = 3, 16
+# Documents that begin inside chunks and at their borders; one has a single token.
+ROW = [3, 13, 1, 15, *[20] * 12]
+
+# Unrolled steps are many small operations, and fusing them takes half of the compilation.
+jit = functools.partial(
+    jax.jit, compiler_options=COMPILER_OPTIONS | {"xla_disable_hlo_passes": "fusion"}
+)
+
+
+def _source(index, time, state_size, width, gated, softplus):
+  seed = 10 * index
+  dt_BTE = normal(seed, B, time, width) - 1
+  return Source(
+      dt_BTE=dt_BTE if softplus else jax.nn.softplus(dt_BTE),
+      bias_E=normal(seed + 7, width) if softplus else None,
+      a_NE=-jnp.exp(normal(seed + 1, state_size, width)),
+      x_BTE=normal(seed + 2, B, time, width),
+      b_BTN=normal(seed + 3, B, time, state_size),
+      c_BTN=normal(seed + 4, B, time, state_size),
+      gate_BTE=normal(seed + 5, B, time, width) if gated else None,
+      initial_BNE=normal(seed + 6, B, state_size, width),
+  )
+
+
+def _inputs(time, sources, epilogue="", state_size=4, width=32):
+  """Makes sources: every other one has a gate, and step sizes that are made in the kernel.
+
+  Args:
+    epilogue: the parts that it has, of "skip" (of the first source's x), "x" (another one) and "z".
+  """
+  return {
+      "sources": tuple(
+          _source(
+              index, time, state_size, width, gated=(index + sources) % 2 == 0,
+              softplus=(index + sources) % 2 == 1,
+          )
+          for index in range(sources)
+      ),
+      "epilogue": Epilogue(
+          skip=normal(90, width) if "skip" in epilogue else None,
+          x=normal(91, B, time, width) if "x" in epilogue else None,
+          z=normal(92, B, time, width) if "z" in epilogue else None,
+      ),
+  }
+
+
+def _weights(inputs):
+  first = inputs["sources"][0]
+  return normal(98, *first.x_BTE.shape), normal(99, *first.initial_BNE.shape)
+
+
+def _masked(source, segments):
+  """Returns the source with dt = 0 in the padding, if it has step sizes."""
+  if segments.valid_BT is None or source.bias_E is not None:
+    return source
+  dt_BTE = jnp.where(segments.valid_BT[..., None], source.dt_BTE, 0)
+  return dataclasses.replace(source, dt_BTE=dt_BTE)
+
+
+def _kernel(inputs, segments, chunk=C):
+  sources = [_masked(source, segments) for source in inputs["sources"]]
+  return selective_finish(
+      sources, inputs["epilogue"], segments.resets_BT, segments.valid_BT, chunk=chunk,
+      interpret=True,
+  )
+
+
+def _specification(inputs, segments):
+  """Sums gated reads of the reference's states; the final state is the first source's."""
+  y, finals, epilogue = 0.0, [], inputs["epilogue"]
+  for source in inputs["sources"]:
+    if source.bias_E is not None:
+      dt_BTE = jax.nn.softplus(source.dt_BTE.astype(jnp.float32) + source.bias_E[None, None])
+      source = dataclasses.replace(source, dt_BTE=dt_BTE, bias_E=None)
+    source = _masked(source, segments)
+    states, _ = diagonal_states(
+        source.dt_BTE, source.a_NE, source.x_BTE, source.b_BTN, segments.resets_BT,
+        source.initial_BNE,
+    )
+    read = jax.vmap(diagonal_read, in_axes=1, out_axes=1)(states, source.c_BTN)
+    y += read if source.gate_BTE is None else read * source.gate_BTE
+    finals.append(after_last_valid(states, source.initial_BNE, segments))
+  if epilogue.x is None and epilogue.skip is not None:
+    epilogue = dataclasses.replace(epilogue, x=inputs["sources"][0].x_BTE)
+  return epilogue(y).y, finals[0]
+
+
+@functools.partial(jit, static_argnames=("run", "chunk"))
+def _run(run, inputs, segments, **chunk):
+  """Returns outputs, final state and gradients of every input."""
+  return everything(functools.partial(run, **chunk), inputs, segments, _weights(inputs))
+
+
+def _segments(time, packed):
+  return documents(time, ROW) if packed else one_document(time)
+
+
+@pytest.mark.parametrize(
+    ("time", "sources", "packed", "epilogue", "state_size", "width"),
+    [
+        (1, 1, False, "", 4, 32),
+        (19, 2, True, "skip z", 3, 24),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (2, 1, True, "z", 4, 32),
+                (15, 1, False, "skip x", 4, 32),
+                (16, 1, True, "skip x z", 4, 32),
+                (63, 3, True, "skip z", 16, 32),
+                (257, 2, True, "skip z", 3, 32),
+                (33, 1, True, "skip z", 3, 300),  # Three blocks of 128 channels.
+            ]
+        ),
+    ],
+)
+def test_outputs_final_state_and_gradients_are_the_references(
+    time, sources, packed, epilogue, state_size, width
+):
+  inputs = _inputs(time, sources, epilogue, state_size, width)
+  segments = _segments(time, packed)
+  assert_trees_close(_run(_kernel, inputs, segments), _run(_specification, inputs, segments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [0, 4, 48])
+def test_chunk_length_changes_nothing(chunk):
+  inputs, segments = _inputs(83, 1, "z"), _segments(83, True)
+  assert_trees_close(
+      _run(_kernel, inputs, segments, chunk=chunk), _run(_specification, inputs, segments)
+  )
+
+
+def _low(inputs):
+  """Returns the inputs with those of tokens in bfloat16."""
+
+  def low(x):
+    return x.astype(jnp.bfloat16) if x.ndim == 3 and x.shape[0] == B else x
+
+  sources = tuple(
+      dataclasses.replace(jax.tree.map(low, source), initial_BNE=source.initial_BNE)
+      for source in inputs["sources"]
+  )
+  return {"sources": sources, "epilogue": jax.tree.map(low, inputs["epilogue"])}
+
+
+@pytest.mark.slow
+def test_bfloat16_inputs_keep_float32_states():
+  inputs, segments = _low(_inputs(33, 2, "skip z")), _segments(33, True)
+  found, expected = _run(_kernel, inputs, segments), _run(_specification, inputs, segments)
+  assert found[0][0].dtype == found[0][1].dtype == jnp.float32
+  assert_trees_close(found[0], expected[0])
+  assert jax.tree.map(jnp.dtype, found[1]) == jax.tree.map(jnp.dtype, expected[1])
+  assert_trees_close(found[1], expected[1], "bfloat16")
+
+
+@pytest.mark.slow
+def test_extreme_steps_stay_finite():
+  inputs = _inputs(33, 2, "z")
+  size = jnp.asarray([1e4, -1e4, 1e-30, 88.0, -88.0, 0.0, 1.0, -1.0] * 4)[None, None]
+  rate = -jnp.asarray([1e-3, 1.0, 1e3, 0.0])[:, None]
+
+  def extreme(source):
+    dt = size if source.bias_E is not None else jnp.abs(size)
+    return dataclasses.replace(
+        source,
+        dt_BTE=jnp.broadcast_to(dt, source.dt_BTE.shape),
+        a_NE=jnp.broadcast_to(rate, source.a_NE.shape),
+    )
+
+  inputs["sources"] = tuple(map(extreme, inputs["sources"]))
+  inputs["epilogue"] = Epilogue(z=jnp.broadcast_to(size, (B, 33, 32)))
+  for leaf in jax.tree.leaves(_run(_kernel, inputs, _segments(33, False))):
+    assert np.isfinite(leaf).all()
+
+
+def test_only_a_pass_that_is_differentiated_keeps_states():
+  sources = _inputs(33, 2)["sources"]
+  saved = f"f32[{B},3,4,32]"  # Three chunks, N = 4.
+
+  def run(sources):
+    return selective_finish(sources, Epilogue(), None, None, chunk=C, interpret=True)
+
+  assert saved not in str(jax.make_jaxpr(run)(sources))
+  assert saved in str(jax.make_jaxpr(lambda sources: jax.vjp(run, sources)[0])(sources))
+
+
+def test_shapes_that_do_not_agree_are_refused():
+  (source,) = _inputs(5, 1)["sources"]
+  with pytest.raises(AssertionError, match="shape"):
+    selective_finish(
+        [dataclasses.replace(source, c_BTN=source.c_BTN[:, :4])], Epilogue(), None, None
+    )
