@@ -2,7 +2,7 @@
 
 A program takes one tile of a row and all heads of a group, part by part: so it sums the gradients
 of the keys and queries that they share. It reads the tile as queries, against the tiles before it
-in its chunk, and as keys, against those after it. Arguments of type PyTree, Stream or Tail are
+in its chunk, and as keys, against those after it. Arguments of type PyTree, Stream or Epilogue are
 references to the group's blocks of the arrays, all tokens of the row.
 """
 
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix.gpu_scan import result_gradient
-from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, Tail, div, rem, scaled, sigmoid
+from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled, sigmoid
 from dense_jax.types import Array, PyTree
 
 
@@ -177,7 +178,7 @@ def chunks_backward_kernel(
     plan: Plan,
     streams: tuple[Stream, ...],
     gates: tuple[PyTree, ...],
-    tail: Tail,
+    epilogue: Epilogue,
     count_T: PyTree,
     out_TU: PyTree,
     d_out_TU: PyTree,
@@ -187,7 +188,7 @@ def chunks_backward_kernel(
     d_after: Sequence[PyTree],
     d_streams: tuple[Stream, ...],
     d_gates: tuple[PyTree, ...],
-    d_tail: Tail,
+    d_epilogue: Epilogue,
     sums: tuple[TokenSums, ...],
     d_last: Sequence[PyTree],
     d_whole: Sequence[PyTree],
@@ -204,7 +205,7 @@ def chunks_backward_kernel(
     plan: the sizes.
     streams: the sources.
     gates: gates of reads.
-    tail: the epilogue's arrays.
+    epilogue: the epilogue's arrays.
     count_T: resets up to each token, inclusive; None means none.
     out_TU: the epilogue's result; None if it is not needed.
     d_out_TU: its gradient.
@@ -214,7 +215,7 @@ def chunks_backward_kernel(
     d_after: the gradients of the states after each chunk.
     d_streams: the sources' gradients but those of decays, scales and states, outputs.
     d_gates: the gates' gradients, outputs.
-    d_tail: the epilogue's gradients, outputs; that of `skip` is this tile's share, [H, A].
+    d_epilogue: the epilogue's gradients, outputs; that of `skip` is this tile's share, [H, A].
     sums: for each source the sums that gradients of decays and scales need, outputs.
     d_last: for each source the part of the last token's gradient that this tile's values in the
       state after the chunk make, [H, A], outputs.
@@ -222,14 +223,14 @@ def chunks_backward_kernel(
   """
   program = _Program(plan, streams, gates, count_T, d_y_TU, pl.program_id(1))
   _reads(
-      program, tail, (out_TU, d_out_TU, d_moments_H2T), before, d_gates, d_tail,
+      program, epilogue, (out_TU, d_out_TU, d_moments_H2T), before, d_gates, d_epilogue,
       [sum_.read for sum_ in sums],
   )
   for source in range(len(streams)):
     _queries(program, source, before[source], d_streams[source].q_BTK)
     _keys(program, source, d_after[source], d_streams[source].k_BTK)
     _values(
-        program, source, tail, d_after[source], d_streams[source].v_BTE, sums[source],
+        program, source, epilogue, d_after[source], d_streams[source].v_BTE, sums[source],
         d_last[source],
     )
     _whole_chunk(program, source, before[source], d_after[source], d_whole[source])
@@ -237,11 +238,11 @@ def chunks_backward_kernel(
 
 def _reads(
     program: _Program,
-    tail: Tail,
+    epilogue: Epilogue,
     results: tuple[PyTree, PyTree, PyTree],
     before: Sequence[PyTree],
     d_gates: tuple[PyTree, ...],
-    d_tail: Tail,
+    d_epilogue: Epilogue,
     read_sums: Sequence[PyTree],
 ) -> None:
   """Computes the reads again, and the gradients of gates and of the epilogue."""
@@ -281,19 +282,19 @@ def _reads(
     for d_gate_TU, reads_TX in zip(d_gates, d_gate, strict=True):
       d_gate_TU[rows, part.channels] = (d_y_TX * reads_TX).astype(d_gate_TU.dtype)
 
-    if tail.skip_H is not None:
-      x_TU = streams[0].v_BTE if tail.x_BTE is None else tail.x_BTE
-      x_TX, skip = x_TU[rows, part.channels].astype(jnp.float32), tail.skip_H[part.head]
+    if epilogue.skip is not None:
+      x_TU = streams[0].v_BTE if epilogue.x is None else epilogue.x
+      x_TX, skip = x_TU[rows, part.channels].astype(jnp.float32), epilogue.skip[part.head]
       y_TX += skip * x_TX
-      d_tail.skip_H[part.index] = jnp.sum(d_y_TX * x_TX)
-      if d_tail.x_BTE is not None:
-        d_tail.x_BTE[rows, part.channels] = (skip * d_y_TX).astype(d_tail.x_BTE.dtype)
-    if tail.z_BTE is not None:
+      d_epilogue.skip[part.index] = jnp.sum(d_y_TX * x_TX)
+      if d_epilogue.x is not None:
+        d_epilogue.x[rows, part.channels] = (skip * d_y_TX).astype(d_epilogue.x.dtype)
+    if epilogue.z is not None:
       d_TX = result_gradient(*results, rows, part.channels, (part.head,))
-      z_TX = tail.z_BTE[rows, part.channels].astype(jnp.float32)
+      z_TX = epilogue.z[rows, part.channels].astype(jnp.float32)
       open_TX = sigmoid(z_TX)
       d_z_TX = d_TX * y_TX * open_TX * (1 + z_TX * (1 - open_TX))
-      d_tail.z_BTE[rows, part.channels] = d_z_TX.astype(d_tail.z_BTE.dtype)
+      d_epilogue.z[rows, part.channels] = d_z_TX.astype(d_epilogue.z.dtype)
     return carry
 
   program.each_part(body, 0)
@@ -334,7 +335,7 @@ def _queries(program: _Program, source: int, before_GHNP: PyTree, d_q_TN: PyTree
 def _values(
     program: _Program,
     source: int,
-    tail: Tail,
+    epilogue: Epilogue,
     d_after_GHNP: PyTree,
     d_v_TU: PyTree,
     sums: TokenSums,
@@ -368,9 +369,9 @@ def _values(
       raw_TX = stream.v_BTE[rows, part.channels].astype(jnp.float32)
       sums.scale[(*part.index, rows)] = jnp.sum(raw_TX * d_v_TX, axis=1)
       d_v_TX *= stream.scale_BHT[part.head, rows][:, None]
-    if source == 0 and tail.skip_H is not None and tail.x_BTE is None:
+    if source == 0 and epilogue.skip is not None and epilogue.x is None:
       d_y_TX = program.d_y_TU[rows, part.channels].astype(jnp.float32)
-      d_v_TX += tail.skip_H[part.head] * d_y_TX
+      d_v_TX += epilogue.skip[part.head] * d_y_TX
     d_v_TU[rows, part.channels] = d_v_TX.astype(d_v_TU.dtype)
     return carry
 

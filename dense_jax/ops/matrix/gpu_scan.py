@@ -1,6 +1,6 @@
 """GPU kernels that go through a row's tiles in order, with states in registers.
 
-A program takes one row and one part of a head. Arguments of type PyTree, Stream or Tail are
+A program takes one row and one part of a head. Arguments of type PyTree, Stream or Epilogue are
 references to the program's own blocks of the arrays, all tokens of the row.
 """
 
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, Tail, div, rem, scaled, sigmoid
+from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled, sigmoid
 from dense_jax.types import Array, PyTree
 
 States = tuple[tuple[Array, ...], ...]
@@ -21,7 +22,7 @@ def forward_kernel(
     plan: Plan,
     streams: tuple[Stream, ...],
     gates: tuple[PyTree, ...],
-    tail: Tail,
+    epilogue: Epilogue,
     count_T: PyTree,
     out_TX: PyTree,
     moments_2T: PyTree,
@@ -34,7 +35,7 @@ def forward_kernel(
     plan: the sizes.
     streams: the sources.
     gates: gates of reads, [T, X].
-    tail: the epilogue's arrays.
+    epilogue: the epilogue's arrays.
     count_T: resets up to each token, inclusive; None means none.
     out_TX: the result, an output.
     moments_2T: sums of the result and of its squares over X, an output; None means not wanted.
@@ -71,7 +72,7 @@ def forward_kernel(
       after.append(tuple(
           whole * h_NX + plan.dot(k_TN, kept_TX, (0, 0)) for h_NX, k_TN in zip(h, k, strict=True)
       ))
-    y_TX = _finish(tail, streams[0], head, rows, y_TX)
+    y_TX = _finish(epilogue, streams[0], head, rows, y_TX)
     out_TX[rows, :] = y_TX.astype(out_TX.dtype)
     if moments_2T is not None:
       moments_2T[0, rows] = jnp.sum(y_TX, axis=1)
@@ -91,13 +92,13 @@ def _initial(plan: Plan, h_XN: PyTree) -> tuple[Array, ...]:
   return tuple(h_XN[:, pl.ds(start, plan.piece)].T for start in plan.pieces)
 
 
-def _finish(tail: Tail, own: Stream, head: Array, rows: PyTree, y_TX: Array) -> Array:
+def _finish(epilogue: Epilogue, own: Stream, head: Array, rows: PyTree, y_TX: Array) -> Array:
   """Applies the epilogue to reads of some tokens; see `Epilogue`."""
-  if tail.skip_H is not None:
-    x_TX = (own.v_BTE if tail.x_BTE is None else tail.x_BTE)[rows, :]
-    y_TX += tail.skip_H[head] * x_TX.astype(jnp.float32)
-  if tail.z_BTE is not None:
-    z_TX = tail.z_BTE[rows, :].astype(jnp.float32)
+  if epilogue.skip is not None:
+    x_TX = (own.v_BTE if epilogue.x is None else epilogue.x)[rows, :]
+    y_TX += epilogue.skip[head] * x_TX.astype(jnp.float32)
+  if epilogue.z is not None:
+    z_TX = epilogue.z[rows, :].astype(jnp.float32)
     y_TX *= z_TX * sigmoid(z_TX)
   return y_TX
 

@@ -46,22 +46,6 @@ class Stream:
   initial_BHPN: PyTree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Tail:
-  """The arrays of an `Epilogue`, or references, block specs or gradients of them.
-
-  Attributes:
-    skip_H: float32; None means 0.
-    x_BTE: what `skip` multiplies; None means the first source's values before their scale.
-    z_BTE: the gate before its activation; None means no gate.
-  """
-
-  skip_H: PyTree
-  x_BTE: PyTree
-  z_BTE: PyTree
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Sizes that the kernels are compiled for; T, P and N are padded.
@@ -154,6 +138,11 @@ class Plan:
   def rows(self, tile: Array) -> PyTree:
     """Returns the tokens of a tile as an index."""
     return pl.ds(tile * self.tile, self.tile)
+
+
+def power_of_two(size: int, limit: int) -> int:
+  """Returns the largest power of two that divides `size` and is at most `limit`, another one."""
+  return min(size & -size, limit)
 
 
 def div(left: Array, right: int) -> Array:

@@ -10,7 +10,6 @@ import pytest
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix import gpu
 from dense_jax.ops.matrix.gpu import Source, matrix_finish
-from dense_jax.ops.matrix.gpu_tiles import Tail
 from dense_jax.ops.matrix.reference import matrix_read, matrix_states
 from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
@@ -74,6 +73,7 @@ SLOW = [
 def _inputs(case):
   """Makes (inputs, resets, cotangents); documents begin inside chunks and at their borders."""
   wide = B, case.time, case.heads, case.channels
+  flat = B, case.time, case.heads * case.channels
   keys = B, case.time, case.groups, case.state_size
 
   def log_decay(seed):
@@ -84,19 +84,18 @@ def _inputs(case):
 
   sources = [
       Source(
-          normal(10 * i, *keys), normal(10 * i + 1, *keys), normal(10 * i + 2, *wide),
+          normal(10 * i, *keys), normal(10 * i + 1, *keys), normal(10 * i + 2, *flat),
           jnp.exp(normal(10 * i + 6, *wide[:3])) if case.scale else None, log_decay(10 * i + 3),
           normal(10 * i + 5, B, *wide[2:], case.state_size) if case.initial else None, gate,
       )
       for i, gate in enumerate(case.gates)
   ]
-  flat = B, case.time, case.heads * case.channels
   count = len({gate for gate in case.gates if gate is not None})
   gates = [normal(70 + index, *flat) for index in range(count)]
-  tail = Tail(
+  epilogue = Epilogue(
       normal(80, case.heads) if "skip" in case.tail or "x" in case.tail else None,
       normal(81, *flat) if "x" in case.tail else None,
-      normal(82, *flat) if "z" in case.tail else None,
+      normal(82, *flat) if "z" in case.tail else None, moments="moments" in case.tail,
   )
   resets = None
   if case.resets:
@@ -107,40 +106,34 @@ def _inputs(case):
     resets = jnp.asarray(resets)
   moments = normal(92, B, case.time, case.heads, 2) if "moments" in case.tail else None
   final = normal(91, B, *wide[2:], case.state_size)
-  return (sources, gates, tail), resets, (normal(90, *wide), moments, final)
+  return (sources, gates, epilogue), resets, (normal(90, *flat), moments, final)
 
 
-def _specification(case):
+def _specification(inputs, resets):
+  sources, gates, epilogue = inputs
+  y, finals = 0.0, []
+  for source in sources:
+    v = source.v_BTE.reshape(*source.v_BTE.shape[:2], source.log_decay_BTH.shape[2], -1)
+    log_decay, initial = jnp.broadcast_to(source.log_decay_BTH, v.shape[:3]), source.initial_BHPN
+    if source.scale_BTH is not None:
+      v = v * source.scale_BTH[..., None]
+    if initial is None:
+      initial = jnp.zeros((B, *v.shape[2:], source.k_BTJN.shape[-1]))
+    states, final = matrix_states(source.k_BTJN, v, log_decay, resets, initial)
+    read = jax.vmap(matrix_read, in_axes=1, out_axes=1)(states, source.q_BTJN)
+    y += read if source.gate is None else read * gates[source.gate].reshape(read.shape)
+    finals.append(final)
+  if epilogue.skip is not None and epilogue.x is None:
+    epilogue = dataclasses.replace(epilogue, x=sources[0].v_BTE)
+  output = dataclasses.replace(epilogue, dtype=jnp.dtype("float32"))(y)
+  return output.y.reshape(sources[0].v_BTE.shape), output.moments, finals[0]
+
+
+def _kernels(case):
   def run(inputs, resets):
-    sources, gates, tail = inputs
-    y, finals = 0.0, []
-    for source in sources:
-      log_decay = jnp.broadcast_to(source.log_decay_BTH, source.v_BTHP.shape[:3])
-      v, initial = source.v_BTHP, source.initial_BHPN
-      if source.scale_BTH is not None:
-        v = v * source.scale_BTH[..., None]
-      if initial is None:
-        initial = jnp.zeros((B, *v.shape[2:], source.k_BTJN.shape[-1]))
-      states, final = matrix_states(source.k_BTJN, v, log_decay, resets, initial)
-      read = jax.vmap(matrix_read, in_axes=1, out_axes=1)(states, source.q_BTJN)
-      y += read if source.gate is None else read * gates[source.gate].reshape(read.shape)
-      finals.append(final)
-    x = sources[0].v_BTHP.reshape(B, y.shape[1], -1) if tail.x_BTE is None else tail.x_BTE
-    epilogue = Epilogue(
-        tail.skip_H, None if tail.skip_H is None else x, tail.z_BTE,
-        moments="moments" in case.tail,
-    )
-    output = epilogue(y)
-    return output.y, output.moments, finals[0]
-
-  return run
-
-
-def _kernels(case, dtype="float32"):
-  def run(inputs, resets):
+    sources, gates, epilogue = inputs
     output, final = matrix_finish(
-        *inputs, resets, dtype=jnp.dtype(dtype), moments="moments" in case.tail,
-        chunk=case.chunk, interpret=True,
+        sources, gates, resets, epilogue, chunk=case.chunk, interpret=True
     )
     return output.y, output.moments, final
 
@@ -174,7 +167,7 @@ def _assert_close(actual, expected, dtype="float32"):
 )
 def test_outputs_final_state_and_gradients_are_the_references(case):
   inputs = _inputs(case)
-  expected = _everything(_specification(case), *inputs)
+  expected = _everything(_specification, *inputs)
   actual = _everything(_kernels(case), *inputs)
   _assert_close(actual, expected)
 
@@ -183,8 +176,8 @@ def test_outputs_final_state_and_gradients_are_the_references(case):
 def test_bfloat16_inputs_keep_float32_states():
   case = Case(63, gates=(None, 0), tail=("skip", "z", "moments"), scale=True, state_size=16)
   inputs, resets, cotangents = _inputs(case)
-  sources, gates, tail = inputs
-  names = ("q_BTJN", "k_BTJN", "v_BTHP")
+  sources, gates, epilogue = inputs
+  names = ("q_BTJN", "k_BTJN", "v_BTE")
 
   def lowered(tree):
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
@@ -194,12 +187,13 @@ def test_bfloat16_inputs_keep_float32_states():
           dataclasses.replace(source, **{name: lowered(getattr(source, name)) for name in names})
           for source in sources
       ],
-      lowered(gates), dataclasses.replace(tail, z_BTE=lowered(tail.z_BTE)),
+      lowered(gates),
+      dataclasses.replace(epilogue, z=lowered(epilogue.z), dtype=jnp.dtype("bfloat16")),
   )
-  actual = _everything(_kernels(case, "bfloat16"), low, resets, cotangents)
+  actual = _everything(_kernels(case), low, resets, cotangents)
   # From the same rounded inputs.
   rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
-  expected = _everything(_specification(case), rounded, resets, cotangents)
+  expected = _everything(_specification, rounded, resets, cotangents)
   assert [x.dtype for x in actual[0]] == [jnp.bfloat16, jnp.float32, jnp.float32]
   assert [x.dtype for x in jax.tree.leaves(actual[1])] == [x.dtype for x in jax.tree.leaves(low)]
   _assert_close(actual, expected, "bfloat16")
@@ -208,10 +202,10 @@ def test_bfloat16_inputs_keep_float32_states():
 @pytest.mark.slow
 def test_extreme_decays_stay_finite():
   case = Case(17, gates=(0,), tail=("z",))
-  (sources, gates, tail), resets, cotangents = _inputs(case)
+  (sources, gates, epilogue), resets, cotangents = _inputs(case)
   cycle = jnp.asarray([-50.0, -1e-6, -1e4, -1e-30, -1e30])
   shape = sources[0].log_decay_BTH.shape
   for decay in (jnp.resize(cycle, shape), jnp.full(shape, -50.0), jnp.full(shape, -1e-6)):
-    extreme = [dataclasses.replace(sources[0], log_decay_BTH=decay)], gates, tail
+    extreme = [dataclasses.replace(sources[0], log_decay_BTH=decay)], gates, epilogue
     for leaf in jax.tree.leaves(_everything(_kernels(case), extreme, resets, cotangents)):
       assert np.isfinite(leaf).all()
