@@ -12,7 +12,7 @@ import pytest
 
 from dense_jax import sharding
 from dense_jax.models.params import abstract_model, get_params, logical_axes
-from experiments.benchmarks import cpu_dense, flops, gpu, gpu_tables, tpu_matrix
+from experiments.benchmarks import cpu_dense, flops, gpu, gpu_tables, registers, tpu_matrix
 from tests.builders import model_config
 from tests.helpers import ROOT, tpu_compiler_environment
 
@@ -250,3 +250,30 @@ def test_the_tpu_matrix_shows_what_the_compiler_refused():
   _, refused, fits = tpu_matrix.table(results)
   assert refused[:6] == ["a", "v5e:4x4", "fsdp 16", "16 x 2048", "no", "17.00 of 16"]
   assert fits[4:] == ["yes", "8.00 of 16", "40.0", "300", "all-gather 5.00", "memory", "40%"]
+
+
+def test_registers_of_kernels():
+  log = """ptxas info    : Compiling entry function 'loop_add' for 'sm_90a'
+ptxas info    : Function properties for loop_add
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+I1127 05:07:18.744 subprocess_compilation.cc:356] ptxas info    : 0 bytes gmem
+ptxas info    : Function properties for my_kernel
+    48 bytes stack frame, 40 bytes spill stores, 60 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+  launches = (
+      "014: kCustomKernel [prev=007 (3) | next=017 (3)] my_kernel grid: [4, 1, 1] "
+      "threads: [128, 1, 1]  shared_memory: 49152 bytes\n"
+      "015: kAsyncDone    [source       | sink        ] async_id=10\n"
+  )
+  found = registers.kernels(log, launches)
+  assert found == {
+      "loop_add": registers.Kernel(8, 0),
+      "my_kernel": registers.Kernel(255, 100, "4, 1, 1", "128, 1, 1", 49152),
+  }
+  assert registers.table(found)[1] == [
+      "my_kernel", "255", "100", "4, 1, 1", "128, 1, 1", "49152"
+  ]
+  with pytest.raises(SystemExit, match="no kernels were compiled"):
+    registers.main(["--", sys.executable, "-c", "pass"])
