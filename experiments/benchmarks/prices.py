@@ -17,7 +17,9 @@ Table 1   bytes a token and layer, the time of the matmuls and of the bytes, ker
           With --decode 1 6 64, the step of decoding that many rows in place of the train step:
           the bytes it moves over those of the weights in bf16 and of the states
 Table 2   peak memory and FLOPs of a chip, and their ratios to the base model's
---largest the N instructions, and lines of code, that move the most bytes, of each case
+--largest the N instructions, and lines of code, that move the most bytes, of each case. With
+          `remat=full`, jax names the line of the layers' loop for all of the backward pass:
+          `--set model.remat=minimal` tells more there
 """
 
 import dataclasses
