@@ -74,6 +74,20 @@ def tpu_compiler_environment() -> dict[str, str]:
   }
 
 
+def gpu_compiler_python() -> str:
+  """The Python of the environment that has the GPU compiler.
+
+  Skips the test where no such environment was made. One that is named, or was begun, must work.
+  """
+  named = os.environ.get("DENSE_JAX_GPU_COMPILER")
+  folder = pathlib.Path(named) if named else pathlib.Path(sys.prefix) / "gpu_compiler"
+  if not named and not folder.is_dir():
+    pytest.skip("no GPU compiler here; `make gpu-compiler` installs it on Linux x86-64")
+  python = folder / "bin" / "python"
+  assert python.is_file(), f"{folder} has no Python"
+  return str(python)
+
+
 def write_text(folder: pathlib.Path) -> pathlib.Path:
   """Four small documents in a folder, which is returned."""
   for index in range(4):

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
   command.epilog = _EPILOG
   command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
   command.add_argument("--topology", required=True, metavar="KIND:SHAPE",
-                       help="the chips, such as v5e:4x4, v6e:8x8, v4:2x2x2, v5p:4x4x4, h100:8, h200:1")
+                       help="the chips, such as v5e:4x4, v6e:8x8, v4:2x2x2, h100:8, h200:1")
   command.add_argument("--mesh", default="", metavar="AXIS=SIZE,...",
                        help="the mesh; other axes are 1 (default: the configuration's, or "
                        "fsdp over all chips where that does not divide them)")
@@ -106,7 +106,7 @@ def _describe(report: programs.CompiledProgram) -> str:
         ("all arithmetic", scaled(cost.flops, "FLOP")),
         ("exp, log and the like", scaled(cost.transcendentals, "")),
         ("HBM traffic", scaled(cost.bytes_accessed, "B")),
-        ("kernel launches", scaled(cost.launches, "")),
+        *([("kernel launches", f"{cost.launches:,.0f}")] if report.estimate else []),
     ]))
     collectives = [(c.kind, f"{c.count:,}", scaled(c.bytes, "B")) for c in cost.collectives]
     if collectives:
@@ -124,7 +124,7 @@ def _describe(report: programs.CompiledProgram) -> str:
         ("matmuls at the rate of a large one", scaled(report.estimate.matmuls, "s")),
         ("HBM traffic at the bandwidth of a copy", scaled(report.estimate.memory, "s")),
         ("the sum", scaled(report.estimate.seconds, "s")),
-        ("rates from", "experiments/results/gpu_estimate_2026-11-26.json"),
+        ("rates from", "experiments/results/gpu_rates_2026-11-26.json"),
     ]))
   if report.note:
     parts.append(f"note: {report.note}")

@@ -31,12 +31,13 @@ from collections.abc import Iterable, Iterator
 from dense_jax.costs import hlo_bytes, hlo_loops, hlo_ops
 from dense_jax.costs.hlo_loops import Frame
 from dense_jax.costs.hlo_text import (
-    Computation,
-    Instruction,
-    Module,
-    OpenLoopError,
-    parse_module,
+  Computation,
+  Instruction,
+  Module,
+  OpenLoopError,
+  parse_module,
 )
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -190,10 +191,10 @@ class _Walk:
     What the compiler adds says nothing: then it is the last instruction of a fusion, or else the
     first operand, that says something.
     """
-    known = (instruction,)
+    known = [instruction]
     for name in instruction.called("calls"):
-      known += tuple(reversed(self._module.computations[name].instructions.values()))
-    known += tuple(computation.instructions[name] for name in instruction.operands)
+      known += reversed(self._module.computations[name].instructions.values())
+    known += [computation.instructions[name] for name in instruction.operands]
     told = (each for each in known if each.frame or each.source)
     return next(told, None) or next((each for each in known if each.op_name), instruction)
 

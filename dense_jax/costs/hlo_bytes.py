@@ -81,6 +81,8 @@ def _written(inner: Computation, name: str, shape: Shape) -> int:
     )
   if opcode == "parameter" or is_middle_of_async(inner, instruction):
     return 0
+  if hlo_ops.is_library_call(instruction):
+    return _without_scratch(shape).main_bytes
   if opcode == "custom-call" and hlo_ops.target(instruction) == _START:
     return shape.parts[1].main_bytes
   if opcode == "bitcast":
@@ -113,6 +115,11 @@ def result_shape(instruction: Instruction) -> Shape:
   return shape
 
 
+def _without_scratch(shape: Shape) -> Shape:
+  """Returns the result's shape of a call of cuBLAS or cuDNN: a tuple's last part is scratch."""
+  return Shape("tuple", parts=shape.parts[:-1]) if len(shape.parts) > 1 else shape
+
+
 def _in_main(shape: Shape, size: int) -> int:
   """Returns `size` if an array of this shape is in main memory, else 0."""
   return 0 if shape.space else size
@@ -140,6 +147,6 @@ def moved_bytes(computation: Computation, instruction: Instruction) -> int:
     estimate = hlo_ops.cost_estimate(instruction)
     if "bytes_accessed" in estimate:
       return estimate["bytes_accessed"]
-    if hlo_ops.is_library_call(instruction):  # The last part is scratch memory.
-      result = Shape("tuple", parts=result.parts[:-1]) if len(result.parts) > 1 else result
+    if hlo_ops.is_library_call(instruction):
+      result = _without_scratch(result)
   return result.main_bytes + sum(shape.main_bytes for shape in operands)

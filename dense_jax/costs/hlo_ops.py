@@ -32,6 +32,8 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 # Beginnings of the names of custom calls of cuBLAS and cuDNN.
 _LIBRARIES = ("__cublas$", "__cudnn$")
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions": *\[([^\]]*)\]')
+_WINDOW = re.compile(r'"sliding_window_length": *(\d+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +111,22 @@ def _library_flops(computation: Computation, instruction: Instruction) -> float:
   """
   name = target(instruction)
   result = instruction.shape.leaves[0]
-  if name.startswith("__cublas$"):
-    found = _CONTRACTED.search(instruction.attributes)
-    if not found:
-      raise HloError(f"{instruction.name} does not say what it sums over")
+  if name.startswith("__cublas$") and (found := _CONTRACTED.search(instruction.attributes)):
     left = computation.operand(instruction, 0).shape
-    axes = [int(axis.strip('"')) for axis in found[1].split(",") if axis]
-    return _multiply_add(result) * result.elements * math.prod(left.dims[axis] for axis in axes)
+    contracted = math.prod(left.dims[axis] for axis in _integers(found[1]))
+    return _multiply_add(result) * result.elements * contracted
   if name.startswith("__cudnn$conv"):
     return _convolution(computation, dataclasses.replace(instruction, shape=result))
+  if name.startswith("__cudnn$fmha") and (found := _SCORES.search(instruction.attributes)):
+    # Attention's matmuls by its scores [B, N, T, S]: two forward, five backward. Scores that a
+    # causal mask or a window hides are not computed.
+    *batch, queries, keys = _integers(found[1])
+    window = _WINDOW.search(instruction.attributes)
+    if window and int(window[1]):
+      keys = min(keys, int(window[1]))
+    pairs = queries * keys / (2 if '"CAUSAL"' in instruction.attributes and keys == queries else 1)
+    size = computation.operand(instruction, 0).shape.dims[-1]
+    return 2 * (5 if "Backward" in name else 2) * math.prod(batch) * pairs * size
   raise HloError(f"{instruction.name} calls {name}, whose operations are not known")
 
 
@@ -126,7 +135,7 @@ def _floats(shapes: list[Shape]) -> int:
 
 
 def _integers(text: str) -> list[int]:
-  return [int(part) for part in text.split(",") if part]
+  return [int(part.strip(' "')) for part in text.split(",") if part]
 
 
 def _multiply_add(shape: Shape) -> int:

@@ -226,12 +226,12 @@ def _frames(lines: list[str]) -> dict[int, tuple[str, ...]]:
     return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", text)}
 
   found: dict[int, tuple[str, ...]] = {}
-  for number in sorted(frames):  # A frame comes after its parent.
-    frame = fields(frames[number])
+  for index in sorted(frames):  # A frame comes after its parent.
+    frame = fields(frames[index])
     place = fields(locations[frame["file_location_id"]])
     name = files[place["file_name_id"]].strip('"')
     # Parents are written as their number plus 1, so that 1 is none.
-    found[number] = (f"{name}:{place['line']}", *found.get(frame["parent_frame_id"] - 1, ()))
+    found[index] = (f"{name}:{place['line']}", *found.get(frame["parent_frame_id"] - 1, ()))
   return found
 
 

@@ -1,4 +1,4 @@
-"""What a Pallas kernel costs, as its author says it, in a form that compiled programs keep.
+"""The cost of a Pallas kernel as its author states it, in a form that compiled programs keep.
 
 `pl.CostEstimate` does not tell matmuls from other arithmetic, and the compilers for GPUs drop it.
 A scope around the call ends up in the name of the operation, on every platform, where

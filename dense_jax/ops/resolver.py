@@ -37,6 +37,7 @@ from dense_jax.ops.lti.sequence import ChunkedLti, ConvolvedLti, LtiSequence, Re
 from dense_jax.ops.matmul import matmul
 from dense_jax.ops.matrix.cpu import cpu_matrix_step
 from dense_jax.ops.matrix.form import MatrixForm
+from dense_jax.ops.matrix.gpu_sequence import GpuMatrix, InterpretedGpuMatrix
 from dense_jax.ops.matrix.reference import matrix_step
 from dense_jax.ops.matrix.sequence import (
     AssociativeMatrix,
@@ -63,7 +64,8 @@ _DIAGONAL: Mapping[str, type[DiagonalSequence]] = {
 }
 _MATRIX: Mapping[str, type[MatrixSequence]] = {
     "chunked": ChunkedMatrix, "associative": AssociativeMatrix, "pallas": KernelMatrix,
-    "recurrent": RecurrentMatrix, "pallas" + INTERPRETED: InterpretedMatrix,
+    "recurrent": RecurrentMatrix, "triton": GpuMatrix, "pallas" + INTERPRETED: InterpretedMatrix,
+    "triton" + INTERPRETED: InterpretedGpuMatrix,
 }
 _LTI: Mapping[str, type[LtiSequence]] = {
     "conv": ConvolvedLti, "chunked": ChunkedLti, "recurrent": RecurrentLti,

@@ -24,7 +24,6 @@ from dense_jax.costs.chips import Bound, Estimate, bound, estimate
 from dense_jax.costs.hlo import Cost, Item, program_items, total
 from dense_jax.costs.hlo_text import OpenLoopError
 from dense_jax.data.tokenizer import ByteTokenizer
-from dense_jax.errors import InputError
 from dense_jax.evaluation.perplexity import Scorer
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import abstract_model, get_params, logical_axes, with_params
@@ -64,7 +63,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-  """What the compiler and its program say, for one chip.
+  """The figures that a compiler and its program give, for one chip.
 
   Attributes:
     compile_seconds: the time that lowering and compiling took.

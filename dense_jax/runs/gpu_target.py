@@ -9,7 +9,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class _Gpu:
-  """What tells one GPU of compute capability 9.0a from another."""
+  """The properties in which GPUs of compute capability 9.0a differ."""
 
   name: str
   memory: int

@@ -1,4 +1,4 @@
-"""Compiling for TPUs without a TPU, as a user meets it."""
+"""Compiling for TPUs and GPUs without any, as a user meets it."""
 
 import json
 import os
@@ -11,14 +11,18 @@ import pytest
 from dense_jax.cli import compile
 from dense_jax.errors import InputError
 from dense_jax.runs import compile as programs
-from tests.helpers import ROOT, tpu_compiler_environment
+from dense_jax.runs import compile_targets as targets
+from tests.helpers import ROOT, gpu_compiler_python, tpu_compiler_environment
 
 SMOKE = ["--config", "experiments/smoke.py:debug"]
 
 
-def run(*arguments):
-  """Runs the command line in a process of its own that knows nothing of TPUs."""
-  tpu_compiler_environment()  # Skips where there is no TPU compiler.
+def run(*arguments, needs=tpu_compiler_environment):
+  """Runs the command line in a process of its own that knows nothing of TPUs and GPUs.
+
+  `needs` skips the test where there is no compiler.
+  """
+  needs()
   environment = {
       name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_"))
   }
@@ -32,13 +36,13 @@ def run(*arguments):
 
 @pytest.mark.parametrize("mesh", ["model=4", "data", "data=x", "data=4;fsdp=2", "data=4,,fsdp=1"])
 def test_a_mesh_that_is_not_understood_names_the_axes(mesh, monkeypatch):
-  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:4])
+  monkeypatch.setattr(targets, "topology_devices", lambda _: jax.devices()[:4])
   with pytest.raises(InputError, match=r"--mesh = .* axes slices, data, fsdp, sequence, tensor"):
     compile.main([*SMOKE, "--topology", "v5e:2x2", "--mesh", mesh])
 
 
 def test_bad_input_is_told_before_anything_is_compiled(monkeypatch):
-  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:8])
+  monkeypatch.setattr(targets, "topology_devices", lambda _: jax.devices()[:8])
   for arguments, message in [
       (["--mesh", "data=3"], "config.mesh = .*product is 8"),
       (["--config.train.batch_size=12"], "config.train.batch_size = 12 .* multiple of .* = 8"),
@@ -53,7 +57,7 @@ def test_bad_input_is_told_before_anything_is_compiled(monkeypatch):
 
 @pytest.mark.parametrize("file", ["", ".", "/proc/new.json", "setup.cfg/", "README.md/x.json"])
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(monkeypatch, file):
-  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:4])
+  monkeypatch.setattr(targets, "topology_devices", lambda _: jax.devices()[:4])
   monkeypatch.setattr(programs, "compile_program", None)
   monkeypatch.chdir(ROOT)
   with pytest.raises(InputError, match=f"^--json = '{file}' is not valid: expected a "):
@@ -70,8 +74,8 @@ def test_a_train_step_for_four_chips(tmp_path):
   report = json.loads(file.read_text())
   assert set(report) == {
       "fits", "chips", "compile_seconds", "hbm", "flops", "matmul_flops", "transcendentals",
-      "bytes_accessed", "collectives", "bound", "note", "program", "topology", "mesh", "versions",
-      "config",
+      "bytes_accessed", "launches", "collectives", "bound", "estimate", "note", "program",
+      "topology", "mesh", "versions", "config",
   }
   assert set(report["hbm"]) == {"arguments", "temporaries", "outputs", "peak", "capacity"}
   assert (report["fits"], report["chips"], report["note"]) == (True, 4, "")
@@ -115,3 +119,40 @@ def test_what_the_compiler_refuses_does_not_fit(tmp_path):
   assert not report["fits"] and report["hbm"]["peak"] > report["hbm"]["capacity"]
   assert report["flops"] is None and report["hbm"]["arguments"] is None
   assert "does not fit" in out.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_compiler
+def test_a_train_step_for_four_gpus(tmp_path):
+  file = tmp_path / "report.json"
+  status, out, err = run(
+      *SMOKE, "--topology", "h100:4", "--mesh", "data=2,fsdp=2", "--json", file, "--largest", "3",
+      needs=gpu_compiler_python,
+  )
+  assert status == 0, err
+  report = json.loads(file.read_text())
+  assert (report["fits"], report["chips"], report["note"]) == (True, 4, "")
+  assert 0 < report["hbm"]["arguments"] <= report["hbm"]["peak"] < 80e9
+  assert {"all-gather", "all-reduce"} <= {each["kind"] for each in report["collectives"]}
+  # See the same for TPUs above. Here a product with few rows or columns may be no matmul.
+  assert 0.8 * 6 * 30720 * 64 < report["matmul_flops"] < 1.05 * 6 * 30720 * 64
+  assert report["launches"] > 100
+  estimate = report["matmul_flops"] / 790e12, report["bytes_accessed"] / 3.0e12
+  assert tuple(report["estimate"].values()) == pytest.approx(estimate)
+  assert "estimated step" in out and "dense_jax" not in err.lower()
+  header = "lines of code that move the most bytes"
+  assert ".py:" in out[out.index(header) + len(header) :]
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_compiler
+def test_decoding_on_an_h200(tmp_path):
+  file = tmp_path / "report.json"
+  status, _, err = run(
+      *SMOKE, "--topology", "h200:1", "--program", "decode", "--json", file,
+      needs=gpu_compiler_python,
+  )
+  assert status == 0, err
+  report = json.loads(file.read_text())
+  assert (report["hbm"]["capacity"], report["collectives"]) == (141e9, [])
+  assert set(report["versions"]) == {"python", "jax", "jax-cuda13-plugin"}

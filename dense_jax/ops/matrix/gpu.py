@@ -1,0 +1,227 @@
+"""A layer's matrix states and those of its shallow sources, read in one pass on a GPU.
+
+    h_t = a_t h_{t-1} + v_t k_t^T        y_t = sum over sources of gate_t * (h_t q_t)
+
+and the epilogue of y. The arithmetic is that of `dense_jax.ops.matrix.chunked` (chunkwise form,
+arXiv 2307.08621, section 2.3; heads that share keys, arXiv 2405.21060, section 7.2). The
+difference is the memory: states stay in registers, and neither scores nor the reads of single
+sources nor the read before its epilogue are written to memory. Three kernels:
+
+| kernel             | a program takes           | it reads                  | it writes              |
+|--------------------|---------------------------|---------------------------|------------------------|
+| `forward_kernel`   | one row, a part of a head | all inputs                | result, states between |
+|                    |                           |                           | chunks                 |
+| `states_backward_` | the same, tiles reversed  | queries, gates, result    | gradients of the sum   |
+| `kernel`           |                           | and its gradient          | of reads, of states    |
+| `chunks_backward_` | a tile, a group of heads  | all inputs, result, states| gradients of inputs    |
+| `kernel`           |                           | and gradients of both     |                        |
+
+Why Triton, through Pallas. One kernel (a chunk's read) was written three ways. As Pallas-Triton it
+took 20 lines, 255 registers and 148 KB of shared memory with 8 warps, and uses Hopper's wgmma and
+asynchronous copies, which its compiler chooses; it runs interpreted on every jax here. As Mosaic
+GPU it took 50 lines with explicit barriers, layouts and copies and 246 registers, runs on Hopper
+alone, and neither of jax 0.10 and 0.12 interprets what compiles on 0.11 (0.10 has no public
+interpreter, and `load` takes other arguments in 0.12). jax-triton needs Python 3.12 and cannot be
+interpreted. jax has deprecated its Triton backend; the arithmetic below would move to another.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.chunks import pad_time
+from dense_jax.ops.epilogue import Epilogue, Output
+from dense_jax.ops.matrix.gpu_calls import call_backward, call_forward
+from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
+from dense_jax.ops.matrix.log_decay import summed_log_decay
+from dense_jax.types import Array, PyTree
+
+# Tokens of a tile: the rows of Hopper's matrix unit for one group of warps.
+TILE = 64
+# Tokens per chunk. State traffic falls with it, and gradients inside chunks cost more.
+DEFAULT_CHUNK = 128
+# The least size of an axis of a matmul.
+_LEAST = 16
+# Most state numbers of one program of a scan: 128 registers a thread.
+_STATE_NUMBERS = 8 * 32 * 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One matrix-state recurrence, with the query of its read.
+
+  Attributes:
+    q_BTJN: queries, bfloat16 or float32; head h uses those of group h // (H / J).
+    k_BTJN: keys, zero at padding.
+    v_BTE: values.
+    scale_BTH: float32 factor of the values; None means 1.
+    log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
+    initial_BHPN: float32 state before the first token; None means zero.
+    gate: the index of the read's gate; None means 1.
+  """
+
+  q_BTJN: Array
+  k_BTJN: Array
+  v_BTE: Array
+  scale_BTH: Array | None
+  log_decay_BTH: Array
+  initial_BHPN: Array | None
+  gate: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+def matrix_finish(
+    sources: Sequence[Source],
+    gates: Sequence[Array],
+    resets_BT: Array | None,
+    epilogue: Epilogue,
+    *,
+    chunk: int = 0,
+    interpret: bool = False,
+) -> tuple[Output, Array]:
+  """Computes the epilogue of the sum of all sources' gated reads, and the first one's last state.
+
+  Differentiable in every float input; each gradient has its input's dtype.
+
+  Args:
+    sources: recurrences of equal shapes: the layer's own, then its shallow sources.
+    gates: gates of reads, [B, T, E]; several sources may share one.
+    resets_BT: bool, true where every state is cleared before the token; None means never.
+    epilogue: what follows the reads; `skip` without `x` multiplies the first source's values.
+    chunk: tokens per chunk, rounded up to a multiple of a tile; 0 means DEFAULT_CHUNK.
+    interpret: true to run the kernels as ordinary JAX, on any platform.
+
+  Returns:
+    The result, its y [B, T, E], and final_BHPN, float32.
+  """
+  batch, time, groups, state_size = sources[0].k_BTJN.shape
+  heads = sources[0].log_decay_BTH.shape[2]
+  channels = sources[0].v_BTE.shape[2] // heads
+  chex.assert_is_divisible(heads, groups)
+  for source in sources:
+    chex.assert_shape([source.q_BTJN, source.k_BTJN], (batch, time, groups, state_size))
+    chex.assert_shape(source.v_BTE, (batch, time, heads * channels))
+    chex.assert_shape(source.log_decay_BTH, (None, time, heads))
+    chex.assert_type(source.log_decay_BTH, jnp.float32)
+    if source.initial_BHPN is not None:
+      chex.assert_shape(source.initial_BHPN, (batch, heads, channels, state_size))
+      chex.assert_type(source.initial_BHPN, jnp.float32)
+  plan = _plan(sources, epilogue, chunk or DEFAULT_CHUNK, interpret)
+  count_BT = None
+  if resets_BT is not None:
+    count_BT = jnp.cumsum(resets_BT, axis=1, dtype=jnp.int32)
+    count_BT = jnp.pad(count_BT, ((0, 0), (0, plan.time - time)), mode="edge")
+
+  def wide(x_BTE: Array | None) -> Array | None:
+    return None if x_BTE is None else _channels(plan, x_BTE)
+
+  out_BTE, moments_BHA2T, final_BHPN = _finish(
+      plan, tuple(_stream(plan, source) for source in sources), tuple(map(wide, gates)),
+      dataclasses.replace(epilogue, x=wide(epilogue.x), z=wide(epilogue.z)), count_BT,
+  )
+  out_BTHP = out_BTE.reshape(batch, -1, heads, plan.channels)[:, :time, :, :channels]
+  moments_BTH2 = None
+  if moments_BHA2T is not None:
+    moments_BTH2 = jnp.transpose(jnp.sum(moments_BHA2T, axis=2)[..., :time], (0, 3, 1, 2))
+  out_BTE = out_BTHP.reshape(batch, time, -1)
+  return Output(out_BTE, moments_BTH2), final_BHPN[:, :, :channels, :state_size]
+
+
+def _round_up(size: int, multiple: int) -> int:
+  return -(-size // multiple) * multiple
+
+
+def _plan(sources: Sequence[Source], epilogue: Epilogue, chunk: int, interpret: bool) -> Plan:
+  own = sources[0]
+  batch, time, groups, state_size = own.k_BTJN.shape
+  heads = own.log_decay_BTH.shape[2]
+  channels = own.v_BTE.shape[2] // heads
+  tile = TILE
+  while tile > _LEAST and tile // 2 >= min(chunk, time):
+    tile //= 2
+  chunk = min(_round_up(chunk, tile), _round_up(time, tile))
+  channels, state_size = _round_up(channels, _LEAST), _round_up(state_size, _LEAST)
+  width = power_of_two(channels, 64)
+  while width > _LEAST and len(sources) * state_size * width > _STATE_NUMBERS:
+    width //= 2
+  return Plan(
+      batch=batch, chunks=-(-time // chunk), chunk=chunk, tile=tile, heads=heads, groups=groups,
+      channels=channels, state_size=state_size, width=width,
+      piece=power_of_two(state_size, 128), gates=tuple(source.gate for source in sources),
+      dtype=jnp.result_type(own.q_BTJN, own.k_BTJN, own.v_BTE), out=epilogue.dtype,
+      moments=epilogue.moments, shared_decay=own.log_decay_BTH.shape[0] == 1, interpret=interpret,
+  )
+
+
+def _tokens(plan: Plan, x_BTHP: Array, width: int) -> Array:
+  """Pads time and the last axis, and merges the last two."""
+  extra = width - x_BTHP.shape[3]
+  x_BTHP = jnp.pad(pad_time(x_BTHP, plan.chunk), ((0, 0), (0, 0), (0, 0), (0, extra)))
+  return x_BTHP.reshape(*x_BTHP.shape[:2], -1)
+
+
+def _channels(plan: Plan, x_BTE: Array) -> Array:
+  """Pads time and each head's channels."""
+  return _tokens(plan, x_BTE.reshape(*x_BTE.shape[:2], plan.heads, -1), plan.channels)
+
+
+def _stream(plan: Plan, source: Source) -> Stream:
+  """Pads, merges and transposes a source's arrays; those of every channel are not transposed."""
+
+  def by_head(x_BTH: Array) -> Array:
+    return jnp.swapaxes(x_BTH.reshape(x_BTH.shape[0], plan.time, plan.heads), 1, 2)
+
+  sums = summed_log_decay(source.log_decay_BTH, plan.chunk)
+  scale_BHT = initial_BHPN = None
+  if source.scale_BTH is not None:
+    scale_BHT = by_head(pad_time(source.scale_BTH.astype(jnp.float32), plan.chunk))
+  if source.initial_BHPN is not None:
+    channels, state_size = source.initial_BHPN.shape[2:]
+    extra = (plan.channels - channels, plan.state_size - state_size)
+    initial_BHPN = jnp.pad(source.initial_BHPN, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1])))
+  return Stream(
+      q_BTK=_tokens(plan, source.q_BTJN, plan.state_size),
+      k_BTK=_tokens(plan, source.k_BTJN, plan.state_size),
+      v_BTE=_channels(plan, source.v_BTE),
+      scale_BHT=scale_BHT, high_BHT=by_head(sums.high), low_BHT=by_head(sums.low),
+      initial_BHPN=initial_BHPN,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _finish(
+    plan: Plan, streams: tuple[Stream, ...], gates: tuple[Array, ...], epilogue: Epilogue,
+    count_BT: Array | None,
+) -> tuple[Array, Array | None, Array]:
+  """Computes `matrix_finish` of padded arrays."""
+  out_BTE, moments_BHA2T, _, final_BHPN = call_forward(plan, streams, gates, epilogue, count_BT)
+  return out_BTE, moments_BHA2T, final_BHPN
+
+
+def _finish_forward(
+    plan: Plan, streams: tuple[Stream, ...], gates: tuple[Array, ...], epilogue: Epilogue,
+    count_BT: Array | None,
+) -> tuple[tuple[Array, Array | None, Array], PyTree]:
+  out_BTE, moments_BHA2T, before, final_BHPN = call_forward(plan, streams, gates, epilogue, count_BT)
+  saved = (streams, gates, epilogue, count_BT), out_BTE, before
+  return (out_BTE, moments_BHA2T, final_BHPN), saved
+
+
+def _finish_backward(
+    plan: Plan, saved: PyTree, gradients: tuple[Array, Array | None, Array]
+) -> tuple[tuple[Stream, ...], tuple[Array, ...], Epilogue, None]:
+  inputs, out_BTE, before = saved
+  d_out_BTE, d_moments_BHA2T, d_final_BHPN = gradients
+  # Parts of a head are summed, so each has the gradient of their sum.
+  d_moments_BH2T = None if d_moments_BHA2T is None else d_moments_BHA2T[:, :, 0]
+  d_streams, d_gates, d_epilogue = call_backward(
+      plan, inputs, out_BTE, before, d_out_BTE, d_moments_BH2T, d_final_BHPN
+  )
+  return d_streams, d_gates, d_epilogue, None
+
+
+_finish.defvjp(_finish_forward, _finish_backward)

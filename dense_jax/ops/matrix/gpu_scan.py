@@ -1,0 +1,201 @@
+"""GPU kernels that go through a row's tiles in order, with states in registers.
+
+A program takes one row and one part of a head. Arguments of type PyTree, Stream or Epilogue are
+references to the program's own blocks of the arrays, all tokens of the row.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled, sigmoid
+from dense_jax.types import Array, PyTree
+
+States = tuple[tuple[Array, ...], ...]
+"""For each source the pieces [piece, X] of its state, float32."""
+
+
+def forward_kernel(
+    plan: Plan,
+    streams: tuple[Stream, ...],
+    gates: tuple[PyTree, ...],
+    epilogue: Epilogue,
+    count_T: PyTree,
+    out_TX: PyTree,
+    moments_2T: PyTree,
+    before: Sequence[PyTree],
+    final_XN: PyTree,
+) -> None:
+  """Computes the epilogue of the sum of all sources' gated reads, and the states between chunks.
+
+  Args:
+    plan: the sizes.
+    streams: the sources.
+    gates: gates of reads, [T, X].
+    epilogue: the epilogue's arrays.
+    count_T: resets up to each token, inclusive; None means none.
+    out_TX: the result, an output.
+    moments_2T: sums of the result and of its squares over X, an output; None means not wanted.
+    before: each source's states before each chunk, [G, N, X], outputs.
+    final_XN: the first source's last state, an output.
+  """
+  decays = [Decays(plan, stream, count_T) for stream in streams]
+  head = div(pl.program_id(1), plan.parts)
+
+  def step(tile: Array, states: States) -> States:
+    rows, first = plan.rows(tile), tile * plan.tile
+    last = first + plan.tile - 1
+
+    @pl.when(rem(tile, plan.tiles) == 0)
+    def _save() -> None:
+      for h_GNX, pieces in zip(before, states, strict=True):
+        for start, h_NX in zip(plan.pieces, pieces, strict=True):
+          h_GNX[div(tile, plan.tiles), pl.ds(start, plan.piece), :] = h_NX.astype(h_GNX.dtype)
+
+    y_TX = jnp.zeros((plan.tile, plan.width), jnp.float32)
+    after = []
+    for index, (stream, decay, h) in enumerate(zip(streams, decays, states, strict=True)):
+      q, k = plan.load(stream.q_BTK, rows), plan.load(stream.k_BTK, rows)
+      scale_T = None if stream.scale_BHT is None else stream.scale_BHT[rows]
+      v_TX = scaled(plan, stream.v_BTE[rows, :], scale_T)
+      weights_QS = plan.summed_dot(q, k, (1, 1)) * decay.between(tile, tile, same=True)
+      read_TX = decay.since(first, rows)[:, None] * plan.summed_dot(q, h, (1, 0))
+      read_TX += plan.dot(weights_QS, v_TX, (1, 0))
+      if plan.gates[index] is not None:
+        read_TX *= gates[plan.gates[index]][rows, :].astype(jnp.float32)
+      y_TX += read_TX
+      kept_TX = decay.to(last, rows)[:, None] * v_TX.astype(jnp.float32)
+      whole = decay.since(first, last)
+      after.append(tuple(
+          whole * h_NX + plan.dot(k_TN, kept_TX, (0, 0)) for h_NX, k_TN in zip(h, k, strict=True)
+      ))
+    y_TX = _finish(epilogue, streams[0], head, rows, y_TX)
+    out_TX[rows, :] = y_TX.astype(out_TX.dtype)
+    if moments_2T is not None:
+      moments_2T[0, rows] = jnp.sum(y_TX, axis=1)
+      moments_2T[1, rows] = jnp.sum(y_TX * y_TX, axis=1)
+    return tuple(after)
+
+  states = tuple(_initial(plan, stream.initial_BHPN) for stream in streams)
+  states = jax.lax.fori_loop(0, plan.chunks * plan.tiles, step, states)
+  for start, h_NX in zip(plan.pieces, states[0], strict=True):
+    final_XN[:, pl.ds(start, plan.piece)] = h_NX.T
+
+
+def _initial(plan: Plan, h_XN: PyTree) -> tuple[Array, ...]:
+  """Loads a state; None means zero."""
+  if h_XN is None:
+    return tuple(jnp.zeros((plan.piece, plan.width), jnp.float32) for _ in plan.pieces)
+  return tuple(h_XN[:, pl.ds(start, plan.piece)].T for start in plan.pieces)
+
+
+def _finish(epilogue: Epilogue, own: Stream, head: Array, rows: PyTree, y_TX: Array) -> Array:
+  """Applies the epilogue to reads of some tokens; see `Epilogue`."""
+  if epilogue.skip is not None:
+    x_TX = (own.v_BTE if epilogue.x is None else epilogue.x)[rows, :]
+    y_TX += epilogue.skip[head] * x_TX.astype(jnp.float32)
+  if epilogue.z is not None:
+    z_TX = epilogue.z[rows, :].astype(jnp.float32)
+    y_TX *= z_TX * sigmoid(z_TX)
+  return y_TX
+
+
+def result_gradient(
+    out: PyTree, d_out: PyTree, d_moments: PyTree, rows: PyTree, channels: PyTree,
+    head: tuple[Array, ...] = (),
+) -> Array:
+  """Returns the gradient of the epilogue's result before it is rounded, [T, X] in float32.
+
+  Args:
+    out: a reference to the result, [T, E].
+    d_out: a reference to its gradient.
+    d_moments: a reference to that of its moments, [2, T] or [H, 2, T]; None means zero.
+    rows: the tokens.
+    channels: the channels.
+    head: the head's index in `d_moments`, or nothing if it has no axis of heads.
+  """
+  d_TX = d_out[rows, channels].astype(jnp.float32)
+  if d_moments is None:
+    return d_TX
+  d_sum_T, d_squares_T = (d_moments[(*head, index, rows)] for index in range(2))
+  out_TX = out[rows, channels].astype(jnp.float32)
+  return d_TX + d_sum_T[:, None] + 2 * d_squares_T[:, None] * out_TX
+
+
+def states_backward_kernel(
+    plan: Plan,
+    streams: tuple[Stream, ...],
+    gates: tuple[PyTree, ...],
+    z_TX: PyTree,
+    count_T: PyTree,
+    out_TX: PyTree,
+    d_out_TX: PyTree,
+    d_moments_2T: PyTree,
+    d_final_XN: PyTree,
+    d_y_TX: PyTree,
+    d_after: Sequence[PyTree],
+    d_initial: Sequence[PyTree],
+) -> None:
+  """Computes the gradients of the sum of reads and of the states between chunks.
+
+  Args:
+    plan: the sizes.
+    streams: the sources.
+    gates: gates of reads, [T, X].
+    z_TX: the epilogue's gate; None means no gate.
+    count_T: resets up to each token, inclusive; None means none.
+    out_TX: the epilogue's result; None if `d_moments_2T` is.
+    d_out_TX: its gradient.
+    d_moments_2T: the gradient of its moments; None means zero.
+    d_final_XN: the gradient of the first source's last state.
+    d_y_TX: the gradient of the sum of reads, an output; None if it is `d_out_TX`.
+    d_after: for each source the gradient of the state after each chunk, [G, N, X], outputs.
+    d_initial: for each source the gradient of its first state, [X, N], outputs; None where the
+      state was zero.
+  """
+  decays = [Decays(plan, stream, count_T) for stream in streams]
+  count = plan.chunks * plan.tiles
+
+  def step(index: Array, states: States) -> States:
+    tile = count - 1 - index
+    rows, first = plan.rows(tile), tile * plan.tile
+    last = first + plan.tile - 1
+
+    @pl.when(rem(tile, plan.tiles) == plan.tiles - 1)
+    def _save() -> None:
+      for d_GNX, pieces in zip(d_after, states, strict=True):
+        for start, dh_NX in zip(plan.pieces, pieces, strict=True):
+          d_GNX[div(tile, plan.tiles), pl.ds(start, plan.piece), :] = dh_NX.astype(d_GNX.dtype)
+
+    d_TX = result_gradient(out_TX, d_out_TX, d_moments_2T, rows, slice(None))
+    if z_TX is not None:
+      z = z_TX[rows, :].astype(jnp.float32)
+      d_TX *= z * sigmoid(z)
+    if d_y_TX is not None:
+      d_low_TX = d_TX.astype(d_y_TX.dtype)
+      d_y_TX[rows, :] = d_low_TX
+      d_TX = d_low_TX.astype(jnp.float32)
+    before = []
+    for source, (stream, decay, dh) in enumerate(zip(streams, decays, states, strict=True)):
+      d_read_TX = d_TX
+      if plan.gates[source] is not None:
+        d_read_TX = d_TX * gates[plan.gates[source]][rows, :].astype(jnp.float32)
+      d_carried_TX = decay.since(first, rows)[:, None] * d_read_TX
+      whole = decay.since(first, last)
+      q = plan.load(stream.q_BTK, rows)
+      before.append(tuple(
+          whole * dh_NX + plan.dot(q_TN, d_carried_TX, (0, 0))
+          for dh_NX, q_TN in zip(dh, q, strict=True)
+      ))
+    return tuple(before)
+
+  finals = (d_final_XN, *[None] * (len(streams) - 1))
+  states = tuple(_initial(plan, d_XN) for d_XN in finals)
+  states = jax.lax.fori_loop(0, count, step, states)
+  for d_XN, dh in zip(d_initial, states, strict=True):
+    if d_XN is not None:
+      for start, dh_NX in zip(plan.pieces, dh, strict=True):
+        d_XN[:, pl.ds(start, plan.piece)] = dh_NX.T

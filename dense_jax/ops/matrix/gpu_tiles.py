@@ -1,0 +1,246 @@
+"""What the GPU kernels of matrix states share: sizes, arrays, loads and the decays of tiles.
+
+A kernel sees a row's time axis as tiles of `tile` tokens, on which its matmuls work, and as chunks
+of `chunk` tokens, a multiple of it, between which states are kept in memory. States are stored and
+computed as [N, P] here, so that the matmul that updates them has N rows.
+
+Triton needs sizes that are powers of two, so N is cut into pieces of `piece` numbers and P into
+parts of `width` channels. A program's lists of [piece, width] arrays hold one state.
+
+Letters of these files alone: X a part of one head's channels; in arrays of tiles, Q queries and S
+keys; [H, A] the heads and their parts.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from dense_jax.ops.matrix.log_decay import LogDecay
+from dense_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A source as the kernels take it, or references, block specs or gradients of its arrays.
+
+  Attributes:
+    q_BTK: queries of all groups; K is J * N here.
+    k_BTK: keys.
+    v_BTE: values.
+    scale_BHT: float32 factor of the values; None means 1.
+    high_BHT: the log decay, summed within each chunk: `high` of a `LogDecay`; its B may be 1.
+    low_BHT: `low` of it.
+    initial_BHPN: float32 state before the first token; None means zero.
+  """
+
+  q_BTK: PyTree
+  k_BTK: PyTree
+  v_BTE: PyTree
+  scale_BHT: PyTree
+  high_BHT: PyTree
+  low_BHT: PyTree
+  initial_BHPN: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Sizes that the kernels are compiled for; T, P and N are padded.
+
+  Attributes:
+    batch: B.
+    chunks: G.
+    chunk: C, tokens between stored states.
+    tile: tokens of a matmul; divides C.
+    heads: H.
+    groups: J.
+    channels: P.
+    state_size: N.
+    width: channels of a part of a head; divides P.
+    piece: numbers of a piece of N; divides it.
+    gates: for each source, the index of its gate among the gates; None means 1.
+    dtype: that of matmuls' operands and of states between chunks.
+    out: the dtype of the result.
+    moments: whether moments are computed.
+    shared_decay: whether all rows share the decays.
+    interpret: true to run the kernels as ordinary JAX.
+  """
+
+  batch: int
+  chunks: int
+  chunk: int
+  tile: int
+  heads: int
+  groups: int
+  channels: int
+  state_size: int
+  width: int
+  piece: int
+  gates: tuple[int | None, ...]
+  dtype: jnp.dtype
+  out: jnp.dtype
+  moments: bool
+  shared_decay: bool
+  interpret: bool
+
+  @property
+  def tiles(self) -> int:
+    """Tiles of a chunk."""
+    return self.chunk // self.tile
+
+  @property
+  def time(self) -> int:
+    """T, padded."""
+    return self.chunks * self.chunk
+
+  @property
+  def parts(self) -> int:
+    """Parts of a head."""
+    return self.channels // self.width
+
+  @property
+  def per_group(self) -> int:
+    """Heads of a group."""
+    return self.heads // self.groups
+
+  @property
+  def pieces(self) -> range:
+    """The first index of each piece of N."""
+    return range(0, self.state_size, self.piece)
+
+  @property
+  def stages(self) -> int:
+    """Tiles in shared memory at a time while a kernel goes through them in order."""
+    return 2 if len(self.gates) * self.state_size <= 256 else 1
+
+  def dot(self, left: Array, right: Array, axes: tuple[int, int]) -> Array:
+    """Contracts an axis of each array, with operands in `dtype` and float32 sums."""
+    exact = self.dtype == jnp.float32
+    return jax.lax.dot_general(
+        left.astype(self.dtype), right.astype(self.dtype), (((axes[0],), (axes[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+  def summed_dot(
+      self, left: Sequence[Array], right: Sequence[Array], axes: tuple[int, int]
+  ) -> Array:
+    """Sums the products of two lists of arrays, as of the pieces of N."""
+    return sum(self.dot(one, other, axes) for one, other in zip(left, right, strict=True))
+
+  def load(self, x_TN: PyTree, rows: PyTree) -> list[Array]:
+    """Loads all pieces of keys or queries."""
+    return [x_TN[rows, pl.ds(first, self.piece)] for first in self.pieces]
+
+  def rows(self, tile: Array) -> PyTree:
+    """Returns the tokens of a tile as an index."""
+    return pl.ds(tile * self.tile, self.tile)
+
+
+def power_of_two(size: int, limit: int) -> int:
+  """Returns the largest power of two that divides `size` and is at most `limit`, another one."""
+  return min(size & -size, limit)
+
+
+def div(left: Array, right: int) -> Array:
+  """Divides integers >= 0, without the cases that `//` has for negative ones."""
+  return jax.lax.div(left, right)
+
+
+def rem(left: Array, right: int) -> Array:
+  """Returns the remainder of integers >= 0."""
+  return jax.lax.rem(left, right)
+
+
+def weight(mask: Array | None, log_weight: Array) -> Array:
+  """exp(log_weight) where `mask` is true, else 0."""
+  return jnp.exp(log_weight if mask is None else jnp.where(mask, log_weight, -jnp.inf))
+
+
+def sigmoid(x: Array) -> Array:
+  """The logistic function, of operations that Triton has."""
+  return 1 / (1 + jnp.exp(-x))
+
+
+def scaled(plan: Plan, v_TX: Array, scale_T: Array | None) -> Array:
+  """Returns scale * v, rounded as `MatrixSequence.scaled_BTHP` rounds it."""
+  if scale_T is None:
+    return v_TX
+  return (scale_T[:, None] * v_TX.astype(jnp.float32)).astype(v_TX.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decays:
+  """The decays of one head; exponents are <= 0, and masked before exp.
+
+  Attributes:
+    plan: the sizes.
+    stream: references to `high` and `low` of the summed log decay, [T] or [H, T].
+    count_T: a reference to the number of resets up to each token; None means none.
+    head: the head's index in the references, or nothing if they have no axis of heads.
+  """
+
+  plan: Plan
+  stream: Stream
+  count_T: PyTree
+  head: tuple[Array, ...] = ()
+
+  def _at(self, index: PyTree) -> LogDecay:
+    return LogDecay(
+        self.stream.high_BHT[(*self.head, index)], self.stream.low_BHT[(*self.head, index)]
+    )
+
+  def _before(self, first: Array) -> tuple[LogDecay, Array | None]:
+    """Returns the sum before token `first` in its chunk, and the resets before it."""
+    index = jnp.maximum(first - 1, 0)
+    earlier, begins = self._at(index), rem(first, self.plan.chunk) == 0
+    earlier = LogDecay(*(jnp.where(begins, 0.0, x) for x in (earlier.high, earlier.low)))
+    if self.count_T is None:
+      return earlier, None
+    return earlier, jnp.where(first == 0, 0, self.count_T[index])
+
+  def since(self, first: Array, index: PyTree) -> Array:
+    """Returns the decay of the state before token `first` up to one or more tokens.
+
+    Args:
+      first: the first token of a tile or a chunk.
+      index: tokens of the same tile or chunk.
+    """
+    earlier, resets = self._before(first)
+    carried = None if self.count_T is None else self.count_T[index] == resets
+    return weight(carried, self._at(index).since(earlier))
+
+  def to(self, last: Array, rows: PyTree) -> Array:
+    """Returns the decay from each of some tokens to token `last`, in the same chunk."""
+    kept = None if self.count_T is None else self.count_T[rows] == self.count_T[last]
+    return weight(kept, self._at(last).since(self._at(rows)))
+
+  def between(self, query: Array, key: Array, *, same: bool) -> Array:
+    """Returns the decay [Q, S] from tokens of tile `key` to those of tile `query`.
+
+    It is 0 where a query's token is earlier than the key's, or in another chunk or document.
+
+    Args:
+      query: a tile, or a tile that a row does not have.
+      key: the same tile or an earlier one.
+      same: whether they are the same tile.
+    """
+    plan = self.plan
+    if same:
+      size = (plan.tile, plan.tile)
+      q_QS, s_QS = (jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(2))
+      sees = q_QS >= s_QS
+    else:
+      sees = key >= div(query, plan.tiles) * plan.tiles
+    # What is loaded for a tile that there is not does not matter.
+    q_rows, s_rows = (
+        plan.rows(jnp.clip(tile, 0, plan.chunks * plan.tiles - 1)) for tile in (query, key)
+    )
+    if self.count_T is not None:
+      sees &= self.count_T[q_rows][:, None] == self.count_T[s_rows][None, :]
+    q, s = self._at(q_rows), self._at(s_rows)
+    q = LogDecay(q.high[:, None], q.low[:, None])
+    return weight(sees, q.since(LogDecay(s.high[None, :], s.low[None, :])))
