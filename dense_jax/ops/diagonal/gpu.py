@@ -20,15 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from dense_jax.ops.chunks import pad_time
-from dense_jax.ops.diagonal.gpu_kernels import (
-    GROUP,
+from dense_jax.ops.diagonal.gpu_backward import (
     GROUP_BACK,
-    Masks,
     Scratch,
     backward_kernel,
-    forward_kernel,
     synchronise,
 )
+from dense_jax.ops.diagonal.gpu_kernels import GROUP, Masks, forward_kernel
 from dense_jax.ops.diagonal.kernel_inputs import Padding, Source
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.kernel_cost import KernelCost
@@ -106,7 +104,8 @@ class _Grid:
   @classmethod
   def of(cls, source: Source, block: int) -> "_Grid":
     """Returns the grid for padded arrays."""
-    return cls(*source.x_BTE.shape, source.a_NE.shape[0], block)
+    batch, time, width = source.x_BTE.shape
+    return cls(batch, time, width, source.a_NE.shape[0], block)
 
   @property
   def blocks(self) -> int:
@@ -324,12 +323,13 @@ def _finish_backward(
   ), None
 
 
-def _complete(source: Source, gradient: Source) -> Source:
+def _complete(source: Source, gradient: Any) -> Source:
   """Sums a recurrence's gradient over the programs that share an array."""
+  has_bias = gradient.bias_E is not None
   return dataclasses.replace(
       gradient,
       a_NE=jnp.sum(gradient.a_NE, axis=0),
-      bias_E=None if source.bias_E is None else jnp.sum(gradient.bias_E, axis=0),
+      bias_E=jnp.sum(gradient.bias_E, axis=0) if has_bias else None,
       b_BTN=jnp.sum(gradient.b_BTN, axis=0).astype(source.b_BTN.dtype),
       c_BTN=jnp.sum(gradient.c_BTN, axis=0).astype(source.c_BTN.dtype),
   )

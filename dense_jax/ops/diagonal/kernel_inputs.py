@@ -1,4 +1,4 @@
-"""The inputs that selective kernels for TPUs and GPUs share, and the sizes that they are padded to."""
+"""The inputs of selective kernels, for TPUs and GPUs alike, and the sizes they are padded to."""
 
 import dataclasses
 from typing import Any

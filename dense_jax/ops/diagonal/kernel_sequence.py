@@ -48,9 +48,10 @@ class KernelDiagonal(KernelRecurrence, DiagonalSequence):
 
   def _asked(self, c_BTN: Array, gate: Array | None) -> Source:
     """Returns this recurrence with a query and a gate, as the kernel's input."""
-    dt, bias_E = self.dt, None
-    if isinstance(dt, StepSizes):
-      dt, bias_E = dt.before_softplus(), dt.bias_E
+    steps = self.dt
+    dt, bias_E = (
+        (steps.before_softplus(), steps.bias_E) if isinstance(steps, StepSizes) else (steps, None)
+    )
     if gate is not None:
       gate = gate.reshape(self.x_BTE.shape)
     return Source(

@@ -370,12 +370,13 @@ def _finish_backward(
   ), None
 
 
-def _complete(source: Source, gradient: Source) -> Source:
+def _complete(source: Source, gradient: Any) -> Source:
   """Sums a recurrence's gradient over rows, and returns it in its inputs' dtypes."""
+  has_bias = gradient.bias_E is not None
   return dataclasses.replace(
       gradient,
       a_NE=jnp.sum(gradient.a_NE, axis=0),
-      bias_E=None if source.bias_E is None else jnp.sum(gradient.bias_E, axis=0),
+      bias_E=jnp.sum(gradient.bias_E, axis=0) if has_bias else None,
       b_BTN=gradient.b_BTN.astype(source.b_BTN.dtype),
       c_BTN=gradient.c_BTN.astype(source.c_BTN.dtype),
   )

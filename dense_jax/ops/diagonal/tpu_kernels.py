@@ -171,8 +171,8 @@ def backward_kernel(
     before: tuple[Ref, ...],
     dy: Ref,
     dfinal: Ref,
-    gradients: tuple[Source, ...],
-    depilogue: Epilogue,
+    gradients: tuple[Any, ...],
+    depilogue: Any,
     states: Ref,
     reads: Ref,
     carry: Ref,
@@ -182,12 +182,15 @@ def backward_kernel(
   """Computes the gradients of one chunk and tile; chunks are visited in reverse.
 
   Args:
-    sources, epilogue, masks: as in `forward_kernel`.
+    sources: the recurrences.
+    epilogue: what follows.
+    masks: as in `forward_kernel`.
     before: each source's state before the chunk.
     dy: the gradient of the result.
     dfinal: the gradient of the first source's last state.
-    gradients: the sources' gradients, outputs; those of A and the bias are of one row.
-    depilogue: the epilogue's gradients, outputs; that of `skip` is of one row.
+    gradients: the sources' gradients, each a `Source`, outputs; those of A and the bias are of
+      one row.
+    depilogue: the epilogue's gradients, an `Epilogue`, outputs; that of `skip` is of one row.
     states: scratch [tokens + 1, N, E], a chunk's states after the one before it.
     reads: scratch [tokens, E], the sum of reads; None if nothing needs it.
     carry: scratch [S, tiles, N, E], the gradient of the state before the chunks done so far.
@@ -265,14 +268,20 @@ def _adjoint(
     masks: Ref,
     skip: Ref,
     dy: Ref,
-    gradient: Source,
+    gradient: Any,
     states: Ref,
     carried: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array]:
   """Runs one source's chunk in reverse, and writes the gradients of its tokens.
 
   Args:
+    source: the recurrence.
+    epilogue: what follows.
+    masks: as in `forward_kernel`.
     skip: the factor of the source's x in the epilogue; None means 0.
+    dy: the gradient of the result.
+    gradient: the source's gradient, an output.
+    states: the chunk's states after the one before it.
     carried: the gradients of the state after the chunk, of A and of the bias so far.
 
   Returns:
@@ -326,7 +335,7 @@ def _adjoint(
 
 
 def _epilogue_gradients(
-    epilogue: Epilogue, depilogue: Epilogue, x: Ref, reads: Ref, dy: Ref, dskip_1E: Array
+    epilogue: Epilogue, depilogue: Any, x: Ref, reads: Ref, dy: Ref, dskip_1E: Array
 ) -> Array:
   """Writes the epilogue's gradients of a chunk; returns that of `skip`, added to `dskip_1E`."""
 
@@ -342,7 +351,7 @@ def _epilogue_gradients(
       depilogue.z[rows, :] = dz_CE.astype(depilogue.z.dtype)
     if epilogue.skip is not None:
       dskip_1E += jnp.sum(dsum_CE * _load(x, rows), axis=0, keepdims=True)
-    if depilogue.x is not None:
+    if epilogue.skip is not None and depilogue.x is not None:
       dx_CE = epilogue.skip[...] * dsum_CE
       depilogue.x[rows, :] = dx_CE.astype(depilogue.x.dtype)
     return dskip_1E
