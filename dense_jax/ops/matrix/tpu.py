@@ -323,9 +323,10 @@ def _backward(
     skip = jax.ShapeDtypeStruct((plan.batch, plan.chunks, 1, plan.rows), jnp.float32)
     d_finish = dataclasses.replace(d_finish, skip_1E=skip)
     d_finish_specs = dataclasses.replace(finish_specs, skip_1E=specs.d_channels)
-  square = pltpu.VMEM((plan.chunk, plan.chunk), jnp.float32)
-  keys = pltpu.VMEM((plan.chunk, plan.state_size), jnp.float32)
+  chunk, dtype = plan.chunk, compute_dtype(streams[0])
   states = pltpu.VMEM((blocks.per_set * blocks.rows, plan.state_size), jnp.float32)
+  square, keys = (pltpu.VMEM((chunk, n), jnp.float32) for n in (chunk, plan.state_size))
+  values = pltpu.VMEM((chunk, blocks.rows), dtype)
   d_streams, d_finish = _call(
       backward_kernel, plan, blocks,
       (streams, finish, count_BG1C, dy_BTE, d_moments_BHG2C, d_final_BEN, before),
@@ -336,7 +337,7 @@ def _backward(
       ),
       (tuple(map(gradient, streams)), d_finish),
       (tuple(map(gradient_specs, in_specs)), d_finish_specs),
-      [tuple(Sums(states, square, square, keys, keys) for _ in streams)],
+      [tuple(Sums(states, square, square, keys, keys, values, values) for _ in streams)],
       sources=len(streams), matmuls=(3, 3, 5),
   )
   if finish.skip_1E is not None:

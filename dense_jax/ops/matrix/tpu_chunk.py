@@ -96,6 +96,10 @@ class Blocks:
     """Returns the lanes of one of the block's heads."""
     return x_CX[:, head * self.width : (head + 1) * self.width]
 
+  def put(self, x_CX: PyTree, x_CP: Array, head: int) -> None:
+    """Writes the lanes of one of the block's heads, rounded to the reference's dtype."""
+    x_CX[:, head * self.width : (head + 1) * self.width] = x_CP.astype(x_CX.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:

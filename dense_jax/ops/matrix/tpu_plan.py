@@ -14,7 +14,7 @@ from dense_jax.types import Array, PyTree
 DEFAULT_CHUNK = 128
 # Limit of a program's VMEM by the estimate of `choose_blocks`. It leaves a part of the 16 MiB that
 # compilers grant by default to what the compiler spills.
-VMEM_BYTES = 14 * 2**20
+VMEM_BYTES = 12 * 2**20
 LANES = 128
 CHUNK_MULTIPLE = 16  # Sublanes of a bfloat16 tile.
 
@@ -90,7 +90,9 @@ def choose_blocks(
         backward or save
     )
     values = 2 * token_bytes * chunk * rows + 4 * chunk * rows * (kept + 5 * spilled)
-    return fixed + states + values + 2 * spilled * 4 * rows * lanes
+    # Each head's rows of numbers, such as summed log decays, fill a tile.
+    heads = max(1, rows // channels) * 2 * 4 * SUBLANES * LANES * (4 if backward else 2) * sources
+    return fixed + states + values + heads + 2 * spilled * 4 * rows * lanes
 
   group, channels = plan.heads // plan.groups * plan.channels, plan.channels
 
