@@ -24,8 +24,14 @@ ifeq ($(shell uname -sm),Linux x86_64)
 TPU_COMPILER := $(VENV)/tpu_compiler/.installed
 endif
 
+# jax's CUDA plugin compiles for GPUs on a machine without one. It takes 4.6 GB, and needs a newer
+# Python than the project does, so that it has an environment of its own.
+GPU_COMPILER := $(VENV)/gpu_compiler
+GPU_JAX := jax[cuda13]==0.11.2
+NEWER := $(PYTHON) python3 python3.13 python3.12 python3.14
+
 .DEFAULT_GOAL := help
-.PHONY: help train setup extras test test-slow test-exhaustive lint xpk ci clean
+.PHONY: help train setup extras test test-slow test-exhaustive lint gpu-compiler xpk ci clean
 
 help: ## this list
 	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv312]"
@@ -51,6 +57,8 @@ extras: $(VENV)/.installed-extras ## the optional packages that slow tests need 
 lint: $(VENV)/.installed-dev ## style and types
 	$(BIN)/ruff check $(ARGS)
 	$(BIN)/mypy
+
+gpu-compiler: $(GPU_COMPILER)/.installed ## the compiler for GPUs (4.6 GB), for `compile --topology h100:1`
 
 xpk: $(VENV)/xpk/.installed ## xpk, which launch/xpk.py runs
 
@@ -97,6 +105,23 @@ $(VENV)/tpu_compiler/.installed: $(VENV)/.installed
 	  print(next(r.split(";")[0].strip() for r in metadata.requires("jax") \
 	  if r.startswith("libtpu")))')"
 	@touch $@
+
+$(GPU_COMPILER)/.installed: requirements.txt
+ifneq ($(shell uname -sm),Linux x86_64)
+	@echo "error: the GPU compiler needs Linux on x86-64; this is $$(uname -sm)" >&2; exit 1
+else
+	@for python in $(NEWER) ~/.pyenv/versions/3.1[2-9]*/bin/python; do \
+	  if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; \
+	  then \
+	    echo "installing the GPU compiler into $(@D) (once, 4.6 GB) with $$($$python -V) ..."; \
+	    rm -rf $(@D) && $$python -m venv $(@D) && \
+	    $(@D)/bin/python -m pip --disable-pip-version-check -q install '$(GPU_JAX)' \
+	      -r requirements.txt && touch $@; exit; \
+	  fi; \
+	done; \
+	echo "error: the GPU compiler needs a Python >= 3.12 with venv and ensurepip; tried:" \
+	  "$(NEWER). Name one: make gpu-compiler PYTHON=/path/to/python3.12" >&2; exit 1
+endif
 
 # Outside the environment: it pins versions of many packages, which ours need not agree with.
 $(VENV)/xpk/.installed: $(VENV)/.created

@@ -39,7 +39,7 @@ ROOMS = {
     "experiment": ("models", "errors", "config", "files"),
     "runs": (*_MODEL, "data", "training", "evaluation", "generation", "interop", "costs",
              "experiment", "outputs"),
-    "cli": (*_MODEL, "data", "generation", "interop", "experiment", "outputs", "runs"),
+    "cli": (*_MODEL, "data", "generation", "interop", "costs", "experiment", "outputs", "runs"),
 }
 
 # Room -> libraries that it does without.

@@ -1,4 +1,4 @@
-"""Compiles a run's program for a TPU topology, without a TPU; says whether it fits."""
+"""Compiles a run's program for TPUs or GPUs, without any; says whether it fits."""
 
 import dataclasses
 import sys
@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from dense_jax import experiment, sharding
 from dense_jax.cli import common, config_help
 from dense_jax.config import MeshConfig, field_types, invalid
+from dense_jax.costs import largest
+from dense_jax.costs.hlo import Item, total
 from dense_jax.outputs import check_file, write_json
 from dense_jax.runs import compile as programs
+from dense_jax.runs import compile_targets as targets
 from dense_jax.runs.formatting import scaled, table
 
 _EPILOG = """
 for example
   --config experiments/dense_retnet_1p3b.py --topology v5p:4x4x4 --mesh data=4,fsdp=16
+  --config experiments/dense_retnet_1p3b.py --topology h100:8
+GPUs need their compiler, once: `make gpu-compiler`; TPUs need what `make test` installs.
 Any key of the configuration is set by --config.KEY=VALUE, as in training.
 Ends with status 0 if the program fits a chip's memory, 1 if it does not, 2 on bad input.
 """
@@ -26,26 +31,31 @@ def main(arguments: Sequence[str]) -> int:
     Status 0 if the program fits a chip's memory, else 1.
   """
   command = common.parser(
-      "compile", "Compiles a program of a run for a TPU topology; needs no TPU. Minutes."
+      "compile", "Compiles a program of a run for TPUs or GPUs; needs none of them. Minutes."
   )
   command.epilog = _EPILOG
   command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment")
   command.add_argument("--topology", required=True, metavar="KIND:SHAPE",
-                       help="the chips, such as v5e:4x4, v6e:8x8, v4:2x2x2, v5p:4x4x4")
+                       help="the chips, such as v5e:4x4, v6e:8x8, v4:2x2x2, h100:8, h200:1")
   command.add_argument("--mesh", default="", metavar="AXIS=SIZE,...",
                        help="the mesh; other axes are 1 (default: the configuration's, or "
                        "fsdp over all chips where that does not divide them)")
   command.add_argument("--program", default="train", choices=programs.PROGRAMS,
                        help="train step (default), eval loss, prefill of a prompt of seq_len, "
                        "decode of one token; all of train.batch_size rows")
+  command.add_argument("--largest", type=int, default=0, metavar="N",
+                       help="also the N instructions, and lines of code, that move the most bytes")
   command.add_argument("--json", metavar="FILE", help="write the figures there")
   config_help.add_argument(command)
   if config_help.is_asked(arguments):
     return config_help.show(command, arguments)
   options, overrides = common.split_overrides(command, arguments)
   config = experiment.load(options.config, overrides)
-  count = len(programs.topology_devices(options.topology))
-  mesh = _parse_mesh(options.mesh) if options.mesh else programs.fit_mesh(config.mesh, count)
+  status = targets.run_elsewhere(options.topology, "dense_jax.cli.compile", arguments)
+  if status is not None:
+    return status
+  count = len(targets.topology_devices(options.topology))
+  mesh = _parse_mesh(options.mesh) if options.mesh else targets.fit_mesh(config.mesh, count)
   config = dataclasses.replace(config, mesh=mesh)
   file = None if options.json is None else check_file(options.json, "--json")
 
@@ -54,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
 
   report = programs.compile_program(config, options.topology, options.program, say=say)
   print(_describe(report))
+  if options.largest:
+    print("\n" + _largest(report.items, options.largest))
   if file is not None:
     write_json(file, report.as_dict(), "--json")
   return 0 if report.fits else 1
@@ -94,6 +106,7 @@ def _describe(report: programs.CompiledProgram) -> str:
         ("all arithmetic", scaled(cost.flops, "FLOP")),
         ("exp, log and the like", scaled(cost.transcendentals, "")),
         ("HBM traffic", scaled(cost.bytes_accessed, "B")),
+        *([("kernel launches", f"{cost.launches:,.0f}")] if report.estimate else []),
     ]))
     collectives = [(c.kind, f"{c.count:,}", scaled(c.bytes, "B")) for c in cost.collectives]
     if collectives:
@@ -105,9 +118,35 @@ def _describe(report: programs.CompiledProgram) -> str:
         ("collectives at the links' peak bandwidth", scaled(bound.collectives, "s")),
         ("the slowest of them", scaled(bound.seconds, "s")),
     ]))
+  if report.estimate is not None:
+    parts.append(table([
+        ("estimated step (not measured; without collectives)", ""),
+        ("matmuls at the rate of a large one", scaled(report.estimate.matmuls, "s")),
+        ("HBM traffic at the bandwidth of a copy", scaled(report.estimate.memory, "s")),
+        ("the sum", scaled(report.estimate.seconds, "s")),
+        ("rates from", "experiments/results/gpu_estimate_2026-11-26.json"),
+    ]))
   if report.note:
     parts.append(f"note: {report.note}")
   return "\n\n".join([*parts, _verdict(report)])
+
+
+def _largest(items: Sequence[Item], count: int) -> str:
+  """Returns two tables: the largest instructions, and the largest lines of code, by bytes."""
+  everything = total(items).bytes_accessed
+  tables = []
+  for title, entries in (
+      ("instructions that move the most bytes", largest.instructions(items, count)),
+      ("lines of code that move the most bytes", largest.lines(items, count)),
+  ):
+    rows = [(title, "share", "runs", "bytes a run", "pass", "what")]
+    rows += [
+        (each.lines, f"{each.bytes / everything:.1%}", f"{each.runs:,}",
+         scaled(each.bytes / each.runs, "B"), each.phase, each.what)
+        for each in entries if each.bytes
+    ]
+    tables.append(table(rows))
+  return "\n\n".join(tables)
 
 
 def _verdict(report: programs.CompiledProgram) -> str:

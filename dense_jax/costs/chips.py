@@ -1,11 +1,14 @@
-"""Published figures of chips, and the lower bounds on time that follow from them.
+"""Figures of chips, and the bounds and estimates of time that follow from them.
 
 TPUs: table "Key specifications" of the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" in the
 Cloud TPU documentation: peak compute per chip (bf16), HBM capacity and bandwidth, bidirectional
 inter-chip interconnect (ICI) bandwidth. The page of v4 gives no ICI bandwidth; its six links of
 50 GB/s in each direction are from arXiv 2304.01433, table 4.
 GPUs: the vendor's data sheets of H100 SXM and H200 SXM, dense bf16 (without sparsity); their
-link is NVLink.
+link is NVLink. Their ceilings were measured on one H100 80GB HBM3 on 2026-11-26: a bf16 product of
+8192 x 8192 matrices, and a copy of a large array. They predict steps of five models that were
+measured on it within 6 % (experiments/results/gpu_estimate_2026-11-26.json). An H200, which was
+not measured, has an H100's cores, and is given the same share of its published bandwidth.
 
 Capacities are decimal gigabytes, as published, although some of the vendor's figures are really
 GiB. The few percent in between are a reserve for whatever else is in a chip's memory, such as
@@ -18,6 +21,14 @@ from dense_jax.costs.hlo import Cost
 
 
 @dataclasses.dataclass(frozen=True)
+class Ceilings:
+  """The rates that one large operation reaches: matmul FLOP/s, and bytes/s of main memory."""
+
+  flops: float
+  memory_bandwidth: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Chip:
   """One chip, which is one jax device (on v4 and v5p, both cores together).
 
@@ -27,23 +38,30 @@ class Chip:
     memory_bandwidth: peak bandwidth of main memory, in bytes per second.
     link_bandwidth: bandwidth to other chips, in bytes per second, summed over all links and both
       directions.
-    axes: the number of dimensions of the TPU topology; 0 for GPUs.
+    axes: the number of dimensions of a topology: 2 or 3 for TPUs, 1 for GPUs.
+    ceilings: measured ceilings; None if there are none.
   """
 
   flops: float
   memory: int
   memory_bandwidth: float
   link_bandwidth: float
-  axes: int = 0
+  axes: int
+  ceilings: Ceilings | None = None
+
+  @property
+  def is_gpu(self) -> bool:
+    """True for a GPU, False for a TPU."""
+    return self.axes == 1
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 10**9, 1200e9, 600e9, axes=3),
-    "v5e": Chip(197e12, 16 * 10**9, 819e9, 400e9, axes=2),
-    "v5p": Chip(459e12, 95 * 10**9, 2765e9, 1200e9, axes=3),
-    "v6e": Chip(918e12, 32 * 10**9, 1640e9, 800e9, axes=2),
-    "h100": Chip(989e12, 80 * 10**9, 3350e9, 900e9),
-    "h200": Chip(989e12, 141 * 10**9, 4800e9, 900e9),
+    "v4": Chip(275e12, 32 * 10**9, 1200e9, 600e9, 3),
+    "v5e": Chip(197e12, 16 * 10**9, 819e9, 400e9, 2),
+    "v5p": Chip(459e12, 95 * 10**9, 2765e9, 1200e9, 3),
+    "v6e": Chip(918e12, 32 * 10**9, 1640e9, 800e9, 2),
+    "h100": Chip(989e12, 80 * 10**9, 3350e9, 900e9, 1, Ceilings(790e12, 3.0e12)),
+    "h200": Chip(989e12, 141 * 10**9, 4800e9, 900e9, 1, Ceilings(790e12, 4.3e12)),
 }
 
 
@@ -78,4 +96,33 @@ def bound(cost: Cost, chip: Chip) -> Bound:
       cost.matmul_flops / chip.flops,
       cost.bytes_accessed / chip.memory_bandwidth,
       sum(collective.bytes for collective in cost.collectives) / chip.link_bandwidth,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """An estimate of the seconds that a program takes, one part after the other.
+
+  Attributes:
+    matmuls: its matmuls at the rate of a large one.
+    memory: its bytes of main memory at the bandwidth of a copy.
+  """
+
+  matmuls: float
+  memory: float
+
+  @property
+  def seconds(self) -> float:
+    """The sum: kernels that compute and kernels that move data run one after the other.
+
+    Collectives, launches and all other arithmetic are left out.
+    """
+    return self.matmuls + self.memory
+
+
+def estimate(cost: Cost, chip: Chip) -> Estimate | None:
+  """Returns the estimate from a chip's measured ceilings, or None if it has none."""
+  ceilings = chip.ceilings
+  return ceilings and Estimate(
+      cost.matmul_flops / ceilings.flops, cost.bytes_accessed / ceilings.memory_bandwidth
   )

@@ -49,6 +49,11 @@ class _Number:
   element: int | None = None
 
 
+def is_known(loop: Instruction) -> bool:
+  """Returns whether the compiler says how often a loop runs."""
+  return bool(_KNOWN.search(loop.attributes))
+
+
 def trip_count(module: Module, frame: Frame, loop: Instruction) -> int:
   """Returns how often the body of a loop runs.
 

@@ -24,8 +24,16 @@ TRANSCENDENTAL = frozenset({
     "atan2", "cbrt", "cosine", "erf", "exponential", "exponential-minus-one", "log",
     "log-plus-one", "logistic", "power", "rsqrt", "sine", "sqrt", "tan", "tanh",
 })
+# What a kernel's author says: jax's own estimate, or the scope of ops/kernel_cost.py.
 _COST_ESTIMATE = re.compile(r'"cost_estimate":\{([^}]*)\}')
-_FIELD = re.compile(r'"(\w+)":"?(\d+)')
+_COST_SCOPE = re.compile(r"kernel_cost\[([^\]]*)\]")
+_FIELD = re.compile(r'"?(\w+)"?[:=]"?(\d+)')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+# Beginnings of the names of custom calls of cuBLAS and cuDNN.
+_LIBRARIES = ("__cublas$", "__cudnn$")
+_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_SCORES = re.compile(r'"intermediate_tensor_shape":.*?"dimensions": *\[([^\]]*)\]')
+_WINDOW = re.compile(r'"sliding_window_length": *(\d+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +73,61 @@ def operations(computation: Computation, instruction: Instruction) -> Operations
     return Operations(_floats(operands[len(operands) // 2 + 1 :]))
   if opcode == "fft":
     return Operations(_fft(operands[0], shape, instruction))
+  if is_library_call(instruction):
+    flops = _library_flops(computation, instruction)
+    return Operations(flops, flops)
   if estimate := cost_estimate(instruction):
     return Operations(
-        estimate.get("flops", 0), transcendentals=estimate.get("transcendentals", 0)
+        estimate.get("flops", 0), estimate.get("matmul_flops", 0),
+        estimate.get("transcendentals", 0),
     )
   return Operations()
 
 
 def cost_estimate(instruction: Instruction) -> dict[str, int]:
-  """Returns the cost estimate that a custom call carries (from a Pallas kernel's author), or {}."""
-  found = _COST_ESTIMATE.search(instruction.attributes)
+  """Returns what the author of a Pallas kernel says about its custom call, or {}."""
+  if instruction.opcode != "custom-call":
+    return {}
+  found = _COST_SCOPE.search(instruction.op_name) or _COST_ESTIMATE.search(instruction.attributes)
   return {name: int(value) for name, value in _FIELD.findall(found[1])} if found else {}
+
+
+def target(instruction: Instruction) -> str:
+  """Returns the name of what a custom call calls; "" for another instruction."""
+  found = _TARGET.search(instruction.attributes)
+  return found[1] if found else ""
+
+
+def is_library_call(instruction: Instruction) -> bool:
+  """Returns whether an instruction is a matmul, convolution or attention of cuBLAS or cuDNN."""
+  return instruction.opcode == "custom-call" and target(instruction).startswith(_LIBRARIES)
+
+
+def _library_flops(computation: Computation, instruction: Instruction) -> float:
+  """Returns the operations of a call of cuBLAS or cuDNN.
+
+  Raises:
+    HloError: the call is of an unknown kind.
+  """
+  name = target(instruction)
+  result = instruction.shape.leaves[0]
+  if name.startswith("__cublas$") and (found := _CONTRACTED.search(instruction.attributes)):
+    left = computation.operand(instruction, 0).shape
+    contracted = math.prod(left.dims[axis] for axis in _integers(found[1]))
+    return _multiply_add(result) * result.elements * contracted
+  if name.startswith("__cudnn$conv"):
+    return _convolution(computation, dataclasses.replace(instruction, shape=result))
+  if name.startswith("__cudnn$fmha") and (found := _SCORES.search(instruction.attributes)):
+    # Attention's matmuls by its scores [B, N, T, S]: two forward, five backward. Scores that a
+    # causal mask or a window hides are not computed.
+    *batch, queries, keys = _integers(found[1])
+    window = _WINDOW.search(instruction.attributes)
+    if window and int(window[1]):
+      keys = min(keys, int(window[1]))
+    pairs = queries * keys / (2 if '"CAUSAL"' in instruction.attributes and keys == queries else 1)
+    size = computation.operand(instruction, 0).shape.dims[-1]
+    return 2 * (5 if "Backward" in name else 2) * math.prod(batch) * pairs * size
+  raise HloError(f"{instruction.name} calls {name}, whose operations are not known")
 
 
 def _floats(shapes: list[Shape]) -> int:
@@ -83,7 +135,7 @@ def _floats(shapes: list[Shape]) -> int:
 
 
 def _integers(text: str) -> list[int]:
-  return [int(part) for part in text.split(",") if part]
+  return [int(part.strip(' "')) for part in text.split(",") if part]
 
 
 def _multiply_add(shape: Shape) -> int:

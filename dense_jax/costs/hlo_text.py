@@ -30,7 +30,12 @@ _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _NAME = re.compile(r"%([\w.\-]+)")
-_METADATA = re.compile(r"metadata=\{[^{}]*\}")
+_METADATA = re.compile(r"\bmetadata=\{[^{}]*\}")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_SOURCE = re.compile(r'source_file="([^"]*)".*source_line=(\d+)')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+# A kernel's program in a custom call's configuration, which may have megabytes.
+_PROGRAM = re.compile(r'(\bir = |"body":|\bmodule = )"[^"]*"')
 
 
 class HloError(ValueError):
@@ -96,6 +101,9 @@ class Instruction:
     operands: the names of its operands, which are instructions of the same computation.
     argument: the text in parentheses, such as the value of a constant or a parameter's number.
     attributes: the text after the parentheses, without metadata.
+    op_name: the jax operation that it comes from, with the scopes around it; "" if not known.
+    frame: the number of its stack frame, a key of `Module.frames`; 0 if not known.
+    source: the line that it comes from, FILE:LINE, where the text gives that; else "".
   """
 
   name: str
@@ -104,6 +112,9 @@ class Instruction:
   operands: tuple[str, ...]
   argument: str
   attributes: str
+  op_name: str = ""
+  frame: int = 0
+  source: str = ""
 
   def attribute(self, name: str) -> str:
     """Returns the value of the attribute `name=value` without braces, or "" if there is none."""
@@ -150,10 +161,18 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A program: its computations by name, and the name of its entry computation."""
+  """A program.
+
+  Attributes:
+    computations: its computations by name.
+    entry: the name of its entry computation.
+    frames: the lines that led to an instruction, FILE:LINE, the innermost first, by the number
+      of its stack frame; empty for a text without such tables.
+  """
 
   computations: dict[str, Computation]
   entry: str
+  frames: dict[int, tuple[str, ...]]
 
 
 def parse_module(text: str) -> Module:
@@ -164,7 +183,8 @@ def parse_module(text: str) -> Module:
   """
   computations: dict[str, Computation] = {}
   entry, current = "", None
-  for line in text.splitlines():
+  lines = text.split("\n")  # Not splitlines(), for which other characters too end a line.
+  for line in lines:
     if current is None:
       header = _HEADER.match(line)
       if header:
@@ -180,7 +200,37 @@ def parse_module(text: str) -> Module:
         current = dataclasses.replace(current, root=instruction.name)
   if not entry:
     raise HloError("the text has no entry computation")
-  return Module(computations, entry)
+  return Module(computations, entry, _frames(lines))
+
+
+_TABLES = ("FileNames", "FileLocations", "StackFrames")
+
+
+def _frames(lines: list[str]) -> dict[int, tuple[str, ...]]:
+  """Returns the lines of each stack frame, by the tables at the head of the text."""
+  tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
+  table: dict[int, str] = {}
+  for line in lines:
+    if line.startswith(("%", "ENTRY")):
+      break
+    number, _, rest = line.partition(" ")
+    if number.isdigit():
+      table[int(number)] = rest
+    elif line:
+      table = tables.get(line, {})
+  files, locations, frames = (tables[name] for name in _TABLES)
+
+  def fields(text: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", text)}
+
+  found: dict[int, tuple[str, ...]] = {}
+  for number in sorted(frames):  # A frame comes after its parent.
+    frame = fields(frames[number])
+    place = fields(locations[frame["file_location_id"]])
+    name = files[place["file_name_id"]].strip('"')
+    # Parents are written as their number plus 1, so that 1 is none.
+    found[number] = (f"{name}:{place['line']}", *found.get(frame["parent_frame_id"] - 1, ()))
+  return found
 
 
 def parse_shape(text: str) -> Shape:
@@ -211,9 +261,15 @@ def _parse_instruction(name: str, text: str) -> Instruction:
   close = _closing(text, opcode.end() - 1)
   argument = text[opcode.end() : close]
   operands = () if opcode[1] in ("constant", "parameter") else tuple(_NAME.findall(argument))
-  attributes = _METADATA.sub("", text[close + 1 :])
+  attributes = _PROGRAM.sub("", text[close + 1 :])
+  metadata = _METADATA.search(attributes)
+  said = metadata[0] if metadata else ""
+  op_name, source, frame = (each.search(said) for each in (_OP_NAME, _SOURCE, _FRAME))
   return Instruction(
-      name, opcode[1], parse_shape(text[:end]), operands, argument, attributes
+      name, opcode[1], parse_shape(text[:end]), operands, argument, _METADATA.sub("", attributes),
+      op_name[1] if op_name else "",
+      int(frame[1]) if frame else 0,
+      f"{source[1]}:{source[2]}" if source else "",
   )
 
 

@@ -1,52 +1,39 @@
-"""Compiles programs for TPU topologies without a TPU, and tells whether they fit.
+"""Compiles programs for TPUs and GPUs without any, and tells whether they fit.
 
-The TPU compiler (libtpu) runs on any Linux x86-64 machine. It reports how much of a chip's memory
-a program takes and which operations it executes, but not how long they take.
+The compilers (libtpu; jax's CUDA plugin) run on any Linux x86-64 machine. They report how much of a
+chip's memory a program takes and which operations it executes, but not how long they take.
 """
 
 import dataclasses
 import importlib.metadata
-import importlib.util
-import math
-import os
-import pathlib
 import platform
 import re
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dense_jax import sharding
 from dense_jax.batch import Segments
-from dense_jax.config import ExperimentConfig, MeshConfig, defaults, invalid
-from dense_jax.costs.chips import CHIPS, Bound, bound
-from dense_jax.costs.hlo import Cost, program_cost
+from dense_jax.config import ExperimentConfig, defaults, invalid
+from dense_jax.costs.chips import Bound, Estimate, bound, estimate
+from dense_jax.costs.hlo import Cost, Item, program_items, total
 from dense_jax.costs.hlo_text import OpenLoopError
 from dense_jax.data.tokenizer import ByteTokenizer
-from dense_jax.errors import InputError
 from dense_jax.evaluation.perplexity import Scorer
 from dense_jax.models.language_model import LanguageModel, ModelState
 from dense_jax.models.params import abstract_model, get_params, logical_axes, with_params
 from dense_jax.ops import resolver
+from dense_jax.runs.compile_targets import topology_chip, topology_devices
 from dense_jax.training.step import Trainer
 from dense_jax.types import Array, Params, PyTree
 
 PROGRAMS = ("train", "eval", "prefill", "decode")
-KINDS = tuple(name for name, chip in CHIPS.items() if chip.axes)
 
-# Values that libtpu would otherwise request from a cloud machine's metadata server.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    # libtpu's lock file protects chips, and there are none here.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 _REFUSALS = (
@@ -75,8 +62,37 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledProgram:
-  """A program that was compiled for a topology, with the figures of one chip.
+class Figures:
+  """The figures that a compiler and its program give, for one chip.
+
+  Attributes:
+    compile_seconds: the time that lowering and compiling took.
+    memory: the use of a chip's memory.
+    cost: operations, bytes, launches and collectives; None means that the compiler refused the
+      program.
+    bound: lower bounds of the run time, in seconds, by the chip's published peaks; None like cost.
+    estimate: the run time, in seconds, by measured ceilings; None like cost, and for TPUs.
+    note: what `cost` leaves out; "" if nothing.
+    items: the instructions that `cost` adds up.
+  """
+
+  compile_seconds: float
+  memory: Memory
+  cost: Cost | None
+  bound: Bound | None
+  estimate: Estimate | None
+  note: str
+  items: list[Item] = dataclasses.field(repr=False)
+
+  @property
+  def fits(self) -> bool:
+    """True if the program fits a chip's memory."""
+    return self.cost is not None and self.memory.peak <= self.memory.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram(Figures):
+  """A run's program that was compiled for a topology, with the figures of one chip.
 
   Attributes:
     config: the run's configuration, with the size of the vocabulary.
@@ -84,11 +100,6 @@ class CompiledProgram:
     mesh: axis -> number of devices.
     program: one of `PROGRAMS`.
     chips: the number of chips.
-    compile_seconds: the time that lowering and compiling took.
-    memory: the use of a chip's memory.
-    cost: operations, bytes and collectives; None means that the compiler refused the program.
-    bound: lower bounds of the run time, in seconds, by the chip's published peaks; None like cost.
-    note: what `cost` leaves out; "" if nothing.
   """
 
   config: ExperimentConfig
@@ -96,16 +107,6 @@ class CompiledProgram:
   mesh: dict[str, int]
   program: str
   chips: int
-  compile_seconds: float
-  memory: Memory
-  cost: Cost | None
-  bound: Bound | None
-  note: str
-
-  @property
-  def fits(self) -> bool:
-    """True if the program fits a chip's memory."""
-    return self.cost is not None and self.memory.peak <= self.memory.capacity
 
   def as_dict(self) -> dict[str, Any]:
     """Returns the figures as a dict of JSON values."""
@@ -119,17 +120,15 @@ class CompiledProgram:
         "matmul_flops": cost and cost.matmul_flops,
         "transcendentals": cost and cost.transcendentals,
         "bytes_accessed": cost and cost.bytes_accessed,
+        "launches": cost and cost.launches,
         "collectives": cost and [dataclasses.asdict(each) for each in cost.collectives],
         "bound": self.bound and dataclasses.asdict(self.bound),
+        "estimate": self.estimate and dataclasses.asdict(self.estimate),
         "note": self.note,
         "program": self.program,
         "topology": self.topology,
         "mesh": self.mesh,
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "libtpu": importlib.metadata.version("libtpu"),
-        },
+        "versions": _versions(topology_chip(self.topology).is_gpu),
         "config": defaults(self.config),
     }
 
@@ -141,50 +140,78 @@ def compile_program(
     *,
     say: Callable[[str], None] = lambda _: None,
 ) -> CompiledProgram:
-  """Compiles a program of a run for a TPU topology.
+  """Compiles a program of a run for a topology.
 
   Args:
     config: the run's configuration. Its mesh must fit the topology; see `fit_mesh`. A vocabulary
       of 0 means that of the tokenizer, if its size is known.
-    topology: the chips, such as "v5p:4x4x4".
+    topology: the chips, such as "v5p:4x4x4" or "h100:8".
     program: "train" (a step), "eval" (the losses of a batch), "prefill" (a prompt of
       data.seq_len tokens) or "decode" (one token), all of train.batch_size rows.
     say: called with the name of each phase when it begins.
 
   Raises:
     InputError: there is no such topology, the mesh does not divide it or the model, the size of
-      the vocabulary is unknown, or no TPU compiler is installed.
+      the vocabulary is unknown, or the topology's compiler is not installed.
   """
   config = _with_vocab(config)
   devices = topology_devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
-  chip = CHIPS[topology.partition(":")[0]]
+  figures = _compile(lambda: _lower(config, mesh, program), mesh, topology, say)
+  fields = {field.name: getattr(figures, field.name) for field in dataclasses.fields(Figures)}
+  return CompiledProgram(
+      **fields, config=config, topology=topology, mesh=dict(mesh.shape), program=program,
+      chips=len(devices),
+  )
+
+
+def compile_function(
+    function: Callable[..., Any], arguments: Sequence[PyTree], topology: str
+) -> Figures:
+  """Compiles a function for the first chip of a topology.
+
+  Args:
+    function: a function of arrays.
+    arguments: its arguments, as arrays or `jax.ShapeDtypeStruct`.
+    topology: the chips, such as "v5e:2x2" or "h100:1".
+
+  Raises:
+    InputError: there is no such topology, or its compiler is not installed.
+  """
+  mesh = Mesh(np.asarray(topology_devices(topology)[:1]), ("device",))
+  here = NamedSharding(mesh, PartitionSpec())
+  shapes = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tuple(arguments)
+  )
+  return _compile(lambda: jax.jit(function).lower(*shapes), mesh, topology)
+
+
+def _compile(
+    lower: Callable[[], Any], mesh: Mesh, topology: str, say: Callable[[str], None] = lambda _: None
+) -> Figures:
+  """Lowers and compiles a program whose arguments are on the mesh, which is of the topology."""
+  chip = topology_chip(topology)
   begin = time.monotonic()
   say("lowering")
   known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-  with resolver.compiling_for("tpu"), known:
-    lowered = _lower(config, mesh, program)
+  with resolver.compiling_for("gpu" if chip.is_gpu else "tpu"), known:
+    lowered = lower()
   say("compiling")
-  cost, limits, note = None, None, ""
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     memory = Memory(None, None, None, _refused(error), chip.memory)
-    seconds = time.monotonic() - begin
-  else:
-    seconds = time.monotonic() - begin
-    stats = compiled.memory_analysis()
-    memory = Memory(
-        stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes,
-        stats.peak_memory_in_bytes, chip.memory,
-    )
-    say("reading")
-    cost, note = _cost(compiled.as_text())
-    limits = bound(cost, chip)
-  return CompiledProgram(
-      config, topology, dict(mesh.shape), program, len(devices), seconds, memory, cost, limits,
-      note,
+    return Figures(time.monotonic() - begin, memory, None, None, None, "", [])
+  seconds = time.monotonic() - begin
+  stats = compiled.memory_analysis()
+  memory = Memory(
+      stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes,
+      stats.peak_memory_in_bytes, chip.memory,
   )
+  say("reading")
+  items, note = _items(compiled.as_text())
+  cost = total(items)
+  return Figures(seconds, memory, cost, bound(cost, chip), estimate(cost, chip), note, items)
 
 
 def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
@@ -197,74 +224,22 @@ def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def _cost(text: str) -> tuple[Cost, str]:
-  """Returns the cost, and a note that says what it leaves out."""
+def _versions(gpu: bool) -> dict[str, str]:
+  compiler = "jax-cuda13-plugin" if gpu else "libtpu"
+  return {
+      "python": platform.python_version(),
+      "jax": jax.__version__,
+      compiler: importlib.metadata.version(compiler),
+  }
+
+
+def _items(text: str) -> tuple[list[Item], str]:
+  """Returns what the program executes, and a note that says what that leaves out."""
   try:
-    return program_cost(text), ""
+    return program_items(text), ""
   except OpenLoopError as error:
     # For example, time-invariant layers loop over the documents of the fullest chunk.
-    return program_cost(text, open_trips=1), f"loops whose length is data count once: {error}"
-
-
-def topology_devices(topology: str) -> list[jax.Device]:
-  """Returns the chips of a topology, as devices to compile for.
-
-  Raises:
-    InputError: there is no such topology, or no TPU compiler is installed.
-  """
-  kind, _, shape = topology.partition(":")
-  axes = CHIPS[kind].axes if kind in KINDS else 0
-  if not axes or not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), shape):
-    raise _invalid_topology(topology)
-  sizes = [int(size) for size in shape.split("x")]
-  options: dict[str, Any] = {}
-  if math.prod(sizes) == 1:
-    options["chips_per_host_bounds"] = (1, 1, 1)
-  if kind == "v4":  # Otherwise each of a chip's two cores is a device.
-    options["chip_config_name"] = "megacore"
-  _prepare(kind)
-  try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-  except jax.errors.JaxRuntimeError as error:
-    raise InputError(f"{_invalid_topology(topology)}; the compiler says: {error}") from error
-  return list(found.devices)
-
-
-def fit_mesh(config: MeshConfig, count: int) -> MeshConfig:
-  """Returns `config` if it has `count` devices, else a mesh with fsdp over all of them."""
-  sizes = [size or 1 for size in defaults(config).values()]
-  fixed = math.prod(size for size in sizes if size != -1)
-  fits = fixed == count or (-1 in sizes and fixed and count % fixed == 0)
-  return config if fits else dataclasses.replace(config, data=1, fsdp=-1, sequence=1, tensor=1)
-
-
-def _invalid_topology(topology: str) -> InputError:
-  forms = {2: "4x4", 3: "2x2x1"}
-  known = ", ".join(f"{kind}:{forms[CHIPS[kind].axes]}" for kind in KINDS)
-  return invalid("--topology", topology, f"KIND:CHIPS along each axis, such as {known}")
-
-
-def _prepare(kind: str) -> None:
-  """Lets jax find the TPU compiler, and keeps it from looking for chips.
-
-  It may be called after jax is imported, but only before libtpu is loaded.
-
-  Raises:
-    InputError: no TPU compiler is installed.
-  """
-  accelerator = {"v5e": "v5litepod-4", "v6e": "v6e-4"}.get(kind, f"{kind}-8")
-  for name, value in (_ENVIRONMENT | {"TPU_ACCELERATOR_TYPE": accelerator}).items():
-    os.environ.setdefault(name, value)
-  jax.config.update("jax_platforms", "cpu")
-  if importlib.util.find_spec("libtpu") is None:
-    # Not in site-packages: from there, jax would look for chips in every process.
-    folder = pathlib.Path(sys.prefix) / "tpu_compiler"
-    if not folder.is_dir():
-      raise InputError(
-          "there is no TPU compiler (libtpu) here: pip install -e '.[tpu]' on Linux x86-64, or "
-          f"`make test`, which puts it into {folder}"
-      )
-    sys.path.append(str(folder))
+    return program_items(text, open_trips=1), f"loops whose length is data count once: {error}"
 
 
 def _refused(error: jax.errors.JaxRuntimeError) -> int:

@@ -1,4 +1,4 @@
-"""Compiling for TPUs without a TPU, as a user meets it."""
+"""Compiling for TPUs and GPUs without any, as a user meets it."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 from dense_jax.cli import compile
 from dense_jax.errors import InputError
 from dense_jax.runs import compile as programs
+from dense_jax.runs import compile_targets as targets
 from tests.helpers import ROOT, tpu_compiler_environment
 
 SMOKE = ["--config", "experiments/smoke.py:debug"]
@@ -32,13 +33,13 @@ def run(*arguments):
 
 @pytest.mark.parametrize("mesh", ["model=4", "data", "data=x", "data=4;fsdp=2", "data=4,,fsdp=1"])
 def test_a_mesh_that_is_not_understood_names_the_axes(mesh, monkeypatch):
-  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:4])
+  monkeypatch.setattr(targets, "topology_devices", lambda _: jax.devices()[:4])
   with pytest.raises(InputError, match=r"--mesh = .* axes slices, data, fsdp, sequence, tensor"):
     compile.main([*SMOKE, "--topology", "v5e:2x2", "--mesh", mesh])
 
 
 def test_bad_input_is_told_before_anything_is_compiled(monkeypatch):
-  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:8])
+  monkeypatch.setattr(targets, "topology_devices", lambda _: jax.devices()[:8])
   for arguments, message in [
       (["--mesh", "data=3"], "config.mesh = .*product is 8"),
       (["--config.train.batch_size=12"], "config.train.batch_size = 12 .* multiple of .* = 8"),
@@ -53,7 +54,7 @@ def test_bad_input_is_told_before_anything_is_compiled(monkeypatch):
 
 @pytest.mark.parametrize("file", ["", ".", "/proc/new.json", "setup.cfg/", "README.md/x.json"])
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(monkeypatch, file):
-  monkeypatch.setattr(programs, "topology_devices", lambda _: jax.devices()[:4])
+  monkeypatch.setattr(targets, "topology_devices", lambda _: jax.devices()[:4])
   monkeypatch.setattr(programs, "compile_program", None)
   monkeypatch.chdir(ROOT)
   with pytest.raises(InputError, match=f"^--json = '{file}' is not valid: expected a "):
@@ -70,8 +71,8 @@ def test_a_train_step_for_four_chips(tmp_path):
   report = json.loads(file.read_text())
   assert set(report) == {
       "fits", "chips", "compile_seconds", "hbm", "flops", "matmul_flops", "transcendentals",
-      "bytes_accessed", "collectives", "bound", "note", "program", "topology", "mesh", "versions",
-      "config",
+      "bytes_accessed", "launches", "collectives", "bound", "estimate", "note", "program",
+      "topology", "mesh", "versions", "config",
   }
   assert set(report["hbm"]) == {"arguments", "temporaries", "outputs", "peak", "capacity"}
   assert (report["fits"], report["chips"], report["note"]) == (True, 4, "")

@@ -17,6 +17,7 @@ import pytest
 from dense_jax import experiment, files, runs, sharding
 from dense_jax.cli import compile, convert, evaluate, generate, train
 from dense_jax.runs import compile as programs
+from dense_jax.runs import compile_targets as targets
 from launch import local, tpu_vm, xpk
 from tests.helpers import ROOT
 from tests.launch import test_dockerfile
@@ -60,7 +61,7 @@ def dry(monkeypatch, tmp_path):
   monkeypatch.setattr(runs, "restore", reached)
   monkeypatch.setattr(convert, "check_destination", lambda *_: None)
   monkeypatch.setattr(programs, "compile_program", reached)
-  monkeypatch.setattr(programs, "topology_devices", lambda topology: range(_chips(topology)))
+  monkeypatch.setattr(targets, "topology_devices", lambda topology: range(_chips(topology)))
   monkeypatch.setattr(local, "_start", reached)
   write_recorders(tmp_path / "bin", tmp_path / "calls", "xpk")
   monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
