@@ -19,7 +19,8 @@ from dense_jax.costs.hlo import program_cost
 from dense_jax.ops import resolver
 from dense_jax.ops.diagonal.tpu import selective_reads
 from dense_jax.ops.diagonal.tpu_kernels import Diagonal
-from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
+from dense_jax.ops.matrix.tpu import matrix_reads
+from dense_jax.ops.matrix.tpu_arrays import Matrix
 from dense_jax.types import Array, PyTree
 
 # TPU -> its smallest topology.

@@ -12,7 +12,7 @@ from dense_jax.ops import partition
 from dense_jax.ops.diagonal.sequence import DiagonalSequence
 from dense_jax.ops.diagonal.tpu import selective_reads
 from dense_jax.ops.diagonal.tpu_kernels import Diagonal
-from dense_jax.ops.recurrence import Read, add_reads
+from dense_jax.ops.recurrence import Read, add_reads, gate_value
 from dense_jax.types import WIDTH_AXIS, Array
 
 
@@ -35,7 +35,8 @@ class KernelDiagonal(DiagonalSequence):
     joint = all(isinstance(r.recurrence, KernelDiagonal) and r.function is None for r in reads)
     sources = [self._asked(query, None)]
     for read in reads if joint else ():
-      sources.append(cast(KernelDiagonal, read.recurrence)._asked(read.query, read.gate))
+      other = cast(KernelDiagonal, read.recurrence)
+      sources.append(other._asked(read.query, gate_value(read.gate)))
     channels = partition.by_row(None, WIDTH_AXIS)
     y_BTE, final_BNE = partition.over_mesh(
         functools.partial(selective_reads, chunk=self.chunk, interpret=self.interpret),

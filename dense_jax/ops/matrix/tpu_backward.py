@@ -20,11 +20,13 @@ from jax.experimental.pallas import tpu as pltpu
 from dense_jax.ops.matrix.tpu_chunk import (
     Blocks,
     Finish,
+    LowRank,
     Place,
     Stream,
     Tokens,
     dot,
     sigmoid_and_silu,
+    silu_slope,
     to_columns,
     write_rows,
 )
@@ -43,6 +45,10 @@ class Sums:
     d_q_CN, d_k_CN: parts of the gradients of queries and keys.
     d_carried_CX: for each token, the gradient of what it reads of the carried state.
     kept_CX: what each token adds to the state after the chunk.
+    d_gate_CX: the gradient of a low-rank gate before silu; this and the following are None if
+      there is no such gate.
+    d_hidden_CR: a part of the gradient of its hidden values.
+    d_up_RX: the gradient of its matrix, for a set of blocks.
   """
 
   dh: PyTree
@@ -52,6 +58,9 @@ class Sums:
   d_k_CN: PyTree
   d_carried_CX: PyTree
   kept_CX: PyTree
+  d_gate_CX: PyTree
+  d_hidden_CR: PyTree
+  d_up_RX: PyTree
 
 
 class _Source:
@@ -75,10 +84,14 @@ class _Source:
       else:
         pltpu.sync_copy(d_final_BEN.at[place.row, place.all_rows], sums.dh.at[place.set_rows])
 
+      if sums.d_up_RX is not None:
+        sums.d_up_RX[:, place.set_rows] = jnp.zeros((len(sums.d_up_RX), blocks.rows), jnp.float32)
+
     @pl.when(place.is_first_block)
     def _clear() -> None:
-      for part in (sums.d_scores_CC, sums.d_q_CN, sums.d_k_CN):
-        part[...] = jnp.zeros(part.shape, part.dtype)
+      for part in (sums.d_scores_CC, sums.d_q_CN, sums.d_k_CN, sums.d_hidden_CR):
+        if part is not None:
+          part[...] = jnp.zeros(part.shape, part.dtype)
 
     self.tokens = tokens = Tokens(blocks, place, stream, count_1C, sums.scores_CC)
     self._dh_XN = sums.dh[place.set_rows]
@@ -91,6 +104,10 @@ class _Source:
     self._score_C1 = jnp.sum(
         jnp.where(self._itself_CC, tokens.scores_CC, 0.0), axis=1, keepdims=True
     )
+    self._gate_CX = stream.gate
+    if isinstance(stream.gate, LowRank):
+      self._before_gate_CX = stream.gate.before(place, tokens.dtype)
+      self._gate_CX = sigmoid_and_silu(self._before_gate_CX)[1]
     self._d_sum: list[list[Array]] = []
     self._d_scale: list[list[Array]] = []
 
@@ -108,10 +125,9 @@ class _Source:
     return self._gated(self._whole_CP, head)
 
   def _gated(self, x_CP: Array, head: int) -> Array:
-    gate = self._stream.gate_BTE
-    if gate is None:
+    if self._gate_CX is None:
       return x_CP
-    return x_CP * self._blocks.of(gate, head).astype(jnp.float32)
+    return x_CP * self._blocks.of(self._gate_CX, head).astype(jnp.float32)
 
   def pull_back(self, d_CP: Array, d_x_CP: Array | None, head: int) -> None:
     """Computes a head's gradients; `read` must come before.
@@ -147,8 +163,12 @@ class _Source:
       self._d_scale.append([jnp.sum(raw_CP * d_v_CP, axis=1, keepdims=True)])
     d_v_CP = tokens.scaled(d_v_CP, head)
     blocks.put(gradient.v_BTE, d_v_CP if d_x_CP is None else d_v_CP + d_x_CP, head)
-    if gradient.gate_BTE is not None:
-      blocks.put(gradient.gate_BTE, d_CP * self._whole_CP, head)
+    if isinstance(gradient.gate, LowRank):
+      d_gate_CP = d_CP * self._whole_CP
+      d_gate_CP *= silu_slope(blocks.of(self._before_gate_CX, head))
+      blocks.put(sums.d_gate_CX, d_gate_CP, head)
+    elif gradient.gate is not None:
+      blocks.put(gradient.gate, d_CP * self._whole_CP, head)
 
   def finish(self) -> None:
     """Computes the gradients to which all heads contribute."""
@@ -172,12 +192,32 @@ class _Source:
       gradient.q_BTK[...] = d_q_CN.astype(gradient.q_BTK.dtype)
       gradient.k_BTK[...] = d_k_CN.astype(gradient.k_BTK.dtype)
 
+    if isinstance(gradient.gate, LowRank):
+      self._finish_gate(self._stream.gate, gradient.gate)
+
     if gradient.initial_BEN is not None:
       d_initial_XN = gradient.initial_BEN.at[place.row, place.all_rows]
 
       @pl.when(place.is_last_chunk)
       def _end() -> None:
         pltpu.sync_copy(sums.dh.at[place.set_rows], d_initial_XN)
+
+
+  def _finish_gate(self, gate: LowRank, gradient: LowRank) -> None:
+    place, sums, dtype = self._place, self._sums, self.tokens.dtype
+    d_gate_CX, up_RX = sums.d_gate_CX[...], gate.up_RE[:, place.set_rows]
+    sums.d_hidden_CR[...] += dot(d_gate_CX, up_RX, (1, 1), dtype)
+    sums.d_up_RX[:, place.set_rows] += dot(gate.hidden_BTR[...], d_gate_CX, (0, 0), dtype)
+
+    @pl.when(place.is_last_block)
+    def _write_hidden() -> None:
+      gradient.hidden_BTR[...] = sums.d_hidden_CR[...].astype(gradient.hidden_BTR.dtype)
+
+    d_up_RX = gradient.up_RE.at[place.row, :, place.all_rows]
+
+    @pl.when(place.is_last_chunk)
+    def _write_up() -> None:
+      pltpu.sync_copy(sums.d_up_RX.at[:, place.set_rows], d_up_RX)
 
 
 class _Finish:
@@ -209,14 +249,13 @@ class _Finish:
       y_CP += skip_1P * x_CP
     gate_CP = None
     if finish.z_BTE is not None:
-      z_CP = blocks.of(finish.z_BTE, head).astype(jnp.float32)
-      sigmoid_CP, gate_CP = sigmoid_and_silu(z_CP)
+      z_CP = blocks.of(finish.z_BTE, head)
+      gate_CP = sigmoid_and_silu(z_CP)[1]
     if self._d_moments:
       d_sum_C1, d_squares_C1 = self._d_moments[2 * head : 2 * head + 2]
       d_CP += d_sum_C1 + 2 * d_squares_C1 * (y_CP if gate_CP is None else y_CP * gate_CP)
     if gate_CP is not None:
-      d_z_CP = d_CP * y_CP * sigmoid_CP * (1 + z_CP * (1 - sigmoid_CP))
-      blocks.put(gradient.z_BTE, d_z_CP, head)
+      blocks.put(gradient.z_BTE, d_CP * y_CP * silu_slope(z_CP), head)
       d_CP *= gate_CP
     if finish.skip_1E is None:
       return d_CP, None
