@@ -180,6 +180,7 @@ def _forward(
     save: bool,
 ) -> tuple[Array, Array | None, Array, list[Array | None]]:
   """Computes y_BTE, moments_BHG2C, the first source's final_BEN and, if `save`, states between."""
+  streams = tuple(map(tpu_arrays.rounded_gate, streams))
   blocks = choose_blocks(plan, streams, finish, save=save, backward=False)
   specs = Specs(plan, blocks, reverse=False)
   state, sources = (plan.rows, plan.state_size), len(streams)
@@ -223,6 +224,7 @@ def _backward(
     before: list[Array],
 ) -> tuple[tuple[Stream, ...], Finish]:
   """Computes the gradients of all sources and of the epilogue's arrays."""
+  exact, streams = streams, tuple(map(tpu_arrays.rounded_gate, streams))
   blocks = choose_blocks(plan, streams, finish, save=True, backward=True)
   specs = Specs(plan, blocks, reverse=True)
   in_specs, finish_specs = tuple(map(specs.stream, streams)), specs.finish(finish)
@@ -293,7 +295,7 @@ def _backward(
   )
   if finish.skip_1E is not None:
     d_finish = dataclasses.replace(d_finish, skip_1E=jnp.sum(d_finish.skip_1E, axis=(0, 1)))
-  return tuple(map(_summed, streams, d_streams)), d_finish
+  return tuple(map(_summed, exact, d_streams)), d_finish
 
 
 def _summed(stream: Stream, gradient: Stream) -> Stream:

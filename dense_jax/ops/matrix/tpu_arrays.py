@@ -78,7 +78,7 @@ def stream(plan: Plan, source: Matrix) -> Stream:
   def gate(x: ReadGate) -> PyTree:
     if not isinstance(x, LowRankGate):
       return values(x)
-    up_RE = _parts(x.up_RE.astype(x.hidden_R.dtype), plan.heads, plan.channels)
+    up_RE = _parts(x.up_RE, plan.heads, plan.channels)
     return LowRank(pad_time(x.hidden_R, plan.chunk), up_RE)
 
   return Stream(
@@ -87,6 +87,17 @@ def stream(plan: Plan, source: Matrix) -> Stream:
       sum_BHG2C=jnp.transpose(sum_BGC2H, (0, 4, 1, 3, 2)),
       gate=gate(source.gate), initial_BEN=initial_BEN,
   )
+
+
+def rounded_gate(source: Stream) -> Stream:
+  """Returns the source with a low-rank gate's matrix in the dtype of what it multiplies.
+
+  Its gradient is of the matrix before this, and stays float32.
+  """
+  if not isinstance(source.gate, LowRank):
+    return source
+  up_RE = source.gate.up_RE.astype(source.gate.hidden_BTR.dtype)
+  return dataclasses.replace(source, gate=dataclasses.replace(source.gate, up_RE=up_RE))
 
 
 def finish(plan: Plan, epilogue: Epilogue) -> Finish:
