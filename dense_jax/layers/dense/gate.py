@@ -7,6 +7,7 @@ from flax import nnx
 
 from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Linear, xavier_uniform, zeros
+from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array
 
 
@@ -35,7 +36,11 @@ class Gate(nnx.Module):
 
   def __call__(self, x_D: Array) -> Array:
     """Maps [..., D] to [..., width]."""
-    return jax.nn.silu(self.up(jax.nn.silu(self.down(x_D))))
+    return self.low_rank(x_D).value()
+
+  def low_rank(self, x_D: Array) -> LowRankGate:
+    """Returns the gate of [..., D] before its last map, which a kernel can compute."""
+    return LowRankGate(jax.nn.silu(self.down(x_D)), self.up.kernel[...], self.up.matmul)
 
 
 def make_gates(

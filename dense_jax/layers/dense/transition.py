@@ -15,7 +15,7 @@ from flax import nnx
 from dense_jax.config import ModelConfig
 from dense_jax.layers.dense.gate import make_gates, of_source
 from dense_jax.layers.linear import normal, parameter
-from dense_jax.ops.recurrence import FLOAT32, Read, Recurrence
+from dense_jax.ops.recurrence import FLOAT32, Read, ReadGate, Recurrence, gate_value
 from dense_jax.types import Array
 
 
@@ -100,7 +100,7 @@ class Phi:
     fixed_query: true if the family's query is a parameter [E, N].
   """
 
-  gate_E: Array | None
+  gate_E: ReadGate
   gate_N: Array | None
   projection: Projection
   fixed_query: bool = dataclasses.field(metadata={"static": True})
@@ -128,7 +128,7 @@ class Phi:
 
   def __call__(self, h_EN: Array) -> Array:
     """Returns phi(h) of one token's states, [B, E, N] or [B, H, P, N]; float32."""
-    return gate_states(self.gate_E, self.projection(h_EN, self.gate_N))
+    return gate_states(gate_value(self.gate_E), self.projection(h_EN, self.gate_N))
 
 
 class Transition(nnx.Module):
@@ -162,7 +162,7 @@ class Transition(nnx.Module):
     """Returns phi of a source (0 is the nearest) for the layer's input [..., D]."""
     gate_E = gate_N = matrix = low_rank = None
     if hasattr(self, "channel_gates"):
-      gate_E = of_source(self.channel_gates, source)(x_D)
+      gate_E = of_source(self.channel_gates, source).low_rank(x_D)
     if hasattr(self, "state_gates"):
       # Around one, because if both gates started at zero, neither would learn.
       gate_N = 1 + of_source(self.state_gates, source)(x_D)
