@@ -124,7 +124,7 @@ def _describe(report: programs.CompiledProgram) -> str:
         ("matmuls at the rate of a large one", scaled(report.estimate.matmuls, "s")),
         ("HBM traffic at the bandwidth of a copy", scaled(report.estimate.memory, "s")),
         ("the sum", scaled(report.estimate.seconds, "s")),
-        ("rates from", "experiments/results/gpu_estimate_2026-11-26.json"),
+        ("rates from", "experiments/results/gpu_rates_2026-11-26.json"),
     ]))
   if report.note:
     parts.append(f"note: {report.note}")

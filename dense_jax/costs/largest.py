@@ -26,6 +26,10 @@ class Entry:
   what: str = ""
 
 
+# Parts of the scopes that gradients and rematerialisation add to an operation's name.
+_MARKS = ("transpose(", "jvp(", "rematted_computation")
+
+
 def instructions(items: Sequence[Item], count: int) -> list[Entry]:
   """Returns the `count` instructions that move the most bytes, the largest first."""
   largest = sorted(items, key=_bytes, reverse=True)[:count]
@@ -51,10 +55,12 @@ def _bytes(item: Item) -> int:
 
 
 def _phase(item: Item) -> str:
-  name = item.op_name
-  if "rematted_computation" in name:
-    return "again"
-  return "backward" if "transpose(" in name else "forward"
+  """Returns the pass; a forward pass inside a backward one computes again."""
+  scopes = item.op_name.split("/")
+  told = [scope for scope in scopes if any(mark in scope for mark in _MARKS)]
+  if not told or not any("transpose(" in scope for scope in told):
+    return "forward"
+  return "backward" if "transpose(" in told[-1] else "again"
 
 
 def _lines(item: Item) -> str:

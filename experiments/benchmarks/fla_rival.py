@@ -34,6 +34,31 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
 WIDTH, VOCABULARY = 1024, 50280
 
 
+def fix_tuning() -> str:
+  """Keeps one configuration of each Triton kernel, because tuning all of them takes minutes.
+
+  Call it before kernels are defined. It may cost speed: kernels whose best configuration is
+  another one run slower than tuned.
+
+  Returns:
+    What was kept, for the record.
+
+  Raises:
+    ImportError: triton is not installed.
+  """
+  tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+  make = tuner.__init__
+
+  def keep_one(self: Any, *arguments: Any, **options: Any) -> None:
+    make(self, *arguments, **options)
+    self.configs = [min(
+        self.configs, key=lambda each: (abs(each.num_warps - 4), abs(each.num_stages - 3))
+    )]
+
+  tuner.__init__ = keep_one
+  return "one configuration a kernel: nearest to 4 warps and 3 stages, not tuned"
+
+
 def missing(family: str) -> str:
   """Returns what a family needs and this environment lacks, for a message; "" if nothing."""
   for name in ("torch", "fla", "transformers"):
@@ -101,8 +126,18 @@ def measure(family: str, batch_size: int, length: int, *, checkpoint: bool) -> d
   }
 
 
-def main(family: str, batch_size: int, length: int) -> None:
-  """Measures a family, with rematerialisation only if the memory is too small without it."""
+def main(family: str, batch_size: int, length: int, *, tuned: bool) -> None:
+  """Measures a family, with rematerialisation only if the memory is too small without it.
+
+  Args:
+    family: a key of FAMILIES.
+    batch_size: rows per batch.
+    length: tokens per row.
+    tuned: whether each kernel is tuned, which takes minutes; see `fix_tuning`.
+  """
+  tuning = "tuned"
+  if not tuned and importlib.util.find_spec("triton") is not None:
+    tuning = fix_tuning()
   reason = missing(family)
   if reason:
     print(json.dumps({"skipped": reason}))
@@ -117,9 +152,9 @@ def main(family: str, batch_size: int, length: int) -> None:
     figures = {**measure(family, batch_size, length, checkpoint=True), "remat": "full"}
   versions = {name: str(importlib.import_module(name).__version__) for name in ("torch", "fla")}
   print(json.dumps({
-      **figures, "versions": versions, "device": torch.cuda.get_device_name(),
+      **figures, "tuning": tuning, "versions": versions, "device": torch.cuda.get_device_name(),
   }))
 
 
 if __name__ == "__main__":
-  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), tuned=sys.argv[4] == "tuned")

@@ -3,6 +3,8 @@
 Command   python -m experiments.benchmarks.gpu --json experiments/results/gpu_DATE.json
           With --budget-seconds 570 no case starts after that time; run the same command again
           for the cases that FILE does not have yet. --only train/mamba decode selects cases
+          --plan short is what 15 minutes on a card can tell: first the kernels against their
+          specification. --prices FILE (of `prices`) adds the estimates to the measured steps
 Install   pip install 'jax[cuda12]'; for the rivals see fla_rival.py
 Status    training of mamba2 and gau_retnet and decoding of one row were measured on an H100
           (experiments/results/gpu_2026-11-26.json); the rivals, modes and long contexts were not.
@@ -10,12 +12,15 @@ Status    training of mamba2 and gau_retnet and decoding of one row were measure
           rivals are skipped
 Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_1p3b.py; bf16
           activations, float32 parameters and AdamW; V and head as there
-Cases     train    tokens/s, MFU (flops.py) and peak memory of a train step, base and dense, with
+Cases     check    every form of a recurrence against the specification (gpu_check.py)
+          rates    the card's matmul FLOP/s and copied bytes/s
+          train    tokens/s, MFU (flops.py) and peak memory of a train step, base and dense, with
                    32768 tokens per batch and the first of remat minimal, reads and full that fits
           rival    the same of flash-linear-attention, at the same batch and length
           mode     the implementations of a form against each other, T 8192
           decode   decoded tokens/s of B rows
           context  decoded tokens/s of one row after 1k and 100k tokens
+          operation  a recurrence, forward and backward, beside mamba_ssm's (op_rival.py)
 Each case runs in a process of its own, so that its peak memory is its own, and a failure costs
 one line. The most important cases come first, and FILE is written after each.
 """
@@ -32,7 +37,7 @@ from typing import Any
 
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
-from experiments.benchmarks import common, fla_rival
+from experiments.benchmarks import common, fla_rival, gpu_check
 from experiments.benchmarks.gpu_case import Case
 from experiments.benchmarks.gpu_tables import tables
 
@@ -48,7 +53,6 @@ DENSE: dict[str, dict[str, str]] = {
     "inputs-1": {"model.dense.depth": "1", "model.dense.inject": "inputs"},
 }
 REMAT = ("minimal", "reads", "full")
-CASE_SECONDS = 900
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Plan:
     batches: B of `decode`, the most important first.
     contexts: tokens before the decoded ones in `context`.
     toy: whether models are shrunk to a smoke test.
+    short: whether only the cases of `_short` are run.
+    case_seconds: the time after which a case is given up.
   """
 
   lengths: tuple[int, ...]
@@ -70,19 +76,33 @@ class Plan:
   batches: tuple[int, ...]
   contexts: tuple[int, ...]
   toy: bool
+  short: bool = False
+  case_seconds: int = 900
 
 
 FULL = Plan((2048, 32768, 8192), 32768, 8192, (1, 64, 6), (1_000, 100_000), toy=False)
 TOY = Plan((64,), 64, 64, (1,), (10, 100), toy=True)
+# Name -> the plan, and the same at toy size. In the short plan, what hangs must not take all.
+PLANS = {
+    "full": (FULL, TOY),
+    "short": (
+        dataclasses.replace(FULL, batches=(1, 6, 64), short=True, case_seconds=150),
+        dataclasses.replace(TOY, batches=(1, 6), short=True),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-  """A case that trains flash-linear-attention's model of a family."""
+  """A case of another project, run by a module of its own."""
 
-  family: str
-  batch_size: int
-  length: int
+  module: str
+  arguments: tuple[str, ...]
+
+
+def _fla(family: str, batch_size: int, length: int, tuning: str) -> Rival:
+  """Returns the case that trains flash-linear-attention's model of a family."""
+  return Rival("fla_rival", (family, str(batch_size), str(length), tuning))
 
 
 def _model(name: str, plan: Plan, dense: str) -> tuple[str, dict[str, str]]:
@@ -116,7 +136,7 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
     later = family in LATER
     if family in fla_rival.FAMILIES:
       for rank, length in enumerate(plan.lengths, 1):
-        rival = Rival(family, plan.tokens // length, length)
+        rival = _fla(family, plan.tokens // length, length, "tuned")
         yield rank + later, f"rival/{family}/base/T{length}", rival
     # For matrix states, the recurrent form is only the specification: too slow to compare.
     for form in resolver.IMPLEMENTATIONS[FAMILIES[family].form]:
@@ -135,46 +155,68 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
         yield rank, f"context/{family}/{dense}/{context}", case
 
 
+def _short(plan: Plan) -> Iterator[tuple[str, Case | Rival]]:
+  """Yields name and case of the short plan, in the order in which they run."""
+  for family in gpu_check.CHECKED:
+    yield f"check/{family}/forms/small", Case("check", family, toy=plan.toy)
+  yield "rates/card/all/large", Case("rates", "all", toy=plan.toy)
+  length = plan.lengths[0]
+  for dense in ("base", "state-2"):
+    for family in ("mamba2", "gau_retnet", "retnet", "mamba"):
+      yield f"train/{family}/{dense}/T{length}", _train(family, plan, dense, length)
+  for dense in ("base", "state-2"):
+    for batch in plan.batches:
+      spec, overrides = _model("mamba2", plan, dense)
+      yield f"decode/mamba2/{dense}/B{batch}", Case("decode", spec, overrides, batch_size=batch)
+  for family in ("retnet", "mamba2"):
+    rival = _fla(family, plan.tokens // length, length, "fixed")
+    yield f"rival/{family}/base/T{length}", rival
+  for name in ("ssd", "scan"):
+    yield f"operation/{name}/ours/T2048", Case("operation", name, toy=plan.toy)
+    yield f"operation/{name}/mamba_ssm/T2048", Rival("op_rival", (name,))
+
+
 def cases(plan: Plan) -> dict[str, Case | Rival]:
   """Returns all cases by name, the most important first."""
+  if plan.short:
+    return dict(_short(plan))
   ranked = sorted(_ranked(plan), key=lambda entry: entry[0])
   return {name: case for _, name, case in ranked}
 
 
-def run(case: Case | Rival, *, toy: bool, fla_python: str) -> dict[str, Any]:
+def run(case: Case | Rival, plan: Plan, rival_python: str) -> dict[str, Any]:
   """Runs a case; returns its figures, or {"skipped": why} or {"failed": why}."""
   environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-  if toy:
+  if plan.toy:
     environment["JAX_PLATFORMS"] = "cpu"
   if isinstance(case, Rival):
-    command = [fla_python, "-m", "experiments.benchmarks.fla_rival", case.family,
-               str(case.batch_size), str(case.length)]
+    command = [rival_python, "-m", f"experiments.benchmarks.{case.module}", *case.arguments]
   else:
     command = [sys.executable, "-m", "experiments.benchmarks.gpu_case",
                json.dumps(dataclasses.asdict(case))]
   try:
     done = subprocess.run(
         command, cwd=common.ROOT, env=environment, capture_output=True, text=True,
-        timeout=CASE_SECONDS, check=False,
+        timeout=plan.case_seconds, check=False,
     )
   except subprocess.TimeoutExpired:
-    return {"failed": f"not done after {CASE_SECONDS} s"}
+    return {"failed": f"not done after {plan.case_seconds} s"}
   lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
   if done.returncode:
     return {"failed": lines[-1][:300] if lines else f"exit status {done.returncode}"}
   return json.loads(lines[-1])
 
 
-def earlier(path: str, hardware: str) -> dict[str, Any]:
+def earlier(path: str, hardware: str = "") -> dict[str, Any]:
   """Returns the results that the file already has; {} if there is no file.
 
   Raises:
-    SystemExit: the results are from other hardware.
+    SystemExit: the results are from other hardware than is given.
   """
   if not path or not pathlib.Path(path).is_file():
     return {}
   before = json.loads(pathlib.Path(path).read_text())
-  if before["hardware"] != hardware:
+  if hardware and before["hardware"] != hardware:
     raise SystemExit(f"{path} is of other hardware, {before['hardware']}: name another file")
   return before["results"]
 
@@ -182,34 +224,43 @@ def earlier(path: str, hardware: str) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
   """Runs the cases and prints the tables."""
   parser = common.parser(__doc__)
+  parser.add_argument("--plan", choices=PLANS, default="full", help="which cases (full)")
   parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU: a smoke test")
   parser.add_argument("--only", nargs="+", default=[""], metavar="PREFIX",
                       help="the cases whose names begin so, such as train/mamba2")
   parser.add_argument("--budget-seconds", type=float, default=float("inf"), metavar="S",
                       help="start no case after S seconds")
   parser.add_argument("--fla-python", default=sys.executable, metavar="PYTHON",
-                      help="the Python that has flash-linear-attention (this one)")
+                      help="the Python that has the rivals (this one)")
+  parser.add_argument("--prices", default="", metavar="FILE",
+                      help="of `prices` for h100 or h200: estimates beside what is measured")
+  parser.add_argument("--tables", action="store_true", help="only the tables of --json FILE")
   options = parser.parse_args(arguments)
   start = time.monotonic()
   hardware = common.hardware()
   print(f"{hardware}\n", flush=True)
-  chosen = {name: case for name, case in cases(TOY if options.toy else FULL).items()
+  plan = PLANS[options.plan][options.toy]
+  chosen = {name: case for name, case in cases(plan).items()
             if name.startswith(tuple(options.only))}
-  results = earlier(options.json, hardware)
-  waiting = [name for name in chosen if name not in results]
+  results = earlier(options.json, "" if options.tables else hardware)
+  waiting = [name for name in chosen if name not in results and not options.tables]
   for name in common.progress(waiting, "cases"):
     if time.monotonic() - start > options.budget_seconds:
       print(f"the budget is spent before {name}", flush=True)
       break
-    results[name] = run(chosen[name], toy=options.toy, fla_python=options.fla_python)
+    results[name] = run(chosen[name], plan, options.fla_python)
     for reason in ("failed", "skipped"):
       if reason in results[name]:
         print(f"{name}: {reason}: {results[name][reason]}", flush=True)
     if options.json:
       common.write_json(options.json, common.record(
-          "gpu", arguments, "tokens/s, seconds, bytes; mfu: see flops.py", results
+          "gpu", arguments,
+          "tokens/s, seconds, bytes; mfu: see flops.py; errors: see gpu_check.py", results,
       ))
-  for table in tables(results):
+  prices: dict[str, Any] = {}
+  if options.prices:
+    prices = json.loads(pathlib.Path(options.prices).read_text())["results"]
+  for table in tables(results, prices):
     print(table, flush=True)
 
 

@@ -16,7 +16,7 @@ from dense_jax import experiment
 from dense_jax.config import ExperimentConfig
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
-from experiments.benchmarks import common, flops
+from experiments.benchmarks import common, flops, gpu_check
 
 TRAIN_REPEATS, DECODE_REPEATS = 5, 9
 
@@ -26,20 +26,22 @@ class Case:
   """A case to measure.
 
   Attributes:
-    kind: "train" or "decode".
-    spec: the experiment, FILE.py[:ARG].
+    kind: "train" or "decode", or one of `gpu_check.run`.
+    spec: the experiment, FILE.py[:ARG]; the name of an operation.
     overrides: dotted keys of its configuration and their values.
     remat: values of `model.remat` to try in turn, until one fits the memory.
     batch_size: B of "decode"; that of "train" is among the overrides.
     context: tokens before the decoded ones.
+    toy: whether a case of `gpu_check` has the sizes of a smoke test.
   """
 
   kind: str
   spec: str
-  overrides: dict[str, str]
+  overrides: dict[str, str] = dataclasses.field(default_factory=dict)
   remat: tuple[str, ...] = ("none",)
   batch_size: int = 1
   context: int = 3
+  toy: bool = False
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -91,6 +93,9 @@ def run(case: Case) -> dict[str, Any]:
   Raises:
     InputError: the experiment has no such form.
   """
+  if case.kind not in ("train", "decode"):
+    return gpu_check.run(case.kind, case.spec, toy=case.toy)
+
   def settings(remat: str) -> ExperimentConfig:
     overrides = {**case.overrides, "model.remat": remat}
     return experiment.load(str(common.ROOT / case.spec), list(overrides.items()))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments.benchmarks import common
+from experiments.benchmarks import common, prices
 from experiments.benchmarks.common import Table
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -86,9 +86,72 @@ def contexts(results: Results) -> Table:
   return Table("A step of decoding, B 1", rows, {})
 
 
-def tables(results: Results) -> Iterator[Table]:
-  """Yields the tables that have rows."""
-  for make in (training, modes, decoding, contexts):
-    table = make(results)
+def checks(results: Results) -> Table:
+  """Makes the table of the forms' errors."""
+  columns = ("float32 logits", "float32 gradients", "bfloat16 logits", "bfloat16 gradients")
+  rows = [["family, state m=2", "form", *columns]]
+  for name, found in results.items():
+    for form, figures in found.get("errors", {}).items():
+      cells = (f"{figures[key]:.1e}" if key in figures else "" for key in columns)
+      rows.append([name.split("/")[1], form, *cells])
+  return Table("Largest errors, over the largest value of the specification in float32", rows, {})
+
+
+def rates(results: Results) -> Table:
+  """Makes the table of the card's rates."""
+  rows = [["matmul, TFLOP/s", "copy, TB/s"]]
+  if (figures := results.get("rates/card/all/large")) and "failed" not in figures:
+    keys = ("matmul_flops_per_second", "copied_bytes_per_second")
+    rows.append([f"{figures[key] / 1e12:.4g}" for key in keys])
+  return Table("Rates of one large operation", rows, {})
+
+
+# Name of a dense variant of `gpu` -> that of `prices`.
+_KINDS = {"base": "base", "state-1": "state m=1", "state-2": "state m=2", "inputs-1": "inputs m=1"}
+
+
+def estimates(results: Results, reports: Mapping[str, Any]) -> Table:
+  """Makes the table of measured over estimated times of a train step.
+
+  Args:
+    results: the measured cases.
+    reports: the results of `prices`, for the same kind of card.
+  """
+  rows = [["model", "dense", "step, ms", "estimate, ms", "measured over estimate", "launches"]]
+  for model, dense, size, figures in _named(results, "train"):
+    kind = figures.get("device", "").lower().split()
+    target = next((name for name in ("h100", "h200") if name in kind), "")
+    report = reports.get(f"{target} | {model} | {_KINDS[dense]}")
+    if size != f"T{prices.LENGTH}" or not report:
+      continue
+    found = prices.price(report)
+    tokens = report["config"]["train"]["batch_size"] * report["config"]["data"]["seq_len"]
+    seconds = tokens / figures["tokens_per_second"]
+    rows.append([
+        model, dense, f"{1e3 * seconds:.0f}", f"{1e3 * found.seconds:.0f}",
+        common.ratio(seconds / found.seconds), f"{found.launches:,.0f}",
+    ])
+  return Table("Measured over estimated", rows, {})
+
+
+def operations(results: Results) -> Table:
+  """Makes the table of single operations, ours and the rival's."""
+  rows = [["operation, forward and backward", "ours, ms", "mamba_ssm, ms", "rival over ours"]]
+  for name in ("ssd", "scan"):
+    ours, theirs = (
+        _get(results, f"operation/{name}/{who}/T2048", "seconds") for who in ("ours", "mamba_ssm")
+    )
+    if ours or theirs:
+      times = ["" if value is None else f"{1e3 * value:.2f}" for value in (ours, theirs)]
+      rows.append([name, *times, common.ratio(_over(theirs, ours))])
+  return Table("Operations", rows, {})
+
+
+def tables(results: Results, reports: Mapping[str, Any]) -> Iterator[Table]:
+  """Yields the tables that have rows; `reports` are the results of `prices`, or none."""
+  for table in (
+      checks(results), rates(results), training(results), estimates(results, reports),
+      modes(results), decoding(results), contexts(results), operations(results),
+  ):
     if len(table.rows) > 1:
       yield table

@@ -1,7 +1,7 @@
 r"""Prices of models in time and memory, by the compilers for GPUs and TPUs; needs no such chip.
 
     python -m experiments.benchmarks.prices [--target h100 v5e ...] [--family mamba2 ...] \
-        [--only base ...] [--set model.layers=10 ...] [--json FILE]
+        [--only base ...] [--set model.layers=10 ...] [--decode 1 6 64] [--json FILE]
     python -m experiments.benchmarks.prices --target h100 --family mamba2 --only base --largest 20
 
 Compiles the train step of `experiments/family_350m.py` for one chip, in bf16 with float32 AdamW,
@@ -14,8 +14,12 @@ Table 1   bytes a token and layer, the time of the matmuls and of the bytes, ker
           price, its ratio to the base model's, and the bar. The price of a GPU is an estimate: the
           sum of both times at measured rates. That of a TPU is a bound: the larger of both at
           published peaks
+          With --decode 1 6 64, the step of decoding that many rows in place of the train step:
+          the bytes it moves over those of the weights in bf16 and of the states
 Table 2   peak memory and FLOPs of a chip, and their ratios to the base model's
---largest the N instructions, and lines of code, that move the most bytes, of each case
+--largest the N instructions, and lines of code, that move the most bytes, of each case. With
+          `remat=full`, jax names the line of the layers' loop for all of the backward pass:
+          `--set model.remat=minimal` tells more there
 """
 
 import dataclasses
@@ -29,8 +33,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dense_jax import experiment
+from dense_jax.config import ModelConfig
 from dense_jax.costs.chips import CHIPS
-from experiments.benchmarks import common
+from experiments.benchmarks import common, cpu_dense
 
 FILE = "experiments/family_350m.py"
 KINDS: Mapping[str, Mapping[str, str]] = {
@@ -54,6 +60,8 @@ MAMBA_TPU_RATIO = 1.35
 # Greatest ratios of peak memory and FLOPs to the base's, with 4 x 2048 tokens on one v5e.
 WORK_BARS = {"state m=1": (1.08, 1.13), "state m=2": (1.18, 1.25), "inputs m=1": (None, 1.05)}
 BARRED = ("mamba2", "retnet")
+# Greatest ratio of the bytes of a step of decoding to those of bf16 weights and states.
+DECODE_BAR = 1.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +72,13 @@ class Cell:
   family: str
   kind: str
   overrides: tuple[str, ...] = ()
+  decode: int = 0  # Rows of a step of decoding; 0 means a train step.
 
   @property
   def name(self) -> str:
     """The cell's name, such as "h100 | mamba2 | state m=2 | model.layers=10"."""
-    return " | ".join((self.target, self.family, self.kind, *self.overrides))
+    program = (f"decode B {self.decode}",) if self.decode else ()
+    return " | ".join((self.target, self.family, self.kind, *program, *self.overrides))
 
   def command(self) -> list[str]:
     """Returns the command that compiles it."""
@@ -77,13 +87,13 @@ class Cell:
     shape = "x".join("1" * chip.axes)
     settings = {
         **{f"model.dense.{key}": value for key, value in KINDS[self.kind].items()},
-        "train.batch_size": str(rows), "data.seq_len": str(LENGTH), "model.remat": remat,
-        "mesh.data": "1",
+        "train.batch_size": str(self.decode or rows), "data.seq_len": str(LENGTH),
+        "model.remat": remat, "mesh.data": "1",
         **dict(each.split("=", 1) for each in self.overrides),
     }
     return [
         sys.executable, "-m", "dense_jax.cli.compile", "--config", f"{FILE}:{self.family}",
-        "--topology", f"{self.target}:{shape}",
+        "--topology", f"{self.target}:{shape}", "--program", "decode" if self.decode else "train",
         *(f"--config.{key}={value}" for key, value in settings.items()),
     ]
 
@@ -184,6 +194,38 @@ def prices(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str]]
   return rows
 
 
+def decoding(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str]]:
+  """Makes table 1 of steps of decoding."""
+  rows = [["chip, family, model", "weights, MB", "states, MB", "moved, MB", "over both", "bar",
+           "launches", "price, ms", "over base"]]
+  for cell in cells:
+    report, base = results.get(cell.name), _base(cell, results)
+    if not report or not report["bound"]:
+      continue
+    values = report["config"]["model"]
+    least = cpu_dense.step_bytes(_model(cell, values), cell.decode)
+    weights, states = least.weights / 2, 2 * least.states + least.shallow
+    ratio = report["bytes_accessed"] / (weights + states)
+    found = price(report)
+    rows.append([
+        cell.name, f"{weights / 1e6:.0f}", f"{states / 1e6:.0f}",
+        f"{report['bytes_accessed'] / 1e6:.0f}", f"{ratio:.2f}",
+        f"<= {DECODE_BAR:g}: {'yes' if ratio <= DECODE_BAR else 'no'}", f"{found.launches:,.0f}",
+        f"{1e3 * found.seconds:.2f}",
+        common.ratio(found.seconds / price(base).seconds if base and base["bound"] else None),
+    ])
+  return rows
+
+
+def _model(cell: Cell, values: Mapping[str, Any]) -> ModelConfig:
+  """Returns the configuration of a cell's model, of which `values` are the report's."""
+  overrides = [
+      (f"model.{key}", str(values[key])) for key in ("vocab_size", "width", "layers", "dtype")
+  ]
+  overrides += [(f"model.dense.{key}", value) for key, value in KINDS[cell.kind].items()]
+  return experiment.load(str(common.ROOT / f"{FILE}:{cell.family}"), overrides).model
+
+
 def work(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str]]:
   """Makes table 2."""
   rows = [["chip, family, model", "peak memory, GB", "over base", "bar", "TFLOP", "over base",
@@ -218,6 +260,8 @@ def main(arguments: Sequence[str]) -> None:
   command.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
   command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
                        help="other keys of the configuration, such as model.layers=10")
+  command.add_argument("--decode", nargs="+", type=int, default=[0], metavar="B",
+                       help="steps of decoding of B rows, in place of train steps")
   command.add_argument("--largest", type=int, default=0, metavar="N",
                        help="also the N instructions and lines that move the most bytes")
   options = command.parse_args(arguments)
@@ -225,8 +269,9 @@ def main(arguments: Sequence[str]) -> None:
   if options.json and pathlib.Path(options.json).is_file():
     results = json.loads(pathlib.Path(options.json).read_text())["results"]
   cells = [
-      Cell(target, family, kind, tuple(options.set))
-      for target in options.target for family in options.family for kind in options.only
+      Cell(target, family, kind, tuple(options.set), rows)
+      for target in options.target for family in options.family for rows in options.decode
+      for kind in options.only
   ]
   for cell in (progress := tqdm(cells, desc="compiling", disable=common.quiet())):
     progress.set_postfix_str(cell.name)
@@ -236,7 +281,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.json:
       note = "the report of dense_jax.cli.compile; null: the family has no such connections"
       common.write_json(options.json, common.record("prices", arguments, note, results))
-  print(common.markdown(prices(cells, results)))
+  print(common.markdown((decoding if any(options.decode) else prices)(cells, results)))
   print("\n" + common.markdown(work(cells, results)))
 
 

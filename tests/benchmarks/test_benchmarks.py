@@ -12,7 +12,7 @@ import pytest
 
 from dense_jax import sharding
 from dense_jax.models.params import abstract_model, get_params, logical_axes
-from experiments.benchmarks import cpu_dense, flops, gpu, tpu_matrix
+from experiments.benchmarks import cpu_dense, flops, gpu, gpu_tables, registers, tpu_matrix
 from tests.builders import model_config
 from tests.helpers import ROOT, tpu_compiler_environment
 
@@ -92,8 +92,49 @@ def test_gpu_in_two_parts(tmp_path):
     assert f"\n{heading}" in output
 
 
+@pytest.mark.slow
+def test_the_short_plan_on_a_gpu(tmp_path):
+  """Rehearses what is new in it; training and decoding are the cases of the full plan."""
+  record, output = run(
+      "gpu", tmp_path, "--plan", "short", "--toy", "--only", "check/mamba2", "rates", "operation",
+  )
+  results = record["results"]
+  assert "skipped" in results.pop("operation/ssd/mamba_ssm/T2048")
+  assert "skipped" in results.pop("operation/scan/mamba_ssm/T2048")
+  assert not any(figures.keys() & {"failed", "skipped"} for figures in results.values()), output
+  errors = results["check/mamba2/forms/small"]["errors"]
+  assert errors["chunked"]["float32 logits"] < 1e-4 > errors["chunked"]["float32 gradients"]
+  assert errors["chunked"]["bfloat16 logits"] < 2 * errors["recurrent"]["bfloat16 logits"] < 0.1
+  assert results["rates/card/all/large"]["copied_bytes_per_second"] > 0
+  for heading in ("Largest errors", "Rates of one large operation", "Operations"):
+    assert f"\n{heading}" in output
+
+
+def test_the_short_plan_begins_with_the_kernels():
+  for plan in gpu.PLANS["short"]:
+    names = list(gpu.cases(plan))
+    assert len(names) == len(set(names))
+    kinds = list(dict.fromkeys(name.split("/")[0] for name in names))
+    assert kinds == ["check", "rates", "train", "decode", "rival", "operation"]
+  assert "decode/mamba2/state-2/B64" in gpu.cases(gpu.PLANS["short"][0])
+
+
+def test_measured_steps_beside_their_estimates():
+  measured = {"tokens_per_second": 32768 / 0.66, "device": "NVIDIA H100 80GB HBM3"}
+  results = {"train/mamba2/state-2/T2048": measured, "train/mamba2/base/T8192": measured,
+             "train/mamba2/base/T2048": {"failed": "no memory"}}
+  reports = {"h100 | mamba2 | state m=2": {
+      "estimate": {"matmuls": 0.1, "memory": 0.5}, "launches": 2000,
+      "config": {"train": {"batch_size": 16}, "data": {"seq_len": 2048}},
+  }}
+  assert gpu_tables.estimates(results, reports).rows[1:] == [
+      ["mamba2", "state-2", "660", "600", "1.10", "2,000"]
+  ]
+  assert gpu_tables.estimates(results, {}).rows[1:] == []
+
+
 def test_gpu_goes_on_after_a_failure_and_stops_at_its_budget(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(gpu, "run", lambda case, **_: {"failed": "no such form"})
+  monkeypatch.setattr(gpu, "run", lambda *_: {"failed": "no such form"})
   file = tmp_path / "results.json"
   gpu.main(["--only", "mode/mamba2", "--json", str(file)])
   names = set(json.loads(file.read_text())["results"])
@@ -109,6 +150,7 @@ def test_results_of_other_hardware_are_not_added_to(tmp_path):
   file.write_text(json.dumps({"hardware": "another", "results": {}}))
   with pytest.raises(SystemExit, match="other hardware, another"):
     gpu.main(["--only", "mode", "--json", str(file)])
+  gpu.main(["--tables", "--json", str(file)])
 
 
 def test_gpu_cases_begin_with_what_matters_most():
@@ -208,3 +250,30 @@ def test_the_tpu_matrix_shows_what_the_compiler_refused():
   _, refused, fits = tpu_matrix.table(results)
   assert refused[:6] == ["a", "v5e:4x4", "fsdp 16", "16 x 2048", "no", "17.00 of 16"]
   assert fits[4:] == ["yes", "8.00 of 16", "40.0", "300", "all-gather 5.00", "memory", "40%"]
+
+
+def test_registers_of_kernels():
+  log = """ptxas info    : Compiling entry function 'loop_add' for 'sm_90a'
+ptxas info    : Function properties for loop_add
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+I1127 05:07:18.744 subprocess_compilation.cc:356] ptxas info    : 0 bytes gmem
+ptxas info    : Function properties for my_kernel
+    48 bytes stack frame, 40 bytes spill stores, 60 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+  launches = (
+      "014: kCustomKernel [prev=007 (3) | next=017 (3)] my_kernel grid: [4, 1, 1] "
+      "threads: [128, 1, 1]  shared_memory: 49152 bytes\n"
+      "015: kAsyncDone    [source       | sink        ] async_id=10\n"
+  )
+  found = registers.kernels(log, launches)
+  assert found == {
+      "loop_add": registers.Kernel(8, 0),
+      "my_kernel": registers.Kernel(255, 100, "4, 1, 1", "128, 1, 1", 49152),
+  }
+  assert registers.table(found)[1] == [
+      "my_kernel", "255", "100", "4, 1, 1", "128, 1, 1", "49152"
+  ]
+  with pytest.raises(SystemExit, match="no kernels were compiled"):
+    registers.main(["--", sys.executable, "-c", "pass"])

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments.benchmarks import prices
+from dense_jax import experiment
+from experiments.benchmarks import cpu_dense, prices
 from experiments.benchmarks.prices import Cell
 
 
@@ -64,6 +65,22 @@ def test_memory_and_work_over_the_base():
   refused = report("v5e", 0.1, 0.1) | {"flops": None, "bound": None}
   assert prices.work(cells[:1], {cells[0].name: refused})[1][4] == "refused"
   assert prices.prices(cells[:1], {cells[0].name: refused})[1:] == []
+
+
+def test_decoding_over_the_bytes_of_weights_and_states():
+  cell = Cell("h100", "mamba2", "base", ("model.layers=3",), decode=6)
+  assert cell.name == "h100 | mamba2 | base | decode B 6 | model.layers=3"
+  command = cell.command()
+  assert command[command.index("--program") + 1] == "decode"
+  assert "--config.train.batch_size=6" in command
+  loaded = experiment.load(f"{prices.FILE}:mamba2", [("model.layers", "3")]).model
+  least = cpu_dense.step_bytes(loaded, 6)
+  moved = 1.25 * (least.weights / 2 + 2 * least.states)
+  values = {"layers": 3, "width": loaded.width, "vocab_size": loaded.vocab_size,
+            "dtype": loaded.dtype}
+  found = report("h100", 1e-6, 9.9e-5) | {"bytes_accessed": moved, "config": {"model": values}}
+  (row,) = prices.decoding([cell], {cell.name: found})[1:]
+  assert row[0] == cell.name and row[4:] == ["1.25", "<= 1.3: yes", "1,000", "0.10", "1.00"]
 
 
 def test_the_command_of_a_cell_takes_the_targets_batch():

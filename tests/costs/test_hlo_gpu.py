@@ -47,12 +47,19 @@ def test_the_largest_instructions_and_their_lines():
 def test_lines_as_older_programs_write_them():
   text = (
       "HloModule m\nENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
-      '  ROOT %y = f32[8]{0} negate(%x), metadata={op_name="jit(f)/rematted_computation/neg" '
+      '  ROOT %y = f32[8]{0} negate(%x), metadata={op_name="jit(f)/PASS/neg" '
       'source_file="/a/b/c.py" source_line=12}\n}\n'
   )
   assert parse_module(text).frames == {}
-  (entry,) = largest.instructions(program_items(text), 5)
-  assert (entry.lines, entry.phase) == ("b/c.py:12", "again")
+  for scopes, phase in {
+      "add": "forward", "jvp()/while": "forward",
+      "transpose(jvp())/while/body/checkpoint": "backward",
+      "transpose(jvp())/checkpoint/rematted_computation": "again",
+      "transpose(jvp())/while/body/jvp()": "again",
+      "transpose(jvp())/while/body/transpose(jvp())": "backward",
+  }.items():
+    (entry,) = largest.instructions(program_items(text.replace("PASS", scopes)), 5)
+    assert (entry.lines, entry.phase) == ("b/c.py:12", phase)
 
 
 def call(operands, result, target, attributes):

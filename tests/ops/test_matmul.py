@@ -41,3 +41,20 @@ def test_float32_products_have_forward_mode_derivatives():
   x, kernel, dx = normal(0, 3, 4), normal(1, 4, 5), normal(2, 3, 4)
   _, tangent = jax.jvp(lambda x: matmul(x, kernel), (x,), (dx,))
   assert_trees_close(tangent, dx @ kernel)
+
+
+@pytest.mark.parametrize("product", [matmul, cpu_matmul])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_policy_that_keeps_products_sees_them(product, dtype):
+  x, kernel = normal(0, 3, 4).astype(dtype), normal(1, 4, 4)
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+  def loss(kernel):
+    return jnp.sum(jnp.sin(product(jnp.sin(product(x, kernel)), kernel)).astype(jnp.float32))
+
+  def products(loss):
+    return str(jax.make_jaxpr(jax.grad(loss))(kernel)).count("dot_general[")
+
+  without = products(loss)
+  assert products(jax.checkpoint(loss, policy=policy)) == without
+  assert products(jax.checkpoint(loss)) > without
