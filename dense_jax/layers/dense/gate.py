@@ -1,6 +1,7 @@
 """Gates of dense connections: low-rank maps from a layer's input."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -9,6 +10,8 @@ from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Linear, xavier_uniform, zeros
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array
+
+T = TypeVar("T")
 
 
 def bottleneck(config: ModelConfig) -> int:
@@ -51,6 +54,6 @@ def make_gates(
   return nnx.List([Gate(config, width, axis, rngs) for _ in range(count)])
 
 
-def of_source(gates: Sequence[Gate], source: int) -> Gate:
+def of_source(gates: Sequence[T], source: int) -> T:
   """Returns the gate of a source (0 is the nearest); a single gate serves all sources."""
   return gates[source if len(gates) > 1 else 0]
