@@ -21,7 +21,8 @@ from dense_jax.ops import resolver
 from dense_jax.ops.diagonal.kernel_inputs import Source
 from dense_jax.ops.diagonal.tpu import selective_finish
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
+from dense_jax.ops.matrix.tpu import matrix_reads
+from dense_jax.ops.matrix.tpu_arrays import Matrix
 from dense_jax.types import Array, PyTree
 
 # TPU -> its smallest topology.

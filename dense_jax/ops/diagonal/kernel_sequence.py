@@ -13,7 +13,7 @@ from dense_jax.ops.diagonal.kernel_inputs import Source
 from dense_jax.ops.diagonal.sequence import DiagonalSequence
 from dense_jax.ops.diagonal.step_sizes import StepSizes
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.recurrence import KernelRecurrence, Read
+from dense_jax.ops.recurrence import KernelRecurrence, Read, gate_value
 from dense_jax.types import WIDTH_AXIS, Array
 
 
@@ -34,7 +34,7 @@ class KernelDiagonal(KernelRecurrence, DiagonalSequence):
   ) -> tuple[Output, Array]:
     sources = [self._asked(query, None)]
     for read in reads:
-      sources.append(cast(KernelDiagonal, read.recurrence)._asked(read.query, read.gate))
+      sources.append(cast(KernelDiagonal, read.recurrence)._asked(read.query, gate_value(read.gate)))
     if epilogue.x is self.x_BTE:  # The kernel then reads one array once.
       epilogue = dataclasses.replace(epilogue, x=None)
     valid_BT = self.dt.valid_BT if isinstance(self.dt, StepSizes) else None

@@ -7,14 +7,16 @@ arXiv 2307.08621, section 2.3; heads that share keys, arXiv 2405.21060, section 
 difference is the memory: states stay in registers, and neither scores nor the reads of single
 sources nor the read before its epilogue are written to memory. Three kernels:
 
-| kernel             | a program takes           | it reads                  | it writes              |
-|--------------------|---------------------------|---------------------------|------------------------|
-| `forward_kernel`   | one row, a part of a head | all inputs                | result, states between |
-|                    |                           |                           | chunks                 |
-| `states_backward_` | the same, tiles reversed  | queries, gates, result    | gradients of the sum   |
-| `kernel`           |                           | and its gradient          | of reads, of states    |
-| `chunks_backward_` | a tile, a group of heads  | all inputs, result, states| gradients of inputs    |
-| `kernel`           |                           | and gradients of both     |                        |
+| kernel                   | a program takes           | it reads             | it writes            |
+|--------------------------|---------------------------|----------------------|----------------------|
+| `forward_kernel`         | one row, a part of a head | all inputs           | result, with and     |
+|                          |                           |                      | without its gate z,  |
+|                          |                           |                      | states between chunks|
+| `states_backward_kernel` | the same, tiles reversed  | queries, gates, z,   | gradients of the sum |
+|                          |                           | result before z, its | of reads, of z and   |
+|                          |                           | gradient             | of states            |
+| `chunks_backward_kernel` | a tile, a group of heads, | one source, states,  | gradients of the     |
+|                          | one source                | these gradients      | source               |
 
 Why Triton, through Pallas. One kernel (a chunk's read) was written three ways. As Pallas-Triton it
 took 20 lines, 255 registers and 148 KB of shared memory with 8 warps, and uses Hopper's wgmma and
@@ -28,6 +30,7 @@ interpreted. jax has deprecated its Triton backend; the arithmetic below would m
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import jax
@@ -35,7 +38,12 @@ import jax.numpy as jnp
 
 from dense_jax.ops.chunks import pad_time
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.matrix.gpu_calls import call_backward, call_forward
+from dense_jax.ops.matrix.gpu_backward import PartSums, TokenSums
+from dense_jax.ops.matrix.gpu_calls import (
+    call_chunks_backward,
+    call_forward,
+    call_states_backward,
+)
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.ops.matrix.log_decay import summed_log_decay
 from dense_jax.types import Array, PyTree
@@ -46,8 +54,8 @@ TILE = 64
 DEFAULT_CHUNK = 128
 # The least size of an axis of a matmul.
 _LEAST = 16
-# Most state numbers of one program of a scan: 128 registers a thread.
-_STATE_NUMBERS = 8 * 32 * 128
+# Most state numbers of one program of a scan: 64 registers of each of 256 threads.
+_STATE_NUMBERS = 64 * 256
 
 
 @jax.tree_util.register_dataclass
@@ -192,36 +200,70 @@ def _stream(plan: Plan, source: Source) -> Stream:
   )
 
 
+_Inputs = tuple[tuple[Stream, ...], tuple[Array, ...], Epilogue, Array | None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _finish(
-    plan: Plan, streams: tuple[Stream, ...], gates: tuple[Array, ...], epilogue: Epilogue,
-    count_BT: Array | None,
-) -> tuple[Array, Array | None, Array]:
-  """Computes `matrix_finish` of padded arrays."""
-  out_BTE, moments_BHA2T, _, final_BHPN = call_forward(plan, streams, gates, epilogue, count_BT)
+def _finish(plan: Plan, *inputs: Any) -> tuple[Array, Array | None, Array]:
+  """Computes `matrix_finish` of padded arrays: `inputs` are `_Inputs`."""
+  out_BTE, _, moments_BHA2T, _, final_BHPN = call_forward(plan, *inputs)
   return out_BTE, moments_BHA2T, final_BHPN
 
 
 def _finish_forward(
-    plan: Plan, streams: tuple[Stream, ...], gates: tuple[Array, ...], epilogue: Epilogue,
-    count_BT: Array | None,
+    plan: Plan, *inputs: Any
 ) -> tuple[tuple[Array, Array | None, Array], PyTree]:
-  out_BTE, moments_BHA2T, before, final_BHPN = call_forward(plan, streams, gates, epilogue, count_BT)
-  saved = (streams, gates, epilogue, count_BT), out_BTE, before
+  out_BTE, open_BTE, moments_BHA2T, before, final_BHPN = call_forward(plan, *inputs)
+  saved = inputs, out_BTE if open_BTE is None else open_BTE, before
   return (out_BTE, moments_BHA2T, final_BHPN), saved
 
 
 def _finish_backward(
     plan: Plan, saved: PyTree, gradients: tuple[Array, Array | None, Array]
-) -> tuple[tuple[Stream, ...], tuple[Array, ...], Epilogue, None]:
-  inputs, out_BTE, before = saved
+) -> _Inputs:
+  (streams, gates, epilogue, count_BT), open_BTE, before = saved
   d_out_BTE, d_moments_BHA2T, d_final_BHPN = gradients
   # Parts of a head are summed, so each has the gradient of their sum.
   d_moments_BH2T = None if d_moments_BHA2T is None else d_moments_BHA2T[:, :, 0]
-  d_streams, d_gates, d_epilogue = call_backward(
-      plan, inputs, out_BTE, before, d_out_BTE, d_moments_BH2T, d_final_BHPN
+  d_y_BTE, d_z_BTE, d_after, d_initial = call_states_backward(
+      plan, streams, gates, epilogue.z, count_BT, open_BTE,
+      (d_out_BTE, d_moments_BH2T, d_final_BHPN),
   )
-  return d_streams, d_gates, d_epilogue, None
+  d_streams, d_gates, d_epilogue = [], [[] for _ in gates], epilogue
+  for source, (stream, gate) in enumerate(zip(streams, plan.gates, strict=True)):
+    own = None if source else dataclasses.replace(epilogue, z=None)
+    d_stream, d_gate_BTE, d_x_BTE, sums, parts = call_chunks_backward(
+        plan, stream, None if gate is None else gates[gate], own, count_BT, d_y_BTE,
+        (before[source], d_after[source]),
+    )
+    d_streams.append(_gradient(plan, stream, d_stream, sums, parts, d_initial[source]))
+    if gate is not None:
+      d_gates[gate].append(d_gate_BTE)
+    if not source:
+      d_skip = None if parts.skip is None else jnp.sum(parts.skip, axis=(0, 1, 3))
+      d_epilogue = dataclasses.replace(epilogue, skip=d_skip, x=d_x_BTE, z=d_z_BTE)
+  summed = tuple(sum(shares[1:], start=shares[0]) for shares in d_gates)
+  return tuple(d_streams), summed, d_epilogue, None
+
+
+def _gradient(
+    plan: Plan, stream: Stream, d_stream: Stream, sums: TokenSums, parts: PartSums,
+    d_initial_BHPN: Array | None,
+) -> Stream:
+  """Returns a source's gradient."""
+  d_low_BHT = jnp.sum(sums.read - sums.value, axis=2)
+  shape = (plan.batch, plan.chunks, plan.tiles, plan.heads)
+  last_BGH = jnp.sum(parts.last.reshape(*shape, -1), axis=(2, 4)) + jnp.sum(parts.whole, axis=3)
+  is_last_C = jnp.arange(plan.chunk) == plan.chunk - 1
+  last_BHG1 = jnp.swapaxes(last_BGH, 1, 2)[..., None]
+  d_low_BHT += jnp.where(is_last_C[None, None, None], last_BHG1, 0.0).reshape(d_low_BHT.shape)
+  if plan.shared_decay:
+    d_low_BHT = jnp.sum(d_low_BHT, axis=0, keepdims=True)
+  return dataclasses.replace(
+      d_stream, high_BHT=jnp.zeros_like(stream.high_BHT), low_BHT=d_low_BHT,
+      scale_BHT=None if sums.scale is None else jnp.sum(sums.scale, axis=2),
+      initial_BHPN=d_initial_BHPN,
+  )
 
 
 _finish.defvjp(_finish_forward, _finish_backward)

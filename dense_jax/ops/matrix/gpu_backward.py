@@ -7,22 +7,21 @@ references to the group's blocks of the arrays, all tokens of the row.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.gpu_scan import result_gradient
-from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled, sigmoid
+from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled
 from dense_jax.types import Array, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenSums:
-  """Sums over one part's channels X for one source, float32, as references or arrays [B, H, A, T].
+  """Sums over one part's channels X, float32, as references or arrays [B, H, A, T].
 
   Attributes:
     read: of the gradient of the read times the read.
@@ -33,6 +32,23 @@ class TokenSums:
   read: PyTree
   value: PyTree
   scale: PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PartSums:
+  """Sums over one part's channels X and a tile's tokens, float32, as references or arrays.
+
+  Attributes:
+    last: what the tile's values in the state after the chunk add to the gradient of the summed log
+      decay of the chunk's last token, [B, tiles, H, A].
+    whole: what the state before the chunk adds there, [B, G, H, A].
+    skip: the gradient of `Epilogue.skip`, [B, tiles, H, A]; None without it.
+  """
+
+  last: PyTree
+  whole: PyTree
+  skip: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +80,6 @@ class _Part:
         h_GHNP[chunk, self.head, pl.ds(start, plan.piece), channels] for start in plan.pieces
     ]
 
-  def decays(self, stream: Stream, count_T: PyTree) -> Decays:
-    return Decays(self.plan, stream, count_T, (self.head,))
-
-  def values(self, stream: Stream, rows: PyTree) -> Array:
-    """Returns the scaled values of some tokens."""
-    scale_T = None if stream.scale_BHT is None else stream.scale_BHT[self.head, rows]
-    return scaled(self.plan, stream.v_BTE[rows, self.channels], scale_T)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
@@ -79,19 +87,24 @@ class _Program:
 
   Attributes:
     plan: the sizes.
-    streams: the sources.
-    gates: gates of reads.
+    stream: the source.
+    gate_TU: the gate of its read; None means 1.
     count_T: resets up to each token, inclusive; None means none.
     d_y_TU: the gradient of the sum of reads.
     tile: the tile.
   """
 
   plan: Plan
-  streams: tuple[Stream, ...]
-  gates: tuple[PyTree, ...]
+  stream: Stream
+  gate_TU: PyTree
   count_T: PyTree
   d_y_TU: PyTree
   tile: Array
+
+  @property
+  def rows(self) -> PyTree:
+    """The tile's tokens."""
+    return self.plan.rows(self.tile)
 
   @property
   def chunk(self) -> Array:
@@ -119,19 +132,30 @@ class _Program:
     """Offsets of tiles whose queries may see the program's keys."""
     return range(self.plan.tiles)
 
-  def d_read(self, source: int, part: _Part, rows: PyTree) -> Array:
-    """Returns the gradient of a source's read, rounded to the dtype of matmuls.
+  def d_read(self, part: _Part, tile: Array) -> Array:
+    """Returns the gradient of the read in a tile, rounded to the dtype of matmuls.
 
     Every use of it is rounded alike, so that terms of the decays' gradients cancel.
     """
+    rows = self.plan.rows(tile)
     d_TX = self.d_y_TU[rows, part.channels].astype(jnp.float32)
-    if self.plan.gates[source] is not None:
-      d_TX *= self.gates[self.plan.gates[source]][rows, part.channels].astype(jnp.float32)
+    if self.gate_TU is not None:
+      d_TX *= self.gate_TU[rows, part.channels].astype(jnp.float32)
     return d_TX.astype(self.plan.dtype)
 
-  def scores(self, source: int, query: Array, key: Array) -> Array:
+  def decays(self, part: _Part) -> Decays:
+    return Decays(self.plan, self.stream, self.count_T, (part.head,))
+
+  def values(self, part: _Part, tile: Array) -> Array:
+    """Returns the scaled values of a tile."""
+    rows, scale_T = self.plan.rows(tile), None
+    if self.stream.scale_BHT is not None:
+      scale_T = self.stream.scale_BHT[part.head, rows]
+    return scaled(self.plan, self.stream.v_BTE[rows, part.channels], scale_T)
+
+  def scores(self, query: Array, key: Array) -> Array:
     """Returns the products [Q, S] of queries and keys of two tiles."""
-    plan, stream = self.plan, self.streams[source]
+    plan, stream = self.plan, self.stream
     return plan.summed_dot(
         plan.load(stream.q_BTK, plan.rows(query)), plan.load(stream.k_BTK, plan.rows(key)), (1, 1)
     )
@@ -176,24 +200,20 @@ def _own_score(plan: Plan, scores_QS: Array) -> Array:
 
 def chunks_backward_kernel(
     plan: Plan,
-    streams: tuple[Stream, ...],
-    gates: tuple[PyTree, ...],
-    epilogue: Epilogue,
+    stream: Stream,
+    gate_TU: PyTree,
+    epilogue: Epilogue | None,
     count_T: PyTree,
-    out_TU: PyTree,
-    d_out_TU: PyTree,
-    d_moments_H2T: PyTree,
     d_y_TU: PyTree,
-    before: Sequence[PyTree],
-    d_after: Sequence[PyTree],
-    d_streams: tuple[Stream, ...],
-    d_gates: tuple[PyTree, ...],
-    d_epilogue: Epilogue,
-    sums: tuple[TokenSums, ...],
-    d_last: Sequence[PyTree],
-    d_whole: Sequence[PyTree],
+    before_GHNP: PyTree,
+    d_after_GHNP: PyTree,
+    d_stream: Stream,
+    d_gate_TU: PyTree,
+    d_x_TU: PyTree,
+    sums: TokenSums,
+    parts: PartSums,
 ) -> None:
-  """Computes the gradients of a tile. `d_` is a gradient.
+  """Computes one source's gradients in a tile. `d_` is a gradient.
 
   The summed log decay of a token enters as exp(sum) in the token's read and as exp(-sum) with its
   value. So its gradient is <d_read, read> - <v, d_v> of that token, which needs no product of
@@ -203,116 +223,64 @@ def chunks_backward_kernel(
 
   Args:
     plan: the sizes.
-    streams: the sources.
-    gates: gates of reads.
-    epilogue: the epilogue's arrays.
+    stream: the source.
+    gate_TU: the gate of its read; None means 1.
+    epilogue: skip and what it multiplies; None if another source than the layer's own.
     count_T: resets up to each token, inclusive; None means none.
-    out_TU: the epilogue's result; None if it is not needed.
-    d_out_TU: its gradient.
-    d_moments_H2T: the gradient of its moments; None means zero.
     d_y_TU: the gradient of the sum of reads.
-    before: each source's states before each chunk, [G, H, N, P].
-    d_after: the gradients of the states after each chunk.
-    d_streams: the sources' gradients but those of decays, scales and states, outputs.
-    d_gates: the gates' gradients, outputs.
-    d_epilogue: the epilogue's gradients, outputs; that of `skip` is this tile's share, [H, A].
-    sums: for each source the sums that gradients of decays and scales need, outputs.
-    d_last: for each source the part of the last token's gradient that this tile's values in the
-      state after the chunk make, [H, A], outputs.
-    d_whole: the part that the state before the chunk makes there, [H, A], outputs.
+    before_GHNP: states before each chunk.
+    d_after_GHNP: the gradients of the states after each chunk.
+    d_stream: gradients of queries, keys and values, outputs.
+    d_gate_TU: the gate's gradient, an output.
+    d_x_TU: the gradient of what `skip` multiplies, an output; None if that is the values.
+    sums: sums that gradients of decays and scales need, outputs.
+    parts: shares of gradients, outputs.
   """
-  program = _Program(plan, streams, gates, count_T, d_y_TU, pl.program_id(1))
-  _reads(
-      program, epilogue, (out_TU, d_out_TU, d_moments_H2T), before, d_gates, d_epilogue,
-      [sum_.read for sum_ in sums],
-  )
-  for source in range(len(streams)):
-    _queries(program, source, before[source], d_streams[source].q_BTK)
-    _keys(program, source, d_after[source], d_streams[source].k_BTK)
-    _values(
-        program, source, epilogue, d_after[source], d_streams[source].v_BTE, sums[source],
-        d_last[source],
-    )
-    _whole_chunk(program, source, before[source], d_after[source], d_whole[source])
+  program = _Program(plan, stream, gate_TU, count_T, d_y_TU, pl.program_id(1))
+  _reads(program, before_GHNP, d_gate_TU, sums.read)
+  _queries(program, before_GHNP, d_stream.q_BTK)
+  _keys(program, d_after_GHNP, d_stream.k_BTK)
+  _values(program, epilogue, d_after_GHNP, d_stream.v_BTE, d_x_TU, sums, parts)
+  _whole_chunk(program, before_GHNP, d_after_GHNP, parts.whole)
 
 
 def _reads(
-    program: _Program,
-    epilogue: Epilogue,
-    results: tuple[PyTree, PyTree, PyTree],
-    before: Sequence[PyTree],
-    d_gates: tuple[PyTree, ...],
-    d_epilogue: Epilogue,
-    read_sums: Sequence[PyTree],
+    program: _Program, before_GHNP: PyTree, d_gate_TU: PyTree, sums_HAT: PyTree
 ) -> None:
-  """Computes the reads again, and the gradients of gates and of the epilogue."""
-  plan, streams = program.plan, program.streams
-  tile = program.tile
-  rows = plan.rows(tile)
-  scores = [
-      [program.scores(source, tile, program.at(offset)) for offset in program.keys()]
-      for source in range(len(streams))
-  ]
+  """Computes the reads again, and the gradient of the gate."""
+  plan, tile, rows = program.plan, program.tile, program.rows
+  scores = [program.scores(tile, program.at(offset)) for offset in program.keys()]
+  own_T1 = _own_score(plan, scores[0])[:, None]
 
   def body(part: _Part, carry: PyTree) -> PyTree:
-    d_y_TX = program.d_y_TU[rows, part.channels].astype(jnp.float32)
-    y_TX = jnp.zeros_like(d_y_TX)
-    d_gate = [None] * len(d_gates)
-    for source, stream in enumerate(streams):
-      decays = part.decays(stream, program.count_T)
-      q = plan.load(stream.q_BTK, rows)
-      read_TX = decays.since(program.first, rows)[:, None] * plan.summed_dot(
-          q, part.state(before[source], program.chunk), (1, 0)
-      )
-      for offset, scores_QS in zip(program.keys(), scores[source], strict=True):
-        key = program.at(offset)
-        decay_QS = decays.between(tile, tile + offset, same=not offset)
-        weights_QS = _weights(plan, scores_QS, decay_QS, offset)
-        read_TX += plan.dot(weights_QS, part.values(stream, plan.rows(key)), (1, 0))
-      d_read_TX = program.d_read(source, part, rows).astype(jnp.float32)
-      read_sums[source][(*part.index, rows)] = jnp.sum(d_read_TX * read_TX, axis=1)
-      v_TX = part.values(stream, rows).astype(jnp.float32)
-      read_TX += _own_score(plan, scores[source][0])[:, None] * v_TX
-      gate = plan.gates[source]
-      if gate is None:
-        y_TX += read_TX
-      else:
-        y_TX += program.gates[gate][rows, part.channels].astype(jnp.float32) * read_TX
-        d_gate[gate] = read_TX if d_gate[gate] is None else d_gate[gate] + read_TX
-    for d_gate_TU, reads_TX in zip(d_gates, d_gate, strict=True):
-      d_gate_TU[rows, part.channels] = (d_y_TX * reads_TX).astype(d_gate_TU.dtype)
-
-    if epilogue.skip is not None:
-      x_TU = streams[0].v_BTE if epilogue.x is None else epilogue.x
-      x_TX, skip = x_TU[rows, part.channels].astype(jnp.float32), epilogue.skip[part.head]
-      y_TX += skip * x_TX
-      d_epilogue.skip[part.index] = jnp.sum(d_y_TX * x_TX)
-      if d_epilogue.x is not None:
-        d_epilogue.x[rows, part.channels] = (skip * d_y_TX).astype(d_epilogue.x.dtype)
-    if epilogue.z is not None:
-      d_TX = result_gradient(*results, rows, part.channels, (part.head,))
-      z_TX = epilogue.z[rows, part.channels].astype(jnp.float32)
-      open_TX = sigmoid(z_TX)
-      d_z_TX = d_TX * y_TX * open_TX * (1 + z_TX * (1 - open_TX))
-      d_epilogue.z[rows, part.channels] = d_z_TX.astype(d_epilogue.z.dtype)
+    decays = program.decays(part)
+    q, h = plan.load(program.stream.q_BTK, rows), part.state(before_GHNP, program.chunk)
+    read_TX = decays.since(program.first, rows)[:, None] * plan.summed_dot(q, h, (1, 0))
+    for offset, scores_QS in zip(program.keys(), scores, strict=True):
+      decay_QS = decays.between(tile, tile + offset, same=not offset)
+      weights_QS = _weights(plan, scores_QS, decay_QS, offset)
+      read_TX += plan.dot(weights_QS, program.values(part, program.at(offset)), (1, 0))
+    d_read_TX = program.d_read(part, tile).astype(jnp.float32)
+    sums_HAT[(*part.index, rows)] = jnp.sum(d_read_TX * read_TX, axis=1)
+    if d_gate_TU is not None:
+      read_TX += own_T1 * program.values(part, tile).astype(jnp.float32)
+      d_y_TX = program.d_y_TU[rows, part.channels].astype(jnp.float32)
+      d_gate_TU[rows, part.channels] = (d_y_TX * read_TX).astype(d_gate_TU.dtype)
     return carry
 
   program.each_part(body, 0)
 
 
-def _queries(program: _Program, source: int, before_GHNP: PyTree, d_q_TN: PyTree) -> None:
-  """Computes the gradient of a source's queries."""
-  plan, stream = program.plan, program.streams[source]
-  tile = program.tile
-  rows = plan.rows(tile)
+def _queries(program: _Program, before_GHNP: PyTree, d_q_TN: PyTree) -> None:
+  """Computes the gradient of the queries."""
+  plan, tile, rows = program.plan, program.tile, program.rows
 
   def body(part: _Part, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
     d_scores, d_q = carry
-    decays = part.decays(stream, program.count_T)
-    d_read_TX = program.d_read(source, part, rows)
+    decays, d_read_TX = program.decays(part), program.d_read(part, tile)
     d_scores = tuple(
         d_QS + decays.between(tile, tile + offset, same=not offset) * plan.dot(
-            d_read_TX, part.values(stream, plan.rows(program.at(offset))), (1, 1)
+            d_read_TX, program.values(part, program.at(offset)), (1, 1)
         )
         for d_QS, offset in zip(d_scores, program.keys(), strict=True)
     )
@@ -326,93 +294,22 @@ def _queries(program: _Program, source: int, before_GHNP: PyTree, d_q_TN: PyTree
 
   d_scores, d_q = program.each_part(body, (program.zeros_scores(), program.zeros_keys()))
   for offset, d_QS in zip(program.keys(), d_scores, strict=True):
-    k = plan.load(stream.k_BTK, plan.rows(program.at(offset)))
+    k = plan.load(program.stream.k_BTK, plan.rows(program.at(offset)))
     d_q = tuple(d_TN + plan.dot(d_QS, k_TN, (1, 0)) for d_TN, k_TN in zip(d_q, k, strict=True))
   for start, d_TN in zip(plan.pieces, d_q, strict=True):
     d_q_TN[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_q_TN.dtype)
 
 
-def _values(
-    program: _Program,
-    source: int,
-    epilogue: Epilogue,
-    d_after_GHNP: PyTree,
-    d_v_TU: PyTree,
-    sums: TokenSums,
-    d_last_HA: PyTree,
-) -> None:
-  """Computes the gradient of a source's values, and the sums that need it."""
-  plan, stream = program.plan, program.streams[source]
-  tile = program.tile
-  rows, last = plan.rows(tile), program.last
-  is_last_T1 = (
-      tile * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) == last
-  )
-  scores = [program.scores(source, program.at(offset), tile) for offset in program.queries()]
-  own_T1 = _own_score(plan, scores[0])[:, None]
-
-  def body(part: _Part, carry: PyTree) -> PyTree:
-    decays = part.decays(stream, program.count_T)
-    k, dh = plan.load(stream.k_BTK, rows), part.state(d_after_GHNP, program.chunk)
-    d_kept_TX = decays.to(last, rows)[:, None] * plan.summed_dot(k, dh, (1, 0))
-    v_TX = part.values(stream, rows).astype(jnp.float32)
-    d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
-    d_last_HA[part.index] = jnp.sum(v_TX * d_v_TX)
-    for offset, scores_QS in zip(program.queries(), scores, strict=True):
-      d_read_TX = program.d_read(source, part, plan.rows(program.at(offset)))
-      weights_QS = _weights(plan, scores_QS, decays.between(tile + offset, tile, same=not offset), offset)
-      d_v_TX += plan.dot(weights_QS, d_read_TX, (0, 0))
-    sums.value[(*part.index, rows)] = jnp.sum(v_TX * d_v_TX, axis=1)
-    d_v_TX += jnp.where(is_last_T1, d_kept_TX, 0.0)
-    d_v_TX += own_T1 * program.d_read(source, part, rows).astype(jnp.float32)
-    if stream.scale_BHT is not None:
-      raw_TX = stream.v_BTE[rows, part.channels].astype(jnp.float32)
-      sums.scale[(*part.index, rows)] = jnp.sum(raw_TX * d_v_TX, axis=1)
-      d_v_TX *= stream.scale_BHT[part.head, rows][:, None]
-    if source == 0 and epilogue.skip is not None and epilogue.x is None:
-      d_y_TX = program.d_y_TU[rows, part.channels].astype(jnp.float32)
-      d_v_TX += epilogue.skip[part.head] * d_y_TX
-    d_v_TU[rows, part.channels] = d_v_TX.astype(d_v_TU.dtype)
-    return carry
-
-  program.each_part(body, 0)
-
-
-def _whole_chunk(
-    program: _Program, source: int, before_GHNP: PyTree, d_after_GHNP: PyTree, d_whole_HA: PyTree
-) -> None:
-  """Computes the gradient of the chunk's whole decay, in the program of the chunk's last tile."""
-  plan, stream = program.plan, program.streams[source]
-  ends_chunk = rem(program.tile, plan.tiles) == plan.tiles - 1
-
-  def body(part: _Part, carry: PyTree) -> PyTree:
-    decays = part.decays(stream, program.count_T)
-    h, dh = (part.state(x, program.chunk) for x in (before_GHNP, d_after_GHNP))
-    product = sum(
-        jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
-        for h_NX, dh_NX in zip(h, dh, strict=True)
-    )
-    d_whole_HA[part.index] = decays.since(program.first, program.last) * product
-    return carry
-
-  @pl.when(ends_chunk)
-  def _last_tile() -> None:
-    program.each_part(body, 0)
-
-
-def _keys(program: _Program, source: int, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
-  """Computes the gradient of a source's keys."""
-  plan, stream = program.plan, program.streams[source]
-  tile = program.tile
-  rows = plan.rows(tile)
+def _keys(program: _Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
+  """Computes the gradient of the keys."""
+  plan, tile, rows = program.plan, program.tile, program.rows
 
   def body(part: _Part, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
     d_scores, d_k = carry
-    decays = part.decays(stream, program.count_T)
-    v_TX = part.values(stream, rows)
+    decays, v_TX = program.decays(part), program.values(part, tile)
     d_scores = tuple(
         d_QS + decays.between(tile + offset, tile, same=not offset) * plan.dot(
-            program.d_read(source, part, plan.rows(program.at(offset))), v_TX, (1, 1)
+            program.d_read(part, program.at(offset)), v_TX, (1, 1)
         )
         for d_QS, offset in zip(d_scores, program.queries(), strict=True)
     )
@@ -425,7 +322,79 @@ def _keys(program: _Program, source: int, d_after_GHNP: PyTree, d_k_TN: PyTree) 
 
   d_scores, d_k = program.each_part(body, (program.zeros_scores(), program.zeros_keys()))
   for offset, d_QS in zip(program.queries(), d_scores, strict=True):
-    q = plan.load(stream.q_BTK, plan.rows(program.at(offset)))
+    q = plan.load(program.stream.q_BTK, plan.rows(program.at(offset)))
     d_k = tuple(d_TN + plan.dot(d_QS, q_TN, (0, 0)) for d_TN, q_TN in zip(d_k, q, strict=True))
   for start, d_TN in zip(plan.pieces, d_k, strict=True):
     d_k_TN[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_k_TN.dtype)
+
+
+def _values(
+    program: _Program,
+    epilogue: Epilogue | None,
+    d_after_GHNP: PyTree,
+    d_v_TU: PyTree,
+    d_x_TU: PyTree,
+    sums: TokenSums,
+    parts: PartSums,
+) -> None:
+  """Computes the gradients of the values and of the skip connection, and sums that need them."""
+  plan, stream = program.plan, program.stream
+  tile, rows, last = program.tile, program.rows, program.last
+  is_last_T1 = (
+      tile * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) == last
+  )
+  scores = [program.scores(program.at(offset), tile) for offset in program.queries()]
+  own_T1 = _own_score(plan, scores[0])[:, None]
+
+  def body(part: _Part, carry: PyTree) -> PyTree:
+    decays = program.decays(part)
+    k, dh = plan.load(stream.k_BTK, rows), part.state(d_after_GHNP, program.chunk)
+    d_kept_TX = decays.to(last, rows)[:, None] * plan.summed_dot(k, dh, (1, 0))
+    v_TX = program.values(part, tile).astype(jnp.float32)
+    d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
+    parts.last[part.index] = jnp.sum(v_TX * d_v_TX)
+    for offset, scores_QS in zip(program.queries(), scores, strict=True):
+      decay_QS = decays.between(tile + offset, tile, same=not offset)
+      weights_QS = _weights(plan, scores_QS, decay_QS, offset)
+      d_v_TX += plan.dot(weights_QS, program.d_read(part, program.at(offset)), (0, 0))
+    sums.value[(*part.index, rows)] = jnp.sum(v_TX * d_v_TX, axis=1)
+    d_v_TX += jnp.where(is_last_T1, d_kept_TX, 0.0)
+    d_v_TX += own_T1 * program.d_read(part, tile).astype(jnp.float32)
+    if stream.scale_BHT is not None:
+      raw_TX = stream.v_BTE[rows, part.channels].astype(jnp.float32)
+      sums.scale[(*part.index, rows)] = jnp.sum(raw_TX * d_v_TX, axis=1)
+      d_v_TX *= stream.scale_BHT[part.head, rows][:, None]
+    if epilogue is not None and epilogue.skip is not None:
+      d_y_TX = program.d_y_TU[rows, part.channels].astype(jnp.float32)
+      x_TU = stream.v_BTE if epilogue.x is None else epilogue.x
+      parts.skip[part.index] = jnp.sum(d_y_TX * x_TU[rows, part.channels].astype(jnp.float32))
+      d_x_TX = epilogue.skip[part.head] * d_y_TX
+      if epilogue.x is None:
+        d_v_TX += d_x_TX
+      else:
+        d_x_TU[rows, part.channels] = d_x_TX.astype(d_x_TU.dtype)
+    d_v_TU[rows, part.channels] = d_v_TX.astype(d_v_TU.dtype)
+    return carry
+
+  program.each_part(body, 0)
+
+
+def _whole_chunk(
+    program: _Program, before_GHNP: PyTree, d_after_GHNP: PyTree, d_whole_HA: PyTree
+) -> None:
+  """Computes the gradient of the chunk's whole decay, in the program of the chunk's last tile."""
+  plan = program.plan
+
+  def body(part: _Part, carry: PyTree) -> PyTree:
+    h, dh = (part.state(x_GHNP, program.chunk) for x_GHNP in (before_GHNP, d_after_GHNP))
+    product = sum(
+        jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
+        for h_NX, dh_NX in zip(h, dh, strict=True)
+    )
+    whole = program.decays(part).since(program.first, program.last)
+    d_whole_HA[part.index] = whole * product
+    return carry
+
+  @pl.when(rem(program.tile, plan.tiles) == plan.tiles - 1)
+  def _last_tile() -> None:
+    program.each_part(body, 0)

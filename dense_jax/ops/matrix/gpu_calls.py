@@ -11,10 +11,13 @@ from jax.experimental.pallas import triton as pltriton
 
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.kernel_cost import KernelCost
-from dense_jax.ops.matrix.gpu_backward import TokenSums, chunks_backward_kernel
+from dense_jax.ops.matrix.gpu_backward import PartSums, TokenSums, chunks_backward_kernel
 from dense_jax.ops.matrix.gpu_scan import forward_kernel, states_backward_kernel
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.types import Array, PyTree
+
+# Warps of every program.
+_WARPS = 8
 
 
 class _Specs:
@@ -31,42 +34,40 @@ class _Specs:
     div, rem = jax.lax.div, jax.lax.rem
     parts, per_group = plan.parts, plan.per_group
     time, chunks, size = plan.time, plan.chunks, plan.state_size
+    index: Callable[[PyTree, PyTree], tuple[PyTree, ...]]
+    heads: tuple[int | None, ...]
+    numbers: tuple[int | None, ...]
     if by_part:
-      width, heads, keys = plan.width, (None,), lambda i, _: div(i, parts * per_group)
-      head, part = lambda i, _: div(i, parts), lambda i, _: rem(i, parts)
-      block, states, numbers = lambda i, _: i, (plan.width,), (None, None)
+      width, channels, heads, numbers = plan.width, plan.width, (None,), (None, None)
+      # The group, the head, the part of a head, and the part among those of all heads.
+      index = lambda i, j: (div(i, parts * per_group), div(i, parts), rem(i, parts), i)  # noqa: E731
     else:
-      width, heads, keys = per_group * plan.channels, (per_group,), lambda _, j: j
-      head, part, block = keys, lambda *_: 0, keys
-      states, numbers = (plan.channels,), (per_group, parts)
+      width, channels, heads = per_group * plan.channels, plan.channels, (per_group,)
+      numbers, index = (per_group, parts), lambda i, j: (j, j, 0, j)
 
-    def spec(shape: tuple[int | None, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
-      return pl.BlockSpec(shape, lambda b, i, j=0: index(b, i, j))
+    def spec(shape: tuple[int | None, ...], at: Callable[..., tuple[PyTree, ...]]) -> pl.BlockSpec:
+      return pl.BlockSpec(shape, lambda b, i, j=0: at(b, i, *index(i, j)))
 
-    self.keys = spec((None, time, size), lambda b, i, j: (b, 0, keys(i, j)))
-    self.values = spec((None, time, width), lambda b, i, j: (b, 0, block(i, j)))
-    self.by_head = spec((None, *heads, time), lambda b, i, j: (b, head(i, j), 0))
-    self.shared = spec((None, *heads, time), lambda b, i, j: (0, head(i, j), 0))
-    self.count = spec((None, time), lambda b, i, j: (b, 0))
-    self.skip = spec((plan.heads,), lambda b, i, j: (0,)) if by_part else spec(
-        (per_group,), lambda b, i, j: (j,)
+    # b: the row, t: the tile, g: the group, h: the head, p: the part of a head, x: that of all.
+    self.keys = spec((None, time, size), lambda b, t, g, h, p, x: (b, 0, g))
+    self.values = spec((None, time, width), lambda b, t, g, h, p, x: (b, 0, x))
+    self.by_head = spec((None, *heads, time), lambda b, t, g, h, p, x: (b, h, 0))
+    self.shared = spec((None, *heads, time), lambda b, t, g, h, p, x: (0, h, 0))
+    self.count = spec((None, time), lambda b, t, g, h, p, x: (b, 0))
+    self.skip = spec(
+        (plan.heads if by_part else per_group,),
+        lambda b, t, g, h, p, x: (0 if by_part else g,),
     )
     self.between = spec(
-        (None, chunks, *heads, size, *states),
-        lambda b, i, j: (b, 0, head(i, j), 0, part(i, j)),
+        (None, chunks, *heads, size, channels), lambda b, t, g, h, p, x: (b, 0, h, 0, p)
     )
-    self.state = spec(
-        (None, *heads, *states, size), lambda b, i, j: (b, head(i, j), part(i, j), 0)
-    )
-    self.moments = spec(
-        (None, *numbers, 2, time), lambda b, i, j: (b, head(i, j), part(i, j), 0, 0)
-    )
-    self.d_moments = spec((None, *heads, 2, time), lambda b, i, j: (b, head(i, j), 0, 0))
-    self.sums = spec((None, *numbers, time), lambda b, i, j: (b, head(i, j), part(i, j), 0))
-    self.numbers = spec((None, None, *numbers), lambda b, i, j: (b, i, head(i, j), part(i, j)))
+    self.state = spec((None, *heads, channels, size), lambda b, t, g, h, p, x: (b, h, p, 0))
+    self.moments = spec((None, *numbers, 2, time), lambda b, t, g, h, p, x: (b, h, p, 0, 0))
+    self.d_moments = spec((None, *heads, 2, time), lambda b, t, g, h, p, x: (b, h, 0, 0))
+    self.sums = spec((None, *numbers, time), lambda b, t, g, h, p, x: (b, h, p, 0))
+    self.numbers = spec((None, None, *numbers), lambda b, t, g, h, p, x: (b, t, h, p))
     self.whole = spec(
-        (None, None, *numbers),
-        lambda b, i, j: (b, div(i, plan.tiles), head(i, j), part(i, j)),
+        (None, None, *numbers), lambda b, t, g, h, p, x: (b, div(t, plan.tiles), h, p)
     )
     self._decays = self.shared if plan.shared_decay else self.by_head
 
@@ -92,37 +93,53 @@ def _if(x: PyTree, spec: PyTree) -> PyTree:
   return None if x is None else spec
 
 
-def _like(x: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
+def _like(x: PyTree) -> PyTree:
   """Returns the shapes of a tree of arrays."""
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), x)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
 
 
 def _call(
     kernel: Callable[..., None],
     plan: Plan,
     grid: tuple[int, ...],
-    inputs: PyTree,
-    in_specs: PyTree,
-    outputs: PyTree,
-    out_specs: PyTree,
+    inputs: Sequence[tuple[PyTree, PyTree]],
+    outputs: Sequence[tuple[PyTree, PyTree]],
     *,
     matmul_flops: int,
     exponentials: int,
-    warps: int,
     stages: int,
 ) -> PyTree:
-  """Runs a kernel that takes `plan`, then references to inputs and outputs."""
-  arrays = jax.tree.leaves((inputs, outputs))
+  """Runs a kernel that takes `plan`, then references to inputs and outputs.
+
+  Args:
+    kernel: the kernel.
+    plan: the sizes.
+    grid: the numbers of programs.
+    inputs: trees of arrays, each with its tree of block specs.
+    outputs: trees of shapes, each with its tree of block specs.
+    matmul_flops: operations in matmuls.
+    exponentials: exponentials, each of a difference of two sums of two parts.
+    stages: tiles in shared memory at a time.
+
+  Returns:
+    The outputs.
+  """
+  arrays, in_specs = zip(*inputs, strict=True)
+  shapes, out_specs = zip(*outputs, strict=True)
   cost = KernelCost(
       matmul_flops=matmul_flops, flops=6 * exponentials, transcendentals=exponentials,
-      bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+      bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arrays, shapes))),
   )
   with cost.scope():
     return pl.pallas_call(
         functools.partial(kernel, plan), grid=grid, in_specs=in_specs, out_specs=out_specs,
-        out_shape=outputs, interpret=plan.interpret, cost_estimate=cost.estimate(),
-        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
-    )(*inputs)
+        out_shape=shapes, interpret=plan.interpret, cost_estimate=cost.estimate(),
+        compiler_params=pltriton.CompilerParams(num_warps=_WARPS, num_stages=stages),
+    )(*arrays)
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _between(plan: Plan) -> jax.ShapeDtypeStruct:
@@ -133,183 +150,164 @@ def _between(plan: Plan) -> jax.ShapeDtypeStruct:
 def call_forward(
     plan: Plan, streams: tuple[Stream, ...], gates: tuple[Array, ...], epilogue: Epilogue,
     count_BT: Array | None,
-) -> tuple[Array, Array | None, tuple[Array, ...], Array]:
-  """Computes the result, its moments, all states between chunks and the first source's last."""
+) -> tuple[Array, Array | None, Array | None, tuple[Array, ...], Array]:
+  """Computes the results of the forward pass.
+
+  Returns:
+    The epilogue's result, the result before its gate (None without a gate), its moments, all
+    states between chunks, and the first source's last state.
+  """
   specs, sources = _Specs(plan, by_part=True), len(streams)
   batch, time, size = plan.batch, plan.time, plan.state_size
-  out_BTE = jax.ShapeDtypeStruct((batch, time, plan.heads * plan.channels), plan.out)
-  moments_BHA2T = None
+  wide = (batch, time, plan.heads * plan.channels)
+  open_BTE = moments_BHA2T = None
+  if epilogue.z is not None:
+    open_BTE = jax.ShapeDtypeStruct(wide, plan.dtype)
   if plan.moments:
-    shape = (batch, plan.heads, plan.parts, 2, time)
-    moments_BHA2T = jax.ShapeDtypeStruct(shape, jnp.float32)
-  final_BHPN = jax.ShapeDtypeStruct((batch, plan.heads, plan.channels, size), jnp.float32)
+    moments_BHA2T = _float32(batch, plan.heads, plan.parts, 2, time)
   tokens = sources * batch * time * plan.heads * plan.parts
   return _call(
       forward_kernel, plan, (batch, plan.heads * plan.parts),
-      (streams, gates, epilogue, count_BT),
-      (
-          tuple(map(specs.stream, streams)), tuple(specs.values for _ in gates), specs.epilogue(epilogue),
-          _if(count_BT, specs.count),
-      ),
-      (out_BTE, moments_BHA2T, (_between(plan),) * sources, final_BHPN),
-      (specs.values, _if(moments_BHA2T, specs.moments), (specs.between,) * sources, specs.state),
+      [
+          (streams, tuple(map(specs.stream, streams))), (gates, (specs.values,) * len(gates)),
+          (epilogue, specs.epilogue(epilogue)), (count_BT, _if(count_BT, specs.count)),
+      ],
+      [
+          (jax.ShapeDtypeStruct(wide, plan.out), specs.values),
+          (open_BTE, _if(open_BTE, specs.values)),
+          (moments_BHA2T, _if(moments_BHA2T, specs.moments)),
+          ((_between(plan),) * sources, (specs.between,) * sources),
+          (_float32(batch, plan.heads, plan.channels, size), specs.state),
+      ],
       matmul_flops=2 * tokens * (plan.tile * (size + plan.width) + 2 * size * plan.width),
-      exponentials=tokens * plan.tile, warps=8, stages=plan.stages,
+      exponentials=tokens * plan.tile, stages=plan.stages,
   )
 
 
-def call_backward(
+def call_states_backward(
     plan: Plan,
-    saved: tuple[tuple[Stream, ...], tuple[Array, ...], Epilogue, Array | None],
-    out_BTE: Array,
-    before: tuple[Array, ...],
-    d_out_BTE: Array,
-    d_moments_BH2T: Array | None,
-    d_final_BHPN: Array,
-) -> tuple[tuple[Stream, ...], tuple[Array, ...], Epilogue]:
-  """Computes all gradients."""
-  streams, gates, epilogue, count_BT = saved
-  d_y_BTE, d_after, d_initial = _states_backward(
-      plan, saved, out_BTE, d_out_BTE, d_moments_BH2T, d_final_BHPN
-  )
-  if d_y_BTE is None:
-    d_y_BTE = d_out_BTE
-  if epilogue.z is None:
-    out_BTE = d_out_BTE = d_moments_BH2T = None
-  elif d_moments_BH2T is None:
-    out_BTE = None
-  plan = dataclasses.replace(plan, width=power_of_two(plan.channels, 64))
-  specs, sources = _Specs(plan, by_part=False), len(streams)
-  batch, time, size, width = plan.batch, plan.time, plan.state_size, plan.width
-  sums = jax.ShapeDtypeStruct((batch, plan.heads, plan.parts, time), jnp.float32)
-  tiles = plan.chunks * plan.tiles
-  numbers, whole = (
-      jax.ShapeDtypeStruct((batch, count, plan.heads, plan.parts), jnp.float32)
-      for count in (tiles, plan.chunks)
-  )
+    streams: tuple[Stream, ...],
+    gates: tuple[Array, ...],
+    z_BTE: Array | None,
+    count_BT: Array | None,
+    open_BTE: Array,
+    gradients: tuple[Array, Array | None, Array],
+) -> tuple[Array, Array | None, tuple[Array, ...], tuple[Array | None, ...]]:
+  """Computes gradients of what lies between the reads and the result, and of states.
 
-  def written(stream: Stream) -> Stream:
+  Args:
+    plan: the sizes.
+    streams: the sources.
+    gates: gates of reads.
+    z_BTE: the epilogue's gate; None means no gate.
+    count_BT: resets up to each token, inclusive; None means none.
+    open_BTE: the epilogue's result before its gate.
+    gradients: of the result, of its moments, [B, H, 2, T], and of the first source's last state.
+
+  Returns:
+    The gradients of the sum of reads, of `z_BTE`, of the states after each chunk, and of the
+    states before the first token.
+  """
+  specs, sources = _Specs(plan, by_part=True), len(streams)
+  d_out_BTE, d_moments_BH2T, d_final_BHPN = gradients
+  d_y_BTE = d_z_BTE = None
+  if z_BTE is not None:
+    d_z_BTE = jax.ShapeDtypeStruct(z_BTE.shape, z_BTE.dtype)
+  if z_BTE is not None or d_moments_BH2T is not None:
+    d_y_BTE = jax.ShapeDtypeStruct(d_out_BTE.shape, plan.dtype)
+  opened = None if d_y_BTE is None else open_BTE
+  initial = tuple(_like(stream.initial_BHPN) for stream in streams)
+  tokens = sources * plan.batch * plan.time * plan.heads * plan.parts
+
+  def asked(stream: Stream) -> Stream:
+    """Drops what the kernel does not read."""
     return dataclasses.replace(
-        stream, scale_BHT=None, high_BHT=None, low_BHT=None, initial_BHPN=None
+        stream, k_BTK=None, v_BTE=None, scale_BHT=None, initial_BHPN=None
     )
 
-  def token_sums(x: PyTree) -> tuple[TokenSums, ...]:
-    return tuple(TokenSums(x, x, _if(stream.scale_BHT, x)) for stream in streams)
+  found_BTE, d_z_BTE, d_after, d_initial = _call(
+      states_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
+      [
+          (
+              tuple(asked(stream) for stream in streams),
+              tuple(asked(specs.stream(stream)) for stream in streams),
+          ),
+          (gates, (specs.values,) * len(gates)), (z_BTE, _if(z_BTE, specs.values)),
+          (count_BT, _if(count_BT, specs.count)), (opened, _if(opened, specs.values)),
+          (d_out_BTE, specs.values), (d_moments_BH2T, _if(d_moments_BH2T, specs.d_moments)),
+          (d_final_BHPN, specs.state),
+      ],
+      [
+          (d_y_BTE, _if(d_y_BTE, specs.values)), (d_z_BTE, _if(d_z_BTE, specs.values)),
+          ((_between(plan),) * sources, (specs.between,) * sources),
+          (initial, tuple(_if(shape, specs.state) for shape in initial)),
+      ],
+      matmul_flops=2 * tokens * plan.state_size * plan.width, exponentials=tokens,
+      stages=plan.stages,
+  )
+  return d_out_BTE if found_BTE is None else found_BTE, d_z_BTE, d_after, d_initial
 
-  in_specs = tuple(map(specs.stream, streams))
-  streams_in = tuple(dataclasses.replace(stream, initial_BHPN=None) for stream in streams)
-  specs_in = tuple(dataclasses.replace(stream, initial_BHPN=None) for stream in in_specs)
-  gate_specs = tuple(specs.values for _ in gates)
+
+def call_chunks_backward(
+    plan: Plan,
+    stream: Stream,
+    gate_BTE: Array | None,
+    epilogue: Epilogue | None,
+    count_BT: Array | None,
+    d_y_BTE: Array,
+    states: tuple[Array, Array],
+) -> tuple[Stream, Array | None, Array | None, TokenSums, PartSums]:
+  """Computes one source's gradients.
+
+  Args:
+    plan: the sizes.
+    stream: the source.
+    gate_BTE: the gate of its read; None means 1.
+    epilogue: skip and what it multiplies, if the source is the layer's own.
+    count_BT: resets up to each token, inclusive; None means none.
+    d_y_BTE: the gradient of the sum of reads.
+    states: the states before each chunk, and the gradients of those after each.
+
+  Returns:
+    The outputs of `chunks_backward_kernel`.
+  """
+  plan = dataclasses.replace(plan, width=power_of_two(plan.channels, 64))
+  specs = _Specs(plan, by_part=False)
+  batch, time, size = plan.batch, plan.time, plan.state_size
+  tiles, parts = plan.chunks * plan.tiles, (plan.heads, plan.parts)
+  skips = epilogue is not None and epilogue.skip is not None
+  x_BTE = None if epilogue is None else epilogue.x
+  sums, last = _float32(batch, *parts, time), _float32(batch, tiles, *parts)
+  stream = dataclasses.replace(stream, initial_BHPN=None)
+  epilogue_spec = None if epilogue is None else specs.epilogue(epilogue)
+
+  def written(stream: Stream) -> Stream:
+    """Drops what the kernel gives no gradient of."""
+    return dataclasses.replace(stream, scale_BHT=None, high_BHT=None, low_BHT=None)
+
   by_part = 2 * batch * time * plan.heads * plan.parts
   by_group = 2 * batch * time * plan.groups
-  d_streams, d_gates, d_epilogue, sums, d_last, d_whole = _call(
-      chunks_backward_kernel, plan, (batch, tiles, plan.groups),
-      (
-          streams_in, gates, epilogue, count_BT, out_BTE, d_out_BTE, d_moments_BH2T, d_y_BTE, before,
-          d_after,
-      ),
-      (
-          specs_in, gate_specs, specs.epilogue(epilogue), _if(count_BT, specs.count),
-          _if(out_BTE, specs.values), _if(d_out_BTE, specs.values),
-          _if(d_moments_BH2T, specs.d_moments), specs.values, (specs.between,) * sources,
-          (specs.between,) * sources,
-      ),
-      (
-          tuple(_like(written(stream)) for stream in streams), _like(gates),
-          dataclasses.replace(_like(epilogue), skip=_if(epilogue.skip, numbers)),
-          token_sums(sums), (numbers,) * sources, (whole,) * sources,
-      ),
-      (
-          tuple(map(written, in_specs)), gate_specs,
-          dataclasses.replace(specs.epilogue(epilogue), skip=_if(epilogue.skip, specs.numbers)),
-          token_sums(specs.sums), (specs.numbers,) * sources, (specs.whole,) * sources,
-      ),
-      matmul_flops=sources * (
-          by_part * width * (4 * plan.chunk + 4 * size) + by_group * 4 * plan.chunk * size
-      ),
-      exponentials=sources * batch * time * plan.heads * plan.parts * 3 * plan.chunk,
-      warps=8, stages=1,
-  )
-  gradients = tuple(
-      _gradient(plan, stream, d_stream, sums_, last, d_initial_BHPN)
-      for stream, d_stream, sums_, *last, d_initial_BHPN in zip(
-          streams, d_streams, sums, d_last, d_whole, d_initial, strict=True
-      )
-  )
-  if epilogue.skip is not None:
-    d_epilogue = dataclasses.replace(d_epilogue, skip=jnp.sum(d_epilogue.skip, axis=(0, 1, 3)))
-  return gradients, d_gates, d_epilogue
-
-
-def _states_backward(
-    plan: Plan,
-    saved: tuple[tuple[Stream, ...], tuple[Array, ...], Epilogue, Array | None],
-    out_BTE: Array,
-    d_out_BTE: Array,
-    d_moments_BH2T: Array | None,
-    d_final_BHPN: Array,
-) -> tuple[Array | None, tuple[Array, ...], tuple[Array | None, ...]]:
-  """Computes the gradients of the sum of reads, of states after chunks and of first states."""
-  streams, gates, epilogue, count_BT = saved
-  specs, sources = _Specs(plan, by_part=True), len(streams)
-  d_y_BTE = None
-  if epilogue.z is not None or d_moments_BH2T is not None:
-    d_y_BTE = jax.ShapeDtypeStruct(d_out_BTE.shape, plan.dtype)
-  if d_moments_BH2T is None:
-    out_BTE = None
-  initial = [stream.initial_BHPN for stream in streams]
-  tokens = sources * plan.batch * plan.time * plan.heads * plan.parts
-  # What this kernel does not read is not among its operands.
-  streams_in = tuple(
-      dataclasses.replace(stream, k_BTK=None, v_BTE=None, scale_BHT=None, initial_BHPN=None)
-      for stream in streams
-  )
-  specs_in = tuple(
-      dataclasses.replace(
-          specs.stream(stream), k_BTK=None, v_BTE=None, scale_BHT=None, initial_BHPN=None
-      )
-      for stream in streams
-  )
   return _call(
-      states_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
-      (
-          streams_in, gates, epilogue.z, count_BT, out_BTE, d_out_BTE, d_moments_BH2T,
-          d_final_BHPN,
-      ),
-      (
-          specs_in, tuple(specs.values for _ in gates), _if(epilogue.z, specs.values),
-          _if(count_BT, specs.count), _if(out_BTE, specs.values), specs.values,
-          _if(d_moments_BH2T, specs.d_moments), specs.state,
-      ),
-      (d_y_BTE, (_between(plan),) * sources, tuple(_like(x) for x in initial)),
-      (
-          _if(d_y_BTE, specs.values), (specs.between,) * sources,
-          tuple(_if(x, specs.state) for x in initial),
-      ),
-      matmul_flops=2 * tokens * plan.state_size * plan.width, exponentials=tokens,
-      warps=8, stages=plan.stages,
-  )
-
-
-def _gradient(
-    plan: Plan, stream: Stream, d_stream: Stream, sums: TokenSums, d_last: Sequence[Array],
-    d_initial_BHPN: Array | None,
-) -> Stream:
-  """Returns a source's gradient."""
-  d_low_BHT = jnp.sum(sums.read - sums.value, axis=2)
-  d_last_BGH = sum(
-      jnp.sum(d_BTHA.reshape(plan.batch, plan.chunks, -1, plan.heads, plan.parts), axis=(2, 4))
-      for d_BTHA in d_last
-  )
-  is_last_C = jnp.arange(plan.chunk) == plan.chunk - 1
-  d_last_BHGC = jnp.where(
-      is_last_C[None, None, None], jnp.swapaxes(d_last_BGH, 1, 2)[..., None], 0.0
-  )
-  d_low_BHT += d_last_BHGC.reshape(d_low_BHT.shape)
-  if plan.shared_decay:
-    d_low_BHT = jnp.sum(d_low_BHT, axis=0, keepdims=True)
-  return dataclasses.replace(
-      d_stream, high_BHT=jnp.zeros_like(stream.high_BHT), low_BHT=d_low_BHT,
-      scale_BHT=None if sums.scale is None else jnp.sum(sums.scale, axis=2),
-      initial_BHPN=d_initial_BHPN,
+      chunks_backward_kernel, plan, (batch, tiles, plan.groups),
+      [
+          (stream, specs.stream(stream)), (gate_BTE, _if(gate_BTE, specs.values)),
+          (epilogue, epilogue_spec), (count_BT, _if(count_BT, specs.count)),
+          (d_y_BTE, specs.values), (states[0], specs.between), (states[1], specs.between),
+      ],
+      [
+          (_like(written(stream)), written(specs.stream(stream))),
+          (_like(gate_BTE), _if(gate_BTE, specs.values)),
+          (_like(x_BTE), _if(x_BTE, specs.values)),
+          (
+              TokenSums(sums, sums, _if(stream.scale_BHT, sums)),
+              TokenSums(specs.sums, specs.sums, _if(stream.scale_BHT, specs.sums)),
+          ),
+          (
+              PartSums(last, _float32(batch, plan.chunks, *parts), last if skips else None),
+              PartSums(specs.numbers, specs.whole, specs.numbers if skips else None),
+          ),
+      ],
+      matmul_flops=by_part * plan.width * 4 * (plan.chunk + size)
+      + by_group * 4 * plan.chunk * size,
+      exponentials=by_part // 2 * 4 * plan.chunk, stages=1,
   )

@@ -25,6 +25,7 @@ def forward_kernel(
     epilogue: Epilogue,
     count_T: PyTree,
     out_TX: PyTree,
+    open_TX: PyTree,
     moments_2T: PyTree,
     before: Sequence[PyTree],
     final_XN: PyTree,
@@ -38,6 +39,7 @@ def forward_kernel(
     epilogue: the epilogue's arrays.
     count_T: resets up to each token, inclusive; None means none.
     out_TX: the result, an output.
+    open_TX: the result before its gate, an output; None without a gate.
     moments_2T: sums of the result and of its squares over X, an output; None means not wanted.
     before: each source's states before each chunk, [G, N, X], outputs.
     final_XN: the first source's last state, an output.
@@ -72,7 +74,13 @@ def forward_kernel(
       after.append(tuple(
           whole * h_NX + plan.dot(k_TN, kept_TX, (0, 0)) for h_NX, k_TN in zip(h, k, strict=True)
       ))
-    y_TX = _finish(epilogue, streams[0], head, rows, y_TX)
+    if epilogue.skip is not None:
+      x_TX = (streams[0].v_BTE if epilogue.x is None else epilogue.x)[rows, :]
+      y_TX += epilogue.skip[head] * x_TX.astype(jnp.float32)
+    if epilogue.z is not None:
+      open_TX[rows, :] = y_TX.astype(open_TX.dtype)
+      z_TX = epilogue.z[rows, :].astype(jnp.float32)
+      y_TX *= z_TX * sigmoid(z_TX)
     out_TX[rows, :] = y_TX.astype(out_TX.dtype)
     if moments_2T is not None:
       moments_2T[0, rows] = jnp.sum(y_TX, axis=1)
@@ -92,54 +100,22 @@ def _initial(plan: Plan, h_XN: PyTree) -> tuple[Array, ...]:
   return tuple(h_XN[:, pl.ds(start, plan.piece)].T for start in plan.pieces)
 
 
-def _finish(epilogue: Epilogue, own: Stream, head: Array, rows: PyTree, y_TX: Array) -> Array:
-  """Applies the epilogue to reads of some tokens; see `Epilogue`."""
-  if epilogue.skip is not None:
-    x_TX = (own.v_BTE if epilogue.x is None else epilogue.x)[rows, :]
-    y_TX += epilogue.skip[head] * x_TX.astype(jnp.float32)
-  if epilogue.z is not None:
-    z_TX = epilogue.z[rows, :].astype(jnp.float32)
-    y_TX *= z_TX * sigmoid(z_TX)
-  return y_TX
-
-
-def result_gradient(
-    out: PyTree, d_out: PyTree, d_moments: PyTree, rows: PyTree, channels: PyTree,
-    head: tuple[Array, ...] = (),
-) -> Array:
-  """Returns the gradient of the epilogue's result before it is rounded, [T, X] in float32.
-
-  Args:
-    out: a reference to the result, [T, E].
-    d_out: a reference to its gradient.
-    d_moments: a reference to that of its moments, [2, T] or [H, 2, T]; None means zero.
-    rows: the tokens.
-    channels: the channels.
-    head: the head's index in `d_moments`, or nothing if it has no axis of heads.
-  """
-  d_TX = d_out[rows, channels].astype(jnp.float32)
-  if d_moments is None:
-    return d_TX
-  d_sum_T, d_squares_T = (d_moments[(*head, index, rows)] for index in range(2))
-  out_TX = out[rows, channels].astype(jnp.float32)
-  return d_TX + d_sum_T[:, None] + 2 * d_squares_T[:, None] * out_TX
-
-
 def states_backward_kernel(
     plan: Plan,
     streams: tuple[Stream, ...],
     gates: tuple[PyTree, ...],
     z_TX: PyTree,
     count_T: PyTree,
-    out_TX: PyTree,
+    open_TX: PyTree,
     d_out_TX: PyTree,
     d_moments_2T: PyTree,
     d_final_XN: PyTree,
     d_y_TX: PyTree,
+    d_z_TX: PyTree,
     d_after: Sequence[PyTree],
     d_initial: Sequence[PyTree],
 ) -> None:
-  """Computes the gradients of the sum of reads and of the states between chunks.
+  """Computes the gradients of the sum of reads, the epilogue's gate and states between chunks.
 
   Args:
     plan: the sizes.
@@ -147,11 +123,12 @@ def states_backward_kernel(
     gates: gates of reads, [T, X].
     z_TX: the epilogue's gate; None means no gate.
     count_T: resets up to each token, inclusive; None means none.
-    out_TX: the epilogue's result; None if `d_moments_2T` is.
-    d_out_TX: its gradient.
+    open_TX: the epilogue's result before its gate; None if no gradient depends on it.
+    d_out_TX: the result's gradient.
     d_moments_2T: the gradient of its moments; None means zero.
     d_final_XN: the gradient of the first source's last state.
     d_y_TX: the gradient of the sum of reads, an output; None if it is `d_out_TX`.
+    d_z_TX: the gate's gradient, an output; None without a gate.
     d_after: for each source the gradient of the state after each chunk, [G, N, X], outputs.
     d_initial: for each source the gradient of its first state, [X, N], outputs; None where the
       state was zero.
@@ -170,10 +147,15 @@ def states_backward_kernel(
         for start, dh_NX in zip(plan.pieces, pieces, strict=True):
           d_GNX[div(tile, plan.tiles), pl.ds(start, plan.piece), :] = dh_NX.astype(d_GNX.dtype)
 
-    d_TX = result_gradient(out_TX, d_out_TX, d_moments_2T, rows, slice(None))
+    d_TX = d_out_TX[rows, :].astype(jnp.float32)
     if z_TX is not None:
-      z = z_TX[rows, :].astype(jnp.float32)
-      d_TX *= z * sigmoid(z)
+      z, y = z_TX[rows, :].astype(jnp.float32), open_TX[rows, :].astype(jnp.float32)
+      share = sigmoid(z)
+      d_TX = _with_moments(d_TX, y * z * share, d_moments_2T, rows)
+      d_z_TX[rows, :] = (d_TX * y * share * (1 + z * (1 - share))).astype(d_z_TX.dtype)
+      d_TX *= z * share
+    elif d_moments_2T is not None:
+      d_TX = _with_moments(d_TX, open_TX[rows, :].astype(jnp.float32), d_moments_2T, rows)
     if d_y_TX is not None:
       d_low_TX = d_TX.astype(d_y_TX.dtype)
       d_y_TX[rows, :] = d_low_TX
@@ -199,3 +181,10 @@ def states_backward_kernel(
     if d_XN is not None:
       for start, dh_NX in zip(plan.pieces, dh, strict=True):
         d_XN[:, pl.ds(start, plan.piece)] = dh_NX.T
+
+
+def _with_moments(d_TX: Array, out_TX: Array, d_moments_2T: PyTree, rows: PyTree) -> Array:
+  """Adds to the result's gradient what comes from its moments; None means nothing."""
+  if d_moments_2T is None:
+    return d_TX
+  return d_TX + d_moments_2T[0, rows][:, None] + 2 * d_moments_2T[1, rows][:, None] * out_TX

@@ -60,7 +60,7 @@ SLOW = [
     Case(63, tail=("z",), resets=False, initial=False),
     *(Case(17, groups=groups, gates=(None, 0), tail=("moments",)) for groups in (1, 4)),
     *(Case(17, heads=6, groups=groups, state_size=48) for groups in (1, 2)),
-    Case(257, gates=(None, 0, 0), tail=("skip", "z", "moments"), scale=True, state_size=16, chunk=0),
+    Case(257, gates=(None, 0, 0), tail=("skip", "z", "moments"), scale=True, chunk=0),
     *(Case(257, resets=resets, chunk=0, strong=strong, tail=("z",))
       for strong in (5.0, 200.0) for resets in (False, True)),
     Case(63, decay_rows=1, strong=20.0, chunk=48),
