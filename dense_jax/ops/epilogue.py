@@ -1,4 +1,4 @@
-"""What follows a layer's read before its output projection, as data that a kernel can take over."""
+"""The steps from a layer's read to its output projection, as data that a kernel can take over."""
 
 import dataclasses
 

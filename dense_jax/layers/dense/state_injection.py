@@ -1,5 +1,6 @@
 """State injection (arXiv 2403.00818, section 3): a layer reads the states of layers below it."""
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -56,11 +57,17 @@ class StateInjection(NoConnection):
     return output, final, states
 
 
+def _gate(read: Read) -> Array:
+  gate = gate_value(read.gate)
+  assert gate is not None
+  return gate
+
+
 def _record(states: Recurrence, own_query: Array, reads: Sequence[Read]) -> None:
   """Records the RMS of the own read and, for each source, of its gated read, and its gate."""
   own = record_rms("own_read_rms", lambda: states.read(own_query))
   for number, read in enumerate(reads, 1):
-    if (gate := read.gate) is not None:
-      record_spread(f"gate_{number}", lambda gate=gate: gate_value(gate))
+    if read.gate is not None:
+      record_spread(f"gate_{number}", functools.partial(_gate, read))
     source = record_rms(f"source_{number}_read_rms", read.value)
     record_ratio(f"source_{number}_ratio", source, own)
