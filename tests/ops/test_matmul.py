@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dense_jax.ops.cpu import cpu_matmul
-from dense_jax.ops.matmul import matmul
+from dense_jax.ops.matmul import gpu_matmul, matmul
 from tests.builders import normal
 from tests.helpers import assert_trees_close
 
@@ -41,3 +41,12 @@ def test_float32_products_have_forward_mode_derivatives():
   x, kernel, dx = normal(0, 3, 4), normal(1, 4, 5), normal(2, 3, 4)
   _, tangent = jax.jvp(lambda x: matmul(x, kernel), (x,), (dx,))
   assert_trees_close(tangent, dx @ kernel)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gpu_form_is_the_same_product(rows, dtype):
+  x, kernel = normal(0, rows, 5).astype(dtype), normal(1, 5, 4)
+  actual = gpu_matmul(x, kernel)
+  assert actual.dtype == x.dtype
+  assert_trees_close(actual.astype(jnp.float32), matmul(x, kernel).astype(jnp.float32), dtype)
