@@ -32,12 +32,10 @@ class GpuMatrix(KernelRecurrence, MatrixSequence):
     gates: list[Array] = []
     sources = [self._asked(query, None)]
     for read in reads:
-      # Sources may share a gate, which is then read once.
-      index = next((i for i, gate in enumerate(gates) if gate is read.gate), len(gates))
-      if read.gate is None:
-        index = None
-      elif index == len(gates):
-        gates.append(read.gate)
+      index = None
+      if read.gate is not None:  # Sources may share one.
+        index = next((i for i, gate in enumerate(gates) if gate is read.gate), len(gates))
+        gates[index:] = gates[index:] or [read.gate]
       sources.append(cast(GpuMatrix, read.recurrence)._asked(read.query, index))
     if epilogue.x is self.v_BTE:  # The kernel need not read them twice.
       epilogue = dataclasses.replace(epilogue, x=None)

@@ -12,6 +12,7 @@ keys; [H, A] the heads and their parts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -129,7 +130,8 @@ class Plan:
       self, left: Sequence[Array], right: Sequence[Array], axes: tuple[int, int]
   ) -> Array:
     """Sums the products of two lists of arrays, as of the pieces of N."""
-    return sum(self.dot(one, other, axes) for one, other in zip(left, right, strict=True))
+    products = (self.dot(one, other, axes) for one, other in zip(left, right, strict=True))
+    return functools.reduce(jnp.add, products)
 
   def load(self, x_TN: PyTree, rows: PyTree) -> list[Array]:
     """Loads all pieces of keys or queries."""
