@@ -34,9 +34,8 @@ class CpuChunkedMatrix(MatrixSequence):
     sums: LogDecay = summed_log_decay(self.log_decay_BTH, chunk)
     sums_GBCH = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), sums)
     tokens = split_chunks((q_BTJN, self.k_BTJN, self.scaled_BTHP(), self.resets_BT), chunk)
-    heads, groups = self.scaled_BTHP().shape[2], q_BTJN.shape[2]
-    first_BHPN = self.before_first()
-    batch, _, channels, size = first_BHPN.shape
+    first_BHPN, groups = self.before_first(), q_BTJN.shape[2]
+    batch, heads, channels, size = first_BHPN.shape
     first = first_BHPN.reshape(batch, groups, -1, size)  # [B, J, R P, N], R heads of a group.
     final, y = jax.lax.scan(
         jax.checkpoint(_one_chunk, prevent_cse=False), jnp.swapaxes(first, 2, 3),
