@@ -83,7 +83,10 @@ IMPLEMENTATIONS = {
 }
 
 # (form of state, platform) -> the kernels that "auto" takes, where the compiler's bytes say so.
-KERNELS: Mapping[tuple[str, str], str] = {}
+KERNELS: Mapping[tuple[str, str], str] = {
+    ("matrix", "gpu"): "triton", ("matrix", "tpu"): "pallas",
+    ("diagonal", "gpu"): "triton", ("diagonal", "tpu"): "pallas",
+}
 # Forms whose kernels were found to compute something else on this machine.
 _REFUSED: set[str] = set()
 
