@@ -26,7 +26,13 @@ from dense_jax.costs.hlo_text import OpenLoopError
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.evaluation.perplexity import Scorer
 from dense_jax.models.language_model import LanguageModel, ModelState
-from dense_jax.models.params import abstract_model, get_params, logical_axes, with_params
+from dense_jax.models.params import (
+    abstract_model,
+    decoding_params,
+    get_params,
+    logical_axes,
+    with_params,
+)
 from dense_jax.ops import resolver
 from dense_jax.runs.compile_targets import topology_chip, topology_devices
 from dense_jax.training.step import Trainer
@@ -266,7 +272,7 @@ def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
   sharding.check_batch(batch_size, seq_len, 1, mesh)
   unrolled = dataclasses.replace(config.model, block_layers=config.model.layers)
   model = abstract_model(unrolled)
-  params = _sharded_params(model, mesh)
+  params = _decoding_params(model, mesh)
   rows = sharding.rows_sharding(mesh)
 
   def prefill(params: Params, tokens_BT: Array, segments: Segments) -> tuple[ModelState, Array]:
@@ -284,7 +290,8 @@ def _lower(config: ExperimentConfig, mesh: Mesh, program: str) -> Any:
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows),
       jax.eval_shape(lambda p: with_params(model, p).init_state(batch_size), params),
   )
-  return jax.jit(step, donate_argnums=1).lower(
+  options = resolver.decoding_options()
+  return jax.jit(step, donate_argnums=1, compiler_options=options).lower(
       params, state, jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows)
   )
 
@@ -294,9 +301,11 @@ def _jitted(function: Any) -> Any:
   return function
 
 
-def _sharded_params(model: LanguageModel, mesh: Mesh) -> PyTree:
-  """Returns the shapes of the model's parameters with their shardings."""
-  params = get_params(model)
+def _decoding_params(model: LanguageModel, mesh: Mesh) -> PyTree:
+  """Returns the shapes of the parameters that generation uses, with their shardings."""
+  params = jax.eval_shape(
+      lambda params: decoding_params(with_params(model, params)), get_params(model)
+  )
   shardings = sharding.param_shardings(
       logical_axes(model), {name: leaf.shape for name, leaf in params.items()}, mesh
   )

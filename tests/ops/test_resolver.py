@@ -14,11 +14,11 @@ from dense_jax.ops.matrix.cpu import cpu_matrix_step
 
 @pytest.mark.parametrize(("form", "platform", "expected"), [
     ("diagonal", "cpu", "recurrent"),
-    ("diagonal", "tpu", "recurrent"),
-    ("diagonal", "gpu", "associative"),
+    ("diagonal", "tpu", "pallas"),
+    ("diagonal", "gpu", "triton"),
     ("matrix", "cpu", "chunked"),
-    ("matrix", "tpu", "chunked"),
-    ("matrix", "gpu", "chunked"),
+    ("matrix", "tpu", "pallas"),
+    ("matrix", "gpu", "triton"),
 ])
 def test_auto(form, platform, expected):
   with resolver.compiling_for(platform):
@@ -67,7 +67,7 @@ def test_the_choice_is_logged_once(caplog):
     for _ in range(3):
       resolver.resolve("matrix", "auto")
   assert [record.getMessage() for record in caplog.records] == [
-      "implementation of matrix states on tpu: chunked"
+      "implementation of matrix states on tpu: pallas"
   ]
 
 
