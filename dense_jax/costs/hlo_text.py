@@ -186,6 +186,18 @@ def parse_module(text: str) -> Module:
   computations: dict[str, Computation] = {}
   entry, current = "", None
   lines = text.split("\n")  # Not splitlines(), for which other characters too end a line.
+  said: list[str] = []  # The lines of the instruction that is being read.
+
+  def add(computation: Computation) -> Computation:
+    """Adds what was read to the computation; returns it, with a new root if that was one."""
+    begin = _INSTRUCTION.match(said[0]) if said else None
+    if begin is None:
+      return computation
+    instruction = _parse_instruction(begin[2], "\n".join(said)[begin.end() :])
+    computation.instructions[instruction.name] = instruction
+    said.clear()
+    return dataclasses.replace(computation, root=instruction.name) if begin[1] else computation
+
   for line in lines:
     if current is None:
       header = _HEADER.match(line)
@@ -193,13 +205,13 @@ def parse_module(text: str) -> Module:
         current = Computation(header[2], {}, "")
         entry = header[2] if header[1] else entry
     elif _END.match(line):
-      computations[current.name] = current
+      computations[current.name] = add(current)
       current = None
-    elif begin := _INSTRUCTION.match(line):
-      instruction = _parse_instruction(begin[2], line[begin.end() :])
-      current.instructions[instruction.name] = instruction
-      if begin[1]:
-        current = dataclasses.replace(current, root=instruction.name)
+    elif _INSTRUCTION.match(line):
+      current = add(current)
+      said.append(line)
+    elif said:
+      said.append(line)
   if not entry:
     raise HloError("the text has no entry computation")
   return Module(computations, entry, _frames(lines))

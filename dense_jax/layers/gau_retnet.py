@@ -14,7 +14,6 @@ from flax import nnx
 from dense_jax.config import ModelConfig, integer
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.retention import Retention
-from dense_jax.ops.cpu import spread
 from dense_jax.types import Array
 
 
@@ -53,8 +52,11 @@ class GauRetNet(Retention):
     q, k = jax.nn.silu(self.q_proj(x_D)), jax.nn.silu(self.k_proj(x_D)) * scale
     return q, {"k": k, "v": v}, gate
 
-  def normalize(self, y_HP: Array, mean_H1: Array, square_H1: Array) -> Array:
+  def normalize(self, mean_H: Array, square_H: Array) -> tuple[Array, Array | None]:
     """See `Retention`."""
-    del mean_H1
-    inverse_H1 = jax.lax.rsqrt(square_H1 + self.head_norm.epsilon)
-    return y_HP * inverse_H1 * spread(self.head_norm.scale[...], y_HP)
+    del mean_H
+    return jax.lax.rsqrt(square_H + self.head_norm.epsilon), None
+
+  def norm_scale(self) -> Array | None:
+    """See `Retention`."""
+    return self.head_norm.scale[...]

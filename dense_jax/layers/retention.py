@@ -23,7 +23,9 @@ from dense_jax.layers.linear import Linear, xavier_uniform
 from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
+from dense_jax.ops.cpu import spread
 from dense_jax.ops.epilogue import Epilogue, Output
+from dense_jax.ops.heads import repeat_heads
 from dense_jax.ops.recurrence import Sizes
 from dense_jax.ops.rotary import rotate_neighbours
 from dense_jax.types import Array
@@ -93,9 +95,21 @@ class Retention(nnx.Module):
     """Returns the query [..., K], the inputs k [..., K] and v [..., E], and the gate [..., E]."""
     raise NotImplementedError
 
-  def normalize(self, y_HP: Array, mean_H1: Array, square_H1: Array) -> Array:
-    """Normalises each head, [..., H, P], given the means of y and of its square; float32."""
+  def normalize(self, mean_H: Array, square_H: Array) -> tuple[Array, Array | None]:
+    """Returns the norm of each head as a factor and what is added after it, given means; float32.
+
+    Args:
+      mean_H: the mean of each head's channels.
+      square_H: the mean of their squares.
+
+    Returns:
+      The factor [..., H], and what is added [..., H], or None for nothing.
+    """
     raise NotImplementedError
+
+  def norm_scale(self) -> Array | None:
+    """Returns the norm's learned scale, [P] for all heads; None means 1."""
+    return None
 
   def log_decay_H(self) -> Array:
     """Returns log gamma_H, with gamma = 1 - 2^(-5 - head) (arXiv 2307.08621, section 2.2)."""
@@ -110,14 +124,20 @@ class Retention(nnx.Module):
     # sum over s <= t of gamma^(t - s), in closed form.
     count = position.astype(jnp.float32)[..., None] + 1
     mass_H = jnp.expm1(count * gamma_log) / jnp.expm1(gamma_log)
-    scale_H1 = jax.lax.rsqrt(mass_H)[..., None]
+    scale_H = jax.lax.rsqrt(mass_H)
     assert output.moments is not None
-    mean_H2 = output.moments / (self.width // self.heads)
-    y_HP = self.normalize(
-        output.y.astype(jnp.float32) * scale_H1, mean_H2[..., :1] * scale_H1,
-        mean_H2[..., 1:] * jnp.square(scale_H1),
+    channels = self.width // self.heads
+    mean_H2 = output.moments / channels
+    factor_H, added_H = self.normalize(
+        mean_H2[..., 0] * scale_H, mean_H2[..., 1] * jnp.square(scale_H)
     )
-    return self.out_proj(y_HP.reshape(gate_E.shape).astype(gate_E.dtype) * gate_E)
+    y_E = output.y.reshape(gate_E.shape).astype(jnp.float32)
+    y_E *= repeat_heads(factor_H * scale_H, channels)
+    if added_H is not None:
+      y_E += repeat_heads(added_H, channels)
+    if (norm_scale := self.norm_scale()) is not None:
+      y_E *= spread(jnp.tile(norm_scale, self.heads), y_E)
+    return self.out_proj(y_E.astype(gate_E.dtype) * gate_E)
 
   def __call__(
       self, x_D: Array, tokens: Segments | Token, state: RetentionState | None,

@@ -54,7 +54,8 @@ class RetNet(Retention):
     k = self.k_proj(x_D) * (self.key_dim // self.heads) ** -0.5
     return self.q_proj(x_D), {"k": k, "v": self.v_proj(x_D)}, jax.nn.silu(self.gate_proj(x_D))
 
-  def normalize(self, y_HP: Array, mean_H1: Array, square_H1: Array) -> Array:
+  def normalize(self, mean_H: Array, square_H: Array) -> tuple[Array, Array | None]:
     """See `Retention`."""
-    variance_H1 = jnp.maximum(square_H1 - jnp.square(mean_H1), 0)
-    return (y_HP - mean_H1) * jax.lax.rsqrt(variance_H1 + self.epsilon)
+    variance_H = jnp.maximum(square_H - jnp.square(mean_H), 0)
+    factor_H = jax.lax.rsqrt(variance_H + self.epsilon)
+    return factor_H, -mean_H * factor_H

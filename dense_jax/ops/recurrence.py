@@ -169,13 +169,43 @@ class KernelRecurrence(ScannedRecurrence):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LowRankGate:
+  """The gate silu(hidden W), which a kernel can compute itself where it multiplies a read.
+
+  Attributes:
+    hidden_R: [..., R], in the model's dtype.
+    up_RE: W, float32.
+    matmul: computes hidden W, in hidden's dtype.
+  """
+
+  hidden_R: Array
+  up_RE: Array
+  matmul: Callable[[Array, Array], Array] = dataclasses.field(metadata={"static": True})
+
+  def value(self) -> Array:
+    """Returns the gate, [..., E] in the model's dtype."""
+    return jax.nn.silu(self.matmul(self.hidden_R, self.up_RE))
+
+
+ReadGate = Array | LowRankGate | None
+"""The factor of a read; None means 1."""
+
+
+def gate_value(gate: ReadGate) -> Array | None:
+  """Returns a gate as an array; None means 1."""
+  return gate.value() if isinstance(gate, LowRankGate) else gate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Read:
   """A gated read of another layer's states: gate * (C f(h)).
 
   Attributes:
     recurrence: the other layer's recurrence.
     query: C.
-    gate: of the read's size, in any shape; None means 1.
+    gate: an array of the read's size, in any shape, or a gate that is computed where it is
+      needed; None means 1.
     inputs: the inputs of `function`.
     function: f, a callable pytree, needed if reading f(h) cannot be written as reading h with
       another query; None means the identity.
@@ -186,7 +216,7 @@ class Read:
 
   recurrence: Recurrence
   query: Array
-  gate: Array | None = None
+  gate: ReadGate = None
   inputs: PyTree = None
   function: StateMap | None = None
   dtype: jnp.dtype = dataclasses.field(default=FLOAT32, metadata={"static": True})
@@ -202,10 +232,10 @@ class Read:
   def value(self) -> Array:
     """Returns the gated read, float32."""
     if not self.recompute:
-      return gated(self.gate, self.ungated())
+      return gated(gate_value(self.gate), self.ungated())
     y = jax.checkpoint(Read.ungated)(dataclasses.replace(self, gate=None))
     # The backward pass keeps the gate and the read in the model's dtype, not in float32.
-    return jax.checkpoint(gated)(self.gate, y)
+    return jax.checkpoint(gated)(gate_value(self.gate), y)
 
 
 def gated(gate: Array | None, y: Array) -> Array:

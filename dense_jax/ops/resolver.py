@@ -21,13 +21,17 @@ from dense_jax.ops.attention.tpu import splash_attention
 from dense_jax.ops.cpu import cpu_delays, cpu_matmul
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
-from dense_jax.ops.diagonal.gpu_sequence import GpuDiagonal, InterpretedGpuDiagonal
+from dense_jax.ops.diagonal.kernel_sequence import (
+    GpuDiagonal,
+    InterpretedGpuDiagonal,
+    InterpretedTpuDiagonal,
+    TpuDiagonal,
+)
 from dense_jax.ops.diagonal.sequence import (
     AssociativeDiagonal,
     DiagonalSequence,
     RecurrentDiagonal,
 )
-from dense_jax.ops.diagonal.tpu_sequence import InterpretedDiagonal, KernelDiagonal
 from dense_jax.ops.lti.form import LtiForm
 from dense_jax.ops.lti.sequence import ChunkedLti, ConvolvedLti, LtiSequence, RecurrentLti
 from dense_jax.ops.matmul import matmul
@@ -54,8 +58,8 @@ INTERPRETED = " (interpreted)"
 
 # Form of state -> implementation -> its class. "auto" chooses kernels by `KERNELS` only.
 _DIAGONAL: Mapping[str, type[DiagonalSequence]] = {
-    "associative": AssociativeDiagonal, "pallas": KernelDiagonal, "recurrent": RecurrentDiagonal,
-    "triton": GpuDiagonal, "pallas" + INTERPRETED: InterpretedDiagonal,
+    "associative": AssociativeDiagonal, "pallas": TpuDiagonal, "recurrent": RecurrentDiagonal,
+    "triton": GpuDiagonal, "pallas" + INTERPRETED: InterpretedTpuDiagonal,
     "triton" + INTERPRETED: InterpretedGpuDiagonal,
 }
 _MATRIX: Mapping[str, type[MatrixSequence]] = {

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from dense_jax import experiment
 from dense_jax.config import ModelConfig
 from dense_jax.costs.chips import CHIPS
+from dense_jax.models.registry import FAMILIES
 from experiments.benchmarks import common, cpu_dense
 
 FILE = "experiments/family_350m.py"
@@ -255,8 +256,8 @@ def main(arguments: Sequence[str]) -> None:
   """Compiles the cells and prints the tables."""
   command = common.parser(__doc__)
   command.add_argument("--target", nargs="+", choices=CHIPS, default=["h100", "v5e"])
-  command.add_argument("--family", nargs="+", choices=common.SSM_FAMILIES,
-                       default=common.SSM_FAMILIES)
+  command.add_argument("--family", nargs="+", choices=FAMILIES,
+                       default=common.SSM_FAMILIES, help="(all with states)")
   command.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
   command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
                        help="other keys of the configuration, such as model.layers=10")

@@ -123,7 +123,7 @@ def test_what_cannot_be_compiled_is_said(capsys):
   assert "unknown key config.model.widht" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--target=a100", "--family=transformer", "--only=m=3"])
+@pytest.mark.parametrize("option", ["--target=a100", "--family=lstm", "--only=m=3"])
 def test_unknown_cells_are_errors(option):
   with pytest.raises(SystemExit):
     prices.main([option])

@@ -62,6 +62,20 @@ def test_lines_as_older_programs_write_them():
     assert (entry.lines, entry.phase) == ("b/c.py:12", phase)
 
 
+def test_line_breaks_in_attributes_hide_nothing():
+  text = """HloModule m
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %kernel = f32[8]{0} custom-call(%x), custom_call_target="k", frontend_attributes={a={
+"b":"{\\"c\\": 1}"
+}}, metadata={op_name="f/kernel_cost[matmul_flops=3,flops=5,bytes_accessed=9]/pallas_call"}
+}
+"""
+  found = program_cost(text)
+  assert (found.matmul_flops, found.flops, found.bytes_accessed) == (3, 5, 9)
+  assert parse_module(text).computations["main"].root == "kernel"
+
+
 def call(operands, result, target, attributes):
   names = [f"p{index}" for index in range(len(operands))]
   lines = [f"  %{name} = {shape} parameter({index})"

@@ -5,6 +5,7 @@ TPU compiler. The last line of output is JSON: for each program and TPU the byte
 of temporaries, the counts of the cost analysis, and the bytes of HBM traffic.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dense_jax.costs.hlo import program_cost
 from dense_jax.ops import resolver
-from dense_jax.ops.diagonal.tpu import selective_reads
-from dense_jax.ops.diagonal.tpu_kernels import Diagonal
-from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
+from dense_jax.ops.diagonal.kernel_inputs import Source
+from dense_jax.ops.diagonal.tpu import selective_finish
+from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matrix.tpu import matrix_reads
+from dense_jax.ops.matrix.tpu_arrays import Matrix
 from dense_jax.types import Array, PyTree
 
 # TPU -> its smallest topology.
@@ -45,42 +48,48 @@ def _with_gradients(function: Callable[..., tuple[Array, ...]]) -> Callable[...,
 
 
 def selective(sources: int, *, packed: bool, gradient: bool) -> Program:
-  """One layer of mamba 370M and its sources, 2 x 2048 tokens."""
+  """One layer of mamba 370M and its sources, 2 x 2048 tokens, from step sizes to the gate."""
   batch, time, width, size = 2, 2048, 2048, 16
   low = jnp.bfloat16
+  channels = _shape(batch, time, width, dtype=low)
   recurrences = tuple(
-      Diagonal(
-          dt_BTE=_shape(batch, time, width),
+      Source(
+          dt_BTE=channels,
+          bias_E=_shape(width),
           a_NE=_shape(size, width),
-          x_BTE=_shape(batch, time, width, dtype=low),
+          x_BTE=channels,
           b_BTN=_shape(batch, time, size, dtype=low),
           c_BTN=_shape(batch, time, size, dtype=low),
-          gate_BTE=_shape(batch, time, width) if index else None,
+          gate_BTE=channels if index else None,
           initial_BNE=_shape(batch, size, width),
       )
       for index in range(sources)
   )
-  resets = _shape(batch, time, dtype=jnp.bool_) if packed else None
+  epilogue = Epilogue(_shape(width), None, channels, dtype=jnp.dtype(low))
+  masks = (_shape(batch, time, dtype=jnp.bool_),) * 2 if packed else (None, None)
+
+  def finish(inputs: PyTree, *masks: Array | None) -> tuple[Array, ...]:
+    return selective_finish(*inputs, *masks)
+
   if not gradient:
-    return selective_reads, (recurrences, resets)
-  cotangents = _shape(batch, time, width), _shape(batch, size, width)
-  return _with_gradients(selective_reads), (recurrences, resets, cotangents)
+    return finish, ((recurrences, epilogue), *masks)
+  cotangents = channels, _shape(batch, size, width)
+  return _with_gradients(finish), ((recurrences, epilogue), *masks, cotangents)
 
 
 def selective_form(implementation: str) -> Program:
   """The gradient of one layer of mamba 370M by a form without kernels, 2 x 2048 tokens."""
 
-  def reads(
-      recurrences: tuple[Diagonal, ...], resets_BT: Array | None
-  ) -> tuple[Array, ...]:
-    (own,) = recurrences
+  def reads(source: Source, resets_BT: Array | None) -> tuple[Array, ...]:
     states = resolver.diagonal_form(implementation, 0).sequence(
-        own.dt_BTE, own.a_NE, own.x_BTE, own.b_BTN, resets_BT, own.initial_BNE, 0
+        source.dt_BTE, source.a_NE, source.x_BTE, source.b_BTN, resets_BT, source.initial_BNE, 0
     )
-    return states.run(own.c_BTN)
+    return states.run(source.c_BTN)
 
-  _, (recurrences, resets, cotangents) = selective(1, packed=True, gradient=True)
-  return _with_gradients(reads), (recurrences, resets, cotangents)
+  _, ((recurrences, _), resets, _, (y, final)) = selective(1, packed=True, gradient=True)
+  dt, y = (_shape(*x.shape) for x in (recurrences[0].dt_BTE, y))
+  source = dataclasses.replace(recurrences[0], dt_BTE=dt, bias_E=None)
+  return _with_gradients(reads), (source, resets, (y, final))
 
 
 # Layers' matrix states: heads, groups, channels of a head, state size.

@@ -7,7 +7,14 @@ import jax
 
 from dense_jax.layers.dense.transition import Phi, gate_states
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.recurrence import Read, Recurrence, StateMap, TokenRecurrence, gated
+from dense_jax.ops.recurrence import (
+    Read,
+    Recurrence,
+    StateMap,
+    TokenRecurrence,
+    gate_value,
+    gated,
+)
 from dense_jax.types import Array, PyTree
 
 
@@ -47,13 +54,13 @@ class FusedStates:
       return function(self.phi.projection(h_N, inputs_both[1]), inputs_both[0])
 
     below = self.below.read_mapped(query, both, (inputs, self.phi.gate_N))
-    return self.own.read_mapped(query, function, inputs) + gated(self.phi.gate_E, below)
+    return self.own.read_mapped(query, function, inputs) + gated(gate_value(self.phi.gate_E), below)
 
   def materialize(self) -> Array:
     """See `Recurrence`."""
     by_token = jax.vmap(self.phi.projection, in_axes=1, out_axes=1)
     below = by_token(self.below.materialize(), self.phi.gate_N)
-    return self.own.materialize() + gate_states(self.phi.gate_E, below)
+    return self.own.materialize() + gate_states(gate_value(self.phi.gate_E), below)
 
 
 def fused_states(own: Recurrence, below: Recurrence, phi: Phi) -> Recurrence:

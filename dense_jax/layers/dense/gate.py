@@ -1,13 +1,17 @@
 """Gates of dense connections: low-rank maps from a layer's input."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
 from dense_jax.config import ModelConfig
 from dense_jax.layers.linear import Linear, xavier_uniform, zeros
+from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array
+
+T = TypeVar("T")
 
 
 def bottleneck(config: ModelConfig) -> int:
@@ -35,7 +39,11 @@ class Gate(nnx.Module):
 
   def __call__(self, x_D: Array) -> Array:
     """Maps [..., D] to [..., width]."""
-    return jax.nn.silu(self.up(jax.nn.silu(self.down(x_D))))
+    return self.low_rank(x_D).value()
+
+  def low_rank(self, x_D: Array) -> LowRankGate:
+    """Returns the gate of [..., D] before its last map, which a kernel can compute."""
+    return LowRankGate(jax.nn.silu(self.down(x_D)), self.up.kernel[...], self.up.matmul)
 
 
 def make_gates(
@@ -46,6 +54,6 @@ def make_gates(
   return nnx.List([Gate(config, width, axis, rngs) for _ in range(count)])
 
 
-def of_source(gates: Sequence[Gate], source: int) -> Gate:
+def of_source(gates: Sequence[T], source: int) -> T:
   """Returns the gate of a source (0 is the nearest); a single gate serves all sources."""
   return gates[source if len(gates) > 1 else 0]

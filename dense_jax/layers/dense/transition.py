@@ -15,7 +15,7 @@ from flax import nnx
 from dense_jax.config import ModelConfig
 from dense_jax.layers.dense.gate import make_gates, of_source
 from dense_jax.layers.linear import normal, parameter
-from dense_jax.ops.recurrence import FLOAT32, Read, Recurrence
+from dense_jax.ops.recurrence import FLOAT32, Read, ReadGate, Recurrence, gate_value
 from dense_jax.types import Array
 
 
@@ -100,7 +100,7 @@ class Phi:
     fixed_query: true if the family's query is a parameter [E, N].
   """
 
-  gate_E: Array | None
+  gate_E: ReadGate
   gate_N: Array | None
   projection: Projection
   fixed_query: bool = dataclasses.field(metadata={"static": True})
@@ -128,7 +128,7 @@ class Phi:
 
   def __call__(self, h_EN: Array) -> Array:
     """Returns phi(h) of one token's states, [B, E, N] or [B, H, P, N]; float32."""
-    return gate_states(self.gate_E, self.projection(h_EN, self.gate_N))
+    return gate_states(gate_value(self.gate_E), self.projection(h_EN, self.gate_N))
 
 
 class Transition(nnx.Module):
@@ -142,6 +142,7 @@ class Transition(nnx.Module):
   def __init__(self, config: ModelConfig, reads: ReadShape, rngs: nnx.Rngs) -> None:
     dense, state_size = config.dense, reads.query[-1]
     self.projection, self.fixed_query = dense.transition, reads.fixed_query
+    self.sources = reads.sources
     if dense.gate != "none":
       self.channel_gates = make_gates(config, reads.sources, reads.channels, "inner", rngs)
     if dense.gate == "channel_state":
@@ -158,16 +159,24 @@ class Transition(nnx.Module):
           lambda _, shape: jnp.zeros(shape),
       )
 
-  def __call__(self, x_D: Array, source: int) -> Phi:
-    """Returns phi of a source (0 is the nearest) for the layer's input [..., D]."""
-    gate_E = gate_N = matrix = low_rank = None
-    if hasattr(self, "channel_gates"):
-      gate_E = of_source(self.channel_gates, source)(x_D)
-    if hasattr(self, "state_gates"):
-      # Around one, because if both gates started at zero, neither would learn.
-      gate_N = 1 + of_source(self.state_gates, source)(x_D)
-    if self.projection == "linear":
-      matrix = self.linear[...][source]
-    elif self.projection == "mlp":
-      low_rank = self.down[...][source], self.up[...][source]
-    return Phi(gate_E, gate_N, Projection(matrix, low_rank), self.fixed_query)
+  def __call__(self, x_D: Array) -> list[Phi]:
+    """Returns phi of each source, nearest first, for the layer's input [..., D].
+
+    Sources that share a gate have the same object, so that a kernel computes it once.
+    """
+    gates_E = [gate.low_rank(x_D) for gate in getattr(self, "channel_gates", ())]
+    # Around one, because if both gates started at zero, neither would learn.
+    gates_N = [1 + gate(x_D) for gate in getattr(self, "state_gates", ())]
+    phis = []
+    for source in range(self.sources):
+      matrix = low_rank = None
+      if self.projection == "linear":
+        matrix = self.linear[...][source]
+      elif self.projection == "mlp":
+        low_rank = self.down[...][source], self.up[...][source]
+      phis.append(Phi(
+          of_source(gates_E, source) if gates_E else None,
+          of_source(gates_N, source) if gates_N else None,
+          Projection(matrix, low_rank), self.fixed_query,
+      ))
+    return phis

@@ -14,23 +14,20 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from dense_jax.ops.chunks import pad_time
-from dense_jax.ops.diagonal.gpu_kernels import (
-    GROUP,
+from dense_jax.ops.diagonal.gpu_backward import (
     GROUP_BACK,
-    Masks,
     Scratch,
-    Source,
     backward_kernel,
-    forward_kernel,
     synchronise,
 )
+from dense_jax.ops.diagonal.gpu_kernels import GROUP, Masks, forward_kernel
+from dense_jax.ops.diagonal.kernel_inputs import Padding, Source
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.kernel_cost import KernelCost
 from dense_jax.types import Array, PyTree
@@ -75,13 +72,7 @@ def selective_finish(
   state_size = sources[0].a_NE.shape[0]
   assert not epilogue.moments
   for source in sources:
-    chex.assert_shape([source.dt_BTE, source.x_BTE], (batch, time, width))
-    chex.assert_shape([source.b_BTN, source.c_BTN], (batch, time, state_size))
-    chex.assert_shape(source.a_NE, (state_size, width))
-    chex.assert_shape(source.initial_BNE, (batch, state_size, width))
-    chex.assert_type([source.a_NE, source.initial_BNE], jnp.float32)
-    if source.gate_BTE is not None:
-      chex.assert_shape(source.gate_BTE, (batch, time, width))
+    source.check(sources[0])
 
   chunk = min(chunk or DEFAULT_CHUNK, time)
   chunk += -chunk % GROUP
@@ -93,50 +84,11 @@ def selective_finish(
   )
   # Triton's arrays have sizes that are powers of two.
   block = min(BLOCK, pl.next_power_of_2(width))
-  size = _Padding(chunk, -width % block, pl.next_power_of_2(state_size) - state_size)
+  size = Padding(chunk, -width % block, pl.next_power_of_2(state_size) - state_size)
   y_BTE, final_BNE = _finish(
       tuple(map(size.source, sources)), size.epilogue(epilogue), masks, (chunk, block, interpret)
   )
   return y_BTE[:, :time, :width], final_BNE[:, :state_size, :width]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Padding:
-  """Zeros at the end of axes: up to a multiple of `chunk` tokens, `channels` and `states`."""
-
-  chunk: int
-  channels: int
-  states: int
-
-  def _last(self, x: Array, extra: int) -> Array:
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, extra),)) if extra else x
-
-  def _E(self, x_E: Array | None) -> Array | None:
-    return None if x_E is None else self._last(x_E, self.channels)
-
-  def _BTE(self, x_BTE: Array | None) -> Any:
-    return None if x_BTE is None else pad_time(self._last(x_BTE, self.channels), self.chunk)
-
-  def _BTN(self, x_BTN: Array) -> Array:
-    return pad_time(self._last(x_BTN, self.states), self.chunk)
-
-  def _NE(self, x_NE: Array) -> Array:
-    rows = ((0, 0),) * (x_NE.ndim - 2) + ((0, self.states), (0, self.channels))
-    return jnp.pad(x_NE, rows) if self.states or self.channels else x_NE
-
-  def source(self, source: Source) -> Source:
-    """Pads a recurrence."""
-    return Source(
-        self._BTE(source.dt_BTE), self._E(source.bias_E), self._NE(source.a_NE),
-        self._BTE(source.x_BTE), self._BTN(source.b_BTN), self._BTN(source.c_BTN),
-        self._BTE(source.gate_BTE), self._NE(source.initial_BNE),
-    )
-
-  def epilogue(self, epilogue: Epilogue) -> Epilogue:
-    """Pads an epilogue."""
-    return dataclasses.replace(
-        epilogue, skip=self._E(epilogue.skip), x=self._BTE(epilogue.x), z=self._BTE(epilogue.z)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +104,8 @@ class _Grid:
   @classmethod
   def of(cls, source: Source, block: int) -> "_Grid":
     """Returns the grid for padded arrays."""
-    return cls(*source.x_BTE.shape, source.a_NE.shape[0], block)
+    batch, time, width = source.x_BTE.shape
+    return cls(batch, time, width, source.a_NE.shape[0], block)
 
   @property
   def blocks(self) -> int:
@@ -370,12 +323,13 @@ def _finish_backward(
   ), None
 
 
-def _complete(source: Source, gradient: Source) -> Source:
+def _complete(source: Source, gradient: Any) -> Source:
   """Sums a recurrence's gradient over the programs that share an array."""
+  has_bias = gradient.bias_E is not None
   return dataclasses.replace(
       gradient,
       a_NE=jnp.sum(gradient.a_NE, axis=0),
-      bias_E=None if source.bias_E is None else jnp.sum(gradient.bias_E, axis=0),
+      bias_E=jnp.sum(gradient.bias_E, axis=0) if has_bias else None,
       b_BTN=jnp.sum(gradient.b_BTN, axis=0).astype(source.b_BTN.dtype),
       c_BTN=jnp.sum(gradient.c_BTN, axis=0).astype(source.c_BTN.dtype),
   )

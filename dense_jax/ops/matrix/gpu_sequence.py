@@ -12,7 +12,7 @@ from dense_jax.ops import partition
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.matrix.gpu import Source, matrix_finish
 from dense_jax.ops.matrix.sequence import MatrixSequence
-from dense_jax.ops.recurrence import KernelRecurrence, Read
+from dense_jax.ops.recurrence import KernelRecurrence, LowRankGate, Read
 from dense_jax.types import WIDTH_AXIS, Array
 
 
@@ -29,17 +29,22 @@ class GpuMatrix(KernelRecurrence, MatrixSequence):
   def _joint(
       self, query: Array, reads: Sequence[Read], epilogue: Epilogue
   ) -> tuple[Output, Array]:
-    gates: list[Array] = []
+    gates: list[Array | LowRankGate] = []
     sources = [self._asked(query, None)]
     for read in reads:
-      index = None
-      if read.gate is not None:  # Sources may share one.
-        index = next((i for i, gate in enumerate(gates) if gate is read.gate), len(gates))
-        gates[index:] = gates[index:] or [read.gate]
-      sources.append(cast(GpuMatrix, read.recurrence)._asked(read.query, index))
+      # Sources may share a gate, which is then read once.
+      number = None
+      if read.gate is not None:
+        number = next((i for i, gate in enumerate(gates) if gate is read.gate), len(gates))
+        if number == len(gates):
+          gates.append(read.gate)
+      sources.append(cast(GpuMatrix, read.recurrence)._asked(read.query, number))
     if epilogue.x is self.v_BTE:  # The kernel need not read them twice.
       epilogue = dataclasses.replace(epilogue, x=None)
-    gates = [gate.reshape(self.v_BTE.shape) for gate in gates]
+    values = [
+        (gate.value() if isinstance(gate, LowRankGate) else gate).reshape(self.v_BTE.shape)
+        for gate in gates
+    ]
     heads = partition.by_row(None, WIDTH_AXIS)
     moments = partition.by_row(None, WIDTH_AXIS, None) if epilogue.moments else None
     output, final_BHPN = partition.over_mesh(
@@ -49,7 +54,7 @@ class GpuMatrix(KernelRecurrence, MatrixSequence):
             partition.by_row(), _epilogue_specs(epilogue),
         ),
         (Output(heads, moments), partition.by_row(WIDTH_AXIS)),
-        sources, gates, self.resets_BT, epilogue,
+        sources, values, self.resets_BT, epilogue,
     )
     shape = (*self.v_BTE.shape[:2], self.log_decay_BTH.shape[2], -1)
     return dataclasses.replace(output, y=output.y.reshape(shape)), final_BHPN

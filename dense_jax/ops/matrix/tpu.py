@@ -25,47 +25,25 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dense_jax.ops.chunks import pad_time, split_time
+from dense_jax.ops.chunks import split_time
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.matrix.log_decay import summed_log_decay
+from dense_jax.ops.kernel_cost import KernelCost
+from dense_jax.ops.matrix import tpu_arrays
+from dense_jax.ops.matrix.tpu_arrays import Matrix
 from dense_jax.ops.matrix.tpu_backward import Sums, backward_kernel
-from dense_jax.ops.matrix.tpu_chunk import SUBLANES, Blocks, Finish, Stream
+from dense_jax.ops.matrix.tpu_chunk import LANES, SUBLANES, Blocks, Finish, LowRank, Stream
 from dense_jax.ops.matrix.tpu_forward import forward_kernel
 from dense_jax.ops.matrix.tpu_plan import (
     CHUNK_MULTIPLE,
     DEFAULT_CHUNK,
-    LANES,
     Plan,
     Specs,
     choose_blocks,
     compute_dtype,
     round_up,
 )
+from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-  """One matrix-state recurrence, with the query and gate of its read.
-
-  Attributes:
-    q_BTJN: queries, bfloat16 or float32; head h uses those of group h // (H / J).
-    k_BTJN: keys, zero at padding.
-    v_BTE: values.
-    scale_BTH: float32 factor of the values; None means 1.
-    log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
-    gate_BTE: factor of the read; None means 1.
-    initial_BHPN: float32 state before the first token; None means zero.
-  """
-
-  q_BTJN: Array
-  k_BTJN: Array
-  v_BTE: Array
-  scale_BTH: Array | None
-  log_decay_BTH: Array
-  gate_BTE: Array | None
-  initial_BHPN: Array | None
 
 
 def matrix_reads(
@@ -102,7 +80,7 @@ def matrix_reads(
     chex.assert_shape(source.log_decay_BTH, (None, time, heads))
     for x, shape in (
         (source.scale_BTH, (batch, time, heads)),
-        (source.gate_BTE, (batch, time, width)),
+        (None if isinstance(source.gate, LowRankGate) else source.gate, (batch, time, width)),
         (source.initial_BHPN, (batch, heads, channels, state_size)),
     ):
       if x is not None:
@@ -123,8 +101,9 @@ def matrix_reads(
   if resets_BT is not None:
     # float32 is exact for these counts, and the kernel can transpose it.
     count_BG1C = jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.float32)[:, :, None]
-  streams = tuple(_stream(plan, source) for source in sources)
-  y_BTE, moments_BHG2C, final_BEN = _reads(plan, streams, _finish(plan, epilogue), count_BG1C)
+  streams = tuple(tpu_arrays.stream(plan, source) for source in sources)
+  finish = tpu_arrays.finish(plan, epilogue)
+  y_BTE, moments_BHG2C, final_BEN = _reads(plan, streams, finish, count_BG1C)
   if channels < plan.channels or y_BTE.shape[1] > time:
     y_BTHP = y_BTE.reshape(batch, -1, heads, plan.channels)[:, :time, :, :channels]
     y_BTE = y_BTHP.reshape(batch, time, width)
@@ -134,57 +113,6 @@ def matrix_reads(
     moments_BTH2 = moments_BTH2[:, :time]
   final_BHPN = final_BEN.reshape(batch, heads, plan.channels, plan.state_size)
   return Output(y_BTE, moments_BTH2), final_BHPN[:, :, :channels, :state_size]
-
-
-def _tokens(plan: Plan, x_BTW: Array, parts: int, size: int) -> Array:
-  """Pads tokens, and each of the last axis's parts to `size`, without transposing a large array."""
-  x_BTW = pad_time(x_BTW, plan.chunk)
-  extra = size - x_BTW.shape[2] // parts
-  if not extra:
-    return x_BTW
-  x = x_BTW.reshape(*x_BTW.shape[:2], parts, -1)
-  x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra)))
-  return x.reshape(*x.shape[:2], -1)
-
-
-def _rows(plan: Plan, x_BTH: Array) -> Array:
-  """Returns a number of each token and head as rows of tokens, [B, H, G, 1, C]."""
-  return jnp.transpose(split_time(x_BTH, plan.chunk), (0, 3, 1, 2))[:, :, :, None]
-
-
-def _stream(plan: Plan, source: Matrix) -> Stream:
-  sums = jax.tree.leaves(summed_log_decay(source.log_decay_BTH, plan.chunk))
-  sum_BGC2H = jnp.stack(sums, axis=3)
-  initial_BEN = None
-  if source.initial_BHPN is not None:
-    channels, state_size = source.initial_BHPN.shape[2:]
-    extra = (plan.channels - channels, plan.state_size - state_size)
-    initial_BHPN = jnp.pad(source.initial_BHPN, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1])))
-    initial_BEN = initial_BHPN.reshape(plan.batch, -1, plan.state_size)
-
-  def keys(x_BTJN: Array) -> Array:
-    x_BTK = x_BTJN.reshape(*x_BTJN.shape[:2], -1)
-    return _tokens(plan, x_BTK, plan.groups, plan.state_size)
-
-  def values(x_BTE: Array | None) -> Array | None:
-    return None if x_BTE is None else _tokens(plan, x_BTE, plan.heads, plan.channels)
-
-  return Stream(
-      q_BTK=keys(source.q_BTJN), k_BTK=keys(source.k_BTJN), v_BTE=values(source.v_BTE),
-      scale_BHG1C=None if source.scale_BTH is None else _rows(plan, source.scale_BTH),
-      sum_BHG2C=jnp.transpose(sum_BGC2H, (0, 4, 1, 3, 2)),
-      gate_BTE=values(source.gate_BTE), initial_BEN=initial_BEN,
-  )
-
-
-def _finish(plan: Plan, epilogue: Epilogue) -> Finish:
-  skip_1E, (x_BTE, z_BTE) = None, (
-      None if x is None else _tokens(plan, x, plan.heads, plan.channels)
-      for x in (epilogue.x, epilogue.z)
-  )
-  if epilogue.skip is not None:
-    skip_1E = jnp.repeat(epilogue.skip, plan.channels, total_repeat_length=plan.rows)[None]
-  return Finish(skip_1E, x_BTE, z_BTE)
 
 
 def _call(
@@ -218,27 +146,33 @@ def _call(
   by_keys, by_channels, by_states = matmuls
   tokens = sources * plan.batch * plan.chunks * plan.chunk
   sets = blocks.count // blocks.per_set
-  cost = pl.CostEstimate(
-      flops=2 * tokens * (
+  weights = tokens * plan.chunk * blocks.count * blocks.heads
+  cost = KernelCost(
+      matmul_flops=2 * tokens * (
           plan.chunk * (by_keys * sets * plan.state_size + by_channels * plan.rows)
           + by_states * plan.rows * plan.state_size
       ),
-      transcendentals=tokens * plan.chunk * blocks.count * blocks.heads,
-      bytes_accessed=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs))),
-  )
-  return pl.pallas_call(
-      functools.partial(kernel, blocks),
-      grid=(plan.batch, sets, plan.chunks, blocks.per_set),
-      in_specs=in_specs,
-      out_specs=out_specs,
-      out_shape=outputs,
-      scratch_shapes=scratch,
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+      # Exponents, masks and products of weights; and a few operations for each value.
+      flops=by_channels * (4 * weights + 8 * tokens * plan.rows),
+      transcendentals=weights,
+      bytes_accessed=sum(
+          x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs))
       ),
-      cost_estimate=cost,
-      interpret=plan.interpret,
-  )(*inputs)
+  )
+  with cost.scope():
+    return pl.pallas_call(
+        functools.partial(kernel, blocks),
+        grid=(plan.batch, sets, plan.chunks, blocks.per_set),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=outputs,
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+        ),
+        cost_estimate=cost.estimate(),
+        interpret=plan.interpret,
+    )(*inputs)
 
 
 def _forward(
@@ -246,6 +180,7 @@ def _forward(
     save: bool,
 ) -> tuple[Array, Array | None, Array, list[Array | None]]:
   """Computes y_BTE, moments_BHG2C, the first source's final_BEN and, if `save`, states between."""
+  streams = tuple(map(tpu_arrays.rounded_gate, streams))
   blocks = choose_blocks(plan, streams, finish, save=save, backward=False)
   specs = Specs(plan, blocks, reverse=False)
   state, sources = (plan.rows, plan.state_size), len(streams)
@@ -289,6 +224,7 @@ def _backward(
     before: list[Array],
 ) -> tuple[tuple[Stream, ...], Finish]:
   """Computes the gradients of all sources and of the epilogue's arrays."""
+  exact, streams = streams, tuple(map(tpu_arrays.rounded_gate, streams))
   blocks = choose_blocks(plan, streams, finish, save=True, backward=True)
   specs = Specs(plan, blocks, reverse=True)
   in_specs, finish_specs = tuple(map(specs.stream, streams)), specs.finish(finish)
@@ -308,14 +244,35 @@ def _backward(
         k_BTK=shares(stream.k_BTK, blocks.key_shares),
         scale_BHG1C=None if scale is None else shares(scale, blocks.head_shares),
         sum_BHG2C=shares(stream.sum_BHG2C, blocks.head_shares, 1),
+        gate=d_gate(stream.gate),
     )
 
-  def gradient_specs(spec: Stream) -> Stream:
+  def d_gate(gate: PyTree) -> PyTree:
+    if not isinstance(gate, LowRank):
+      return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), gate)
+    up = jax.ShapeDtypeStruct((plan.batch, *gate.up_RE.shape), jnp.float32)
+    return LowRank(shares(gate.hidden_BTR, blocks.count // blocks.per_set), up)
+
+  def gradient_specs(stream: Stream) -> Stream:
     rows = specs.head_shares(1)
     return dataclasses.replace(
-        spec, q_BTK=specs.d_keys, k_BTK=specs.d_keys, sum_BHG2C=rows,
-        scale_BHG1C=None if spec.scale_BHG1C is None else rows,
+        specs.stream(stream), q_BTK=specs.d_keys, k_BTK=specs.d_keys, sum_BHG2C=rows,
+        scale_BHG1C=None if stream.scale_BHG1C is None else rows, gate=specs.d_gate(stream.gate),
     )
+
+  def sums(stream: Stream) -> Sums:
+    set_rows = blocks.per_set * blocks.rows
+    states = pltpu.VMEM((set_rows, plan.state_size), jnp.float32)
+    square, keys = (pltpu.VMEM((plan.chunk, n), jnp.float32) for n in (plan.chunk, plan.state_size))
+    values = pltpu.VMEM((plan.chunk, blocks.rows), compute_dtype(streams[0]))
+    gate = (None, None, None)
+    if isinstance(stream.gate, LowRank):
+      rank = len(stream.gate.up_RE)
+      gate = (
+          values, pltpu.VMEM((plan.chunk, rank), jnp.float32),
+          pltpu.VMEM((rank, set_rows), jnp.float32),
+      )
+    return Sums(states, square, square, keys, keys, values, values, *gate)
 
   d_finish = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), finish)
   d_finish_specs = finish_specs
@@ -323,9 +280,6 @@ def _backward(
     skip = jax.ShapeDtypeStruct((plan.batch, plan.chunks, 1, plan.rows), jnp.float32)
     d_finish = dataclasses.replace(d_finish, skip_1E=skip)
     d_finish_specs = dataclasses.replace(finish_specs, skip_1E=specs.d_channels)
-  square = pltpu.VMEM((plan.chunk, plan.chunk), jnp.float32)
-  keys = pltpu.VMEM((plan.chunk, plan.state_size), jnp.float32)
-  states = pltpu.VMEM((blocks.per_set * blocks.rows, plan.state_size), jnp.float32)
   d_streams, d_finish = _call(
       backward_kernel, plan, blocks,
       (streams, finish, count_BG1C, dy_BTE, d_moments_BHG2C, d_final_BEN, before),
@@ -335,13 +289,13 @@ def _backward(
           None if d_final_BEN is None else specs.whole, [specs.between] * len(streams),
       ),
       (tuple(map(gradient, streams)), d_finish),
-      (tuple(map(gradient_specs, in_specs)), d_finish_specs),
-      [tuple(Sums(states, square, square, keys, keys) for _ in streams)],
+      (tuple(map(gradient_specs, streams)), d_finish_specs),
+      [tuple(map(sums, streams))],
       sources=len(streams), matmuls=(3, 3, 5),
   )
   if finish.skip_1E is not None:
     d_finish = dataclasses.replace(d_finish, skip_1E=jnp.sum(d_finish.skip_1E, axis=(0, 1)))
-  return tuple(map(_summed, streams, d_streams)), d_finish
+  return tuple(map(_summed, exact, d_streams)), d_finish
 
 
 def _summed(stream: Stream, gradient: Stream) -> Stream:
@@ -353,9 +307,12 @@ def _summed(stream: Stream, gradient: Stream) -> Stream:
   d_low_BHG1C = total(stream.sum_BHG2C, gradient.sum_BHG2C)
   if stream.sum_BHG2C.shape[0] < d_low_BHG1C.shape[0]:
     d_low_BHG1C = jnp.sum(d_low_BHG1C, axis=0, keepdims=True)
-  scale = stream.scale_BHG1C
+  scale, gate = stream.scale_BHG1C, gradient.gate
+  if isinstance(gate, LowRank):
+    d_up_RE = jnp.sum(gate.up_RE, axis=0).astype(stream.gate.up_RE.dtype)
+    gate = LowRank(total(stream.gate.hidden_BTR, gate.hidden_BTR), d_up_RE)
   return dataclasses.replace(
-      gradient, q_BTK=total(stream.q_BTK, gradient.q_BTK),
+      gradient, gate=gate, q_BTK=total(stream.q_BTK, gradient.q_BTK),
       k_BTK=total(stream.k_BTK, gradient.k_BTK),
       scale_BHG1C=None if scale is None else total(scale, gradient.scale_BHG1C),
       sum_BHG2C=jnp.pad(d_low_BHG1C, ((0, 0), (0, 0), (0, 0), (1, 0), (0, 0))),

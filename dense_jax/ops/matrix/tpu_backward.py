@@ -20,12 +20,13 @@ from jax.experimental.pallas import tpu as pltpu
 from dense_jax.ops.matrix.tpu_chunk import (
     Blocks,
     Finish,
+    LowRank,
     Place,
     Stream,
     Tokens,
     dot,
-    joined,
     sigmoid_and_silu,
+    silu_slope,
     to_columns,
     write_rows,
 )
@@ -42,6 +43,12 @@ class Sums:
     scores_CC: the scores of the chunk.
     d_scores_CC: their gradient.
     d_q_CN, d_k_CN: parts of the gradients of queries and keys.
+    d_carried_CX: for each token, the gradient of what it reads of the carried state.
+    kept_CX: what each token adds to the state after the chunk.
+    d_gate_CX: the gradient of a low-rank gate before silu; this and the following are None if
+      there is no such gate.
+    d_hidden_CR: a part of the gradient of its hidden values.
+    d_up_RX: the gradient of its matrix, for a set of blocks.
   """
 
   dh: PyTree
@@ -49,17 +56,26 @@ class Sums:
   d_scores_CC: PyTree
   d_q_CN: PyTree
   d_k_CN: PyTree
+  d_carried_CX: PyTree
+  kept_CX: PyTree
+  d_gate_CX: PyTree
+  d_hidden_CR: PyTree
+  d_up_RX: PyTree
 
 
 class _Source:
-  """One source's chunk in the backward pass; collects its gradients head by head."""
+  """One source's chunk in the backward pass.
+
+  Values of [C, P] are written at once: those of all heads together would fill VMEM, because a
+  value of few lanes takes as much of it as one of LANES.
+  """
 
   def __init__(
       self, blocks: Blocks, place: Place, stream: Stream, count_1C: PyTree, before_XN: PyTree,
-      d_final_BEN: PyTree, sums: Sums,
+      d_final_BEN: PyTree, gradient: Stream, sums: Sums,
   ) -> None:
     self._blocks, self._place, self._stream, self._sums = blocks, place, stream, sums
-    self._before_XN = before_XN
+    self._before_XN, self._gradient = before_XN, gradient
 
     @pl.when(place.is_first_chunk)
     def _begin() -> None:
@@ -68,10 +84,14 @@ class _Source:
       else:
         pltpu.sync_copy(d_final_BEN.at[place.row, place.all_rows], sums.dh.at[place.set_rows])
 
+      if sums.d_up_RX is not None:
+        sums.d_up_RX[:, place.set_rows] = jnp.zeros((len(sums.d_up_RX), blocks.rows), jnp.float32)
+
     @pl.when(place.is_first_block)
     def _clear() -> None:
-      for part in (sums.d_scores_CC, sums.d_q_CN, sums.d_k_CN):
-        part[...] = jnp.zeros(part.shape, part.dtype)
+      for part in (sums.d_scores_CC, sums.d_q_CN, sums.d_k_CN, sums.d_hidden_CR):
+        if part is not None:
+          part[...] = jnp.zeros(part.shape, part.dtype)
 
     self.tokens = tokens = Tokens(blocks, place, stream, count_1C, sums.scores_CC)
     self._dh_XN = sums.dh[place.set_rows]
@@ -84,10 +104,10 @@ class _Source:
     self._score_C1 = jnp.sum(
         jnp.where(self._itself_CC, tokens.scores_CC, 0.0), axis=1, keepdims=True
     )
-    self._d_carried: list[Array] = []
-    self._kept: list[Array] = []
-    self._d_v: list[Array] = []
-    self._d_gate: list[Array] = []
+    self._gate_CX = stream.gate
+    if isinstance(stream.gate, LowRank):
+      self._before_gate_CX = stream.gate.before(place, tokens.dtype)
+      self._gate_CX = sigmoid_and_silu(self._before_gate_CX)[1]
     self._d_sum: list[list[Array]] = []
     self._d_scale: list[list[Array]] = []
 
@@ -105,14 +125,20 @@ class _Source:
     return self._gated(self._whole_CP, head)
 
   def _gated(self, x_CP: Array, head: int) -> Array:
-    gate = self._stream.gate_BTE
-    if gate is None:
+    if self._gate_CX is None:
       return x_CP
-    return x_CP * self._blocks.of(gate, head).astype(jnp.float32)
+    return x_CP * self._blocks.of(self._gate_CX, head).astype(jnp.float32)
 
-  def pull_back(self, d_CP: Array, head: int) -> None:
-    """Collects gradients, given that of the head's gated read; `read` must come before."""
+  def pull_back(self, d_CP: Array, d_x_CP: Array | None, head: int) -> None:
+    """Computes a head's gradients; `read` must come before.
+
+    Args:
+      d_CP: the gradient of the head's gated read.
+      d_x_CP: what is added to that of its values; None means zero.
+      head: its number.
+    """
     tokens, blocks, dtype = self.tokens, self._blocks, self.tokens.dtype
+    sums, gradient = self._sums, self._gradient
     d_read_CP = self._gated(d_CP, head)
     # Rounded once and used in both inner products, so that their common terms cancel.
     d_low_CP = d_read_CP.astype(dtype)
@@ -120,7 +146,7 @@ class _Source:
     d_kept_CP = jnp.where(self._is_last_C1, 0.0, to_end_CP)
     d_v_CP = dot(self._weights_CC, d_low_CP, (0, 0), dtype) + d_kept_CP
     d_scores_CC = dot(d_low_CP, self._v_CP, (1, 1), dtype) * self._decay_CC
-    self._sums.d_scores_CC[...] += d_scores_CC
+    sums.d_scores_CC[...] += d_scores_CC
 
     v_CP = self._v_CP.astype(jnp.float32)
     rows = slice(head * blocks.width, (head + 1) * blocks.width)
@@ -129,31 +155,32 @@ class _Source:
     d_last_11 += _sum(v_CP * d_kept_CP)
     d_sum_C1 = jnp.sum(d_low_CP * self._read_CP - v_CP * d_v_CP, axis=1, keepdims=True)
     self._d_sum.append([d_sum_C1 + jnp.where(self._is_last_C1, d_last_11, 0.0)])
-    self._d_carried.append(tokens.from_start_C1[head] * d_read_CP)
-    self._kept.append(tokens.to_end_C1[head] * v_CP)
+    blocks.put(sums.d_carried_CX, tokens.from_start_C1[head] * d_read_CP, head)
+    blocks.put(sums.kept_CX, tokens.to_end_C1[head] * v_CP, head)
     d_v_CP += self._score_C1 * d_low_CP + jnp.where(self._is_last_C1, to_end_CP, 0.0)
     if self._stream.scale_BHG1C is not None:
       raw_CP = blocks.of(tokens.raw_CX, head).astype(jnp.float32)
       self._d_scale.append([jnp.sum(raw_CP * d_v_CP, axis=1, keepdims=True)])
-    self._d_v.append(tokens.scaled(d_v_CP, head))
-    self._d_gate.append(d_CP * self._whole_CP)
+    d_v_CP = tokens.scaled(d_v_CP, head)
+    blocks.put(gradient.v_BTE, d_v_CP if d_x_CP is None else d_v_CP + d_x_CP, head)
+    if isinstance(gradient.gate, LowRank):
+      d_gate_CP = d_CP * self._whole_CP
+      d_gate_CP *= silu_slope(blocks.of(self._before_gate_CX, head))
+      blocks.put(sums.d_gate_CX, d_gate_CP, head)
+    elif gradient.gate is not None:
+      blocks.put(gradient.gate, d_CP * self._whole_CP, head)
 
-  def write(self, gradient: Stream, d_x: list[Array]) -> None:
-    """Writes the gradients; `d_x` of each head is added to those of values, unless it is empty."""
-    place, tokens, sums, dtype = self._place, self.tokens, self._sums, self.tokens.dtype
-    d_v_CX = joined(self._d_v)
-    if d_x:
-      d_v_CX += joined(d_x)
-    gradient.v_BTE[...] = d_v_CX.astype(gradient.v_BTE.dtype)
-    if gradient.gate_BTE is not None:
-      gradient.gate_BTE[...] = joined(self._d_gate).astype(gradient.gate_BTE.dtype)
+  def finish(self) -> None:
+    """Computes the gradients to which all heads contribute."""
+    place, tokens, dtype = self._place, self.tokens, self.tokens.dtype
+    sums, gradient = self._sums, self._gradient
     write_rows(self._d_sum, gradient.sum_BHG2C, place)
     if gradient.scale_BHG1C is not None:
       write_rows(self._d_scale, gradient.scale_BHG1C, place)
 
-    d_carried_CX, kept_CX = joined(self._d_carried), joined(self._kept)
+    d_carried_CX = sums.d_carried_CX[...]
     sums.d_q_CN[...] += dot(d_carried_CX, self._before_XN[...], (1, 0), dtype)
-    sums.d_k_CN[...] += dot(kept_CX, self._dh_XN, (1, 0), dtype)
+    sums.d_k_CN[...] += dot(sums.kept_CX[...], self._dh_XN, (1, 0), dtype)
     added_XN = dot(d_carried_CX, tokens.q_CN, (0, 0), dtype)
     sums.dh[place.set_rows] = tokens.absorb(self._dh_XN, added_XN)
 
@@ -165,6 +192,9 @@ class _Source:
       gradient.q_BTK[...] = d_q_CN.astype(gradient.q_BTK.dtype)
       gradient.k_BTK[...] = d_k_CN.astype(gradient.k_BTK.dtype)
 
+    if isinstance(gradient.gate, LowRank):
+      self._finish_gate(self._stream.gate, gradient.gate)
+
     if gradient.initial_BEN is not None:
       d_initial_XN = gradient.initial_BEN.at[place.row, place.all_rows]
 
@@ -173,51 +203,67 @@ class _Source:
         pltpu.sync_copy(sums.dh.at[place.set_rows], d_initial_XN)
 
 
+  def _finish_gate(self, gate: LowRank, gradient: LowRank) -> None:
+    place, sums, dtype = self._place, self._sums, self.tokens.dtype
+    d_gate_CX, up_RX = sums.d_gate_CX[...], gate.up_RE[:, place.set_rows]
+    sums.d_hidden_CR[...] += dot(d_gate_CX, up_RX, (1, 1), dtype)
+    sums.d_up_RX[:, place.set_rows] += dot(gate.hidden_BTR[...], d_gate_CX, (0, 0), dtype)
+
+    @pl.when(place.is_last_block)
+    def _write_hidden() -> None:
+      gradient.hidden_BTR[...] = sums.d_hidden_CR[...].astype(gradient.hidden_BTR.dtype)
+
+    d_up_RX = gradient.up_RE.at[place.row, :, place.all_rows]
+
+    @pl.when(place.is_last_chunk)
+    def _write_up() -> None:
+      pltpu.sync_copy(sums.d_up_RX.at[:, place.set_rows], d_up_RX)
+
+
 class _Finish:
-  """The epilogue's chunk in the backward pass; collects its gradients head by head."""
+  """The epilogue's chunk in the backward pass."""
 
   def __init__(
-      self, blocks: Blocks, finish: Finish, x_CX: Array, dy_CX: PyTree, d_moments_U2C: PyTree
+      self, blocks: Blocks, finish: Finish, x_CX: Array, dy_CX: PyTree, d_moments_U2C: PyTree,
+      gradient: Finish,
   ) -> None:
     self._blocks, self._finish, self._x_CX, self._dy_CX = blocks, finish, x_CX, dy_CX
+    self._gradient = gradient
     self._d_moments: list[Array] = []
     if d_moments_U2C is not None:
       rows = [d_moments_U2C[head, i : i + 1] for head in range(blocks.heads) for i in range(2)]
       self._d_moments = to_columns(rows)
-    self.d_x: list[Array] = []
-    self._d_z: list[Array] = []
-    self._d_skip: list[Array] = []
 
-  def pull_back(self, y_CP: Array, head: int) -> Array:
-    """Collects gradients, and returns that of the head's read, given the read; float32."""
-    blocks, finish = self._blocks, self._finish
+  def pull_back(self, y_CP: Array, head: int) -> tuple[Array, Array | None]:
+    """Computes a head's gradients, given its read.
+
+    Returns:
+      The gradient of the read; and that of x if x is the first source's values, else None. Both
+      are float32.
+    """
+    blocks, finish, gradient = self._blocks, self._finish, self._gradient
     d_CP = blocks.of(self._dy_CX, head).astype(jnp.float32)
     if finish.skip_1E is not None:
-      x_CP, skip_1P = blocks.of(self._x_CX, head).astype(jnp.float32), blocks.of(finish.skip_1E, head)
+      x_CP = blocks.of(self._x_CX, head).astype(jnp.float32)
+      skip_1P = blocks.of(finish.skip_1E, head)
       y_CP += skip_1P * x_CP
     gate_CP = None
     if finish.z_BTE is not None:
-      z_CP = blocks.of(finish.z_BTE, head).astype(jnp.float32)
-      sigmoid_CP, gate_CP = sigmoid_and_silu(z_CP)
+      z_CP = blocks.of(finish.z_BTE, head)
+      gate_CP = sigmoid_and_silu(z_CP)[1]
     if self._d_moments:
       d_sum_C1, d_squares_C1 = self._d_moments[2 * head : 2 * head + 2]
       d_CP += d_sum_C1 + 2 * d_squares_C1 * (y_CP if gate_CP is None else y_CP * gate_CP)
     if gate_CP is not None:
-      self._d_z.append(d_CP * y_CP * sigmoid_CP * (1 + z_CP * (1 - sigmoid_CP)))
+      blocks.put(gradient.z_BTE, d_CP * y_CP * silu_slope(z_CP), head)
       d_CP *= gate_CP
-    if finish.skip_1E is not None:
-      self.d_x.append(skip_1P * d_CP)
-      self._d_skip.append(jnp.sum(d_CP * x_CP, axis=0, keepdims=True))
-    return d_CP
-
-  def write(self, gradient: Finish) -> None:
-    """Writes the gradients."""
-    if gradient.skip_1E is not None:
-      gradient.skip_1E[...] = joined(self._d_skip)
-    if gradient.x_BTE is not None:
-      gradient.x_BTE[...] = joined(self.d_x).astype(gradient.x_BTE.dtype)
-    if gradient.z_BTE is not None:
-      gradient.z_BTE[...] = joined(self._d_z).astype(gradient.z_BTE.dtype)
+    if finish.skip_1E is None:
+      return d_CP, None
+    blocks.put(gradient.skip_1E, jnp.sum(d_CP * x_CP, axis=0, keepdims=True), head)
+    if finish.x_BTE is None:
+      return d_CP, skip_1P * d_CP
+    blocks.put(gradient.x_BTE, skip_1P * d_CP, head)
+    return d_CP, None
 
 
 def backward_kernel(
@@ -251,21 +297,20 @@ def backward_kernel(
   place = Place.here(blocks)
   sources = [
       _Source(
-          blocks, place, stream, count_1C, before_XN, None if index else d_final_BEN, part
+          blocks, place, stream, count_1C, before_XN, None if index else d_final_BEN, gradient, part
       )
-      for index, (stream, before_XN, part) in enumerate(zip(streams, before, sums, strict=True))
+      for index, (stream, before_XN, gradient, part) in enumerate(
+          zip(streams, before, gradients, sums, strict=True)
+      )
   ]
   x_CX = sources[0].tokens.raw_CX if finish.x_BTE is None else finish.x_BTE[...]
-  epilogue = _Finish(blocks, finish, x_CX, dy_CX, d_moments_U2C)
+  epilogue = _Finish(blocks, finish, x_CX, dy_CX, d_moments_U2C, d_finish)
   for head in range(blocks.heads):
-    y_CP = sum(source.read(head) for source in sources)
-    d_CP = epilogue.pull_back(y_CP, head)
-    for source in sources:
-      source.pull_back(d_CP, head)
-  epilogue.write(d_finish)
-  shared = epilogue.d_x if finish.x_BTE is None else []
-  for index, (source, gradient) in enumerate(zip(sources, gradients, strict=True)):
-    source.write(gradient, [] if index else shared)
+    d_CP, d_x_CP = epilogue.pull_back(sum(source.read(head) for source in sources), head)
+    for index, source in enumerate(sources):
+      source.pull_back(d_CP, None if index else d_x_CP, head)
+  for source in sources:
+    source.finish()
 
 
 def _sum(x: Array) -> Array:

@@ -17,7 +17,25 @@ from jax.experimental import pallas as pl
 from dense_jax.ops.matrix.log_decay import LogDecay
 from dense_jax.types import Array, PyTree
 
-SUBLANES = 8  # Rows of a float32 tile.
+# Rows and columns of a float32 tile.
+SUBLANES, LANES = 8, 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """The gate silu(hidden up), as the kernels take it, or references, specs or gradients of it.
+
+  The reference to `up_RE` has the columns of a set of blocks. Its gradient, `[B, R, E]`, is that
+  of each row of the batch.
+  """
+
+  hidden_BTR: PyTree
+  up_RE: PyTree
+
+  def before(self, place: "Place", dtype: jnp.dtype) -> Array:
+    """Returns a block's gate before silu, [C, X] in float32."""
+    return dot(self.hidden_BTR[...], self.up_RE[:, place.set_rows], (1, 0), dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +44,8 @@ class Stream:
   """A source as the kernels take it, or references, block specs or gradients of its arrays.
 
   K is J * N here. `sum_BHG2C` is the log decay, summed within each chunk: the rows `high` and
-  `low` of a `LogDecay`. Its gradient has the row `low` alone. Without a scale, a gate or an
-  initial state, those are None.
+  `low` of a `LogDecay`. Its gradient has the row `low` alone. A gate is an array [B, T, E] or a
+  `LowRank`. Without a scale, a gate or an initial state, those are None.
   """
 
   q_BTK: PyTree
@@ -35,7 +53,7 @@ class Stream:
   v_BTE: PyTree
   scale_BHG1C: PyTree
   sum_BHG2C: PyTree
-  gate_BTE: PyTree
+  gate: PyTree
   initial_BEN: PyTree
 
 
@@ -96,6 +114,10 @@ class Blocks:
     """Returns the lanes of one of the block's heads."""
     return x_CX[:, head * self.width : (head + 1) * self.width]
 
+  def put(self, x_CX: PyTree, x_CP: Array, head: int) -> None:
+    """Writes the lanes of one of the block's heads, rounded to the reference's dtype."""
+    x_CX[:, head * self.width : (head + 1) * self.width] = x_CP.astype(x_CX.dtype)
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -125,7 +147,7 @@ class Place:
   def here(cls, blocks: Blocks) -> "Place":
     """Returns the place of the program that runs."""
     block, chunk = pl.program_id(3), pl.program_id(2)
-    begin = pl.multiple_of(block * blocks.rows, SUBLANES)
+    begin = pl.multiple_of(block * blocks.rows, LANES)
     all_begin = (pl.program_id(1) * blocks.per_set + block) * blocks.rows
     return cls(
         row=pl.program_id(0), block=block,
@@ -133,7 +155,7 @@ class Place:
         begins_head=jax.lax.rem(block, min(blocks.per_head, blocks.per_set)) == 0,
         is_first_chunk=chunk == 0, is_last_chunk=chunk == pl.num_programs(2) - 1,
         set_rows=pl.ds(begin, blocks.rows),
-        all_rows=pl.ds(pl.multiple_of(all_begin, SUBLANES), blocks.rows),
+        all_rows=pl.ds(pl.multiple_of(all_begin, LANES), blocks.rows),
     )
 
 
@@ -269,3 +291,7 @@ def sigmoid_and_silu(z: Array) -> tuple[Array, Array]:
   return sigmoid, z * sigmoid
 
 
+def silu_slope(z: Array) -> Array:
+  """Returns the derivative of silu at z, float32."""
+  sigmoid, silu = sigmoid_and_silu(z)
+  return sigmoid + silu * (1 - sigmoid)

@@ -7,6 +7,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dense_jax.ops.matrix.tpu_chunk import (
     Blocks,
     Finish,
+    LowRank,
     Place,
     Stream,
     Tokens,
@@ -42,8 +43,9 @@ def _source(
     kept.append(tokens.to_end_C1[head] * v_CP.astype(jnp.float32))
   h[place.set_rows] = tokens.absorb(h_XN, dot(joined(kept), tokens.k_CN, (0, 0), dtype))
   y_CX = joined(reads)
-  gate_CX = source.gate_BTE
-  return y_CX if gate_CX is None else y_CX * gate_CX[...].astype(jnp.float32)
+  if isinstance(source.gate, LowRank):
+    return y_CX * sigmoid_and_silu(source.gate.before(place, dtype))[1]
+  return y_CX if source.gate is None else y_CX * source.gate[...].astype(jnp.float32)
 
 
 def forward_kernel(

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dense_jax.ops.matrix.tpu_chunk import SUBLANES, Blocks, Finish, Stream
+from dense_jax.ops.matrix.tpu_chunk import LANES, SUBLANES, Blocks, Finish, LowRank, Stream
 from dense_jax.types import Array, PyTree
 
 # Tokens per chunk: the side of the matrix unit.
 DEFAULT_CHUNK = 128
 # Limit of a program's VMEM by the estimate of `choose_blocks`. It leaves a part of the 16 MiB that
 # compilers grant by default to what the compiler spills.
-VMEM_BYTES = 14 * 2**20
-LANES = 128
+VMEM_BYTES = 12 * 2**20
 CHUNK_MULTIPLE = 16  # Sublanes of a bfloat16 tile.
 
 
@@ -74,7 +73,9 @@ def choose_blocks(
   spilled = 3 if dtype == jnp.float32 else 1
   sources, chunk, lanes = len(streams), plan.chunk, round_up(plan.state_size, LANES)
   score_bytes = 4 * chunk * round_up(chunk, LANES)
-  arrays = [x for s in streams for x in (s.v_BTE, s.gate_BTE) if x is not None]
+  low_rank = [s.gate for s in streams if isinstance(s.gate, LowRank)]
+  arrays = [s.v_BTE for s in streams]
+  arrays += [s.gate for s in streams if s.gate is not None and not isinstance(s.gate, LowRank)]
   arrays += [x for x in (finish.x_BTE, finish.z_BTE) if x is not None]
   token_bytes = sum(x.dtype.itemsize for x in arrays) * (2 if backward else 1) + plan.dtype.itemsize
   keys = (4 if backward else 2) * sources * chunk * lanes * dtype.itemsize
@@ -83,14 +84,20 @@ def choose_blocks(
   fixed = 2 * keys + score_bytes * (sources + 5)
   if backward:
     fixed += sources * (2 * 4 * chunk * lanes + score_bytes) + 2 * 4 * chunk * lanes
-  kept = 3 * sources if backward else 1
+    token_bytes += dtype.itemsize * (2 * sources + len(low_rank)) // 2  # Not double-buffered.
+  kept = 2 * sources + 2 * len(low_rank) if backward else 1
+  # Matrices of gates with their gradients, and their hidden values.
+  gate_rows = sum(len(gate.up_RE) for gate in low_rank) * (2 * dtype.itemsize + 4 * backward)
+  fixed += len(low_rank) * chunk * LANES * (2 * dtype.itemsize * (1 + backward) + 4 * backward)
 
   def needed(rows: int, set_rows: int) -> int:
-    states = 4 * sources * set_rows * lanes + (2 * dtype.itemsize * sources * rows * lanes) * (
-        backward or save
-    )
+    states = (4 * sources * lanes + gate_rows) * set_rows
+    if backward or save:
+      states += 2 * dtype.itemsize * sources * rows * lanes
     values = 2 * token_bytes * chunk * rows + 4 * chunk * rows * (kept + 5 * spilled)
-    return fixed + states + values + 2 * spilled * 4 * rows * lanes
+    # Each head's rows of numbers, such as summed log decays, fill a tile.
+    heads = max(1, rows // channels) * 2 * 4 * SUBLANES * LANES * (4 if backward else 2) * sources
+    return fixed + states + values + heads + 2 * spilled * 4 * rows * lanes
 
   group, channels = plan.heads // plan.groups * plan.channels, plan.channels
 
@@ -158,6 +165,12 @@ class Specs:
     self.d_channels = pl.BlockSpec(
         (None, None, 1, blocks.rows), lambda b, s, g, i: (b, at(g), 0, block(s, i))
     )
+    set_rows = blocks.per_set * blocks.rows
+    self._up = lambda rank: pl.BlockSpec((rank, set_rows), lambda b, s, g, i: (0, s))
+    self._hidden = lambda rank: pl.BlockSpec((None, chunk, rank), lambda b, s, g, i: (b, at(g), 0))
+    self._d_hidden = lambda rank: pl.BlockSpec(
+        (None, None, chunk, rank), lambda b, s, g, i: (s, b, at(g), 0)
+    )
     self.whole = pl.BlockSpec(memory_space=pl.ANY)
     # Gradients to which several sets contribute have a leading axis of shares.
     self.d_keys = pl.BlockSpec(
@@ -175,9 +188,21 @@ class Specs:
         q_BTK=self._keys, k_BTK=self._keys, v_BTE=self.values,
         scale_BHG1C=_unless_none(stream.scale_BHG1C, self.heads),
         sum_BHG2C=self.heads(stream.sum_BHG2C),
-        gate_BTE=_unless_none(stream.gate_BTE, lambda _: self.values),
+        gate=_unless_none(stream.gate, self._gate),
         initial_BEN=_unless_none(stream.initial_BEN, lambda _: self.whole),
     )
+
+  def _gate(self, gate: PyTree) -> PyTree:
+    if not isinstance(gate, LowRank):
+      return self.values
+    rank = len(gate.up_RE)
+    return LowRank(self._hidden(rank), self._up(rank))
+
+  def d_gate(self, gate: PyTree) -> PyTree:
+    """Returns the specs of the gradient of a gate, or None."""
+    if not isinstance(gate, LowRank):
+      return _unless_none(gate, self._gate)
+    return LowRank(self._d_hidden(len(gate.up_RE)), self.whole)
 
   def finish(self, finish: Finish) -> Finish:
     """Returns the specs of an epilogue's arrays."""

@@ -11,8 +11,9 @@ from dense_jax.errors import InputError
 from dense_jax.ops import partition
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.matrix.sequence import MatrixSequence
-from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
-from dense_jax.ops.recurrence import KernelRecurrence, Read
+from dense_jax.ops.matrix.tpu import matrix_reads
+from dense_jax.ops.matrix.tpu_arrays import Matrix
+from dense_jax.ops.recurrence import KernelRecurrence, LowRankGate, Read, ReadGate
 from dense_jax.types import WIDTH_AXIS, Array
 
 
@@ -53,9 +54,9 @@ class KernelMatrix(KernelRecurrence, MatrixSequence):
     shape = (*self.v_BTE.shape[:2], self.log_decay_BTH.shape[2], -1)
     return dataclasses.replace(output, y=output.y.reshape(shape)), final_BHPN
 
-  def _asked(self, q_BTJN: Array, gate: Array | None) -> Matrix:
+  def _asked(self, q_BTJN: Array, gate: ReadGate) -> Matrix:
     """Returns this recurrence with a query and a gate, as the kernel's input."""
-    if gate is not None:
+    if isinstance(gate, jax.Array):
       gate = gate.reshape(self.v_BTE.shape)
     return Matrix(
         q_BTJN, self.k_BTJN, self.v_BTE, self.scale_BTH, self.log_decay_BTH, gate,
@@ -86,8 +87,16 @@ def _source_specs(source: Matrix, width: int) -> Matrix:
       source, q_BTJN=keys, k_BTJN=keys, v_BTE=heads,
       scale_BTH=_unless_none(source.scale_BTH, heads),
       log_decay_BTH=partition.split(None, None, WIDTH_AXIS) if shared else heads,
-      gate_BTE=_unless_none(source.gate_BTE, heads),
+      gate=_gate_specs(source.gate),
       initial_BHPN=_unless_none(source.initial_BHPN, partition.by_row(WIDTH_AXIS)),
+  )
+
+
+def _gate_specs(gate: ReadGate) -> Any:
+  if not isinstance(gate, LowRankGate):
+    return _unless_none(gate, partition.by_row(None, WIDTH_AXIS))
+  return dataclasses.replace(
+      gate, hidden_R=partition.by_row(), up_RE=partition.split(None, WIDTH_AXIS)
   )
 
 

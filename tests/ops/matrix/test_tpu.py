@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matmul import matmul
 from dense_jax.ops.matrix import tpu_plan
 from dense_jax.ops.matrix.reference import matrix_read, matrix_states
-from dense_jax.ops.matrix.tpu import Matrix, matrix_reads
+from dense_jax.ops.matrix.tpu import matrix_reads
+from dense_jax.ops.matrix.tpu_arrays import Matrix
+from dense_jax.ops.recurrence import LowRankGate, gate_value, gated
 from tests.builders import fast_jit, normal
 from tests.helpers import assert_trees_close
 from tests.ops.sequences import strong_decays
@@ -21,14 +24,14 @@ CHUNK = 4  # Rounded up to 16.
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Sizes of the inputs; `gates` is true for each source that has a gate.
+  """Sizes of the inputs; `gates` is true for each source with a gate, "low rank" for such a gate.
 
   `epilogue` names its parts: "skip" of the sources' values, or "x" for a skip of another array,
   "z" and "moments".
   """
 
   time: int
-  gates: tuple[bool, ...] = (False, True)
+  gates: tuple[bool | str, ...] = (False, True)
   heads: int = 4
   groups: int = 2
   state_size: int = 3
@@ -45,7 +48,8 @@ class Case:
 
 QUICK = [
     Case(63, scale=True, epilogue="skip z moments"),
-    Case(17, epilogue="moments", initial=False, gates=(False, True, True), heads=2, groups=1, state_size=16, decay_rows=1),
+    Case(17, gates=(False, "low rank", True), heads=2, groups=1, state_size=16, decay_rows=1,
+         initial=False, epilogue="moments"),
     Case(16, gates=(True,), groups=4, resets=False, epilogue="x z"),
     Case(97, gates=(False,), chunk=64, strong=60.0),
 ]
@@ -53,7 +57,8 @@ SLOW = [
     *(Case(33, scale=scale, epilogue=epilogue, groups=1, state_size=16, resets=False)
       for scale in (False, True)
       for epilogue in ("", "skip", "x", "z", "moments", "skip moments", "x z moments")),
-    Case(33, gates=(False, True, True), scale=True, epilogue="skip z moments", initial=False),
+    Case(33, gates=(False, "low rank", "low rank"), scale=True, epilogue="skip z moments",
+         initial=False),
     *(Case(time) for time in (1, 2, 15, 16, 17, 257)),
     *(Case(time, resets=False) for time in (17, 63, 257)),
     *(Case(17, groups=groups, gates=(True,)) for groups in (1, 4)),
@@ -87,12 +92,18 @@ def _inputs(case):
       return strong_decays(case.strong, *shape, share=0.2)
     return -jnp.exp(normal(seed, *shape) - 1)
 
+  def gate_of(source, kind):
+    if kind != "low rank":
+      return normal(10 * source + 4, *shape) if kind else None
+    hidden = normal(10 * source + 7, B, case.time, 5)
+    return LowRankGate(hidden, normal(10 * source + 8, 5, shape[2]), matmul)
+
   sources = [
       Matrix(
           normal(10 * i, *keys), normal(10 * i + 1, *keys), normal(10 * i + 2, *shape),
           jax.nn.softplus(normal(10 * i + 6, *by_head)) if case.scale else None,
           log_decay(10 * i + 3),
-          normal(10 * i + 4, *shape) if gate else None,
+          gate_of(i, gate),
           normal(10 * i + 5, *states) if case.initial else None,
       )
       for i, gate in enumerate(case.gates)
@@ -127,7 +138,7 @@ def _specification(sources, epilogue, resets):
       initial = jnp.zeros((B, heads, v_BTHP.shape[3], source.k_BTJN.shape[3]))
     states, final = matrix_states(source.k_BTJN, v_BTHP, log_decay, resets, initial)
     read = jax.vmap(matrix_read, in_axes=1, out_axes=1)(states, source.q_BTJN)
-    y += read if source.gate_BTE is None else read * source.gate_BTE.reshape(by_head)
+    y += gated(gate_value(source.gate), read)
     finals.append(final)
   if epilogue.skip is not None and epilogue.x is None:
     epilogue = dataclasses.replace(epilogue, x=sources[0].v_BTE)
@@ -186,7 +197,7 @@ def test_what_blocks_of_rows_share_is_summed(heads, groups, channels, monkeypatc
   # The smallest possible blocks: a part of one head's rows, or some of a group's heads.
   monkeypatch.setattr(tpu_plan, "VMEM_BYTES", 0)
   case = Case(
-      17, gates=(True,), heads=heads, groups=groups, channels=channels, scale=True,
+      17, gates=("low rank",), heads=heads, groups=groups, channels=channels, scale=True,
       epilogue="skip z moments",
   )
   inputs = _inputs(case)
@@ -206,7 +217,7 @@ def test_bfloat16_inputs_keep_float32_states():
     return dataclasses.replace(tree, **low)
 
   low = (
-      [lowered(source, "q_BTJN", "k_BTJN", "v_BTE", "gate_BTE") for source in sources],
+      [lowered(source, "q_BTJN", "k_BTJN", "v_BTE", "gate") for source in sources],
       lowered(epilogue, "z"),
   )
   actual = _everything(_kernel(CHUNK), low, resets, cotangents)

@@ -1,4 +1,4 @@
-"""Tests of the selective kernels for GPUs, interpreted, against the float32 specification."""
+"""Tests of the selective kernels for TPUs and GPUs, interpreted, against the specification."""
 
 import dataclasses
 import functools
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.ops.diagonal.gpu import selective_finish
-from dense_jax.ops.diagonal.gpu_kernels import Source
+from dense_jax.ops.diagonal import gpu, tpu
+from dense_jax.ops.diagonal.kernel_inputs import Source
 from dense_jax.ops.diagonal.reference import diagonal_read, diagonal_states
 from dense_jax.ops.epilogue import Epilogue
 from tests.builders import COMPILER_OPTIONS, normal
@@ -17,6 +17,7 @@ from tests.helpers import assert_trees_close
 from tests.ops.sequences import after_last_valid, documents, everything, one_document
 
 B, C = 3, 16
+PLATFORMS = {"tpu": tpu.selective_finish, "gpu": gpu.selective_finish}
 # Documents that begin inside chunks and at their borders; one has a single token.
 ROW = [3, 13, 1, 15, *[20] * 12]
 
@@ -76,9 +77,12 @@ def _masked(source, segments):
   return dataclasses.replace(source, dt_BTE=dt_BTE)
 
 
-def _kernel(inputs, segments, chunk=C):
+each_platform = pytest.mark.parametrize("platform", PLATFORMS)
+
+
+def _kernel(inputs, segments, platform, chunk=C):
   sources = [_masked(source, segments) for source in inputs["sources"]]
-  return selective_finish(
+  return PLATFORMS[platform](
       sources, inputs["epilogue"], segments.resets_BT, segments.valid_BT, chunk=chunk,
       interpret=True,
   )
@@ -104,16 +108,17 @@ def _specification(inputs, segments):
   return epilogue(y).y, finals[0]
 
 
-@functools.partial(jit, static_argnames=("run", "chunk"))
-def _run(run, inputs, segments, **chunk):
+@functools.partial(jit, static_argnames=("run", "platform", "chunk"))
+def _run(run, inputs, segments, **options):
   """Returns outputs, final state and gradients of every input."""
-  return everything(functools.partial(run, **chunk), inputs, segments, _weights(inputs))
+  return everything(functools.partial(run, **options), inputs, segments, _weights(inputs))
 
 
 def _segments(time, packed):
   return documents(time, ROW) if packed else one_document(time)
 
 
+@each_platform
 @pytest.mark.parametrize(
     ("time", "sources", "packed", "epilogue", "state_size", "width"),
     [
@@ -128,25 +133,27 @@ def _segments(time, packed):
                 (63, 3, True, "skip z", 16, 32),
                 (257, 2, True, "skip z", 3, 32),
                 (33, 1, True, "skip z", 3, 300),  # Three blocks of 128 channels.
+                (33, 1, False, "z", 3, 512),  # On a TPU two of 256.
             ]
         ),
     ],
 )
 def test_outputs_final_state_and_gradients_are_the_references(
-    time, sources, packed, epilogue, state_size, width
+    time, sources, packed, epilogue, state_size, width, platform
 ):
   inputs = _inputs(time, sources, epilogue, state_size, width)
   segments = _segments(time, packed)
-  assert_trees_close(_run(_kernel, inputs, segments), _run(_specification, inputs, segments))
+  found = _run(_kernel, inputs, segments, platform=platform)
+  assert_trees_close(found, _run(_specification, inputs, segments))
 
 
 @pytest.mark.slow
+@each_platform
 @pytest.mark.parametrize("chunk", [0, 4, 48])
-def test_chunk_length_changes_nothing(chunk):
+def test_chunk_length_changes_nothing(chunk, platform):
   inputs, segments = _inputs(83, 1, "z"), _segments(83, True)
-  assert_trees_close(
-      _run(_kernel, inputs, segments, chunk=chunk), _run(_specification, inputs, segments)
-  )
+  found = _run(_kernel, inputs, segments, platform=platform, chunk=chunk)
+  assert_trees_close(found, _run(_specification, inputs, segments))
 
 
 def _low(inputs):
@@ -163,9 +170,11 @@ def _low(inputs):
 
 
 @pytest.mark.slow
-def test_bfloat16_inputs_keep_float32_states():
+@each_platform
+def test_bfloat16_inputs_keep_float32_states(platform):
   inputs, segments = _low(_inputs(33, 2, "skip z")), _segments(33, True)
-  found, expected = _run(_kernel, inputs, segments), _run(_specification, inputs, segments)
+  found = _run(_kernel, inputs, segments, platform=platform)
+  expected = _run(_specification, inputs, segments)
   assert found[0][0].dtype == found[0][1].dtype == jnp.float32
   assert_trees_close(found[0], expected[0])
   assert jax.tree.map(jnp.dtype, found[1]) == jax.tree.map(jnp.dtype, expected[1])
@@ -173,7 +182,8 @@ def test_bfloat16_inputs_keep_float32_states():
 
 
 @pytest.mark.slow
-def test_extreme_steps_stay_finite():
+@each_platform
+def test_extreme_steps_stay_finite(platform):
   inputs = _inputs(33, 2, "z")
   size = jnp.asarray([1e4, -1e4, 1e-30, 88.0, -88.0, 0.0, 1.0, -1.0] * 4)[None, None]
   rate = -jnp.asarray([1e-3, 1.0, 1e3, 0.0])[:, None]
@@ -188,24 +198,25 @@ def test_extreme_steps_stay_finite():
 
   inputs["sources"] = tuple(map(extreme, inputs["sources"]))
   inputs["epilogue"] = Epilogue(z=jnp.broadcast_to(size, (B, 33, 32)))
-  for leaf in jax.tree.leaves(_run(_kernel, inputs, _segments(33, False))):
+  for leaf in jax.tree.leaves(_run(_kernel, inputs, _segments(33, False), platform=platform)):
     assert np.isfinite(leaf).all()
 
 
-def test_only_a_pass_that_is_differentiated_keeps_states():
-  sources = _inputs(33, 2)["sources"]
-  saved = f"f32[{B},3,4,32]"  # Three chunks, N = 4.
+@each_platform
+def test_only_a_pass_that_is_differentiated_keeps_states(platform):
+  sources = _inputs(33, 2, width=128)["sources"]
+  saved = f"f32[{B},3,4,128]"  # Three chunks, N = 4, one block.
 
   def run(sources):
-    return selective_finish(sources, Epilogue(), None, None, chunk=C, interpret=True)
+    return PLATFORMS[platform](sources, Epilogue(), None, None, chunk=C, interpret=True)
 
   assert saved not in str(jax.make_jaxpr(run)(sources))
   assert saved in str(jax.make_jaxpr(lambda sources: jax.vjp(run, sources)[0])(sources))
 
 
-def test_shapes_that_do_not_agree_are_refused():
+@each_platform
+def test_shapes_that_do_not_agree_are_refused(platform):
   (source,) = _inputs(5, 1)["sources"]
+  source = dataclasses.replace(source, c_BTN=source.c_BTN[:, :4])
   with pytest.raises(AssertionError, match="shape"):
-    selective_finish(
-        [dataclasses.replace(source, c_BTN=source.c_BTN[:, :4])], Epilogue(), None, None
-    )
+    PLATFORMS[platform]([source], Epilogue(), None, None)

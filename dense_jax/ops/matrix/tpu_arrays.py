@@ -1,0 +1,111 @@
+"""The arrays of matrix states as the TPU kernels take them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dense_jax.ops.chunks import pad_time, split_time
+from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matrix.log_decay import summed_log_decay
+from dense_jax.ops.matrix.tpu_chunk import Finish, LowRank, Stream
+from dense_jax.ops.matrix.tpu_plan import Plan
+from dense_jax.ops.recurrence import LowRankGate, ReadGate
+from dense_jax.types import Array, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+  """One matrix-state recurrence, with the query and gate of its read.
+
+  Attributes:
+    q_BTJN: queries, bfloat16 or float32; head h uses those of group h // (H / J).
+    k_BTJN: keys, zero at padding.
+    v_BTE: values.
+    scale_BTH: float32 factor of the values; None means 1.
+    log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
+    gate: factor of the read, an array [B, T, E] or a low-rank gate; None means 1.
+    initial_BHPN: float32 state before the first token; None means zero.
+  """
+
+  q_BTJN: Array
+  k_BTJN: Array
+  v_BTE: Array
+  scale_BTH: Array | None
+  log_decay_BTH: Array
+  gate: ReadGate
+  initial_BHPN: Array | None
+
+
+def _parts(x: Array, parts: int, size: int) -> Array:
+  """Pads each of the last axis's parts to `size`, without transposing a large array."""
+  extra = size - x.shape[-1] // parts
+  if not extra:
+    return x
+  by_part = x.reshape(*x.shape[:-1], parts, -1)
+  return jnp.pad(by_part, ((0, 0),) * x.ndim + ((0, extra),)).reshape(*x.shape[:-1], -1)
+
+
+def _tokens(plan: Plan, x_BTW: Array, parts: int, size: int) -> Array:
+  """Pads tokens, and each of the last axis's parts to `size`."""
+  return _parts(pad_time(x_BTW, plan.chunk), parts, size)
+
+
+def _rows(plan: Plan, x_BTH: Array) -> Array:
+  """Returns a number of each token and head as rows of tokens, [B, H, G, 1, C]."""
+  return jnp.transpose(split_time(x_BTH, plan.chunk), (0, 3, 1, 2))[:, :, :, None]
+
+
+def stream(plan: Plan, source: Matrix) -> Stream:
+  """Returns a source as the kernels take it."""
+  sums = jax.tree.leaves(summed_log_decay(source.log_decay_BTH, plan.chunk))
+  sum_BGC2H = jnp.stack(sums, axis=3)
+  initial_BEN = None
+  if source.initial_BHPN is not None:
+    channels, state_size = source.initial_BHPN.shape[2:]
+    extra = (plan.channels - channels, plan.state_size - state_size)
+    initial_BHPN = jnp.pad(source.initial_BHPN, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1])))
+    initial_BEN = initial_BHPN.reshape(plan.batch, -1, plan.state_size)
+
+  def keys(x_BTJN: Array) -> Array:
+    x_BTK = x_BTJN.reshape(*x_BTJN.shape[:2], -1)
+    return _tokens(plan, x_BTK, plan.groups, plan.state_size)
+
+  def values(x_BTE: Array | None) -> Array | None:
+    return None if x_BTE is None else _tokens(plan, x_BTE, plan.heads, plan.channels)
+
+  def gate(x: ReadGate) -> PyTree:
+    if not isinstance(x, LowRankGate):
+      return values(x)
+    up_RE = _parts(x.up_RE, plan.heads, plan.channels)
+    return LowRank(pad_time(x.hidden_R, plan.chunk), up_RE)
+
+  return Stream(
+      q_BTK=keys(source.q_BTJN), k_BTK=keys(source.k_BTJN), v_BTE=values(source.v_BTE),
+      scale_BHG1C=None if source.scale_BTH is None else _rows(plan, source.scale_BTH),
+      sum_BHG2C=jnp.transpose(sum_BGC2H, (0, 4, 1, 3, 2)),
+      gate=gate(source.gate), initial_BEN=initial_BEN,
+  )
+
+
+def rounded_gate(source: Stream) -> Stream:
+  """Returns the source with a low-rank gate's matrix in the dtype of what it multiplies.
+
+  Its gradient is of the matrix before this, and stays float32.
+  """
+  if not isinstance(source.gate, LowRank):
+    return source
+  up_RE = source.gate.up_RE.astype(source.gate.hidden_BTR.dtype)
+  return dataclasses.replace(source, gate=dataclasses.replace(source.gate, up_RE=up_RE))
+
+
+def finish(plan: Plan, epilogue: Epilogue) -> Finish:
+  """Returns an epilogue's arrays as the kernels take them."""
+  skip_1E, (x_BTE, z_BTE) = None, (
+      None if x is None else _tokens(plan, x, plan.heads, plan.channels)
+      for x in (epilogue.x, epilogue.z)
+  )
+  if epilogue.skip is not None:
+    skip_1E = jnp.repeat(epilogue.skip, plan.channels, total_repeat_length=plan.rows)[None]
+  return Finish(skip_1E, x_BTE, z_BTE)
