@@ -1,4 +1,4 @@
-"""What the GPU kernels of matrix states share: sizes, arrays, loads and the decays of tiles.
+"""Sizes, arrays, loads and decays of tiles that the GPU kernels of matrix states share.
 
 A kernel sees a row's time axis as tiles of `tile` tokens, on which its matmuls work, and as chunks
 of `chunk` tokens, a multiple of it, between which states are kept in memory. States are stored and
