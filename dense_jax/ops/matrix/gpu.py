@@ -17,13 +17,14 @@ sources nor the read before its epilogue are written to memory. Three kernels:
 | `chunks_backward_kernel` | a tile, a group of heads, | one source, states,  | gradients of the   |
 |                          | one source                | these gradients      | source             |
 
-Why Triton, through Pallas. One kernel (a chunk's read) was written three ways. As Pallas-Triton it
-took 20 lines, 255 registers and 148 KB of shared memory with 8 warps, and uses Hopper's wgmma and
-asynchronous copies, which its compiler chooses; it runs interpreted on every jax here. As Mosaic
-GPU it took 50 lines with explicit barriers, layouts and copies and 246 registers, runs on Hopper
-alone, and neither of jax 0.10 and 0.12 interprets what compiles on 0.11 (0.10 has no public
-interpreter, and `load` takes other arguments in 0.12). jax-triton needs Python 3.12 and cannot be
-interpreted. jax has deprecated its Triton backend; the arithmetic below would move to another.
+Why Triton, through Pallas. One kernel (a chunk's read) was written twice and compiled for the H100.
+As Pallas-Triton it took about 20 lines, 255 registers and 148 KB of shared memory with 8 warps; its
+compiler chooses layouts, Hopper's wgmma and asynchronous copies, and it ran interpreted on jax 0.10
+and 0.12. As Mosaic GPU it took about 45 lines with explicit barriers, layouts and copies and 246
+registers, without spills; what compiled with jax 0.11 was not interpreted by 0.10, which has no
+public interpreter for it, nor by 0.12, whose `load` takes other arguments. jax-triton, which needs
+Python 3.12, was not tried. jax has deprecated its Triton backend: if it goes, the arithmetic below
+can move to another.
 """
 
 import dataclasses
