@@ -33,7 +33,7 @@ def run(tmp_path, monkeypatch):
   def set_params(change):
     changed = {name: change(name, value) for name, value in params.items()}
     run = runs.Run("a run", ByteTokenizer(), with_params(model, changed), changed, config, 4)
-    monkeypatch.setattr(runs, "restore", lambda workdir, which, weights: run)
+    monkeypatch.setattr(runs, "restore", lambda workdir, which, weights, strict: run)
 
   set_params(lambda name, value: value)
   return set_params

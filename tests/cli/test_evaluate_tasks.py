@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
   """Replaces every folder's model by a tiny one; returns a folder of tasks."""
   model = random_model(model_config("gau_retnet", vocab_size=258))
   loaded = runs.LoadedModel("folder", ByteTokenizer(), model, get_params(model))
-  monkeypatch.setattr(runs, "load_folder", lambda path: loaded)
+  monkeypatch.setattr(runs, "load_folder", lambda path, strict: loaded)
   return str(write_all(tmp_path / "data"))
 
 

@@ -45,7 +45,7 @@ def _restores(monkeypatch, tokenizer):
   config = experiment.load("experiments/smoke.py:debug", overrides)
   model = LanguageModel(config.model, rngs=nnx.Rngs(0))
   run = runs.Run("a run", tokenizer, model, get_params(model), config, 4)
-  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights: run)
+  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights, strict: run)
 
 
 def _continues(monkeypatch, rows):

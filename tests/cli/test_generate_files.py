@@ -45,7 +45,7 @@ def run():
 @pytest.fixture(autouse=True)
 def _shared(run, monkeypatch):
   """Restores that run, and decodes with the programs of one generator for each batch size."""
-  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights: run)
+  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights, strict: run)
   made = _GENERATORS
 
   def generator(model, tokenizer, *, batch_size):
@@ -182,7 +182,7 @@ def test_another_models_state_is_refused(tmp_path, monkeypatch):
   state = str(tmp_path / "state")
   reads = ["--prompt", "a", "--max-new-tokens", "0", "--save-state", state]
   assert generate.main([*MODEL, *reads]) == 0
-  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights: _model(seed=1))
+  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights, strict: _model(seed=1))
   with pytest.raises(InputError, match=r"--from-state = .*a state of run 1; it is one of run 0"):
     generate.main([*MODEL, "--from-state", state])
 
