@@ -138,8 +138,8 @@ def _forms(family, option, length, scene):
   """Returns the family's forms that differ in that scene, the reference last."""
   # cuDNN is on GPUs alone; tests/ops/attention tests what is asked of it.
   forms = [form for form in IMPLEMENTATIONS[REGISTRY[family].form] if form != "cudnn"]
-  if "pallas" in forms and not _kernels_take_part(family, option, length, scene):
-    forms.remove("pallas")
+  if not _kernels_take_part(family, option, length, scene):
+    forms = [form for form in forms if form not in ("pallas", "triton")]
   if "conv" in forms:  # It takes chunks where rows hold documents or go on from a state.
     return ("conv", "recurrent") if scene == "one-document" else ("chunked", "recurrent")
   assert forms[-1] in ("recurrent", "softmax")
