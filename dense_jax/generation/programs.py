@@ -21,7 +21,8 @@ from dense_jax.generation.requests import Prefix, Request
 from dense_jax.generation.sampling import Sampling, Settings, penalized, sample
 from dense_jax.generation.text import CONTEXT
 from dense_jax.models.language_model import LanguageModel, ModelState
-from dense_jax.models.params import get_params, unrolled, with_params
+from dense_jax.models.params import decoding_params, unrolled, with_params
+from dense_jax.ops import resolver
 from dense_jax.types import Array, Params
 
 # Lengths of the chunks in which a text is read: the longer ones first, each full but the last one.
@@ -66,9 +67,11 @@ class Programs:
     """Unrolls the layers, once."""
     self.model = unrolled(model)
     self.batch_size = batch_size
-    self._params = get_params(self.model)
+    self._params = decoding_params(self.model)
     self._read = jax.jit(self._read_chunk)
-    self._decode = jax.jit(self._decode_block, donate_argnums=1)
+    self._decode = jax.jit(
+        self._decode_block, donate_argnums=1, compiler_options=resolver.decoding_options()
+    )
     self._insert = jax.jit(_insert)
     self._take = jax.jit(
         lambda rows, row: (rows.state.rows(row[None]), rows.logits_BV[row], rows.seen_BV[row])
@@ -76,7 +79,7 @@ class Programs:
 
   @property
   def params(self) -> Params:
-    """The model's parameters, with every layer compiled apart."""
+    """The model's parameters, with every layer compiled apart; see `decoding_params`."""
     return self._params
 
   def read(self, ids: Sequence[int], prefix: Prefix | None = None) -> Prefix:

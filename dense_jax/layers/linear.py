@@ -109,9 +109,10 @@ class RMSNorm(nnx.Module):
   ) -> None:
     self.scale = parameter(rngs, (width,), (axis,), lambda _, shape: jnp.ones(shape))
     self.epsilon, self.groups = epsilon, groups
+    self.split = resolver.groups_function()
 
   def __call__(self, x: Array) -> Array:
     """Maps [..., width] to the same shape, in x's dtype."""
-    x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], self.groups, -1)
+    x32 = self.split(x.astype(jnp.float32), self.groups)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
     return ((x32 * inverse).reshape(x.shape) * spread(self.scale[...], x)).astype(x.dtype)

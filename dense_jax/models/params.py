@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dense_jax.config import ModelConfig
-from dense_jax.layers.linear import Axes
+from dense_jax.layers.linear import Axes, Linear
 from dense_jax.layers.stack import plan_layers
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.types import Array, Params, PyTree
@@ -42,6 +42,23 @@ def _dotted(path: tuple[Any, ...]) -> str:
 def get_params(model: LanguageModel) -> Params:
   """Returns the model's parameters, under the names that the model uses."""
   return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def decoding_params(model: LanguageModel) -> Params:
+  """Returns the model's parameters, its large matrices in the dtype that they are multiplied in.
+
+  These are the embedding, the head and the kernels of linear maps, which the model would round to
+  `config.dtype` at each use. A loop over tokens then reads half of the bytes if that is bfloat16,
+  and computes the same numbers. For decoding alone: gradients would be rounded too.
+  """
+  kernels = {
+      (*path, "kernel") for path, module in nnx.iter_graph(model) if isinstance(module, Linear)
+  }
+  names = {"embedding", "head", *map(_dotted, kernels)}
+  return {
+      name: leaf.astype(model.dtype) if name in names else leaf
+      for name, leaf in get_params(model).items()
+  }
 
 
 def abstract_model(config: ModelConfig) -> LanguageModel:

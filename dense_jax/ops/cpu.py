@@ -39,3 +39,17 @@ def spread(weight: Array, x: Array) -> Array:
   16384 tokens, E 256: 298 ms against 22, two cores).
   """
   return jnp.broadcast_to(weight, x.shape)
+
+
+def split_groups(x: Array, groups: int) -> Array:
+  """Splits the last axis of x, [..., E], into equal groups, [..., J, E / J]."""
+  return x.reshape(*x.shape[:-1], groups, -1)
+
+
+def cpu_split_groups(x: Array, groups: int) -> Array:
+  """Splits like `split_groups`, but leaves one axis before the groups' channels.
+
+  XLA's CPU backend sums over the last axis of a matrix up to 5 times as fast as over that of
+  [B, T, J, E / J] (a norm of 2048 x 1024, forward and backward: 2.5 ms against 10.2, one core).
+  """
+  return x.reshape(-1, x.shape[-1] // groups)

@@ -161,7 +161,8 @@ class KernelRecurrence(ScannedRecurrence):
       self, query: Array, reads: Sequence["Read"], epilogue: Epilogue
   ) -> tuple[Output, Array]:
     """See `Recurrence`."""
-    if all(type(read.recurrence) is type(self) and read.function is None for read in reads):
+    kind: type = type(self)
+    if all(type(read.recurrence) is kind and read.function is None for read in reads):
       return self._joint(query, reads, epilogue)
     y, final = self.run(query)
     return epilogue(add_reads(y, reads)), final

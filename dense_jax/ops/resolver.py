@@ -18,7 +18,7 @@ from dense_jax.ops.attention import gpu
 from dense_jax.ops.attention.blockwise import blockwise_attention
 from dense_jax.ops.attention.reference import Attend, softmax_attention
 from dense_jax.ops.attention.tpu import splash_attention
-from dense_jax.ops.cpu import cpu_delays, cpu_matmul
+from dense_jax.ops.cpu import cpu_delays, cpu_matmul, cpu_split_groups, split_groups
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
 from dense_jax.ops.diagonal.kernel_sequence import (
@@ -34,8 +34,8 @@ from dense_jax.ops.diagonal.sequence import (
 )
 from dense_jax.ops.lti.form import LtiForm
 from dense_jax.ops.lti.sequence import ChunkedLti, ConvolvedLti, LtiSequence, RecurrentLti
-from dense_jax.ops.matmul import matmul
-from dense_jax.ops.matrix.cpu import cpu_matrix_step
+from dense_jax.ops.matmul import gpu_matmul, matmul
+from dense_jax.ops.matrix.cpu import CpuChunkedMatrix, cpu_matrix_step
 from dense_jax.ops.matrix.form import MatrixForm
 from dense_jax.ops.matrix.gpu_sequence import GpuMatrix, InterpretedGpuMatrix
 from dense_jax.ops.matrix.reference import matrix_step
@@ -83,7 +83,10 @@ IMPLEMENTATIONS = {
 }
 
 # (form of state, platform) -> the kernels that "auto" takes, where the compiler's bytes say so.
-KERNELS: Mapping[tuple[str, str], str] = {}
+KERNELS: Mapping[tuple[str, str], str] = {
+    ("matrix", "gpu"): "triton", ("matrix", "tpu"): "pallas",
+    ("diagonal", "gpu"): "triton", ("diagonal", "tpu"): "pallas",
+}
 # Forms whose kernels were found to compute something else on this machine.
 _REFUSED: set[str] = set()
 
@@ -119,8 +122,11 @@ def diagonal_form(requested: str, chunk: int) -> DiagonalForm:
 def matrix_form(requested: str, chunk: int) -> MatrixForm:
   """Returns the object that makes recurrences with matrix states; see `diagonal_form`."""
   sequence = _MATRIX[resolve("matrix", requested)]
-  step = cpu_matrix_step if _platform() == "cpu" else matrix_step
-  return MatrixForm(sequence, step, chunk)
+  if _platform() != "cpu":
+    return MatrixForm(sequence, matrix_step, chunk)
+  if sequence is ChunkedMatrix:
+    sequence = CpuChunkedMatrix
+  return MatrixForm(sequence, cpu_matrix_step, chunk)
 
 
 def lti_form(requested: str, chunk: int) -> LtiForm:
@@ -156,8 +162,22 @@ def attention_function(requested: str, dtype: jnp.dtype, head_dim: int) -> Atten
 
 
 def matmul_function() -> Callable[[Array, Array], Array]:
-  """Returns `matmul`, or `cpu_matmul` if the platform is a CPU."""
-  return cpu_matmul if _platform() == "cpu" else matmul
+  """Returns `matmul`, or the platform's own form of it."""
+  return {"cpu": cpu_matmul, "gpu": gpu_matmul}.get(_platform(), matmul)
+
+
+def decoding_options() -> dict[str, str]:
+  """Returns the compiler's options for a loop that decodes.
+
+  XLA's GPU backend would join the kernels that multiply one input, and copy them to do so, at each
+  token.
+  """
+  return {"xla_gpu_dot_merger_threshold_mb": "0"} if _platform() == "gpu" else {}
+
+
+def groups_function() -> Callable[[Array, int], Array]:
+  """Returns `split_groups`, or `cpu_split_groups` if the platform is a CPU."""
+  return cpu_split_groups if _platform() == "cpu" else split_groups
 
 
 def delays_function() -> Callable[[Array, Array], list[Array]]:

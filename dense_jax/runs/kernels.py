@@ -1,5 +1,6 @@
 """Tries out the kernels that a run would choose by itself, on the device that it runs on."""
 
+import math
 import sys
 from typing import Any
 
@@ -39,8 +40,12 @@ def check_kernels(config: ModelConfig, *, strict: bool = False) -> bool:
   stack = abstract_model(config).stack
   # Mixers whose form of state has kernels have sizes.
   mixer: Any = [*stack.prefix_layers, *stack.scanned_layers][0].mixer
-  errors = kernel_errors(form, chosen, mixer.sizes, config.dtype)
   limit = LIMITS[config.dtype]
+  failure = ""
+  try:
+    errors = kernel_errors(form, chosen, mixer.sizes, config.dtype)
+  except Exception as error:  # A compiler that refuses a kernel may raise anything.
+    errors, failure = {"nothing, as they failed": math.inf}, f" ({type(error).__name__}: {error})"
   wrong = {name: error for name, error in errors.items() if not error <= limit}
   if not distributed.any_process(bool(wrong)):
     return True
@@ -49,7 +54,7 @@ def check_kernels(config: ModelConfig, *, strict: bool = False) -> bool:
   found = (
       f"the kernels ({chosen}) of {form} states do not compute what they should on {device} with "
       f"jax {jax.__version__}: off, relative to a limit of {limit:g}: "
-      f"{named or 'nothing here, but in another process'}"
+      f"{named or 'nothing here, but in another process'}{failure}"
   )
   if strict:
     raise InputError(

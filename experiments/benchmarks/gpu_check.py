@@ -132,7 +132,7 @@ def operation(name: str, *, toy: bool) -> dict[str, float]:
     return jax.random.normal(next(keys), shape, jnp.bfloat16)
 
   def ssd(k: Array, v: Array, q: Array, log_decay: Array) -> Array:
-    return matrix_form("auto", 0)(k, v, log_decay, segments, None).run(q)[0]
+    return matrix_form("auto", 0)(k, v, None, log_decay, segments, None).run(q)[0]
 
   def scan(x: Array, b: Array, c: Array, dt: Array) -> Array:
     a_NE = -jnp.broadcast_to(1.0 + jnp.arange(states)[:, None], (states, width))

@@ -31,7 +31,7 @@ AGREEMENT = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Rivals:
-  """What is compared with, and how it is run.
+  """The code to compare with, and the Python that runs it.
 
   Attributes:
     authors: the folder with the authors' modelling file; "" means that it is not compared with.

@@ -70,6 +70,7 @@ KERNEL_LENGTHS = {
     "mamba": (63,), "mamba2": (1, 257), "gau_retnet": (C - 1,), "transformer": (63,),
 }
 KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
+TPU_READS = ("linear", "concat", "attention")  # The GPU's kernels are not given all of them.
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {
     "documents": (True, True), "one-document": (False, False), "carried": (False, True),
@@ -138,8 +139,10 @@ def _forms(family, option, length, scene):
   """Returns the family's forms that differ in that scene, the reference last."""
   # cuDNN is on GPUs alone; tests/ops/attention tests what is asked of it.
   forms = [form for form in IMPLEMENTATIONS[REGISTRY[family].form] if form != "cudnn"]
-  if not _kernels_take_part(family, option, length, scene):
-    forms = [form for form in forms if form not in ("pallas", "triton")]
+  part = _kernels_take_part(family, option, length, scene)
+  kernels = {"pallas": part, "triton": part and option not in TPU_READS}
+  forms = [form for form in forms if kernels.get(form, True)]
+  forms.sort(key=lambda form: form in ("recurrent", "softmax"))
   if "conv" in forms:  # It takes chunks where rows hold documents or go on from a state.
     return ("conv", "recurrent") if scene == "one-document" else ("chunked", "recurrent")
   assert forms[-1] in ("recurrent", "softmax")

@@ -16,6 +16,7 @@ from dense_jax.models.params import (
     as_scanned,
     by_layer,
     count_params,
+    decoding_params,
     get_params,
     init_params,
     logical_axes,
@@ -228,3 +229,29 @@ def test_fresh_parameters_do_not_depend_on_how_layers_are_scanned(family):
   for name in kernels:
     other = re.sub(r"layers\.\d", "layers.0", name)
     assert name == other or not np.array_equal(apart[name], apart[other]), name
+
+
+@pytest.mark.parametrize("kind", [
+    ("mamba", {}), ("mamba2", {"depth": 2, "inject": "state"}), ("gau_retnet", {}),
+    ("gau_retnet", {"depth": 1, "inject": "inputs"}), ("retnet", {}), ("s4d", {}),
+    ("transformer", {}),
+], ids=str)
+def test_decoding_with_rounded_matrices_is_exactly_the_same(kind):
+  family, dense = kind
+  config = model_config(family, dtype="bfloat16", layers=3, **dense)
+  model = with_params(abstract_model(config), random_params(config))
+  rounded = decoding_params(model)
+  low = {name for name, leaf in rounded.items() if leaf.dtype == jnp.bfloat16}
+  assert "embedding" in low
+  assert len(low) > 3
+  assert not any(word in name for name in low for word in ("norm", "a_log", "bias", "conv"))
+
+  @fast_jit
+  def step(params):
+    bound = with_params(model, params)
+    state, logits = bound.step(bound.init_state(2), jnp.asarray([1, 2]))
+    return bound.step(state, jnp.argmax(logits, axis=-1)), logits
+
+  expected, actual = step(get_params(model)), step(rounded)
+  for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    assert np.array_equal(leaf, other)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dense_jax.ops.cpu import cpu_matmul
-from dense_jax.ops.matmul import matmul
+from dense_jax.ops.matmul import gpu_matmul, matmul
 from tests.builders import normal
 from tests.helpers import assert_trees_close
 
@@ -58,3 +58,12 @@ def test_a_policy_that_keeps_products_sees_them(product, dtype):
   without = products(loss)
   assert products(jax.checkpoint(loss, policy=policy)) == without
   assert products(jax.checkpoint(loss)) > without
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gpu_form_is_the_same_product(rows, dtype):
+  x, kernel = normal(0, rows, 5).astype(dtype), normal(1, 5, 4)
+  actual = gpu_matmul(x, kernel)
+  assert actual.dtype == x.dtype
+  assert_trees_close(actual.astype(jnp.float32), matmul(x, kernel).astype(jnp.float32), dtype)

@@ -9,21 +9,22 @@ import pytest
 from tests.helpers import ROOT, tpu_compiler_environment
 
 # Program of tpu_kernels.py -> GB of temporaries that it may need on any chip. With three
-# sources these are the states before chunks, 8.4 MB per source, and sums in float32; for matrix
-# states 34 MB per source of mamba2, and 151, 67 and 252 MB of the retentions (wide: its keys, of
-# size 320, are padded to 384). libtpu 0.0.50 copies more than 0.0.42: up to a fifth of these.
+# sources these are the states before chunks: 8.4 MB per source in float32 for selective states; for
+# matrix states, in bfloat16, 17 MB per source of mamba2, and 75, 34 and 126 MB of the retentions
+# (wide: its keys, of size 320, are padded to 384, and so are its values). libtpu 0.0.50 copies more
+# than 0.0.42: up to a fifth of these.
 TEMPORARIES = {
     "selective-recurrent": 0.20,
     "selective-associative": 0.25,
     "selective-1-forward": 0.01,
     "selective-1-gradient": 0.10,
     "selective-3-packed-gradient": 0.10,
-    "mamba2-1-forward": 0.06,
-    "mamba2-1-gradient": 0.12,
-    "mamba2-3-packed-gradient": 0.30,
-    "gau_retnet-3-packed-gradient": 0.80,
-    "retnet-3-packed-gradient": 0.42,
-    "wide-3-packed-gradient": 1.50,
+    "mamba2-1-forward": 0.01,
+    "mamba2-1-gradient": 0.03,
+    "mamba2-3-packed-gradient": 0.08,
+    "gau_retnet-3-packed-gradient": 0.48,
+    "retnet-3-packed-gradient": 0.17,
+    "wide-3-packed-gradient": 0.98,
 }
 
 

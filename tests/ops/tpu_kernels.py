@@ -21,8 +21,10 @@ from dense_jax.ops import resolver
 from dense_jax.ops.diagonal.kernel_inputs import Source
 from dense_jax.ops.diagonal.tpu import selective_finish
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matmul import matmul
 from dense_jax.ops.matrix.tpu import matrix_reads
 from dense_jax.ops.matrix.tpu_arrays import Matrix
+from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 
 # TPU -> its smallest topology.
@@ -36,7 +38,7 @@ def _shape(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _with_gradients(function: Callable[..., tuple[Array, ...]]) -> Callable[..., PyTree]:
+def _with_gradients(function: Callable[..., tuple[PyTree, ...]]) -> Callable[..., PyTree]:
   """Computes outputs and gradients of the first argument, for cotangents (the last argument)."""
 
   def run(inputs: PyTree, *others: PyTree) -> PyTree:
@@ -102,25 +104,42 @@ MATRIX = {
 
 
 def matrix(family: str, sources: int, *, packed: bool, gradient: bool) -> Program:
-  """One layer of a family and its sources, 2 x 2048 tokens; a retention's decay is constant."""
+  """One layer of a family and its sources, 2 x 2048 tokens, with what follows its reads."""
   batch, time, low = 2, 2048, jnp.bfloat16
   heads, groups, channels, size = MATRIX[family]
+  width, selective = heads * channels, family == "mamba2"
+  tokens = _shape(batch, time, width, dtype=low)
   recurrences = tuple(
       Matrix(
           q_BTJN=_shape(batch, time, groups, size, dtype=low),
           k_BTJN=_shape(batch, time, groups, size, dtype=low),
-          v_BTHP=_shape(batch, time, heads, channels, dtype=low),
-          log_decay_BTH=_shape(batch if family == "mamba2" else 1, time, heads),
-          gate_BTHP=_shape(batch, time, heads, channels) if index else None,
-          initial_BHPN=_shape(batch, heads, channels, size),
+          v_BTE=tokens,
+          scale_BTH=_shape(batch, time, heads) if selective else None,
+          # A retention's decay is constant.
+          log_decay_BTH=_shape(batch if selective else 1, time, heads),
+          gate=LowRankGate(
+              _shape(batch, time, 48, dtype=low), _shape(48, width), matmul
+          ) if index else None,
+          initial_BHPN=None if index else _shape(batch, heads, channels, size),
       )
       for index in range(sources)
   )
+  skip, z = (_shape(heads), tokens) if selective else (None, None)
+  epilogue = Epilogue(skip, None, z, dtype=jnp.dtype(low), moments=True)
   resets = _shape(batch, time, dtype=jnp.bool_) if packed else None
+
+  def reads(
+      inputs: tuple[tuple[Matrix, ...], Epilogue], resets: Array | None
+  ) -> tuple[PyTree, ...]:
+    output, final = matrix_reads(inputs[0], resets, inputs[1])
+    return output.y, output.moments, final
+
   if not gradient:
-    return matrix_reads, (recurrences, resets)
-  cotangents = _shape(batch, time, heads, channels), _shape(batch, heads, channels, size)
-  return _with_gradients(matrix_reads), (recurrences, resets, cotangents)
+    return reads, ((recurrences, epilogue), resets)
+  cotangents = (
+      tokens, _shape(batch, time, heads, 2), _shape(batch, heads, channels, size)
+  )
+  return _with_gradients(reads), ((recurrences, epilogue), resets, cotangents)
 
 
 PROGRAMS: dict[str, Program] = {

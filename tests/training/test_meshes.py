@@ -113,6 +113,7 @@ def test_a_mesh_of_eight_devices_changes_nothing(family, shape):
 @pytest.mark.parametrize(("mesh", "implementation"), [
     (MeshConfig(slices=2, data=2, fsdp=2), "auto"),
     (MeshConfig(data=2, sequence=2, tensor=2), "pallas"),
+    (MeshConfig(data=2, sequence=2, tensor=2), "triton"),
 ])
 def test_slices_and_kernels_change_nothing(mesh, implementation):
   actual = after_a_step(config("mamba2", mesh, implementation=implementation))

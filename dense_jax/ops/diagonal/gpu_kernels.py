@@ -27,7 +27,7 @@ Ref: TypeAlias = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masks:
-  """The resets and padding of all sources, [B, T] in float32 each; None means all 1.
+  """The effect of tokens on all sources' states, [B, T] in float32 each; None means all 1.
 
   Attributes:
     keep: 1, or 0 where the state is cleared before the token.

@@ -34,7 +34,8 @@ class KernelDiagonal(KernelRecurrence, DiagonalSequence):
   ) -> tuple[Output, Array]:
     sources = [self._asked(query, None)]
     for read in reads:
-      sources.append(cast(KernelDiagonal, read.recurrence)._asked(read.query, gate_value(read.gate)))
+      other = cast(KernelDiagonal, read.recurrence)
+      sources.append(other._asked(read.query, gate_value(read.gate)))
     if epilogue.x is self.x_BTE:  # The kernel then reads one array once.
       epilogue = dataclasses.replace(epilogue, x=None)
     valid_BT = self.dt.valid_BT if isinstance(self.dt, StepSizes) else None

@@ -7,16 +7,15 @@ arXiv 2307.08621, section 2.3; heads that share keys, arXiv 2405.21060, section 
 difference is the memory: states stay in registers, and neither scores nor the reads of single
 sources nor the read before its epilogue are written to memory. Three kernels:
 
-| kernel                   | a program takes           | it reads             | it writes            |
-|--------------------------|---------------------------|----------------------|----------------------|
-| `forward_kernel`         | one row, a part of a head | all inputs           | result, with and     |
-|                          |                           |                      | without its gate z,  |
-|                          |                           |                      | states between chunks|
-| `states_backward_kernel` | the same, tiles reversed  | queries, gates, z,   | gradients of the sum |
-|                          |                           | result before z, its | of reads, of z and   |
-|                          |                           | gradient             | of states            |
-| `chunks_backward_kernel` | a tile, a group of heads, | one source, states,  | gradients of the     |
-|                          | one source                | these gradients      | source               |
+| kernel                   | a program takes           | it reads             | it writes          |
+|--------------------------|---------------------------|----------------------|--------------------|
+| `forward_kernel`         | one row, a part of a head | all inputs           | result, states,    |
+|                          |                           |                      | result before z    |
+| `states_backward_kernel` | the same, tiles reversed  | queries, gates, z,   | gradients of the   |
+|                          |                           | result before z, its | sum of reads, of z |
+|                          |                           | gradient             | and of states      |
+| `chunks_backward_kernel` | a tile, a group of heads, | one source, states,  | gradients of the   |
+|                          | one source                | these gradients      | source             |
 
 Why Triton, through Pallas. One kernel (a chunk's read) was written three ways. As Pallas-Triton it
 took 20 lines, 255 registers and 148 KB of shared memory with 8 warps, and uses Hopper's wgmma and
@@ -229,7 +228,9 @@ def _finish_backward(
       plan, streams, gates, epilogue.z, count_BT, open_BTE,
       (d_out_BTE, d_moments_BH2T, d_final_BHPN),
   )
-  d_streams, d_gates, d_epilogue = [], [[] for _ in gates], epilogue
+  d_streams: list[Stream] = []
+  d_gates: list[list[Array]] = [[] for _ in gates]
+  d_epilogue = epilogue
   for source, (stream, gate) in enumerate(zip(streams, plan.gates, strict=True)):
     own = None if source else dataclasses.replace(epilogue, z=None)
     d_stream, d_gate_BTE, d_x_BTE, sums, parts = call_chunks_backward(
@@ -237,12 +238,12 @@ def _finish_backward(
         (before[source], d_after[source]),
     )
     d_streams.append(_gradient(plan, stream, d_stream, sums, parts, d_initial[source]))
-    if gate is not None:
+    if gate is not None and d_gate_BTE is not None:
       d_gates[gate].append(d_gate_BTE)
     if not source:
       d_skip = None if parts.skip is None else jnp.sum(parts.skip, axis=(0, 1, 3))
       d_epilogue = dataclasses.replace(epilogue, skip=d_skip, x=d_x_BTE, z=d_z_BTE)
-  summed = tuple(sum(shares[1:], start=shares[0]) for shares in d_gates)
+  summed = tuple(functools.reduce(jnp.add, shares) for shares in d_gates)
   return tuple(d_streams), summed, d_epilogue, None
 
 

@@ -124,11 +124,13 @@ class _Program:
     """Returns a tile near the program's, or some tile if there is none."""
     return jnp.clip(self.tile + offset, 0, self.plan.chunks * self.plan.tiles - 1)
 
-  def keys(self) -> range:
+  @property
+  def earlier(self) -> range:
     """Offsets of tiles whose keys the program's queries may see."""
     return range(0, -self.plan.tiles, -1)
 
-  def queries(self) -> range:
+  @property
+  def later(self) -> range:
     """Offsets of tiles whose queries may see the program's keys."""
     return range(self.plan.tiles)
 
@@ -174,15 +176,14 @@ class _Program:
 
   def zeros_scores(self) -> tuple[Array, ...]:
     size = self.plan.tile
-    return tuple(jnp.zeros((size, size), jnp.float32) for _ in self.keys())
+    return tuple(jnp.zeros((size, size), jnp.float32) for _ in self.earlier)
 
 
 def _itself(plan: Plan) -> Array:
   """Returns a bool mask [Q, S], true where a query's token is the key's."""
   size = (plan.tile, plan.tile)
-  return jax.lax.broadcasted_iota(jnp.int32, size, 0) == jax.lax.broadcasted_iota(
-      jnp.int32, size, 1
-  )
+  q_QS, s_QS = (jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(2))
+  return q_QS == s_QS
 
 
 def _weights(plan: Plan, scores_QS: Array, decay_QS: Array, offset: int) -> Array:
@@ -244,19 +245,17 @@ def chunks_backward_kernel(
   _whole_chunk(program, before_GHNP, d_after_GHNP, parts.whole)
 
 
-def _reads(
-    program: _Program, before_GHNP: PyTree, d_gate_TU: PyTree, sums_HAT: PyTree
-) -> None:
+def _reads(program: _Program, before_GHNP: PyTree, d_gate_TU: PyTree, sums_HAT: PyTree) -> None:
   """Computes the reads again, and the gradient of the gate."""
   plan, tile, rows = program.plan, program.tile, program.rows
-  scores = [program.scores(tile, program.at(offset)) for offset in program.keys()]
+  scores = [program.scores(tile, program.at(offset)) for offset in program.earlier]
   own_T1 = _own_score(plan, scores[0])[:, None]
 
   def body(part: _Part, carry: PyTree) -> PyTree:
     decays = program.decays(part)
     q, h = plan.load(program.stream.q_BTK, rows), part.state(before_GHNP, program.chunk)
     read_TX = decays.since(program.first, rows)[:, None] * plan.summed_dot(q, h, (1, 0))
-    for offset, scores_QS in zip(program.keys(), scores, strict=True):
+    for offset, scores_QS in zip(program.earlier, scores, strict=True):
       decay_QS = decays.between(tile, tile + offset, same=not offset)
       weights_QS = _weights(plan, scores_QS, decay_QS, offset)
       read_TX += plan.dot(weights_QS, program.values(part, program.at(offset)), (1, 0))
@@ -282,7 +281,7 @@ def _queries(program: _Program, before_GHNP: PyTree, d_q_TN: PyTree) -> None:
         d_QS + decays.between(tile, tile + offset, same=not offset) * plan.dot(
             d_read_TX, program.values(part, program.at(offset)), (1, 1)
         )
-        for d_QS, offset in zip(d_scores, program.keys(), strict=True)
+        for d_QS, offset in zip(d_scores, program.earlier, strict=True)
     )
     from_start_T = decays.since(program.first, rows)
     d_carried_TX = from_start_T[:, None] * d_read_TX.astype(jnp.float32)
@@ -293,7 +292,7 @@ def _queries(program: _Program, before_GHNP: PyTree, d_q_TN: PyTree) -> None:
     return d_scores, d_q
 
   d_scores, d_q = program.each_part(body, (program.zeros_scores(), program.zeros_keys()))
-  for offset, d_QS in zip(program.keys(), d_scores, strict=True):
+  for offset, d_QS in zip(program.earlier, d_scores, strict=True):
     k = plan.load(program.stream.k_BTK, plan.rows(program.at(offset)))
     d_q = tuple(d_TN + plan.dot(d_QS, k_TN, (1, 0)) for d_TN, k_TN in zip(d_q, k, strict=True))
   for start, d_TN in zip(plan.pieces, d_q, strict=True):
@@ -311,7 +310,7 @@ def _keys(program: _Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
         d_QS + decays.between(tile + offset, tile, same=not offset) * plan.dot(
             program.d_read(part, program.at(offset)), v_TX, (1, 1)
         )
-        for d_QS, offset in zip(d_scores, program.queries(), strict=True)
+        for d_QS, offset in zip(d_scores, program.later, strict=True)
     )
     kept_TX = decays.to(program.last, rows)[:, None] * v_TX.astype(jnp.float32)
     dh = part.state(d_after_GHNP, program.chunk)
@@ -321,7 +320,7 @@ def _keys(program: _Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
     return d_scores, d_k
 
   d_scores, d_k = program.each_part(body, (program.zeros_scores(), program.zeros_keys()))
-  for offset, d_QS in zip(program.queries(), d_scores, strict=True):
+  for offset, d_QS in zip(program.later, d_scores, strict=True):
     q = plan.load(program.stream.q_BTK, plan.rows(program.at(offset)))
     d_k = tuple(d_TN + plan.dot(d_QS, q_TN, (0, 0)) for d_TN, q_TN in zip(d_k, q, strict=True))
   for start, d_TN in zip(plan.pieces, d_k, strict=True):
@@ -343,7 +342,7 @@ def _values(
   is_last_T1 = (
       tile * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) == last
   )
-  scores = [program.scores(program.at(offset), tile) for offset in program.queries()]
+  scores = [program.scores(program.at(offset), tile) for offset in program.later]
   own_T1 = _own_score(plan, scores[0])[:, None]
 
   def body(part: _Part, carry: PyTree) -> PyTree:
@@ -353,7 +352,7 @@ def _values(
     v_TX = program.values(part, tile).astype(jnp.float32)
     d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
     parts.last[part.index] = jnp.sum(v_TX * d_v_TX)
-    for offset, scores_QS in zip(program.queries(), scores, strict=True):
+    for offset, scores_QS in zip(program.later, scores, strict=True):
       decay_QS = decays.between(tile + offset, tile, same=not offset)
       weights_QS = _weights(plan, scores_QS, decay_QS, offset)
       d_v_TX += plan.dot(weights_QS, program.d_read(part, program.at(offset)), (0, 0))

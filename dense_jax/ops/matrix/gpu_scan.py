@@ -66,8 +66,8 @@ def forward_kernel(
       weights_QS = plan.summed_dot(q, k, (1, 1)) * decay.between(tile, tile, same=True)
       read_TX = decay.since(first, rows)[:, None] * plan.summed_dot(q, h, (1, 0))
       read_TX += plan.dot(weights_QS, v_TX, (1, 0))
-      if plan.gates[index] is not None:
-        read_TX *= gates[plan.gates[index]][rows, :].astype(jnp.float32)
+      if (gate := plan.gates[index]) is not None:
+        read_TX *= gates[gate][rows, :].astype(jnp.float32)
       y_TX += read_TX
       kept_TX = decay.to(last, rows)[:, None] * v_TX.astype(jnp.float32)
       whole = decay.since(first, last)
@@ -163,8 +163,8 @@ def states_backward_kernel(
     before = []
     for source, (stream, decay, dh) in enumerate(zip(streams, decays, states, strict=True)):
       d_read_TX = d_TX
-      if plan.gates[source] is not None:
-        d_read_TX = d_TX * gates[plan.gates[source]][rows, :].astype(jnp.float32)
+      if (gate := plan.gates[source]) is not None:
+        d_read_TX = d_TX * gates[gate][rows, :].astype(jnp.float32)
       d_carried_TX = decay.since(first, rows)[:, None] * d_read_TX
       whole = decay.since(first, last)
       q = plan.load(stream.q_BTK, rows)

@@ -1,4 +1,4 @@
-"""What the GPU kernels of matrix states share: sizes, arrays, loads and the decays of tiles.
+"""The parts that GPU kernels of matrix states share: sizes, arrays, loads, decays of tiles.
 
 A kernel sees a row's time axis as tiles of `tile` tokens, on which its matmuls work, and as chunks
 of `chunk` tokens, a multiple of it, between which states are kept in memory. States are stored and
@@ -12,6 +12,7 @@ keys; [H, A] the heads and their parts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -129,7 +130,8 @@ class Plan:
       self, left: Sequence[Array], right: Sequence[Array], axes: tuple[int, int]
   ) -> Array:
     """Sums the products of two lists of arrays, as of the pieces of N."""
-    return sum(self.dot(one, other, axes) for one, other in zip(left, right, strict=True))
+    products = (self.dot(one, other, axes) for one, other in zip(left, right, strict=True))
+    return functools.reduce(jnp.add, products)
 
   def load(self, x_TN: PyTree, rows: PyTree) -> list[Array]:
     """Loads all pieces of keys or queries."""

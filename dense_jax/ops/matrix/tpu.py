@@ -335,8 +335,10 @@ def _reads_forward(
       lambda leaf: leaf.value, (streams, finish, count_BG1C),
       is_leaf=lambda leaf: hasattr(leaf, "perturbed"),
   )
-  *outputs, before = _forward(plan, streams, finish, count_BG1C, save=True)
-  return tuple(outputs), (streams, finish, count_BG1C, before)
+  y_BTE, moments_BHG2C, final_BEN, before = _forward(
+      plan, streams, finish, count_BG1C, save=True
+  )
+  return (y_BTE, moments_BHG2C, final_BEN), (streams, finish, count_BG1C, before)
 
 
 def _reads_backward(

@@ -306,7 +306,8 @@ def backward_kernel(
   x_CX = sources[0].tokens.raw_CX if finish.x_BTE is None else finish.x_BTE[...]
   epilogue = _Finish(blocks, finish, x_CX, dy_CX, d_moments_U2C, d_finish)
   for head in range(blocks.heads):
-    d_CP, d_x_CP = epilogue.pull_back(sum(source.read(head) for source in sources), head)
+    own_CP, *others = [source.read(head) for source in sources]
+    d_CP, d_x_CP = epilogue.pull_back(sum(others, start=own_CP), head)
     for index, source in enumerate(sources):
       source.pull_back(d_CP, None if index else d_x_CP, head)
   for source in sources:

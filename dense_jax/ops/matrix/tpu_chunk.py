@@ -1,4 +1,4 @@
-"""What the TPU kernels of matrix states share: their arguments, and a source's chunk of tokens.
+"""The parts that the TPU kernels of matrix states share: arguments, and a source's chunk of tokens.
 
 Arguments of type PyTree, Stream or Finish are references to a program's own blocks of the arrays.
 References named _BEN are to states of the whole batch: those stay in HBM and are copied when
@@ -140,8 +140,8 @@ class Place:
   begins_head: Array
   is_first_chunk: Array
   is_last_chunk: Array
-  set_rows: pl.Slice
-  all_rows: pl.Slice
+  set_rows: pl.Slice | slice
+  all_rows: pl.Slice | slice
 
   @classmethod
   def here(cls, blocks: Blocks) -> "Place":

@@ -79,10 +79,11 @@ def forward_kernel(
       Tokens(blocks, place, source, count_1C, scores_CC)
       for source, scores_CC in zip(streams, scores, strict=True)
   ]
-  out_CX = sum(
+  own_CX, *others = [
       _source(blocks, place, source, tokens, before_XN, h)
       for source, tokens, before_XN, h in zip(streams, chunks, before, states, strict=True)
-  )
+  ]
+  out_CX = sum(others, start=own_CX)
   if finish.skip_1E is not None:
     x_CX = chunks[0].raw_CX if finish.x_BTE is None else finish.x_BTE[...]
     out_CX += finish.skip_1E[...] * x_CX.astype(jnp.float32)

@@ -33,13 +33,13 @@ class KernelMatrix(KernelRecurrence, MatrixSequence):
     sources = [self._asked(query, None)]
     for read in reads:
       sources.append(cast(KernelMatrix, read.recurrence)._asked(read.query, read.gate))
-    flat = {
-        name: None if x is None else x.reshape(self.v_BTE.shape)
-        for name, x in (("x", epilogue.x), ("z", epilogue.z))
-    }
-    if epilogue.x is self.v_BTE:  # The kernel need not read them twice.
-      flat["x"] = None
-    epilogue = dataclasses.replace(epilogue, **flat)
+    x, z = (
+        None if x is None else x.reshape(self.v_BTE.shape) for x in (epilogue.x, epilogue.z)
+    )
+    # If x is the values themselves, the kernel need not read them twice.
+    epilogue = dataclasses.replace(
+        epilogue, x=None if epilogue.x is self.v_BTE else x, z=z
+    )
     heads = partition.by_row(None, WIDTH_AXIS)
     moments = partition.by_row(None, WIDTH_AXIS, None) if epilogue.moments else None
     output, final_BHPN = partition.over_mesh(

@@ -25,7 +25,9 @@ ROW = [3, *[7] * 9]
 # (length, with documents); without documents, only the masks differ.
 CASES = [(time, True) for time in sorted({1, 2, C - 1, C, C + 1, 29})]
 CASES += [(time, False) for time in (C, 29)]
-IMPLEMENTATIONS = ["chunked", "associative", "recurrent"]
+# A CPU has a form of its own of "chunked".
+ELSEWHERE = "chunked, elsewhere"
+IMPLEMENTATIONS = ["chunked", ELSEWHERE, "associative", "recurrent"]
 
 
 def _inputs(time, initial=True, rows=B, groups=H):
@@ -39,7 +41,9 @@ def _inputs(time, initial=True, rows=B, groups=H):
 
 
 def _fast(inputs, segments, implementation, chunk=C):
-  form = resolver.matrix_form(implementation, chunk)
+  platform = "tpu" if implementation == ELSEWHERE else "cpu"
+  with resolver.compiling_for(platform):
+    form = resolver.matrix_form(implementation.removesuffix(", elsewhere"), chunk)
   states = form(
       inputs["k"], inputs["v"], inputs.get("scale"), inputs["log_decay"], segments,
       inputs["initial"],
