@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from dense_jax.types import Array, PyTree
 
 Bank = tuple[Shared, ...]
 """The values that the last m layers share, nearest first."""
+
+# The most multiplications a number of a matmul whose result remat="minimal" computes again.
+LOW_RANK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +128,8 @@ class Stack(nnx.Module):
   |---------|------------------------------------|---------------------------|------------------|
   | none    | all intermediate values            | nothing                   | memory           |
   | minimal | per super-block: x, m times s, and | elementwise operations of | the elementwise  |
-  |         | the results of its matmuls         | a super-block             | part of a pass   |
+  |         | the results of its matmuls, but    | a super-block, low-rank   | part of a pass   |
+  |         | low-rank ones                      | matmuls                   |                  |
   | reads   | per layer: x and s                 | one layer at a time       | one forward pass |
   | full    | per super-block: x and m times s;  | a super-block, and in it  | two forward      |
   |         | in one super-block at a time: as   | one layer at a time       | passes           |
@@ -298,8 +303,7 @@ class Stack(nnx.Module):
   @property
   def _policy(self) -> Callable[..., bool] | None:
     """The policy of `jax.checkpoint`; None means that it keeps nothing but its arguments."""
-    policies = jax.checkpoint_policies
-    return policies.dots_with_no_batch_dims_saveable if self.remat == "minimal" else None
+    return wide_products if self.remat == "minimal" else None
 
   def _by_layer(self, prefix: Sequence[_After], scanned: Sequence[_After]) -> list[Aux]:
     """Returns the metrics of each layer, in order."""
@@ -320,6 +324,20 @@ class Stack(nnx.Module):
     return StackState(
         tuple(layer.mixer.init_state(batch) for layer in self.prefix_layers), stacked
     )
+
+
+def wide_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+  """Returns whether a checkpoint keeps an operation's result: that of a matmul, but a low-rank one.
+
+  For at most LOW_RANK multiplications a number, as in maps to gates and step sizes, computing it
+  again costs less than moving it to memory and back.
+  """
+  if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+      primitive, *arguments, **parameters
+  ):
+    return False
+  (contracted, _), _ = parameters["dimension_numbers"]
+  return math.prod(arguments[0].shape[axis] for axis in contracted) > LOW_RANK
 
 
 def _run_layer(

@@ -58,13 +58,13 @@ INTERPRETED = " (interpreted)"
 
 # Form of state -> implementation -> its class. "auto" chooses kernels by `KERNELS` only.
 _DIAGONAL: Mapping[str, type[DiagonalSequence]] = {
-    "associative": AssociativeDiagonal, "pallas": TpuDiagonal, "recurrent": RecurrentDiagonal,
-    "triton": GpuDiagonal, "pallas" + INTERPRETED: InterpretedTpuDiagonal,
+    "associative": AssociativeDiagonal, "pallas": TpuDiagonal, "triton": GpuDiagonal,
+    "recurrent": RecurrentDiagonal, "pallas" + INTERPRETED: InterpretedTpuDiagonal,
     "triton" + INTERPRETED: InterpretedGpuDiagonal,
 }
 _MATRIX: Mapping[str, type[MatrixSequence]] = {
     "chunked": ChunkedMatrix, "associative": AssociativeMatrix, "pallas": KernelMatrix,
-    "recurrent": RecurrentMatrix, "triton": GpuMatrix, "pallas" + INTERPRETED: InterpretedMatrix,
+    "triton": GpuMatrix, "recurrent": RecurrentMatrix, "pallas" + INTERPRETED: InterpretedMatrix,
     "triton" + INTERPRETED: InterpretedGpuMatrix,
 }
 _LTI: Mapping[str, type[LtiSequence]] = {

@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dense_jax.layers.stack import LayerPlan, StackState, plan_layers
+from dense_jax.layers.stack import (
+  LOW_RANK,
+  LayerPlan,
+  StackState,
+  plan_layers,
+  wide_products,
+)
 from dense_jax.models.language_model import ModelState
 from dense_jax.models.params import abstract_model, get_params, unrolled, with_params
 from tests.builders import (
@@ -193,6 +199,20 @@ def test_remat_saves_memory():
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert temporary("full") < 0.6 * temporary("none")
+
+
+@pytest.mark.parametrize("rank", [LOW_RANK, LOW_RANK + 1])
+def test_low_rank_products_are_computed_again(rank):
+  x, kernel = jnp.ones((3, rank)), jnp.ones((rank, 5))
+
+  def loss(kernel):
+    return jnp.sum(jnp.sin(jnp.sin(x @ kernel)))
+
+  def products(loss):
+    return str(jax.make_jaxpr(jax.grad(loss))(kernel)).count("dot_general[")
+
+  again = products(jax.checkpoint(loss, policy=wide_products)) - products(loss)
+  assert again == (rank <= LOW_RANK)
 
 
 def test_fewer_layers_than_a_block_have_no_scan():

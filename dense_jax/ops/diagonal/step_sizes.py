@@ -34,9 +34,7 @@ class StepSizes:
 
   def before_softplus(self) -> Array:
     """Computes low W, [B, T, E] (in decoding [B, E]), in the dtype of `low`; without the bias."""
-    # A backward pass that keeps the results of matmuls computes this one again: R multiplications
-    # a number cost less than moving it to memory and back.
-    return jax.checkpoint(self.matmul)(self.low_BTR, self.kernel_RE)
+    return self.matmul(self.low_BTR, self.kernel_RE)
 
   def dt(self) -> Array:
     """Computes dt_BTE (in decoding dt_BE), float32."""
