@@ -215,7 +215,7 @@ def test_another_model_other_data_or_changed_text_is_refused(text, tmp_path):
         ("--config.model.family=mamab", "did you mean mamba?"),
         ("--config.mesh.tensor=3", "config.mesh"),
         ("--config.data.path=/does/not/exist", "config.data.path"),
-        ("--config.model.implementation=chunked", "one of associative, pallas, recurrent"),
+        ("--config.model.implementation=chunked", "one of associative, pallas, triton, recurrent"),
     ],
 )
 def test_bad_input_is_named_and_writes_nothing(text, tmp_path, argument, message):
