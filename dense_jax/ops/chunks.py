@@ -10,6 +10,11 @@ def chunk_length(chunk: int, default: int, time: int) -> int:
   return min(chunk or default, time)
 
 
+def round_up(size: int, multiple: int) -> int:
+  """Returns the least multiple that is at least `size`."""
+  return -(-size // multiple) * multiple
+
+
 def pad_time(x_BT: Array, chunk: int) -> Array:
   """Pads axis 1 at its end with zeros (false) up to a multiple of `chunk`."""
   extra = -x_BT.shape[1] % chunk

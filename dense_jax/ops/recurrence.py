@@ -12,7 +12,7 @@ the size of the layer's output, [..., E] or [..., H, P]. Leading axes are [B, T]
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -103,22 +103,7 @@ class TokenRecurrence(Recurrence, Protocol):
     """Returns the recurrence whose state is the sum of its own and h, N last."""
 
 
-class FinishedRecurrence:
-  """The base class of recurrences whose read is in memory before the epilogue begins."""
-
-  def run(self, query: Array, reads: Sequence["Read"] = ()) -> tuple[Array, Array]:
-    """See `Recurrence`."""
-    raise NotImplementedError
-
-  def finish(
-      self, query: Array, reads: Sequence["Read"], epilogue: Epilogue
-  ) -> tuple[Output, Array]:
-    """See `Recurrence`."""
-    y, final = self.run(query, reads)
-    return epilogue(y), final
-
-
-class ScannedRecurrence(FinishedRecurrence):
+class ScannedRecurrence:
   """The base class of recurrences that compute a read and the last state together."""
 
   def _scan(self, query: Array) -> tuple[Array, Array]:
@@ -129,6 +114,13 @@ class ScannedRecurrence(FinishedRecurrence):
     """See `Recurrence`; adds the reads one after the other."""
     y, final = self._scan(query)
     return add_reads(y, reads), final
+
+  def finish(
+      self, query: Array, reads: Sequence["Read"], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
+    """See `Recurrence`; the read is in memory before the epilogue begins."""
+    y, final = self.run(query, reads)
+    return epilogue(y), final
 
   def read(self, query: Array) -> Array:
     """See `Recurrence`."""
@@ -192,6 +184,10 @@ ReadGate = Array | LowRankGate | None
 """The factor of a read; None means 1."""
 
 
+@overload
+def gate_value(gate: Array | LowRankGate) -> Array: ...
+@overload
+def gate_value(gate: ReadGate) -> Array | None: ...
 def gate_value(gate: ReadGate) -> Array | None:
   """Returns a gate as an array; None means 1."""
   return gate.value() if isinstance(gate, LowRankGate) else gate

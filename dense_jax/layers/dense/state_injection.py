@@ -13,7 +13,7 @@ from dense_jax.layers.dense.fusion import FUSIONS
 from dense_jax.layers.dense.transition import ReadShape, Transition
 from dense_jax.layers.metrics import record_ratio, record_rms, record_spread
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.recurrence import LowRankGate, Read, Recurrence
+from dense_jax.ops.recurrence import Read, Recurrence, gate_value
 from dense_jax.types import Array
 
 
@@ -57,15 +57,11 @@ class StateInjection(NoConnection):
     return output, final, states
 
 
-def _array(gate: Array | LowRankGate) -> Array:
-  return gate.value() if isinstance(gate, LowRankGate) else gate
-
-
 def _record(states: Recurrence, own_query: Array, reads: Sequence[Read]) -> None:
   """Records the RMS of the own read and, for each source, of its gated read, and its gate."""
   own = record_rms("own_read_rms", lambda: states.read(own_query))
   for number, read in enumerate(reads, 1):
     if read.gate is not None:
-      record_spread(f"gate_{number}", functools.partial(_array, read.gate))
+      record_spread(f"gate_{number}", functools.partial(gate_value, read.gate))
     source = record_rms(f"source_{number}_read_rms", read.value)
     record_ratio(f"source_{number}_ratio", source, own)

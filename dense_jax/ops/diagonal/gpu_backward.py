@@ -21,11 +21,11 @@ from dense_jax.ops.diagonal.gpu_kernels import (
     load_token,
     loop,
     row,
-    silu,
     whole,
 )
 from dense_jax.ops.diagonal.kernel_inputs import Source
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.triton_functions import silu
 from dense_jax.types import Array
 
 # Tokens of a group, whose states and decays stay in registers.

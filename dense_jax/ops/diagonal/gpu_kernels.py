@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dense_jax.ops.diagonal.kernel_inputs import Source
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.triton_functions import sigmoid, silu, softplus
 from dense_jax.types import Array
 
 # Tokens whose loads are issued together, before the state that waits for them: a load from main
@@ -60,21 +61,6 @@ class Token(NamedTuple):
 def row(ref: Ref, token: Array) -> Array:
   """Loads one token, float32."""
   return ref[token, :].astype(jnp.float32)
-
-
-def sigmoid(x: Array) -> Array:
-  """Computes it by operations that Triton has."""
-  return 1 / (1 + jnp.exp(-x))
-
-
-def silu(x: Array) -> Array:
-  """Computes x sigmoid(x)."""
-  return x * sigmoid(x)
-
-
-def softplus(x: Array) -> Array:
-  """Computes log(1 + exp(x)), which does not overflow."""
-  return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
 def load_token(source: Source, masks: Masks, bias_E: Array | None, token: Array) -> Token:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops.chunks import chunk_length, split_time
-from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay
+from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay, weight
 from dense_jax.types import Array
 
 # Tokens per chunk. Work inside chunks grows with C, the number of kept states with 1 / C.
@@ -32,13 +32,6 @@ def _cumulative(
   if resets_BT is None:
     return sum_BGCH, None
   return sum_BGCH, jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.int32)
-
-
-def _weight(mask: Array | None, log_weight: Array) -> Array:
-  """exp(log_weight) where `mask` is true, else 0, without overflow or gradient there."""
-  if mask is None:
-    return jnp.exp(log_weight)
-  return jnp.exp(jnp.where(mask, log_weight, -jnp.inf))
 
 
 def _by_group(x: Array, groups: int, axis: int) -> Array:
@@ -95,8 +88,8 @@ def chunk_states(
   # The last token's weight is 1, a constant. Computed as exp(A_C - A_C), it would have a gradient
   # of two halves that cancel up to rounding, which may far exceed the gradients of strong decays.
   to_end_BGCH = jnp.pad(last_BGCH.since(sum_BGCH[:, :, :-1]), ((0, 0), (0, 0), (0, 1), (0, 0)))
-  to_end_BGCH = _weight(same_document, to_end_BGCH)
-  decay_BGH = _weight(carried, last_BGCH.total()[:, :, 0])
+  to_end_BGCH = weight(same_document, to_end_BGCH)
+  decay_BGH = weight(carried, last_BGCH.total()[:, :, 0])
   decay_BGH = jnp.broadcast_to(decay_BGH, (batch, *decay_BGH.shape[1:]))
   weighted_BGCHP = (v_BGCHP * to_end_BGCH[..., None]).astype(v_BTHP.dtype)
   # j: a group of heads, r: a head within it.
@@ -163,7 +156,7 @@ def chunk_read(
   sum_BGHC = jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), sum_BGCH)
   log_weight_BGHCC = sum_BGHC[..., :, None].since(sum_BGHC[..., None, :])
   # A token's weight for itself is the constant 1 too.
-  decay_BGHCC = _weight(earlier, log_weight_BGHCC) + jnp.eye(chunk)[None, None, None]
+  decay_BGHCC = weight(earlier, log_weight_BGHCC) + jnp.eye(chunk)[None, None, None]
   scores_BGJCC = jnp.einsum(
       "bgcjn,bgsjn->bgjcs", q_BGCJN, k_BGCJN, preferred_element_type=jnp.float32
   )
@@ -174,7 +167,7 @@ def chunk_read(
       _by_group(v_BGCHP, groups, 3),
       preferred_element_type=jnp.float32,
   )
-  from_start_BGCH = _weight(carried, sum_BGCH.total())
+  from_start_BGCH = weight(carried, sum_BGCH.total())
   y = y + _by_group(from_start_BGCH, groups, 3)[..., None] * jnp.einsum(
       "bgcjn,bgjrpn->bgcjrp",
       q_BGCJN,

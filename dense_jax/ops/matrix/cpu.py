@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops.chunks import chunk_length
-from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay
+from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay, weight
 from dense_jax.ops.matrix.reference import matrix_step
 from dense_jax.ops.matrix.sequence import MatrixSequence
 from dense_jax.ops.token_scan import join_chunks, split_chunks
@@ -70,9 +70,6 @@ def _one_chunk(
     """Reshapes [C, B, H, P] to [B, J, C, R P]."""
     return x_CBHP.reshape(chunk, batch, groups, -1).transpose(1, 2, 0, 3)
 
-  def decay(mask: Array | None, log_decay: Array) -> Array:
-    return jnp.exp(log_decay if mask is None else jnp.where(mask, log_decay, -jnp.inf))
-
   earlier = jnp.tril(jnp.ones((chunk, chunk), bool), -1)[None, None]
   carried_BC1 = same_BC1 = None
   if resets_CB is not None:
@@ -84,23 +81,23 @@ def _one_chunk(
   q_BJCN, k_BJCN = by_group(q_CBJN), by_group(k_CBJN)
   sums_BHC = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), sums_BCH)
   # A token's weight for itself is the constant 1; see `chunk_states`.
-  decay_BHCC = decay(earlier, sums_BHC[:, :, :, None].since(sums_BHC[:, :, None])) + jnp.eye(chunk)[
-      None, None]
+  log_decay_BHCC = sums_BHC[:, :, :, None].since(sums_BHC[:, :, None])
+  decay_BHCC = weight(earlier, log_decay_BHCC) + jnp.eye(chunk)[None, None]
   scores_BJ1CC = matmul(q_BJCN, jnp.swapaxes(k_BJCN, 2, 3))[:, :, None]
   weights = scores_BJ1CC * decay_BHCC.reshape(-1, groups, shared, chunk, chunk)
   weights_BHCC = weights.reshape(batch, heads, chunk, chunk).astype(dtype)
   y_CBHP = matmul(weights_BHCC, v_CBHP.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3)
   before = matmul(q_BJCN, h_BJNE.astype(q_BJCN.dtype)).transpose(2, 0, 1, 3)
-  from_start_BCH = decay(carried_BC1, sums_BCH.total())
+  from_start_BCH = weight(carried_BC1, sums_BCH.total())
   y_CBHP = y_CBHP + before.reshape(y_CBHP.shape) * jnp.swapaxes(from_start_BCH, 0, 1)[..., None]
 
   last_B1H = sums_BCH[:, -1:]
   to_end_BCH = jnp.pad(last_B1H.since(sums_BCH[:, :-1]), ((0, 0), (0, 1), (0, 0)))
-  to_end_CBH = jnp.swapaxes(decay(same_BC1, to_end_BCH), 0, 1)
+  to_end_CBH = jnp.swapaxes(weight(same_BC1, to_end_BCH), 0, 1)
   added = matmul(
       jnp.swapaxes(k_BJCN, 2, 3), by_group((v_CBHP * to_end_CBH[..., None]).astype(dtype))
   )
-  keeps = decay(None if carried_BC1 is None else carried_BC1[:, -1], last_B1H.total()[:, 0])
+  keeps = weight(None if carried_BC1 is None else carried_BC1[:, -1], last_B1H.total()[:, 0])
   keeps = jnp.repeat(keeps.reshape(-1, groups, 1, shared), channels, axis=3)
   return keeps * h_BJNE + added, y_CBHP
 

@@ -36,7 +36,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops.chunks import pad_time
+from dense_jax.ops.chunks import pad_time, round_up
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.matrix.gpu_backward import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_calls import (
@@ -139,10 +139,6 @@ def matrix_finish(
   return Output(out_BTE, moments_BTH2), final_BHPN[:, :, :channels, :state_size]
 
 
-def _round_up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple
-
-
 def _plan(sources: Sequence[Source], epilogue: Epilogue, chunk: int, interpret: bool) -> Plan:
   own = sources[0]
   batch, time, groups, state_size = own.k_BTJN.shape
@@ -151,8 +147,8 @@ def _plan(sources: Sequence[Source], epilogue: Epilogue, chunk: int, interpret: 
   tile = TILE
   while tile > _LEAST and tile // 2 >= min(chunk, time):
     tile //= 2
-  chunk = min(_round_up(chunk, tile), _round_up(time, tile))
-  channels, state_size = _round_up(channels, _LEAST), _round_up(state_size, _LEAST)
+  chunk = min(round_up(chunk, tile), round_up(time, tile))
+  channels, state_size = round_up(channels, _LEAST), round_up(state_size, _LEAST)
   width = power_of_two(channels, 64)
   while width > _LEAST and len(sources) * state_size * width > _STATE_NUMBERS:
     width //= 2

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled, sigmoid
+from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled
+from dense_jax.ops.triton_functions import sigmoid
 from dense_jax.types import Array, PyTree
 
 States = tuple[tuple[Array, ...], ...]

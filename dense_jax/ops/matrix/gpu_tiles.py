@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dense_jax.ops.matrix.log_decay import LogDecay
+from dense_jax.ops.matrix.log_decay import LogDecay, weight
 from dense_jax.types import Array, PyTree
 
 
@@ -155,16 +155,6 @@ def div(left: Array, right: int) -> Array:
 def rem(left: Array, right: int) -> Array:
   """Returns the remainder of integers >= 0."""
   return jax.lax.rem(left, right)
-
-
-def weight(mask: Array | None, log_weight: Array) -> Array:
-  """exp(log_weight) where `mask` is true, else 0."""
-  return jnp.exp(log_weight if mask is None else jnp.where(mask, log_weight, -jnp.inf))
-
-
-def sigmoid(x: Array) -> Array:
-  """The logistic function, of operations that Triton has."""
-  return 1 / (1 + jnp.exp(-x))
 
 
 def scaled(plan: Plan, v_TX: Array, scale_T: Array | None) -> Array:

@@ -53,6 +53,11 @@ class LogDecay:
     return self.high + self.low
 
 
+def weight(mask: Array | None, log_weight: Array) -> Array:
+  """exp(log_weight) where `mask` is true, else 0, without overflow or gradient there."""
+  return jnp.exp(log_weight if mask is None else jnp.where(mask, log_weight, -jnp.inf))
+
+
 def summed_log_decay(log_decay_BTH: Array, chunk: int) -> LogDecay:
   """Sums log decays within each chunk.
 

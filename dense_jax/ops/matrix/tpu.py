@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dense_jax.ops.chunks import split_time
+from dense_jax.ops.chunks import round_up, split_time
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.kernel_cost import KernelCost
 from dense_jax.ops.matrix import tpu_arrays
@@ -40,7 +40,6 @@ from dense_jax.ops.matrix.tpu_plan import (
     Specs,
     choose_blocks,
     compute_dtype,
-    round_up,
 )
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from dense_jax.ops.matrix.log_decay import LogDecay
+from dense_jax.ops.matrix.log_decay import LogDecay, weight
 from dense_jax.types import Array, PyTree
 
 # Rows and columns of a float32 tile.
@@ -235,8 +235,8 @@ class Tokens:
     self._rows = [LogDecay(sum_U2C[head, 0:1], sum_U2C[head, 1:2]) for head in range(heads)]
     carried = None if count_1C is None else count_1C == 0
     kept = None if count_1C is None else count_1C == count_1C[:, chunk - 1 :]
-    from_start = [_weight(carried, rows.total()) for rows in self._rows]
-    to_end = [_weight(kept, rows[:, chunk - 1 :].since(rows)) for rows in self._rows]
+    from_start = [weight(carried, rows.total()) for rows in self._rows]
+    to_end = [weight(kept, rows[:, chunk - 1 :].since(rows)) for rows in self._rows]
     self.whole_11 = [weight_1C[:, chunk - 1 :] for weight_1C in from_start]
 
     scales = [] if scale_U1C is None else [scale_U1C[head] for head in range(heads)]
@@ -263,7 +263,7 @@ class Tokens:
 
   def within_CC(self, head: int) -> Array:
     """Returns the decay from the key's token (second axis) to the query's (first axis)."""
-    return _weight(self._sees, self._columns[head].since(self._rows[head]))
+    return weight(self._sees, self._columns[head].since(self._rows[head]))
 
   def itself_CC(self) -> Array:
     """Returns a bool mask, true where the query's token is the key's."""
@@ -277,11 +277,6 @@ class Tokens:
         for head, whole_11 in enumerate(self.whole_11)
     ]
     return (heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=0)) + added_XN
-
-
-def _weight(mask: Array | None, log_weight: Array) -> Array:
-  """exp(log_weight) where `mask` is true, else 0."""
-  return jnp.exp(log_weight if mask is None else jnp.where(mask, log_weight, -jnp.inf))
 
 
 def sigmoid_and_silu(z: Array) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from dense_jax.ops.chunks import round_up
 from dense_jax.ops.matrix.tpu_chunk import LANES, SUBLANES, Blocks, Finish, LowRank, Stream
 from dense_jax.types import Array, PyTree
 
@@ -16,11 +17,6 @@ DEFAULT_CHUNK = 128
 # compilers grant by default to what the compiler spills.
 VMEM_BYTES = 12 * 2**20
 CHUNK_MULTIPLE = 16  # Sublanes of a bfloat16 tile.
-
-
-def round_up(size: int, multiple: int) -> int:
-  """Returns the smallest multiple that is at least `size`."""
-  return -(-size // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True)
