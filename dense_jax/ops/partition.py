@@ -4,13 +4,15 @@ The compiler cannot partition a kernel by itself. Rows are independent of each o
 channels and heads, so a kernel needs no data from other devices.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
-from dense_jax.types import BATCH_AXES, WIDTH_AXIS
+from dense_jax.ops.epilogue import Epilogue
+from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array
 
 
 def split(*axes: str | tuple[str, ...] | None) -> Any:
@@ -21,6 +23,20 @@ def split(*axes: str | tuple[str, ...] | None) -> Any:
 def by_row(*rest: str | None) -> Any:
   """Returns the `PartitionSpec` of an array whose first axis is the batch."""
   return split(BATCH_AXES, *rest)
+
+
+def unless_none(x: Array | None, spec: Any) -> Any:
+  """Returns the spec of an array that may be None."""
+  return None if x is None else spec
+
+
+def of_epilogue(epilogue: Epilogue) -> Any:
+  """Returns an epilogue with specs for its arrays, which are split by channels."""
+  channels = by_row(None, WIDTH_AXIS)
+  return dataclasses.replace(
+      epilogue, skip=unless_none(epilogue.skip, split(WIDTH_AXIS)),
+      x=unless_none(epilogue.x, channels), z=unless_none(epilogue.z, channels),
+  )
 
 
 def over_mesh(

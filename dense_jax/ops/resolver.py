@@ -37,7 +37,12 @@ from dense_jax.ops.lti.sequence import ChunkedLti, ConvolvedLti, LtiSequence, Re
 from dense_jax.ops.matmul import gpu_matmul, matmul
 from dense_jax.ops.matrix.cpu import CpuChunkedMatrix, cpu_matrix_step
 from dense_jax.ops.matrix.form import MatrixForm
-from dense_jax.ops.matrix.gpu_sequence import GpuMatrix, InterpretedGpuMatrix
+from dense_jax.ops.matrix.kernel_sequence import (
+    GpuMatrix,
+    InterpretedGpuMatrix,
+    InterpretedTpuMatrix,
+    TpuMatrix,
+)
 from dense_jax.ops.matrix.reference import matrix_step
 from dense_jax.ops.matrix.sequence import (
     AssociativeMatrix,
@@ -45,7 +50,6 @@ from dense_jax.ops.matrix.sequence import (
     MatrixSequence,
     RecurrentMatrix,
 )
-from dense_jax.ops.matrix.tpu_sequence import InterpretedMatrix, KernelMatrix
 from dense_jax.ops.short_conv import delays_by_padding
 from dense_jax.types import Array
 
@@ -63,8 +67,9 @@ _DIAGONAL: Mapping[str, type[DiagonalSequence]] = {
     "triton" + INTERPRETED: InterpretedGpuDiagonal,
 }
 _MATRIX: Mapping[str, type[MatrixSequence]] = {
-    "chunked": ChunkedMatrix, "associative": AssociativeMatrix, "pallas": KernelMatrix,
-    "triton": GpuMatrix, "recurrent": RecurrentMatrix, "pallas" + INTERPRETED: InterpretedMatrix,
+    "chunked": ChunkedMatrix, "associative": AssociativeMatrix, "pallas": TpuMatrix,
+    "triton": GpuMatrix, "recurrent": RecurrentMatrix,
+    "pallas" + INTERPRETED: InterpretedTpuMatrix,
     "triton" + INTERPRETED: InterpretedGpuMatrix,
 }
 _LTI: Mapping[str, type[LtiSequence]] = {

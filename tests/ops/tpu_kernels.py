@@ -22,8 +22,8 @@ from dense_jax.ops.diagonal.kernel_inputs import Source
 from dense_jax.ops.diagonal.tpu import selective_finish
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matmul import matmul
-from dense_jax.ops.matrix.tpu import matrix_reads
-from dense_jax.ops.matrix.tpu_arrays import Matrix
+from dense_jax.ops.matrix import kernel_inputs
+from dense_jax.ops.matrix.tpu import matrix_finish
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 
@@ -110,36 +110,40 @@ def matrix(family: str, sources: int, *, packed: bool, gradient: bool) -> Progra
   width, selective = heads * channels, family == "mamba2"
   tokens = _shape(batch, time, width, dtype=low)
   recurrences = tuple(
-      Matrix(
+      kernel_inputs.Source(
           q_BTJN=_shape(batch, time, groups, size, dtype=low),
           k_BTJN=_shape(batch, time, groups, size, dtype=low),
           v_BTE=tokens,
           scale_BTH=_shape(batch, time, heads) if selective else None,
           # A retention's decay is constant.
           log_decay_BTH=_shape(batch if selective else 1, time, heads),
-          gate=LowRankGate(
-              _shape(batch, time, 48, dtype=low), _shape(48, width), matmul
-          ) if index else None,
           initial_BHPN=None if index else _shape(batch, heads, channels, size),
+          gate=index - 1 if index else None,
       )
       for index in range(sources)
+  )
+  gates = tuple(
+      LowRankGate(_shape(batch, time, 48, dtype=low), _shape(48, width), matmul)
+      for _ in range(1, sources)
   )
   skip, z = (_shape(heads), tokens) if selective else (None, None)
   epilogue = Epilogue(skip, None, z, dtype=jnp.dtype(low), moments=True)
   resets = _shape(batch, time, dtype=jnp.bool_) if packed else None
 
   def reads(
-      inputs: tuple[tuple[Matrix, ...], Epilogue], resets: Array | None
+      inputs: tuple[tuple[kernel_inputs.Source, ...], tuple[LowRankGate, ...], Epilogue],
+      resets: Array | None,
   ) -> tuple[PyTree, ...]:
-    output, final = matrix_reads(inputs[0], resets, inputs[1])
+    sources, gates, epilogue = inputs
+    output, final = matrix_finish(sources, gates, resets, epilogue)
     return output.y, output.moments, final
 
   if not gradient:
-    return reads, ((recurrences, epilogue), resets)
+    return reads, ((recurrences, gates, epilogue), resets)
   cotangents = (
       tokens, _shape(batch, time, heads, 2), _shape(batch, heads, channels, size)
   )
-  return _with_gradients(reads), ((recurrences, epilogue), resets, cotangents)
+  return _with_gradients(reads), ((recurrences, gates, epilogue), resets, cotangents)
 
 
 PROGRAMS: dict[str, Program] = {

@@ -42,7 +42,9 @@ class KernelDiagonal(KernelRecurrence, DiagonalSequence):
     channels, by_row = partition.by_row(None, WIDTH_AXIS), partition.by_row()
     y_BTE, final_BNE = partition.over_mesh(
         functools.partial(type(self).kernel, chunk=self.chunk, interpret=self.interpret),
-        lambda _: (list(map(_source_specs, sources)), _epilogue_specs(epilogue), by_row, by_row),
+        lambda _: (
+            list(map(_source_specs, sources)), partition.of_epilogue(epilogue), by_row, by_row
+        ),
         (channels, channels), sources, epilogue, self.resets_BT, valid_BT,
     )
     return Output(y_BTE, None), final_BNE
@@ -96,18 +98,7 @@ def _source_specs(source: Source) -> Any:
   """Returns the source with specs for its arrays."""
   channels, by_row = partition.by_row(None, WIDTH_AXIS), partition.by_row()
   return Source(
-      channels, None if source.bias_E is None else partition.split(WIDTH_AXIS),
+      channels, partition.unless_none(source.bias_E, partition.split(WIDTH_AXIS)),
       partition.split(None, WIDTH_AXIS), channels, by_row, by_row,
-      None if source.gate_BTE is None else channels, channels,
-  )
-
-
-def _epilogue_specs(epilogue: Epilogue) -> Any:
-  """Returns the epilogue with specs for its arrays."""
-  channels = partition.by_row(None, WIDTH_AXIS)
-  return dataclasses.replace(
-      epilogue,
-      skip=None if epilogue.skip is None else partition.split(WIDTH_AXIS),
-      x=None if epilogue.x is None else channels,
-      z=None if epilogue.z is None else channels,
+      partition.unless_none(source.gate_BTE, channels), channels,
   )

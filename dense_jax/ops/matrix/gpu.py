@@ -32,7 +32,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -45,6 +44,7 @@ from dense_jax.ops.matrix.gpu_calls import (
     call_states_backward,
 )
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
+from dense_jax.ops.matrix.kernel_inputs import Source
 from dense_jax.ops.matrix.log_decay import summed_log_decay
 from dense_jax.types import Array, PyTree
 
@@ -56,30 +56,6 @@ DEFAULT_CHUNK = 128
 _LEAST = 16
 # Most state numbers of one program of a scan: 64 registers of each of 256 threads.
 _STATE_NUMBERS = 64 * 256
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """One matrix-state recurrence, with the query of its read.
-
-  Attributes:
-    q_BTJN: queries, bfloat16 or float32; head h uses those of group h // (H / J).
-    k_BTJN: keys, zero at padding.
-    v_BTE: values.
-    scale_BTH: float32 factor of the values; None means 1.
-    log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
-    initial_BHPN: float32 state before the first token; None means zero.
-    gate: the index of the read's gate; None means 1.
-  """
-
-  q_BTJN: Array
-  k_BTJN: Array
-  v_BTE: Array
-  scale_BTH: Array | None
-  log_decay_BTH: Array
-  initial_BHPN: Array | None
-  gate: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def matrix_finish(
@@ -106,18 +82,11 @@ def matrix_finish(
   Returns:
     The result, its y [B, T, E], and final_BHPN, float32.
   """
-  batch, time, groups, state_size = sources[0].k_BTJN.shape
+  batch, time, _, state_size = sources[0].k_BTJN.shape
   heads = sources[0].log_decay_BTH.shape[2]
   channels = sources[0].v_BTE.shape[2] // heads
-  chex.assert_is_divisible(heads, groups)
   for source in sources:
-    chex.assert_shape([source.q_BTJN, source.k_BTJN], (batch, time, groups, state_size))
-    chex.assert_shape(source.v_BTE, (batch, time, heads * channels))
-    chex.assert_shape(source.log_decay_BTH, (None, time, heads))
-    chex.assert_type(source.log_decay_BTH, jnp.float32)
-    if source.initial_BHPN is not None:
-      chex.assert_shape(source.initial_BHPN, (batch, heads, channels, state_size))
-      chex.assert_type(source.initial_BHPN, jnp.float32)
+    source.check(sources[0])
   plan = _plan(sources, epilogue, chunk or DEFAULT_CHUNK, interpret)
   count_BT = None
   if resets_BT is not None:

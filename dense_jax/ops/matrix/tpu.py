@@ -29,7 +29,7 @@ from dense_jax.ops.chunks import round_up, split_time
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.kernel_cost import KernelCost
 from dense_jax.ops.matrix import tpu_arrays
-from dense_jax.ops.matrix.tpu_arrays import Matrix
+from dense_jax.ops.matrix.kernel_inputs import Source
 from dense_jax.ops.matrix.tpu_backward import Sums, backward_kernel
 from dense_jax.ops.matrix.tpu_chunk import LANES, SUBLANES, Blocks, Finish, LowRank, Stream
 from dense_jax.ops.matrix.tpu_forward import forward_kernel
@@ -45,8 +45,9 @@ from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 
 
-def matrix_reads(
-    sources: Sequence[Matrix],
+def matrix_finish(
+    sources: Sequence[Source],
+    gates: Sequence[Array | LowRankGate],
     resets_BT: Array | None,
     epilogue: Epilogue,
     *,
@@ -59,6 +60,7 @@ def matrix_reads(
 
   Args:
     sources: recurrences of equal shapes: the layer's own, then its shallow sources.
+    gates: gates of reads, [B, T, E] or low-rank; several sources may share one.
     resets_BT: bool, true where every state is cleared before the token; None means never.
     epilogue: what follows the reads, with arrays [B, T, E] and a skip of each head. With a skip,
       an x of None means the first source's values, without their scale.
@@ -72,18 +74,11 @@ def matrix_reads(
   batch, time, groups, state_size = first.k_BTJN.shape
   heads, width = first.log_decay_BTH.shape[2], first.v_BTE.shape[2]
   channels = width // heads
-  chex.assert_is_divisible(heads, groups)
   for source in sources:
-    chex.assert_shape([source.q_BTJN, source.k_BTJN], (batch, time, groups, state_size))
-    chex.assert_shape(source.v_BTE, (batch, time, width))
-    chex.assert_shape(source.log_decay_BTH, (None, time, heads))
-    for x, shape in (
-        (source.scale_BTH, (batch, time, heads)),
-        (None if isinstance(source.gate, LowRankGate) else source.gate, (batch, time, width)),
-        (source.initial_BHPN, (batch, heads, channels, state_size)),
-    ):
-      if x is not None:
-        chex.assert_shape(x, shape)
+    source.check(first)
+  for gate in gates:
+    if not isinstance(gate, LowRankGate):
+      chex.assert_shape(gate, (batch, time, width))
 
   # The heads of a group together must fill whole tiles of lanes: the larger the power of two that
   # divides their number, the less each is padded. With several groups, each group's keys must too.
@@ -100,7 +95,10 @@ def matrix_reads(
   if resets_BT is not None:
     # float32 is exact for these counts, and the kernel can transpose it.
     count_BG1C = jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.float32)[:, :, None]
-  streams = tuple(tpu_arrays.stream(plan, source) for source in sources)
+  streams = tuple(
+      tpu_arrays.stream(plan, source, None if source.gate is None else gates[source.gate])
+      for source in sources
+  )
   finish = tpu_arrays.finish(plan, epilogue)
   y_BTE, moments_BHG2C, final_BEN = _reads(plan, streams, finish, count_BG1C)
   if channels < plan.channels or y_BTE.shape[1] > time:
@@ -322,7 +320,7 @@ def _summed(stream: Stream, gradient: Stream) -> Stream:
 def _reads(
     plan: Plan, streams: tuple[Stream, ...], finish: Finish, count_BG1C: Array | None
 ) -> tuple[Array, Array | None, Array]:
-  """Computes `matrix_reads` of padded arrays."""
+  """Computes `matrix_finish` of padded arrays."""
   return _forward(plan, streams, finish, count_BG1C, save=False)[:3]
 
 

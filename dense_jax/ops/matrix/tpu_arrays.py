@@ -7,35 +7,12 @@ import jax.numpy as jnp
 
 from dense_jax.ops.chunks import pad_time, split_time
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matrix.kernel_inputs import Source
 from dense_jax.ops.matrix.log_decay import summed_log_decay
 from dense_jax.ops.matrix.tpu_chunk import Finish, LowRank, Stream
 from dense_jax.ops.matrix.tpu_plan import Plan
 from dense_jax.ops.recurrence import LowRankGate, ReadGate
 from dense_jax.types import Array, PyTree
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-  """One matrix-state recurrence, with the query and gate of its read.
-
-  Attributes:
-    q_BTJN: queries, bfloat16 or float32; head h uses those of group h // (H / J).
-    k_BTJN: keys, zero at padding.
-    v_BTE: values.
-    scale_BTH: float32 factor of the values; None means 1.
-    log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
-    gate: factor of the read, an array [B, T, E] or a low-rank gate; None means 1.
-    initial_BHPN: float32 state before the first token; None means zero.
-  """
-
-  q_BTJN: Array
-  k_BTJN: Array
-  v_BTE: Array
-  scale_BTH: Array | None
-  log_decay_BTH: Array
-  gate: ReadGate
-  initial_BHPN: Array | None
 
 
 def _parts(x: Array, parts: int, size: int) -> Array:
@@ -57,8 +34,8 @@ def _rows(plan: Plan, x_BTH: Array) -> Array:
   return jnp.transpose(split_time(x_BTH, plan.chunk), (0, 3, 1, 2))[:, :, :, None]
 
 
-def stream(plan: Plan, source: Matrix) -> Stream:
-  """Returns a source as the kernels take it."""
+def stream(plan: Plan, source: Source, gate: ReadGate) -> Stream:
+  """Returns a source, with the gate of its read, as the kernels take it."""
   sums = jax.tree.leaves(summed_log_decay(source.log_decay_BTH, plan.chunk))
   sum_BGC2H = jnp.stack(sums, axis=3)
   initial_BEN = None
@@ -75,17 +52,17 @@ def stream(plan: Plan, source: Matrix) -> Stream:
   def values(x_BTE: Array | None) -> Array | None:
     return None if x_BTE is None else _tokens(plan, x_BTE, plan.heads, plan.channels)
 
-  def gate(x: ReadGate) -> PyTree:
-    if not isinstance(x, LowRankGate):
-      return values(x)
-    up_RE = _parts(x.up_RE, plan.heads, plan.channels)
-    return LowRank(pad_time(x.hidden_R, plan.chunk), up_RE)
-
+  factor: PyTree
+  if isinstance(gate, LowRankGate):
+    up_RE = _parts(gate.up_RE, plan.heads, plan.channels)
+    factor = LowRank(pad_time(gate.hidden_R, plan.chunk), up_RE)
+  else:
+    factor = values(gate)
   return Stream(
       q_BTK=keys(source.q_BTJN), k_BTK=keys(source.k_BTJN), v_BTE=values(source.v_BTE),
       scale_BHG1C=None if source.scale_BTH is None else _rows(plan, source.scale_BTH),
       sum_BHG2C=jnp.transpose(sum_BGC2H, (0, 4, 1, 3, 2)),
-      gate=gate(source.gate), initial_BEN=initial_BEN,
+      gate=factor, initial_BEN=initial_BEN,
   )
 
 

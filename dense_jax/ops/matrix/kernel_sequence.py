@@ -1,0 +1,122 @@
+"""`KernelMatrix`: matrix states by kernels that compute reads and epilogue in one pass."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
+
+import jax
+
+from dense_jax.ops import partition
+from dense_jax.ops.epilogue import Epilogue, Output
+from dense_jax.ops.matrix import gpu, tpu
+from dense_jax.ops.matrix.kernel_inputs import Source
+from dense_jax.ops.matrix.sequence import MatrixSequence
+from dense_jax.ops.recurrence import KernelRecurrence, LowRankGate, Read, gate_value
+from dense_jax.types import WIDTH_AXIS, Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KernelMatrix(KernelRecurrence, MatrixSequence):
+  """Computes a layer's own and its sources' reads, and what follows them, by a platform's kernels.
+
+  The base class of the platforms' classes, which give the kernels: `tpu.matrix_finish`, or another
+  function with its arguments. Raises `InputError` if the mesh would split a group of heads that
+  share keys.
+  """
+
+  kernel: ClassVar[Callable[..., tuple[Output, Array]]]
+  implementation: ClassVar[str]
+  interpret: ClassVar[bool] = False
+
+  def _joint(
+      self, query: Array, reads: Sequence[Read], epilogue: Epilogue
+  ) -> tuple[Output, Array]:
+    gates: list[Array | LowRankGate] = []
+    sources = [self._asked(query, None)]
+    for read in reads:
+      # Sources may share a gate, which is then given once.
+      number = None
+      if read.gate is not None:
+        number = next((i for i, gate in enumerate(gates) if gate is read.gate), len(gates))
+        if number == len(gates):
+          gates.append(read.gate)
+      sources.append(cast(KernelMatrix, read.recurrence)._asked(read.query, number))
+    # If x is the values themselves, the kernel need not read them twice.
+    x = None if epilogue.x is self.v_BTE else self._flat(epilogue.x)
+    epilogue = dataclasses.replace(epilogue, x=x, z=self._flat(epilogue.z))
+    given = list(map(self._given, gates))
+    heads = partition.by_row(None, WIDTH_AXIS)
+    moments = partition.by_row(None, WIDTH_AXIS, None) if epilogue.moments else None
+    output, final_BHPN = partition.over_mesh(
+        functools.partial(type(self).kernel, chunk=self.chunk, interpret=self.interpret),
+        lambda width: (
+            [source.specs(self.implementation, width) for source in sources],
+            list(map(_gate_specs, given)), partition.by_row(), partition.of_epilogue(epilogue),
+        ),
+        (Output(heads, moments), partition.by_row(WIDTH_AXIS)),
+        sources, given, self.resets_BT, epilogue,
+    )
+    shape = (*self.v_BTE.shape[:2], self.log_decay_BTH.shape[2], -1)
+    return dataclasses.replace(output, y=output.y.reshape(shape)), final_BHPN
+
+  def _asked(self, q_BTJN: Array, gate: int | None) -> Source:
+    """Returns this recurrence with a query and a gate, as the kernels take it."""
+    return Source(
+        q_BTJN, self.k_BTJN, self.v_BTE, self.scale_BTH, self.log_decay_BTH, self.initial_BHPN,
+        gate,
+    )
+
+  def _flat(self, x: Array | None) -> Array | None:
+    return None if x is None else x.reshape(self.v_BTE.shape)
+
+  def _given(self, gate: Array | LowRankGate) -> Array | LowRankGate:
+    """Returns a gate as the kernels take it."""
+    return gate if isinstance(gate, LowRankGate) else gate.reshape(self.v_BTE.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TpuMatrix(KernelMatrix):
+  """Runs the kernels of `dense_jax.ops.matrix.tpu`."""
+
+  kernel = staticmethod(tpu.matrix_finish)
+  implementation: ClassVar[str] = "pallas"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InterpretedTpuMatrix(TpuMatrix):
+  """Runs the same kernels interpreted: slow, on any platform."""
+
+  interpret: ClassVar[bool] = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GpuMatrix(KernelMatrix):
+  """Runs the kernels of `dense_jax.ops.matrix.gpu`, which take no low-rank gates."""
+
+  kernel = staticmethod(gpu.matrix_finish)
+  implementation: ClassVar[str] = "triton"
+
+  def _given(self, gate: Array | LowRankGate) -> Array | LowRankGate:
+    return gate_value(gate).reshape(self.v_BTE.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InterpretedGpuMatrix(GpuMatrix):
+  """Runs the same kernels interpreted: slow, on any platform."""
+
+  interpret: ClassVar[bool] = True
+
+
+def _gate_specs(gate: Array | LowRankGate) -> Any:
+  """Returns a gate with specs for its arrays."""
+  if not isinstance(gate, LowRankGate):
+    return partition.by_row(None, WIDTH_AXIS)
+  return dataclasses.replace(
+      gate, hidden_R=partition.by_row(), up_RE=partition.split(None, WIDTH_AXIS)
+  )
