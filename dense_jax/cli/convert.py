@@ -59,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _load(options: argparse.Namespace) -> tuple[runs.Run, list[int]]:
   if options.average is None:
-    return runs.restore(options.workdir, options.checkpoint, options.weights), []
+    run = runs.restore(options.workdir, options.checkpoint, options.weights, runs_model=False)
+    return run, []
   if options.checkpoint != "latest":
     raise invalid("--checkpoint", options.checkpoint, "no value with --average, which takes the "
                   "newest ones")

@@ -40,14 +40,14 @@ def average_checkpoints(workdir: str | os.PathLike[str], count: int) -> tuple[Ru
         "kept (config.train.keep_last says how many it keeps)",
     )
   steps = kept[-count:]
-  run = restore(workdir, str(steps[-1]) if steps else "latest", "raw")
+  run = restore(workdir, str(steps[-1]) if steps else "latest", "raw", runs_model=False)
   sums = {name: np.asarray(leaf, np.float64) for name, leaf in run.params.items()}
   earlier = tqdm.tqdm(
       steps[:-1], desc="averaging", unit="checkpoint", leave=False,
       disable=not sys.stderr.isatty(),
   )
   for step in earlier:
-    params = restore(workdir, str(step), "raw").params
+    params = restore(workdir, str(step), "raw", runs_model=False).params
     for name in sums:
       sums[name] = sums[name] + np.asarray(params[name], np.float64)
   mean = {

@@ -127,7 +127,7 @@ def find_source(init: InitFrom) -> Source:
                                ("--init-weights", init.weights, default.weights)):
     if value != usual:
       raise invalid(option, value, f"no value with {FLAG} {init.path}, which is no run")
-  loaded = load_folder(init.path)
+  loaded = load_folder(init.path, runs_model=False)
   return Source(init, folder, loaded.model.config, loaded.tokenizer, loaded)
 
 

@@ -225,7 +225,7 @@ def make_run(path: str, output: str) -> Published:
   """
   folder = check_destination(output, "--output")
   config = read_folder_config(path)
-  loaded = load_folder(path)
+  loaded = load_folder(path, runs_model=False)
   params = as_scanned(config.model, by_layer(loaded.model.config, loaded.params))
   with whole_folder(folder) as partial:
     place = epath.Path(partial)

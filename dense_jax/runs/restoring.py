@@ -58,7 +58,7 @@ class Run(LoadedModel):
 
 def restore(
     workdir: str | os.PathLike[str], checkpoint: str = "latest", weights: str = "auto", *,
-    strict: bool = False,
+    strict: bool = False, runs_model: bool = True,
 ) -> Run:
   """Restores a run's parameters onto the first device; the run may be training at the same time.
 
@@ -68,6 +68,7 @@ def restore(
     weights: "raw" for the parameters that were trained, "ema" for their average, or "auto" for the
       average if the run keeps one (`train.ema`), which is what evaluation during training scores.
     strict: see `dense_jax.runs.kernels.check_kernels`.
+    runs_model: false if only the parameters are wanted, so that no kernel is tried out.
 
   Raises:
     InputError: there is no such run or checkpoint, or no average in it.
@@ -77,7 +78,8 @@ def restore(
   config = experiment.read(folder)
   if not saved_steps(folder / CHECKPOINTS):
     raise InputError(f"--workdir = {os.fspath(workdir)!r} is not valid: it has no checkpoints yet")
-  check_kernels(config.model, strict=strict)
+  if runs_model:
+    check_kernels(config.model, strict=strict)
   model = abstract_model(config.model)
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   checkpoints = Checkpoints(folder / CHECKPOINTS, config.model, read_only=True)
@@ -98,12 +100,13 @@ def describe(step: int, weights: str, workdir: str | os.PathLike[str]) -> str:
   return f"step {step} of {os.fspath(workdir)}{averaged}"
 
 
-def load_folder(path: str, *, strict: bool = False) -> LoadedModel:
+def load_folder(path: str, *, strict: bool = False, runs_model: bool = True) -> LoadedModel:
   """Loads a model and its tokenizer from a folder in a Hugging Face layout; see `load_hf`.
 
   Args:
     path: the folder.
     strict: see `dense_jax.runs.kernels.check_kernels`.
+    runs_model: false if only the parameters are wanted, so that no kernel is tried out.
 
   Raises:
     InputError: the folder has no model, no tokenizer, or a damaged one.
@@ -116,7 +119,7 @@ def load_folder(path: str, *, strict: bool = False) -> LoadedModel:
         "path", path, f"a tokenizer of at most {model.config.vocab_size} ids, the rows of the "
         f"model's embedding; it has {tokenizer.vocab_size}",
     )
-  if not check_kernels(model.config, strict=strict):
+  if runs_model and not check_kernels(model.config, strict=strict):
     model = with_params(abstract_model(model.config), get_params(model))
   template = load_saved_template(folder)
   return LoadedModel(path, tokenizer, model, get_params(model), template=template)

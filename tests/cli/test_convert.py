@@ -77,7 +77,7 @@ def test_the_tokenizer_is_written_too(tmp_path, monkeypatch, capsys, kind):
   config = experiment.load("experiments/smoke.py:debug", overrides)
   model = LanguageModel(config.model, rngs=nnx.Rngs(0))
   run = runs.Run("a run", tokenizer, model, get_params(model), config, 4)
-  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights: run)
+  monkeypatch.setattr(runs, "restore", lambda workdir, which, weights, runs_model: run)
   monkeypatch.setenv("HOME", str(tmp_path))
   assert convert.main(["--workdir", "run", "--output", "~/a/saved"]) == 0
   output = tmp_path / "a" / "saved"

@@ -14,6 +14,7 @@ from dense_jax.config import DataConfig, ExperimentConfig, TrainConfig
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.errors import InputError
 from dense_jax.models.params import by_layer, with_params
+from dense_jax.runs import restoring
 from dense_jax.training.checkpoint import Checkpoints
 from dense_jax.training.step import TrainState
 from tests.builders import FAMILIES, model_config, random_params
@@ -93,6 +94,24 @@ def test_a_run_comes_back_with_the_same_bits(tmp_path, capsys, family, options):
   for file in (tmp_path / "hf").iterdir():
     assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
   assert "parameters of " in capsys.readouterr().out
+
+
+def test_kernels_are_tried_out_only_where_the_model_will_run(tmp_path, monkeypatch):
+  checked = []
+
+  def check(config, strict):
+    checked.append(strict)
+    return True
+
+  monkeypatch.setattr(restoring, "check_kernels", check)
+  workdir = make_workdir(tmp_path / "run", model_config("mamba", vocab_size=258), seeds=(0, 1))
+  hf, back = str(tmp_path / "hf"), str(tmp_path / "back")
+  assert convert.main(["--workdir", workdir, "--output", hf, "--average", "2"]) == 0
+  assert convert.main(["--hf", hf, "--output", back]) == 0
+  assert not checked
+  runs.restore(workdir)
+  runs.load_folder(hf, strict=True)
+  assert checked == [False, True]
 
 
 def test_a_folder_without_a_history_is_a_run_of_the_default_configuration(tmp_path):
