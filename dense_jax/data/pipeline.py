@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from dense_jax.data.tokenizer import Tokenizer, load_tokenizer
 _LOG = logging.getLogger(__name__)
 # Packing holds the global interpreter lock, so a second thread would gain nothing.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+# How long closing waits for the batch that is being prepared.
+_CLOSE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,12 @@ class TrainBatches(Iterator[Batch]):
     """
     windows = store.num_windows(seq_len)
     chosen = slice(None) if rows is None else rows
+    self._threads: set[threading.Thread] = set()
+
+    def prepare(indices_B: np.ndarray) -> Batch:
+      self._threads.add(threading.current_thread())
+      return _stack(store, indices_B[chosen], seq_len)
+
     # grain shuffles epoch e with seed + e. Without spreading, runs with seeds s and s + 1 would
     # see the same orders, one epoch apart.
     spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -144,7 +153,7 @@ class TrainBatches(Iterator[Batch]):
         .shuffle(seed=spread)
         .repeat()
         .batch(batch_size, drop_remainder=True)
-        .map(lambda indices_B: _stack(store, indices_B[chosen], seq_len))
+        .map(prepare)
     )
     self._identity = {
         "config.data": store.fingerprint,
@@ -182,8 +191,11 @@ class TrainBatches(Iterator[Batch]):
     self._start(state["step"])
 
   def close(self) -> None:
-    """Stops the threads that prepare batches."""
-    self._batches.close()
+    """Stops the threads that prepare batches, and waits up to 10 s for the batch under way."""
+    self._batches.close()  # It cancels the batches that are not begun, and waits for none.
+    for thread in self._threads - {threading.current_thread()}:
+      thread.join(_CLOSE_SECONDS)
+    self._threads.clear()
 
 
 def heldout_batches(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -92,6 +93,29 @@ def test_going_on_from_any_step_gives_the_same_batches(step):
   resumed.set_state(state)
   assert resumed.get_state() == state
   _same(_take(resumed, 4), expected)
+
+
+def test_closing_waits_for_the_batch_that_is_being_prepared(monkeypatch):
+  begun, go_on = threading.Event(), threading.Event()
+  calls, before = [], set(threading.enumerate())
+
+  def pack(*arguments, pack=pipeline.pack_window):
+    calls.append(arguments)
+    if len(calls) == 3:  # Of a batch that was not asked for yet.
+      begun.set()
+      go_on.wait()
+    return pack(*arguments)
+
+  monkeypatch.setattr(pipeline, "pack_window", pack)
+  batches = pipeline.TrainBatches(_store(7), T, 1, seed=1)
+  next(batches)
+  begun.wait()
+  ends = threading.Timer(0.2, go_on.set)
+  ends.start()
+  batches.close()
+  assert go_on.is_set()
+  ends.join()
+  assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("processes", [2, 4])
