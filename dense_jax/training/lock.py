@@ -118,13 +118,15 @@ class RunLock:
     """
     say(f"--workdir is locked: {_name(holder)}; waiting {_SILENT_SECONDS:.0f} s for a sign of life")
     deadline = time.monotonic() + _SILENT_SECONDS
-    while time.monotonic() < deadline:
+    while True:  # It looks after each wait: this process may have been held up, too.
       time.sleep(min(_LOOK_SECONDS, _SILENT_SECONDS / 4))
       now = read()
       if not now:
         return
       if now != holder:
         raise self._held(now)
+      if time.monotonic() >= deadline:
+        return
 
   def _held(self, holder: dict[str, Any]) -> InputError:
     return invalid(
