@@ -26,10 +26,12 @@ The columns called "bar" give the ratio that must be reached.
 """
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dense_jax.config import invalid
 from dense_jax.errors import InputError
 from experiments.benchmarks import common, cpu_dense, cpu_lengths, cpu_modes, cpu_rivals
 from experiments.benchmarks.common import Table
@@ -53,8 +55,10 @@ def _rivals(authors: str, python: str) -> Rivals:
   """Returns what is compared with.
 
   Raises:
-    InputError: there is no authors' file, or no Python for it.
+    InputError: there is no authors' file, no Python for it, or no program of that name.
   """
+  if python and not shutil.which(python):
+    raise invalid("--rival-python", python, "a Python that can be run, with torch and transformers")
   has_torch = all(map(importlib.util.find_spec, ("torch", "transformers")))
   rivals = Rivals(authors, python or (sys.executable if has_torch else ""))
   if rivals.modelling_file() and not rivals.python:

@@ -146,7 +146,7 @@ def transformers(quick: bool, rivals: Rivals) -> Iterator[Table]:
   size = Size(32, 2, 64, 1, 32) if quick else Size(512, 8, 8192, 1, HF_LENGTH)
   rows, results = [["what", *_RATES]], {}
   cases: list[tuple[str, str, int]] = []
-  for family in HF_FAMILIES[:1] if quick else HF_FAMILIES:
+  for family in HF_FAMILIES:
     cases.append((family, "train", size.time_steps))
     cases += [(family, "decode", batch) for batch in (BATCHES[:1] if quick else BATCHES)]
   for family, kind, number in common.progress(cases, "transformers"):
