@@ -24,6 +24,7 @@ from dense_jax.models.params import (
   with_params,
 )
 from dense_jax.models.warm_start import warm_start
+from dense_jax.ops import resolver
 from dense_jax.training.losses import loss_sum
 from dense_jax.training.optimizer import learning_rate, make_optimizer
 from dense_jax.types import Array, Params, PyTree
@@ -259,6 +260,7 @@ class Trainer:
         in_shardings=(shardings, self._batch_sharding),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
+        compiler_options=resolver.training_options(),
     )
     self.train_step: Step = compiled(train_step)
     self.measured_step: Step = compiled(measured_step)
