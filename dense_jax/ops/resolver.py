@@ -19,6 +19,7 @@ from dense_jax.ops.attention.blockwise import blockwise_attention
 from dense_jax.ops.attention.reference import Attend, softmax_attention
 from dense_jax.ops.attention.tpu import splash_attention
 from dense_jax.ops.cpu import cpu_delays, cpu_matmul, cpu_split_groups, split_groups
+from dense_jax.ops.cross_entropy import LogitForm, sums_at_once, sums_in_turn
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
 from dense_jax.ops.diagonal.kernel_sequence import (
@@ -193,6 +194,16 @@ def training_options() -> dict[str, str]:
       "xla_gpu_dot_merger_threshold_mb": "0",
       "xla_gpu_enable_dus_accumulator_zero_init_elimination": "true",
   }
+
+
+def logit_form() -> LogitForm:
+  """Returns what is done with a chunk's logits.
+
+  A TPU's compiler makes their gradients part of the product that computes them again: two thirds
+  of the bytes. A GPU's writes the logits each time.
+  """
+  platform = _platform()
+  return LogitForm(sums_at_once if platform == "gpu" else sums_in_turn, again=platform == "tpu")
 
 
 def groups_function() -> Callable[[Array, int], Array]:

@@ -25,7 +25,6 @@ from dense_jax.models.params import (
 )
 from dense_jax.models.warm_start import warm_start
 from dense_jax.ops import resolver
-from dense_jax.training.losses import loss_sum
 from dense_jax.training.optimizer import learning_rate, make_optimizer
 from dense_jax.types import Array, Params, PyTree
 
@@ -87,9 +86,8 @@ def _gradients(
   def objective(
       params: Params, part: Batch, targets: Array
   ) -> tuple[Array, tuple[Array, list[Aux]]]:
-    total, nll, aux = loss_sum(
-        with_params(model, params), part, z_loss=train.z_loss, chunk=train.loss_chunk,
-        measure=measure,
+    total, nll, aux = with_params(model, params).summed_losses(
+        part, z_loss=train.z_loss, chunk=train.loss_chunk, measure=measure
     )
     return total / targets, (nll / targets, aux)
 
