@@ -182,7 +182,7 @@ def decoding_options() -> dict[str, str]:
   return {"xla_gpu_dot_merger_threshold_mb": "0"} if _platform() == "gpu" else {}
 
 
-def training_options() -> dict[str, str]:
+def training_options() -> dict[str, str | bool]:
   """Returns the compiler's options for a train step.
 
   XLA's GPU backend would join the products of one input and copy their parts out of the result, and
@@ -192,7 +192,7 @@ def training_options() -> dict[str, str]:
     return {}
   return {
       "xla_gpu_dot_merger_threshold_mb": "0",
-      "xla_gpu_enable_dus_accumulator_zero_init_elimination": "true",
+      "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
   }
 
 
