@@ -68,7 +68,7 @@ class Mamba(nnx.Module):
 
     # Two maps, so that each device of a mesh has the same channels of both.
     self.in_proj, self.gate_proj = widen(), widen()
-    self.conv = ShortConv(options, self.width, "inner", config.dtype, rngs)
+    self.conv = ShortConv(options, self.width, "inner", config, self.form, rngs)
     self.x_proj = Linear(
         self.width, self.dt_rank + 2 * self.state_size,
         axes=("inner", None), init=fan_in_uniform(), rngs=rngs,

@@ -104,8 +104,8 @@ class Mamba2(nnx.Module):
     # of a group share, and dt, one number per head, are computed whole on every device.
     self.in_proj, self.gate_proj = widen(self.width, "inner"), widen(self.width, "inner")
     self.bcdt_proj = widen(bc_width + self.heads, None)
-    self.x_conv = ShortConv(options, self.width, "inner", config.dtype, rngs)
-    self.bc_conv = ShortConv(options, bc_width, None, config.dtype, rngs)
+    self.x_conv = ShortConv(options, self.width, "inner", config, self.form, rngs)
+    self.bc_conv = ShortConv(options, bc_width, None, config, self.form, rngs)
     self.dt_bias = parameter(rngs, (self.heads,), ("heads",), options.init_dt_bias)
     self.a_log = parameter(rngs, (self.heads,), ("heads",), _init_a_log)
     self.d = parameter(rngs, (self.heads,), ("heads",), lambda _, shape: jnp.ones(shape))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.batch import Segments, Token
-from dense_jax.config import integer, invalid, number
+from dense_jax.config import ModelConfig, integer, invalid, number
 from dense_jax.layers.linear import parameter, uniform
 from dense_jax.ops import resolver
 from dense_jax.ops.short_conv import short_conv, short_conv_step
@@ -49,32 +49,29 @@ class ShortConv(nnx.Module):
     options: the family's options.
     width: E, the channels.
     axis: the logical axis of channels.
-    dtype: the dtype of the state, the model's.
+    config: the model.
+    form: the form of the mixer's state, a key of `resolver.IMPLEMENTATIONS`.
   """
 
   def __init__(
-      self, options: SelectiveConfig, width: int, axis: str | None, dtype: str, rngs: nnx.Rngs
+      self, options: SelectiveConfig, width: int, axis: str | None, config: ModelConfig, form: str,
+      rngs: nnx.Rngs,
   ) -> None:
     bound = 1 / math.sqrt(options.conv_width)
     self.kernel = parameter(rngs, (options.conv_width, width), (None, axis), uniform(bound))
     self.bias = parameter(rngs, (width,), (axis,), uniform(bound))
-    self.delays = resolver.delays_function()
-    self.tail_shape, self.dtype = (options.conv_width - 1, width), jnp.dtype(dtype)
+    self.convolve = resolver.convolution(form, config.implementation, split=axis is not None)
+    self.tail_shape, self.dtype = (options.conv_width - 1, width), jnp.dtype(config.dtype)
 
   def __call__(
       self, x_E: Array, tokens: Segments | Token, tail_BWE: Array | None
   ) -> tuple[Array, Array]:
     """Returns the convolved input [..., E] and the next tail; a tail of None means zeros."""
-    if tail_BWE is None:
-      tail_BWE = self.init_state(x_E.shape[0])
     kernel_WE, bias_E = self.kernel[...], self.bias[...]
     if isinstance(tokens, Token):
-      x_E, tail_BWE = short_conv_step(x_E, kernel_WE, bias_E, tail_BWE)
-    else:
-      x_E, tail_BWE = short_conv(
-          x_E, kernel_WE, bias_E, tokens, tail_BWE, self.delays
-      )
-    return jax.nn.silu(x_E), tail_BWE
+      assert tail_BWE is not None
+      return short_conv_step(x_E, kernel_WE, bias_E, tail_BWE)
+    return short_conv(x_E, kernel_WE, bias_E, tokens, tail_BWE, self.convolve)
 
   def init_state(self, batch: int) -> Array:
     """Returns the tail before the first token, zeros [B, W - 1, E]."""

@@ -13,7 +13,8 @@ from dense_jax.layers.metrics import Aux
 from dense_jax.layers.mixer import cast_recurrences
 from dense_jax.layers.stack import Stack, StackState
 from dense_jax.models.registry import family
-from dense_jax.ops.cross_entropy import chunked_cross_entropy
+from dense_jax.ops import resolver
+from dense_jax.ops.cross_entropy import chunked_cross_entropy, summed_cross_entropy
 from dense_jax.sharding import constrain, constrain_tokens
 from dense_jax.types import Array
 
@@ -57,6 +58,7 @@ class LanguageModel(nnx.Module):
       raise invalid("config.model.vocab_size", 0, "an integer >= 1 (a tokenizer's size)")
     self.config = config
     self.dtype, self.state_dtype = jnp.dtype(config.dtype), jnp.dtype(config.state_dtype)
+    self.logit_form = resolver.logit_form()
     self.embedding = parameter(
         rngs, (config.vocab_size, config.width), ("vocab", "embed"), normal(0.02)
     )
@@ -125,20 +127,37 @@ class LanguageModel(nnx.Module):
 
   def token_losses(self, batch: Batch, *, chunk: int) -> tuple[Array, Array]:
     """Returns nll_BT and log_z_BT in nats, float32, making `chunk` tokens of logits at a time."""
-    nll_BT, log_z_BT, _ = self.measured_losses(batch, chunk=chunk, measure=False)
-    return nll_BT, log_z_BT
+    hidden_BTD, _, _ = self._run(batch.tokens_BT, batch.segments, None, keep_state=False)
+    return chunked_cross_entropy(
+        hidden_BTD, self.head_DV(), batch.targets_BT, chunk=chunk, form=self.logit_form
+    )
 
-  def measured_losses(
-      self, batch: Batch, *, chunk: int, measure: bool = True
+  def summed_losses(
+      self, batch: Batch, *, z_loss: float, chunk: int, measure: bool = False
   ) -> tuple[Array, Array, list[Aux]]:
-    """Returns `token_losses` and each layer's metrics, which are empty without `measure`."""
+    """Sums the objective, and the cross-entropy in it, over a batch's targets, in nats.
+
+    The objective is cross-entropy + z_loss * (log Z)^2 for each target (arXiv 2204.02311,
+    section 5).
+
+    Args:
+      batch: rows of tokens; targets outside its loss mask are left out.
+      z_loss: the weight of (log Z)^2.
+      chunk: tokens of a row whose logits exist at one time.
+      measure: collects each layer's metrics.
+
+    Returns:
+      Both sums, float32 scalars, of which the second has no gradient; and each layer's metrics,
+      which are empty without `measure`.
+    """
     hidden_BTD, _, aux = self._run(
         batch.tokens_BT, batch.segments, None, keep_state=False, measure=measure
     )
-    nll_BT, log_z_BT = chunked_cross_entropy(
-        hidden_BTD, self.head_DV(), batch.targets_BT, chunk=chunk
+    total, nll = summed_cross_entropy(
+        hidden_BTD, self.head_DV(), batch.targets_BT, batch.loss_mask_BT.astype(jnp.float32),
+        z_loss=z_loss, chunk=chunk, form=self.logit_form,
     )
-    return nll_BT, log_z_BT, aux
+    return total, nll, aux
 
   def prefill(
       self, tokens_BT: Array, segments: Segments | None = None, state: ModelState | None = None

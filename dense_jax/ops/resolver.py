@@ -19,6 +19,7 @@ from dense_jax.ops.attention.blockwise import blockwise_attention
 from dense_jax.ops.attention.reference import Attend, softmax_attention
 from dense_jax.ops.attention.tpu import splash_attention
 from dense_jax.ops.cpu import cpu_delays, cpu_matmul, cpu_split_groups, split_groups
+from dense_jax.ops.cross_entropy import LogitForm, sums_at_once, sums_in_turn
 from dense_jax.ops.diagonal.cpu import CpuRecurrentDiagonal
 from dense_jax.ops.diagonal.form import DiagonalForm
 from dense_jax.ops.diagonal.kernel_sequence import (
@@ -50,8 +51,9 @@ from dense_jax.ops.matrix.sequence import (
     MatrixSequence,
     RecurrentMatrix,
 )
-from dense_jax.ops.short_conv import delays_by_padding
-from dense_jax.types import Array
+from dense_jax.ops.short_conv import Convolve, convolve, delays_by_padding
+from dense_jax.ops.short_conv_gpu import gpu_convolve
+from dense_jax.types import WIDTH_AXIS, Array
 
 _LOG = logging.getLogger(__name__)
 
@@ -180,14 +182,50 @@ def decoding_options() -> dict[str, str]:
   return {"xla_gpu_dot_merger_threshold_mb": "0"} if _platform() == "gpu" else {}
 
 
+def training_options() -> dict[str, str | bool]:
+  """Returns the compiler's options for a train step.
+
+  XLA's GPU backend would join the products of one input and copy their parts out of the result, and
+  fill the buffers of all layers' saved values with zeros before a loop that writes them.
+  """
+  if _platform() != "gpu":
+    return {}
+  return {
+      "xla_gpu_dot_merger_threshold_mb": "0",
+      "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+  }
+
+
+def logit_form() -> LogitForm:
+  """Returns what is done with a chunk's logits.
+
+  A TPU's compiler makes their gradients part of the product that computes them again: two thirds
+  of the bytes. A GPU's writes the logits each time.
+  """
+  platform = _platform()
+  return LogitForm(sums_at_once if platform == "gpu" else sums_in_turn, again=platform == "tpu")
+
+
 def groups_function() -> Callable[[Array, int], Array]:
   """Returns `split_groups`, or `cpu_split_groups` if the platform is a CPU."""
   return cpu_split_groups if _platform() == "cpu" else split_groups
 
 
-def delays_function() -> Callable[[Array, Array], list[Array]]:
-  """Returns `delays_by_padding`, or `cpu_delays` if the platform is a CPU."""
-  return cpu_delays if _platform() == "cpu" else delays_by_padding
+def convolution(form: str, requested: str, *, split: bool) -> Convolve:
+  """Returns the function that computes short convolutions over whole sequences.
+
+  Args:
+    form: the form of state of the mixer; where that has kernels for GPUs, the convolution has too.
+    requested: `config.model.implementation`.
+    split: whether the mesh's width axis splits channels.
+  """
+  name = resolve(form, requested)
+  if name in ("triton", "triton" + INTERPRETED):
+    axis = WIDTH_AXIS if split else None
+    return functools.partial(gpu_convolve, axis=axis, interpret=name != "triton")
+  return functools.partial(
+      convolve, delays=cpu_delays if _platform() == "cpu" else delays_by_padding
+  )
 
 
 def resolve(form: str, requested: str) -> str:

@@ -1,4 +1,4 @@
-"""Short causal depthwise convolution that respects documents and carries its last inputs."""
+"""Short causal depthwise convolution with its activation, silu, that respects documents and carries its last inputs."""
 
 from collections.abc import Callable
 
@@ -12,23 +12,28 @@ from dense_jax.ops.cpu import spread
 from dense_jax.types import Array
 
 
+Convolve = Callable[[Array, Array, Array, Array | None, Array | None], Array]
+"""The function that `convolve` computes: (x, kernel, bias, document, tail) -> y."""
+
+
 def short_conv(
     x_BTE: Array,
     kernel_WE: Array,
     bias_E: Array,
     segments: Segments,
-    tail_BWE: Array,
-    delays: Callable[[Array, Array], list[Array]],
+    tail_BWE: Array | None,
+    function: Convolve,
 ) -> tuple[Array, Array]:
-  """Computes y_t = bias + sum_j kernel[W - 1 - j] x_{t-j}, over tokens of t's own document.
+  """Computes y_t = silu(bias + sum_j kernel[W - 1 - j] x_{t-j}), over tokens of t's own document.
 
   Args:
     x_BTE: inputs.
     kernel_WE: the taps; the last one multiplies the newest token.
-    bias_E: added to every output.
+    bias_E: added to every sum.
     segments: the documents.
-    tail_BWE: the W - 1 inputs before the first token, zero where the document has none.
-    delays: `delays_by_padding`, or an equivalent for the platform.
+    tail_BWE: the W - 1 inputs before the first token, zero where the document has none; None means
+      zeros.
+    function: `convolve` with delays, or an equivalent for the platform.
 
   Returns:
     y_BTE, and the tail after the last token that is not padding; both in x's dtype.
@@ -36,30 +41,22 @@ def short_conv(
   batch, time, width = x_BTE.shape
   taps = kernel_WE.shape[0]
   chex.assert_shape(kernel_WE, (taps, width))
-  chex.assert_shape(tail_BWE, (batch, taps - 1, width))
   resets_BT, valid_BT = segments.resets_BT, segments.valid_BT
+  before_BWE = tail_BWE
+  if tail_BWE is None:
+    tail_BWE = jnp.zeros((batch, taps - 1, width), x_BTE.dtype)
+  chex.assert_shape(tail_BWE, (batch, taps - 1, width))
   if sequence_parallel.shards() > 1:
-    tail_BWE = sequence_parallel.tail_before(x_BTE, resets_BT, tail_BWE)
+    before_BWE = tail_BWE = sequence_parallel.tail_before(x_BTE, resets_BT, tail_BWE)
   tail_BWE = tail_BWE.astype(x_BTE.dtype)
   document_BT = None
   if resets_BT is not None:
     # The tail belongs to document 0, the one that continues until the row's first reset.
     document_BT = jnp.cumsum(resets_BT, axis=1, dtype=jnp.int32)
     first_BW = jnp.zeros((batch, taps - 1), jnp.int32)
-  # In a loop over layers these are the same in each, unless they seem to depend on its parameters.
-  # XLA would compute masks, padded tails and even zeros of the size of x before the loop, to be
-  # read in each.
-  kernel_WE, tail_BWE, document_BT, zero = jax.lax.optimization_barrier(
-      (kernel_WE, tail_BWE, document_BT, jnp.zeros((), x_BTE.dtype))
+  y_BTE = function(
+      x_BTE, kernel_WE, bias_E, document_BT, None if before_BWE is None else tail_BWE
   )
-
-  y_BTE = spread(bias_E, x_BTE)
-  for back, past_BTE in enumerate(delays(x_BTE, tail_BWE)):
-    if document_BT is not None and back:
-      same_BT = jnp.concatenate([first_BW[:, -back:], document_BT], 1)[:, :time] == document_BT
-      past_BTE = jnp.where(same_BT[..., None], past_BTE, zero)
-    y_BTE = y_BTE + past_BTE * spread(kernel_WE[taps - 1 - back], x_BTE)
-  y_BTE = y_BTE.astype(x_BTE.dtype)
 
   if valid_BT is None or document_BT is None:
     last_BWE = x_BTE[:, max(0, time - taps + 1) :]
@@ -75,6 +72,46 @@ def short_conv(
   old_BWE = jnp.take_along_axis(tail_BWE, jnp.clip(index_BW, 0, taps - 2)[..., None], axis=1)
   tail_BWE = jnp.where((from_row_BW < 0)[..., None], old_BWE, row_BWE)
   return y_BTE, jnp.where(same_BW[..., None], tail_BWE, 0)
+
+
+def convolve(
+    x_BTE: Array,
+    kernel_WE: Array,
+    bias_E: Array,
+    document_BT: Array | None,
+    tail_BWE: Array | None,
+    *,
+    delays: Callable[[Array, Array], list[Array]],
+) -> Array:
+  """Computes the y_BTE of `short_conv`.
+
+  Args:
+    x_BTE: inputs.
+    kernel_WE: the taps.
+    bias_E: added to every sum.
+    document_BT: int32, the number of each token's document in its row; None means one document. The
+      tail belongs to document 0.
+    tail_BWE: the inputs before the first token, in x's dtype; None means zeros.
+    delays: `delays_by_padding`, or an equivalent for the platform.
+  """
+  batch, time, width = x_BTE.shape
+  taps = kernel_WE.shape[0]
+  if tail_BWE is None:
+    tail_BWE = jnp.zeros((batch, taps - 1, width), x_BTE.dtype)
+  # In a loop over layers these are the same in each, unless they seem to depend on its parameters.
+  # XLA would compute masks, padded tails and even zeros of the size of x before the loop, to be
+  # read in each.
+  kernel_WE, tail_BWE, document_BT, zero = jax.lax.optimization_barrier(
+      (kernel_WE, tail_BWE, document_BT, jnp.zeros((), x_BTE.dtype))
+  )
+  y_BTE = spread(bias_E, x_BTE)
+  for back, past_BTE in enumerate(delays(x_BTE, tail_BWE)):
+    if document_BT is not None and back:
+      first_BW = jnp.zeros((batch, back), jnp.int32)
+      same_BT = jnp.concatenate([first_BW, document_BT], 1)[:, :time] == document_BT
+      past_BTE = jnp.where(same_BT[..., None], past_BTE, zero)
+    y_BTE = y_BTE + past_BTE * spread(kernel_WE[taps - 1 - back], x_BTE)
+  return jax.nn.silu(y_BTE.astype(x_BTE.dtype))
 
 
 def delays_by_padding(x_BTE: Array, tail_BWE: Array) -> list[Array]:
@@ -105,4 +142,4 @@ def short_conv_step(
   # Tap by tap, in the same order as `short_conv`; a sum over W is slow on a CPU.
   for tap in range(kernel_WE.shape[0]):
     y_BE = y_BE + window[:, tap] * spread(kernel_WE[tap], x_BE)
-  return y_BE.astype(x_BE.dtype), window[:, 1:]
+  return jax.nn.silu(y_BE.astype(x_BE.dtype)), window[:, 1:]

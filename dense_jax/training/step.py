@@ -24,7 +24,7 @@ from dense_jax.models.params import (
   with_params,
 )
 from dense_jax.models.warm_start import warm_start
-from dense_jax.training.losses import loss_sum
+from dense_jax.ops import resolver
 from dense_jax.training.optimizer import learning_rate, make_optimizer
 from dense_jax.types import Array, Params, PyTree
 
@@ -86,9 +86,8 @@ def _gradients(
   def objective(
       params: Params, part: Batch, targets: Array
   ) -> tuple[Array, tuple[Array, list[Aux]]]:
-    total, nll, aux = loss_sum(
-        with_params(model, params), part, z_loss=train.z_loss, chunk=train.loss_chunk,
-        measure=measure,
+    total, nll, aux = with_params(model, params).summed_losses(
+        part, z_loss=train.z_loss, chunk=train.loss_chunk, measure=measure
     )
     return total / targets, (nll / targets, aux)
 
@@ -259,6 +258,7 @@ class Trainer:
         in_shardings=(shardings, self._batch_sharding),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
+        compiler_options=resolver.training_options(),
     )
     self.train_step: Step = compiled(train_step)
     self.measured_step: Step = compiled(measured_step)

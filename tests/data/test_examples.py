@@ -15,7 +15,6 @@ from dense_jax.data.templates import NAMED, parse_template
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.errors import InputError
 from dense_jax.evaluation.perplexity import HeldOut
-from dense_jax.training.losses import loss_sum
 from tests.builders import VOCAB, fast_jit, model_config, random_model
 
 BOS, EOS = ByteTokenizer.bos_id, ByteTokenizer.eos_id
@@ -237,7 +236,7 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_responses_summed_by_hand():
   batch = pipeline._stack(store, range(store.num_windows(16)), 16)
   assert batch.tokens_BT.shape == (2, 16) and (batch.segments.ids_BT == 2).any()
   total, nll, _ = fast_jit(
-      lambda model, batch: loss_sum(model, batch, z_loss=0.0, chunk=8))(model, batch)
+      lambda model, batch: model.summed_losses(batch, z_loss=0.0, chunk=8))(model, batch)
   np.testing.assert_allclose([float(total), float(nll)], expected, rtol=1e-5)
   assert batch.loss_mask_BT.sum() == store.num_targets == 16
   bits = expected / np.log(2) / sum(2 * response for _, response in lengths)

@@ -165,7 +165,7 @@ def test_gradients_and_their_parameters_are_float32(family):
   batch = random_batch(packed([[5, 6], [8]]))
 
   def loss(params):
-    return jnp.sum(with_params(model, params).token_losses(batch, chunk=4)[0])
+    return with_params(model, params).summed_losses(batch, z_loss=0.0, chunk=4)[0]
 
   gradients = jax.eval_shape(jax.grad(loss), get_params(model))
   assert {leaf.dtype for leaf in gradients.values()} == {jnp.dtype("float32")}

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dense_jax.ops.cross_entropy import chunked_cross_entropy, token_cross_entropy
+from dense_jax.ops.cross_entropy import (
+    LogitForm,
+    chunked_cross_entropy,
+    summed_cross_entropy,
+    sums_at_once,
+    token_cross_entropy,
+)
 from tests.builders import fast_jit, normal, random_tokens
 from tests.helpers import assert_trees_close
 
@@ -23,24 +29,48 @@ def _direct(hidden, head, targets):
   return token_cross_entropy(hidden @ head, targets)
 
 
+FORMS = [LogitForm(), LogitForm(sums_at_once), LogitForm(again=True)]
+each_form = pytest.mark.parametrize("form", FORMS, ids=["kept", "at once", "again"])
+
+
+def _chunked(chunk, form=FORMS[0]):
+  return functools.partial(summed_cross_entropy, z_loss=0.1, chunk=chunk, form=form)
+
+
+def _direct_sums(hidden, head, targets, weights):
+  nll, log_z = _direct(hidden, head, targets)
+  return jnp.sum(weights * (nll + 0.1 * log_z**2)), jnp.sum(weights * nll)
+
+
 def _value_and_gradients(form, hidden, head, targets):
-  weights = normal(3, 2, *targets.shape)
+  weights = normal(3, *targets.shape)
 
   def objective(hidden, head):
-    nll, log_z = form(hidden, head, targets)
-    return jnp.sum(weights[0] * nll) + jnp.sum(weights[1] * log_z**2), (nll, log_z)
+    total, nll = form(hidden, head, targets, weights)
+    return 3 * total, nll
 
   return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
+@each_form
 @pytest.mark.parametrize(("time", "chunk"), [(1, 4), (4, 4), (5, 4), (13, 4), (13, 13), (7, 100)])
-def test_chunked_equals_direct_with_gradients(time, chunk):
+def test_chunked_equals_direct_with_gradients(time, chunk, form):
   inputs = _inputs(time)
-  chunked = functools.partial(chunked_cross_entropy, chunk=chunk)
-  actual, expected = fast_jit(
-      lambda *inputs: [_value_and_gradients(form, *inputs) for form in (chunked, _direct)]
-  )(*inputs)
-  assert_trees_close(actual, expected)
+
+  @fast_jit
+  def run(*inputs):
+    tokens = chunked_cross_entropy(*inputs, chunk=chunk, form=form), _direct(*inputs)
+    forms = _chunked(chunk, form), _direct_sums
+    return tokens, [_value_and_gradients(form, *inputs) for form in forms]
+
+  for actual, expected in run(*inputs):
+    assert_trees_close(actual, expected)
+
+
+def test_only_the_objective_has_a_gradient():
+  inputs, weights = _inputs(5), normal(3, B, 5)
+  gradients = jax.grad(lambda *x: _chunked(2)(*x, weights)[1], argnums=(0, 1))(*inputs)
+  assert all(not leaf.any() for leaf in gradients)
 
 
 def test_it_is_the_definition():
@@ -52,10 +82,11 @@ def test_it_is_the_definition():
   assert_trees_close(log_z, jnp.log(jnp.sum(jnp.exp(hidden @ head), axis=-1)))
 
 
-def test_large_logits_stay_finite():
+@each_form
+def test_large_logits_stay_finite(form):
   hidden, head, targets = _inputs(5)
   (value, outputs), gradients = _value_and_gradients(
-      functools.partial(chunked_cross_entropy, chunk=2), 1e4 * hidden, head, targets
+      _chunked(2, form), 1e4 * hidden, head, targets
   )
   assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, outputs, gradients)))
 
@@ -81,8 +112,8 @@ def test_no_array_holds_all_logits(dtype):
     )
 
   all_logits = B * time * vocab
-  assert max(largest(functools.partial(chunked_cross_entropy, chunk=6))) < all_logits
-  assert min(largest(_direct)) >= all_logits  # The check does find such an array.
+  assert max(largest(_chunked(6))) < all_logits
+  assert min(largest(_direct_sums)) >= all_logits  # The check does find such an array.
 
 
 def test_bfloat16_hidden_has_float32_losses_near_the_float32_ones():

@@ -1,5 +1,7 @@
 """Tests of the short convolution against a loop: documents, tails, padding, single steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from dense_jax.batch import Segments
 from dense_jax.ops.cpu import cpu_delays
-from dense_jax.ops.short_conv import delays_by_padding, short_conv, short_conv_step
+from dense_jax.ops.short_conv import convolve, delays_by_padding, short_conv, short_conv_step
+from dense_jax.ops.short_conv_gpu import gpu_convolve
 from tests.builders import fast_jit, normal, packed
 from tests.helpers import assert_trees_close
 
@@ -16,16 +19,24 @@ B, T, E = 3, 9, 2
 PACKED = packed([[2, 5, 2], [1, 1, 3], []], time=T, first=[3, 0, 0])
 
 
-def _inputs(taps):
+FUNCTIONS = {
+    "padding": functools.partial(convolve, delays=delays_by_padding),
+    "cpu": functools.partial(convolve, delays=cpu_delays),
+    "gpu": functools.partial(gpu_convolve, axis=None, interpret=True),
+}
+
+
+def _inputs(taps, time=T, width=E):
   return {
-      "x": normal(0, B, T, E), "kernel": normal(1, taps, E), "bias": normal(2, E),
-      "tail": normal(3, B, taps - 1, E),
+      "x": normal(0, B, time, width), "kernel": normal(1, taps, width), "bias": normal(2, width),
+      "tail": normal(3, B, taps - 1, width),
   }
 
 
-def _run(inputs, segments, delays=delays_by_padding):
+def _run(inputs, segments, function="padding"):
   return short_conv(
-      inputs["x"], inputs["kernel"], inputs["bias"], segments, inputs["tail"], delays
+      inputs["x"], inputs["kernel"], inputs["bias"], segments, inputs.get("tail"),
+      FUNCTIONS[function],
   )
 
 
@@ -44,7 +55,8 @@ def _loop(inputs, segments):
       if ids is not None and positions[row, t] == 0:
         seen = [np.zeros_like(bias)] * (taps - 1)
       seen.append(x[row, t])
-      y[row, t] = bias + sum(kernel[taps - 1 - j] * seen[-1 - j] for j in range(taps))
+      c = bias + sum(kernel[taps - 1 - j] * seen[-1 - j] for j in range(taps))
+      y[row, t] = c / (1 + np.exp(-c))
     last[row] = seen[-(taps - 1):]
   return y, last
 
@@ -115,6 +127,30 @@ def test_padding_leaves_the_tail_of_the_last_valid_tokens():
   assert_trees_close(tail, jnp.stack([
       x[0, 6:9], jnp.concatenate([jnp.zeros((1, E)), x[1, :2]]), x[2, 3:6],
   ]))
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("time, lengths", [
+    (37, [[2, 30, 5], [1, 1, 9], []]), (300, [[37, 250, 8], [290], [1, 2, 1, 255]]), (2, None),
+])
+def test_gradients_by_the_kernel_are_those_of_the_plain_form(time, lengths, tail):
+  inputs = _inputs(4, time, 6)
+  if not tail:
+    del inputs["tail"]
+  segments = Segments(jnp.arange(time)[None])
+  if lengths is not None:
+    segments = packed(lengths, time=time, first=[3, 0, 0])
+  weights = normal(5, B, time, 6), normal(6, B, 3, 6)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(function, inputs):
+    def loss(inputs):
+      results = _run(inputs, segments, function)
+      return sum(jnp.sum(w * x) for w, x in zip(weights, results, strict=True)), results
+
+    return jax.grad(loss, has_aux=True)(inputs)
+
+  assert_trees_close(run("gpu", inputs), run("padding", inputs))
 
 
 def test_gradients_stop_at_documents_and_padding():

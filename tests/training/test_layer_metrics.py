@@ -18,7 +18,6 @@ from dense_jax.models.params import (
     with_params,
 )
 from dense_jax.sharding import make_mesh
-from dense_jax.training.losses import loss_sum
 from dense_jax.training.step import Trainer, TrainState
 from tests.builders import (
     COMPILER_OPTIONS,
@@ -104,7 +103,7 @@ def test_each_layers_gradient():
   model = _apart()
 
   def loss(params):
-    total, _, _ = loss_sum(with_params(model, params), BATCH, z_loss=0.0, chunk=4)
+    total, _, _ = with_params(model, params).summed_losses(BATCH, z_loss=0.0, chunk=4)
     return total / jnp.sum(BATCH.loss_mask_BT)
 
   gradients = by_layer(model.config, fast_jit(jax.grad(loss))(get_params(model)))
@@ -147,7 +146,7 @@ def test_how_layers_run_changes_no_metric(options):
 def test_of_a_batch_in_parts_a_metric_is_the_mean():
   model = _apart()
   parts = [jax.tree.map(lambda leaf, i=i: leaf[i::2], BATCH) for i in range(2)]
-  measure = fast_jit(lambda model, part: loss_sum(model, part, z_loss=0.0, chunk=4, measure=True))
+  measure = fast_jit(lambda model, part: model.summed_losses(part, z_loss=0.0, chunk=4, measure=True))
   of_parts = [measure(model, part)[2] for part in parts]
   metrics, _ = _step(_config(train={"accumulate": 2}))
   for layer, (first, second) in enumerate(zip(*of_parts, strict=True)):

@@ -12,7 +12,6 @@ from dense_jax.config import ExperimentConfig, MeshConfig, OptimizerConfig, Trai
 from dense_jax.errors import InputError
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.sharding import make_mesh
-from dense_jax.training.losses import loss_sum
 from dense_jax.training.step import Trainer, TrainState
 from tests.builders import (
   COMPILER_OPTIONS,
@@ -185,7 +184,7 @@ def test_z_loss_and_its_gradient():
   targets = jnp.sum(batch.loss_mask_BT)
 
   def chunked(params):
-    objective, nll, _ = loss_sum(with_params(model, params), batch, z_loss=0.1, chunk=4)
+    objective, nll, _ = with_params(model, params).summed_losses(batch, z_loss=0.1, chunk=4)
     return objective / targets, nll / targets
 
   @fast_jit
