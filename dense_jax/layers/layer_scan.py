@@ -71,7 +71,7 @@ def scan_layers(
     # Without a barrier, XLA converts the parameters of all layers to the compute dtype before the
     # loop, and keeps the copies. It does the same with values that follow from the context alone,
     # such as masks, which are as large as the arrays that they mask.
-    unit_params, context = jax.lax.optimization_barrier((unit_params, context))
+    unit_params, context, x = jax.lax.optimization_barrier((unit_params, context, x))
     return unit(unit_params, state, context, x, bank)
 
   def bank_at(buffer: PyTree, index: Array) -> Bank:
