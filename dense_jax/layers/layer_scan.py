@@ -71,7 +71,7 @@ def scan_layers(
     # Without a barrier, XLA converts the parameters of all layers to the compute dtype before the
     # loop, and keeps the copies. It does the same with values that follow from the context alone,
     # such as masks, which are as large as the arrays that they mask.
-    unit_params, context = jax.lax.optimization_barrier((unit_params, context))
+    unit_params, context, x = jax.lax.optimization_barrier((unit_params, context, x))
     return unit(unit_params, state, context, x, bank)
 
   def bank_at(buffer: PyTree, index: Array) -> Bank:
@@ -92,24 +92,25 @@ def scan_layers(
     params, states, x, bank = inputs.join(floats, others)
     buffer = None
     if save and depth:
-      first = jax.tree.map(lambda *leaves: jnp.stack(leaves), *reversed(bank))
+      # Each step writes the entries that the one below replaced, and needs those before them.
+      written = jax.tree.map(
+          lambda leaf: jnp.zeros((count * fresh, *leaf.shape), leaf.dtype), bank[0]
+      )
       buffer = jax.tree.map(
-          lambda leaf: jnp.concatenate(
-              [leaf, jnp.zeros((count * fresh, *leaf.shape[1:]), leaf.dtype)]
-          ),
-          first,
+          lambda *leaves: jnp.concatenate([*(leaf[None] for leaf in leaves[:-1]), leaves[-1]]),
+          *reversed(bank[fresh:]), written,
       )
 
     def body(carry: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
       (x, bank, buffer), (index, unit_params, state) = carry, inputs
-      after_x, bank, after = call(unit_params, state, context, x, bank)
       for k in range(fresh if buffer is not None else 0):
         buffer = jax.tree.map(
-            lambda leaf, new, k=k: jax.lax.dynamic_update_index_in_dim(
-                leaf, new, depth + (index + 1) * fresh - 1 - k, 0
+            lambda leaf, entry, k=k: jax.lax.dynamic_update_index_in_dim(
+                leaf, entry, depth + index * fresh - 1 - k, 0
             ),
             buffer, bank[k],
         )
+      after_x, bank, after = call(unit_params, state, context, x, bank)
       return (after_x, bank, buffer), (after, x if save else None)
 
     (x, bank, buffer), (after, saved_x) = jax.lax.scan(

@@ -17,6 +17,7 @@ share its scores and sum the gradients of its keys and queries in VMEM (`Blocks`
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -124,6 +125,8 @@ def _call(
     *,
     sources: int,
     matmuls: tuple[int, int, int],
+    by_gates: int,
+    in_place: Callable[[PyTree, PyTree], Sequence[tuple[Any, Any]]] = lambda _, __: (),
 ) -> PyTree:
   """Runs a kernel over rows of the batch and sets and, in order, chunks and blocks of a set.
 
@@ -139,16 +142,21 @@ def _call(
     sources: the number of sources.
     matmuls: matmuls per source and chunk, for the cost estimate: [C, C] by N for each set, [C, C]
       by P for each head, and [C, N] by P for each head.
+    by_gates: matmuls [C, R] by E for each low-rank gate and chunk.
+    in_place: chooses pairs of an input and the output that takes its memory, given trees like
+      `inputs` and `outputs`. An output's block must be that of the input, and visited once.
   """
   by_keys, by_channels, by_states = matmuls
   tokens = sources * plan.batch * plan.chunks * plan.chunk
   sets = blocks.count // blocks.per_set
   weights = tokens * plan.chunk * blocks.count * blocks.heads
+  streams: tuple[Stream, ...] = inputs[0]
+  ranks = sum(len(s.gate.up_RE) for s in streams if isinstance(s.gate, LowRank))
   cost = KernelCost(
       matmul_flops=2 * tokens * (
           plan.chunk * (by_keys * sets * plan.state_size + by_channels * plan.rows)
           + by_states * plan.rows * plan.state_size
-      ),
+      ) + 2 * by_gates * (tokens // sources) * ranks * plan.rows,
       # Exponents, masks and products of weights; and a few operations for each value.
       flops=by_channels * (4 * weights + 8 * tokens * plan.rows),
       transcendentals=weights,
@@ -156,6 +164,7 @@ def _call(
           x.size * x.dtype.itemsize for x in jax.tree.leaves((inputs, outputs))
       ),
   )
+  numbers_in, numbers_out = _numbers(inputs), _numbers(outputs)
   with cost.scope():
     return pl.pallas_call(
         functools.partial(kernel, blocks),
@@ -168,8 +177,15 @@ def _call(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
         ),
         cost_estimate=cost.estimate(),
+        input_output_aliases=dict(in_place(numbers_in, numbers_out)),
         interpret=plan.interpret,
     )(*inputs)
+
+
+def _numbers(tree: PyTree) -> PyTree:
+  """Returns the tree with each leaf's number among the leaves in its place."""
+  leaves, structure = jax.tree.flatten(tree)
+  return jax.tree.unflatten(structure, range(len(leaves)))
 
 
 def _forward(
@@ -205,7 +221,7 @@ def _forward(
           [pltpu.VMEM((set_rows, plan.state_size), jnp.float32)] * sources,
           [pltpu.VMEM((plan.chunk, plan.chunk), jnp.float32)] * sources,
       ],
-      sources=sources, matmuls=(1, 1, 2),
+      sources=sources, matmuls=(1, 1, 2), by_gates=1,
   )
   return y_BTE, None if moments is None else jnp.sum(moments, axis=0), final_BEN, before
 
@@ -288,11 +304,21 @@ def _backward(
       (tuple(map(gradient, streams)), d_finish),
       (tuple(map(gradient_specs, streams)), d_finish_specs),
       [tuple(map(sums, streams))],
-      sources=len(streams), matmuls=(3, 3, 5),
+      sources=len(streams), matmuls=(3, 3, 5), by_gates=3, in_place=_gradients_in_place,
   )
   if finish.skip_1E is not None:
     d_finish = dataclasses.replace(d_finish, skip_1E=jnp.sum(d_finish.skip_1E, axis=(0, 1)))
   return tuple(map(_summed, exact, d_streams)), d_finish
+
+
+def _gradients_in_place(inputs: PyTree, outputs: PyTree) -> list[tuple[Any, Any]]:
+  """Returns pairs of an input and its gradient, which takes its memory.
+
+  The arrays of a layer's width: what a backward pass keeps at once of these is its peak.
+  """
+  (streams, finish, *_), (d_streams, d_finish) = inputs, outputs
+  pairs = [(x.v_BTE, d_x.v_BTE) for x, d_x in zip(streams, d_streams, strict=True)]
+  return pairs if finish.z_BTE is None else [*pairs, (finish.z_BTE, d_finish.z_BTE)]
 
 
 def _summed(stream: Stream, gradient: Stream) -> Stream:
