@@ -8,7 +8,7 @@ Triton needs sizes that are powers of two, so N is cut into pieces of `piece` nu
 parts of `width` channels. A program's lists of [piece, width] arrays hold one state.
 
 Letters of these files alone: X a part of one head's channels; in arrays of tiles, Q queries and S
-keys; [H, A] the heads and their parts.
+keys; [H, A] the heads and their parts; R the rank of a gate.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.matrix.log_decay import LogDecay, weight
+from dense_jax.ops.recurrence import LowRankGate
+from dense_jax.ops.triton_functions import sigmoid
 from dense_jax.types import Array, PyTree
 
 
@@ -162,6 +164,24 @@ def scaled(plan: Plan, v_TX: Array, scale_T: Array | None) -> Array:
   if scale_T is None:
     return v_TX
   return (scale_T[:, None] * v_TX.astype(jnp.float32)).astype(v_TX.dtype)
+
+
+def open_gate(plan: Plan, gate: PyTree, rows: PyTree) -> tuple[Array, Array | None]:
+  """Returns a gate of reads, [tile, X] in float32, and its slope.
+
+  Args:
+    plan: the sizes.
+    gate: a reference to the gate, [T, X], or a low-rank gate of references, [T, R] and [R, X].
+    rows: the tile's tokens.
+
+  Returns:
+    The gate, and its derivative by what its activation is applied to; None if there is none.
+  """
+  if not isinstance(gate, LowRankGate):
+    return gate[rows, :].astype(jnp.float32), None
+  before_TX = plan.dot(gate.hidden_R[rows, :], gate.up_RE[...], (1, 0))
+  share_TX = sigmoid(before_TX)
+  return before_TX * share_TX, share_TX * (1 + before_TX * (1 - share_TX))
 
 
 @dataclasses.dataclass(frozen=True)
