@@ -249,8 +249,8 @@ def _gradient(
 ) -> Stream:
   """Returns a source's gradient."""
   place_1T = (jnp.arange(plan.time) // plan.tile % plan.tiles)[None]
-  offset_O1 = jnp.arange(plan.tiles + 1)[:, None]
-  exists_OT = (offset_O1 <= place_1T) | (offset_O1 == plan.tiles)
+  offset_O1 = jnp.arange(sums.read.shape[3])[:, None]
+  exists_OT = (offset_O1 <= place_1T) | (offset_O1 >= plan.tiles)
   read_BHT = jnp.sum(jnp.where(exists_OT[None, None, None], sums.read, 0.0), axis=(2, 3))
   d_low_BHT = read_BHT - jnp.sum(sums.value, axis=2)
   shape = (plan.batch, plan.chunks, plan.tiles, plan.heads)

@@ -8,7 +8,8 @@ references to the group's blocks of the arrays, all tokens of the row.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,9 @@ class TokenSums:
   """Sums over one part's channels X, float32, as references or arrays [B, H, A, T].
 
   Attributes:
-    read: of the gradient of the read times the read, [B, H, A, tiles of a chunk + 1, T]: one share
-      for each offset of the tile whose values are read, undefined if it is in another chunk, and
-      one for the carried state.
+    read: of the gradient of the read times the read, [B, H, A, O, T]: one share for each offset of
+      the tile whose values are read, undefined if it is in another chunk, then one for each piece
+      of the carried state.
     value: of the scaled value times its gradient.
     scale: of the value times the gradient of the scaled value; None without a scale.
   """
@@ -75,13 +76,16 @@ class _Part:
     """The part's channels among those of the group."""
     return pl.ds(self.number * self.plan.width, self.plan.width)
 
-  def state(self, h_GHNP: PyTree, chunk: Array) -> list[Array]:
-    """Loads the pieces [piece, X] of a state."""
+  def state(self, h_GHNP: PyTree, chunk: Array, piece: PyTree) -> Array:
+    """Loads a piece [piece, X] of a state."""
     plan = self.plan
     channels = pl.ds(rem(self.number, plan.parts) * plan.width, plan.width)
-    return [
-        h_GHNP[chunk, self.head, pl.ds(start, plan.piece), channels] for start in plan.pieces
-    ]
+    return h_GHNP[chunk, self.head, piece, channels]
+
+  def states(self, h_GHNP: PyTree, chunk: Array) -> list[Array]:
+    """Loads all pieces of a state."""
+    plan = self.plan
+    return [self.state(h_GHNP, chunk, pl.ds(start, plan.piece)) for start in plan.pieces]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +163,11 @@ class _Program:
       scale_T = self.stream.scale_BHT[part.head, rows]
     return scaled(self.plan, self.stream.v_BTE[rows, part.channels], scale_T)
 
-  def scores(self, query: Array, key: Array) -> Array:
-    """Returns the products [Q, S] of queries and keys of two tiles."""
+  def scores(self, query: Array, key: Array, *, keys_first: bool = False) -> Array:
+    """Returns the products [Q, S] of queries and keys of two tiles, or [S, Q] with keys first."""
     plan, stream = self.plan, self.stream
-    return plan.summed_dot(
-        plan.load(stream.q_BTK, plan.rows(query)), plan.load(stream.k_BTK, plan.rows(key)), (1, 1)
-    )
+    q, k = plan.load(stream.q_BTK, plan.rows(query)), plan.load(stream.k_BTK, plan.rows(key))
+    return plan.summed_dot(*((k, q) if keys_first else (q, k)), (1, 1))
 
   def each_part(self, body: Callable[[_Part, PyTree], PyTree], carry: PyTree) -> PyTree:
     """Calls body(part, carry) for each part of each head in turn."""
@@ -174,12 +177,32 @@ class _Program:
         carry,
     )
 
-  def zeros_keys(self) -> tuple[Array, ...]:
-    plan = self.plan
-    return tuple(jnp.zeros((plan.tile, plan.piece), jnp.float32) for _ in plan.pieces)
+  def zeros_keys(self) -> Array:
+    return jnp.zeros((self.plan.tile, self.plan.piece), jnp.float32)
 
-  def zeros_scores(self) -> Array:
-    return jnp.zeros((self.plan.tile, self.plan.tile), jnp.float32)
+  def at_each(
+      self, offsets: Iterable[int], function: Callable[[int, Array], Array], dtype: Any
+  ) -> list[Array]:
+    """Returns function(offset, zeros) for each tile of the chunk, and zeros for others."""
+    zeros = jnp.zeros((self.plan.tile, self.plan.tile), jnp.float32)
+    return [
+        self.if_in_chunk(offset, functools.partial(function, offset), zeros).astype(dtype)
+        for offset in offsets
+    ]
+
+  def products(
+      self, sum_TN: Array, offsets: Iterable[int], scores: Sequence[Array], x_TK: PyTree,
+      piece: PyTree,
+  ) -> Array:
+    """Adds the products of gradients of scores and a piece of the keys or queries of tiles."""
+    for offset, scores_TT in zip(offsets, scores, strict=True):
+
+      def added(sum_TN: Array, offset: int = offset, scores_TT: Array = scores_TT) -> Array:
+        x_TN = x_TK[self.plan.rows(self.at(offset)), piece]
+        return sum_TN + self.plan.dot(scores_TT, x_TN, (1, 0))
+
+      sum_TN = self.if_in_chunk(offset, added, sum_TN)
+    return sum_TN
 
 
 def _itself(plan: Plan) -> Array:
@@ -254,20 +277,7 @@ def _queries(
   """Computes the gradient of the queries, and the sums of the read times its gradient."""
   plan, tile, rows = program.plan, program.tile, program.rows
 
-  def carried(part: _Part, d_q: tuple[Array, ...]) -> tuple[Array, ...]:
-    from_start_T1 = program.decays(part).since(program.first, rows)[:, None]
-    d_carried_TX = from_start_T1 * program.d_read(part, tile).astype(jnp.float32)
-    sum_T, total = jnp.zeros((plan.tile,), jnp.float32), []
-    state = part.state(before_GHNP, program.chunk)
-    q = plan.load(program.stream.q_BTK, rows)
-    for q_TN, h_NX, d_TN in zip(q, state, d_q, strict=True):
-      added_TN = plan.dot(d_carried_TX, h_NX, (1, 1))
-      sum_T += jnp.sum(q_TN.astype(jnp.float32) * added_TN, axis=1)
-      total.append(d_TN + added_TN)
-    sums_HAOT[(*part.index, plan.tiles, rows)] = sum_T
-    return tuple(total)
-
-  def within(offset: int, d_q: tuple[Array, ...]) -> tuple[Array, ...]:
+  def within(offset: int, none_QS: Array) -> Array:
     key = program.at(offset)
     scores_QS = program.scores(tile, key)
 
@@ -278,46 +288,53 @@ def _queries(
       sums_HAOT[(*part.index, -offset, rows)] = jnp.sum(weights_QS * d_weights_QS, axis=1)
       return d_scores_QS + decay_QS * d_weights_QS
 
-    d_scores_QS = program.each_part(body, program.zeros_scores())
-    k = plan.load(program.stream.k_BTK, plan.rows(key))
-    return tuple(d_TN + plan.dot(d_scores_QS, k_TN, (1, 0)) for d_TN, k_TN in zip(d_q, k))
+    return program.each_part(body, none_QS)
 
-  d_q = program.each_part(carried, program.zeros_keys())
-  for offset in program.earlier:
-    d_q = program.if_in_chunk(offset, functools.partial(within, offset), d_q)
-  for start, d_TN in zip(plan.pieces, d_q, strict=True):
-    d_q_TN[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_q_TN.dtype)
+  d_scores = program.at_each(program.earlier, within, plan.dtype)
+  for number, start in enumerate(plan.pieces):
+    piece = pl.ds(start, plan.piece)
+
+    def carried(part: _Part, d_TN: Array, number: int = number, piece: PyTree = piece) -> Array:
+      from_start_T1 = program.decays(part).since(program.first, rows)[:, None]
+      d_carried_TX = from_start_T1 * program.d_read(part, tile).astype(jnp.float32)
+      added_TN = plan.dot(d_carried_TX, part.state(before_GHNP, program.chunk, piece), (1, 1))
+      q_TN = program.stream.q_BTK[rows, piece].astype(jnp.float32)
+      sums_HAOT[(*part.index, plan.tiles + number, rows)] = jnp.sum(q_TN * added_TN, axis=1)
+      return d_TN + added_TN
+
+    d_TN = program.each_part(carried, program.zeros_keys())
+    d_TN = program.products(d_TN, program.earlier, d_scores, program.stream.k_BTK, piece)
+    d_q_TN[rows, piece] = d_TN.astype(d_q_TN.dtype)
 
 
 def _keys(program: _Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
   """Computes the gradient of the keys."""
   plan, tile, rows = program.plan, program.tile, program.rows
 
-  def kept(part: _Part, d_k: tuple[Array, ...]) -> tuple[Array, ...]:
-    to_end_T1 = program.decays(part).to(program.last, rows)[:, None]
-    kept_TX = to_end_T1 * program.values(part, tile).astype(jnp.float32)
-    dh = part.state(d_after_GHNP, program.chunk)
-    return tuple(
-        d_TN + plan.dot(kept_TX, dh_NX, (1, 1)) for d_TN, dh_NX in zip(d_k, dh, strict=True)
-    )
-
-  def within(offset: int, d_k: tuple[Array, ...]) -> tuple[Array, ...]:
+  def within(offset: int, none_SQ: Array) -> Array:
     query = program.at(offset)
 
-    def body(part: _Part, d_scores_QS: Array) -> Array:
-      decay_QS = program.decays(part).between(tile + offset, tile, same=not offset)
-      d_read_TX, v_TX = program.d_read(part, query), program.values(part, tile)
-      return d_scores_QS + decay_QS * plan.dot(d_read_TX, v_TX, (1, 1))
+    def body(part: _Part, d_scores_SQ: Array) -> Array:
+      decay_SQ = program.decays(part).between(
+          tile + offset, tile, same=not offset, keys_first=True
+      )
+      v_TX, d_read_TX = program.values(part, tile), program.d_read(part, query)
+      return d_scores_SQ + decay_SQ * plan.dot(v_TX, d_read_TX, (1, 1))
 
-    d_scores_QS = program.each_part(body, program.zeros_scores())
-    q = plan.load(program.stream.q_BTK, plan.rows(query))
-    return tuple(d_TN + plan.dot(d_scores_QS, q_TN, (0, 0)) for d_TN, q_TN in zip(d_k, q))
+    return program.each_part(body, none_SQ)
 
-  d_k = program.each_part(kept, program.zeros_keys())
-  for offset in program.later:
-    d_k = program.if_in_chunk(offset, functools.partial(within, offset), d_k)
-  for start, d_TN in zip(plan.pieces, d_k, strict=True):
-    d_k_TN[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_k_TN.dtype)
+  d_scores = program.at_each(program.later, within, plan.dtype)
+  for start in plan.pieces:
+    piece = pl.ds(start, plan.piece)
+
+    def kept(part: _Part, d_TN: Array, piece: PyTree = piece) -> Array:
+      to_end_T1 = program.decays(part).to(program.last, rows)[:, None]
+      kept_TX = to_end_T1 * program.values(part, tile).astype(jnp.float32)
+      return d_TN + plan.dot(kept_TX, part.state(d_after_GHNP, program.chunk, piece), (1, 1))
+
+    d_TN = program.each_part(kept, program.zeros_keys())
+    d_TN = program.products(d_TN, program.later, d_scores, program.stream.q_BTK, piece)
+    d_k_TN[rows, piece] = d_TN.astype(d_k_TN.dtype)
 
 
 def _values(
@@ -336,31 +353,29 @@ def _values(
   is_last_T1 = (
       tile * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) == last
   )
-  scores = [
-      program.if_in_chunk(
-          offset, lambda _, offset=offset: program.scores(program.at(offset), tile),
-          program.zeros_scores(),
-      )
-      for offset in program.later
-  ]
+
+  def of_queries(offset: int, _: Array) -> Array:
+    return program.scores(program.at(offset), tile, keys_first=True)
+
+  scores = program.at_each(program.later, of_queries, jnp.float32)
   own_T1 = _own_score(plan, scores[0])[:, None]
 
   def body(part: _Part, carry: PyTree) -> PyTree:
     decays = program.decays(part)
-    k, dh = plan.load(stream.k_BTK, rows), part.state(d_after_GHNP, program.chunk)
+    k, dh = plan.load(stream.k_BTK, rows), part.states(d_after_GHNP, program.chunk)
     d_kept_TX = decays.to(last, rows)[:, None] * plan.summed_dot(k, dh, (1, 0))
     v_TX = program.values(part, tile).astype(jnp.float32)
     d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
     parts.last[part.index] = jnp.sum(v_TX * d_v_TX)
 
-    def added(d_v_TX: Array, offset: int, scores_QS: Array) -> Array:
-      decay_QS = decays.between(tile + offset, tile, same=not offset)
-      weights_QS = _weights(plan, scores_QS, decay_QS, offset)
+    def added(d_v_TX: Array, offset: int, scores_SQ: Array) -> Array:
+      decay_SQ = decays.between(tile + offset, tile, same=not offset, keys_first=True)
+      weights_SQ = _weights(plan, scores_SQ, decay_SQ, offset)
       d_read_TX = program.d_read(part, program.at(offset))
-      return d_v_TX + plan.dot(weights_QS, d_read_TX, (0, 0))
+      return d_v_TX + plan.dot(weights_SQ, d_read_TX, (1, 0))
 
-    for offset, scores_QS in zip(program.later, scores, strict=True):
-      add = functools.partial(added, offset=offset, scores_QS=scores_QS)
+    for offset, scores_SQ in zip(program.later, scores, strict=True):
+      add = functools.partial(added, offset=offset, scores_SQ=scores_SQ)
       d_v_TX = program.if_in_chunk(offset, add, d_v_TX)
     sums.value[(*part.index, rows)] = jnp.sum(v_TX * d_v_TX, axis=1)
     d_v_TX += jnp.where(is_last_T1, d_kept_TX, 0.0)
@@ -391,7 +406,7 @@ def _whole_chunk(
   plan = program.plan
 
   def body(part: _Part, carry: PyTree) -> PyTree:
-    h, dh = (part.state(x_GHNP, program.chunk) for x_GHNP in (before_GHNP, d_after_GHNP))
+    h, dh = (part.states(x_GHNP, program.chunk) for x_GHNP in (before_GHNP, d_after_GHNP))
     product = sum(
         jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
         for h_NX, dh_NX in zip(h, dh, strict=True)

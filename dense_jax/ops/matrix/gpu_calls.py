@@ -72,7 +72,7 @@ class _Specs:
     self.d_moments = spec((None, *heads, 2, time), lambda b, t, g, h, p, x: (b, h, 0, 0))
     self.sums = spec((None, *numbers, time), lambda b, t, g, h, p, x: (b, h, p, 0))
     self.shares = spec(
-        (None, *numbers, plan.tiles + 1, time), lambda b, t, g, h, p, x: (b, h, p, 0, 0)
+        (None, *numbers, plan.tiles + len(plan.pieces), time), lambda b, t, g, h, p, x: (b, h, p, 0, 0)
     )
     self.numbers = spec((None, None, *numbers), lambda b, t, g, h, p, x: (b, t, h, p))
     self.whole = spec(
@@ -375,7 +375,7 @@ def call_chunks_backward(
   skips = epilogue is not None and epilogue.skip is not None
   x_BTE = None if epilogue is None else epilogue.x
   sums, last = _float32(batch, *parts, time), _float32(batch, tiles, *parts)
-  shares = _float32(batch, *parts, plan.tiles + 1, time)
+  shares = _float32(batch, *parts, plan.tiles + len(plan.pieces), time)
   stream = dataclasses.replace(stream, initial_BHPN=None)
   epilogue_spec = None if epilogue is None else specs.epilogue(epilogue)
 

@@ -230,7 +230,9 @@ class Decays:
     kept = None if self.count_T is None else self.count_T[rows] == self.count_T[last]
     return weight(kept, self._at(last).since(self._at(rows)))
 
-  def between(self, query: Array, key: Array, *, same: bool) -> Array:
+  def between(
+      self, query: Array, key: Array, *, same: bool, keys_first: bool = False
+  ) -> Array:
     """Returns the decay [Q, S] from tokens of tile `key` to those of tile `query`.
 
     It is 0 where a query's token is earlier than the key's, or in another chunk or document.
@@ -239,12 +241,17 @@ class Decays:
       query: a tile, or a tile that a row does not have.
       key: the same tile or an earlier one.
       same: whether they are the same tile.
+      keys_first: true for [S, Q].
     """
     plan = self.plan
+
+    def spread(q_Q: Array, s_S: Array) -> tuple[Array, Array]:
+      if keys_first:
+        return q_Q[None, :], s_S[:, None]
+      return q_Q[:, None], s_S[None, :]
+
     if same:
-      size = (plan.tile, plan.tile)
-      q_QS, s_QS = (jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(2))
-      sees = q_QS >= s_QS
+      sees = jnp.greater_equal(*spread(*[jnp.arange(plan.tile, dtype=jnp.int32)] * 2))
     else:
       sees = key >= div(query, plan.tiles) * plan.tiles
     # What is loaded for a tile that there is not does not matter.
@@ -252,7 +259,7 @@ class Decays:
         plan.rows(jnp.clip(tile, 0, plan.chunks * plan.tiles - 1)) for tile in (query, key)
     )
     if self.count_T is not None:
-      sees &= self.count_T[q_rows][:, None] == self.count_T[s_rows][None, :]
+      sees &= jnp.equal(*spread(self.count_T[q_rows], self.count_T[s_rows]))
     q, s = self._at(q_rows), self._at(s_rows)
-    q = LogDecay(q.high[:, None], q.low[:, None])
-    return weight(sees, q.since(LogDecay(s.high[None, :], s.low[None, :])))
+    (q_high, s_high), (q_low, s_low) = spread(q.high, s.high), spread(q.low, s.low)
+    return weight(sees, LogDecay(q_high, q_low).since(LogDecay(s_high, s_low)))
