@@ -4,16 +4,20 @@
 
 and the epilogue of y. The arithmetic is that of `dense_jax.ops.matrix.chunked` (chunkwise form,
 arXiv 2307.08621, section 2.3; heads that share keys, arXiv 2405.21060, section 7.2). The
-difference is the memory: states stay in registers, and neither scores nor the reads of single
-sources nor the read before its epilogue are written to memory. Three kernels:
+difference is the memory: states stay in registers, and neither decayed scores nor the reads of
+single sources nor low-rank gates are written to memory. Four kernels:
 
 | kernel                   | a program takes           | it reads             | it writes          |
 |--------------------------|---------------------------|----------------------|--------------------|
-| `forward_kernel`         | one row, a part of a head | all inputs           | result, states,    |
-|                          |                           |                      | result before z    |
+| `scores_kernel`          | a tile, a group of heads  | queries, keys        | their products     |
+| `forward_kernel`         | one row, a part of a head | all inputs, products | result; for the    |
+|                          |                           | of queries and keys  | backward pass,     |
+|                          |                           |                      | states, the result |
+|                          |                           |                      | before z and reads |
+|                          |                           |                      | before their gates |
 | `states_backward_kernel` | the same, tiles reversed  | queries, gates, z,   | gradients of the   |
-|                          |                           | result before z, its | sum of reads, of z |
-|                          |                           | gradient             | and of states      |
+|                          |                           | what was saved, the  | reads, of gates, z |
+|                          |                           | result's gradient    | and states         |
 | `chunks_backward_kernel` | a tile, a group of heads, | one source, states,  | gradients of the   |
 |                          | one source                | these gradients      | source             |
 
@@ -39,6 +43,7 @@ from dense_jax.ops.chunks import pad_time, round_up
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.matrix.gpu_backward import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_calls import (
+    Gate,
     call_chunks_backward,
     call_forward,
     call_states_backward,
@@ -46,12 +51,13 @@ from dense_jax.ops.matrix.gpu_calls import (
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.ops.matrix.kernel_inputs import Source
 from dense_jax.ops.matrix.log_decay import summed_log_decay
+from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 
 # Tokens of a tile: the rows of Hopper's matrix unit for one group of warps.
 TILE = 64
 # Tokens per chunk. State traffic falls with it, and gradients inside chunks cost more.
-DEFAULT_CHUNK = 128
+DEFAULT_CHUNK = 256
 # The least size of an axis of a matmul.
 _LEAST = 16
 # Most state numbers of one program of a scan: 64 registers of each of 256 threads.
@@ -60,7 +66,7 @@ _STATE_NUMBERS = 64 * 256
 
 def matrix_finish(
     sources: Sequence[Source],
-    gates: Sequence[Array],
+    gates: Sequence[Gate],
     resets_BT: Array | None,
     epilogue: Epilogue,
     *,
@@ -73,7 +79,7 @@ def matrix_finish(
 
   Args:
     sources: recurrences of equal shapes: the layer's own, then its shallow sources.
-    gates: gates of reads, [B, T, E]; several sources may share one.
+    gates: gates of reads, [B, T, E] or low-rank; several sources may share one.
     resets_BT: bool, true where every state is cleared before the token; None means never.
     epilogue: what follows the reads; `skip` without `x` multiplies the first source's values.
     chunk: tokens per chunk, rounded up to a multiple of a tile; 0 means DEFAULT_CHUNK.
@@ -97,7 +103,8 @@ def matrix_finish(
     return None if x_BTE is None else _channels(plan, x_BTE)
 
   out_BTE, moments_BHA2T, final_BHPN = _finish(
-      plan, tuple(_stream(plan, source) for source in sources), tuple(map(wide, gates)),
+      plan, tuple(_stream(plan, source) for source in sources),
+      tuple(_gate(plan, gate) for gate in gates),
       dataclasses.replace(epilogue, x=wide(epilogue.x), z=wide(epilogue.z)), count_BT,
   )
   out_BTHP = out_BTE.reshape(batch, -1, heads, plan.channels)[:, :time, :, :channels]
@@ -165,52 +172,75 @@ def _stream(plan: Plan, source: Source) -> Stream:
   )
 
 
-_Inputs = tuple[tuple[Stream, ...], tuple[Array, ...], Epilogue, Array | None]
+def _gate(plan: Plan, gate: Gate) -> Gate:
+  """Pads a gate; a rank has to be a power of two."""
+  if not isinstance(gate, LowRankGate):
+    return _channels(plan, gate)
+  rank = len(gate.up_RE)
+  extra = max(_LEAST, 1 << (rank - 1).bit_length()) - rank
+  up_REP = gate.up_RE.reshape(rank, plan.heads, -1)
+  wider = plan.channels - up_REP.shape[2]
+  return dataclasses.replace(
+      gate,
+      hidden_R=jnp.pad(pad_time(gate.hidden_R, plan.chunk), ((0, 0), (0, 0), (0, extra))),
+      up_RE=jnp.pad(up_REP, ((0, extra), (0, 0), (0, wider))).reshape(rank + extra, -1),
+  )
+
+
+_Inputs = tuple[tuple[Stream, ...], tuple[Gate, ...], Epilogue, Array | None]
+
+
+_Outputs = tuple[Array, Array | None, Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _finish(plan: Plan, *inputs: Any) -> tuple[Array, Array | None, Array]:
+def _finish(plan: Plan, *inputs: Any) -> _Outputs:
   """Computes `matrix_finish` of padded arrays: `inputs` are `_Inputs`."""
-  out_BTE, _, moments_BHA2T, _, final_BHPN = call_forward(plan, *inputs)
-  return out_BTE, moments_BHA2T, final_BHPN
+  found = call_forward(plan, *inputs, save=False)
+  return found.out_BTE, found.moments_BHA2T, found.final_BHPN
 
 
-def _finish_forward(
-    plan: Plan, *inputs: Any
-) -> tuple[tuple[Array, Array | None, Array], PyTree]:
-  out_BTE, open_BTE, moments_BHA2T, before, final_BHPN = call_forward(plan, *inputs)
-  saved = inputs, out_BTE if open_BTE is None else open_BTE, before
-  return (out_BTE, moments_BHA2T, final_BHPN), saved
+def _finish_forward(plan: Plan, *inputs: Any) -> tuple[_Outputs, PyTree]:
+  found = call_forward(plan, *inputs, save=True)
+  opened = found.out_BTE if found.open_BTE is None else found.open_BTE
+  saved = inputs, opened, found.reads, found.before
+  return (found.out_BTE, found.moments_BHA2T, found.final_BHPN), saved
 
 
-def _finish_backward(
-    plan: Plan, saved: PyTree, gradients: tuple[Array, Array | None, Array]
-) -> _Inputs:
-  (streams, gates, epilogue, count_BT), open_BTE, before = saved
+def _finish_backward(plan: Plan, saved: PyTree, gradients: _Outputs) -> _Inputs:
+  (streams, gates, epilogue, count_BT), open_BTE, reads, before = saved
   d_out_BTE, d_moments_BHA2T, d_final_BHPN = gradients
   # Parts of a head are summed, so each has the gradient of their sum.
   d_moments_BH2T = None if d_moments_BHA2T is None else d_moments_BHA2T[:, :, 0]
-  d_y_BTE, d_z_BTE, d_after, d_initial = call_states_backward(
-      plan, streams, gates, epilogue.z, count_BT, open_BTE,
+  d = call_states_backward(
+      plan, streams, gates, epilogue.z, count_BT, open_BTE, reads,
       (d_out_BTE, d_moments_BH2T, d_final_BHPN),
   )
   d_streams: list[Stream] = []
-  d_gates: list[list[Array]] = [[] for _ in gates]
   d_epilogue = epilogue
   for source, (stream, gate) in enumerate(zip(streams, plan.gates, strict=True)):
     own = None if source else dataclasses.replace(epilogue, z=None)
-    d_stream, d_gate_BTE, d_x_BTE, sums, parts = call_chunks_backward(
-        plan, stream, None if gate is None else gates[gate], own, count_BT, d_y_BTE,
-        (before[source], d_after[source]),
+    d_read_BTE, d_y_BTE = (d.y_BTE, None) if gate is None else (d.reads[gate], d.y_BTE)
+    if own is None or own.skip is None:
+      d_y_BTE = None
+    d_stream, d_x_BTE, sums, parts = call_chunks_backward(
+        plan, stream, own, count_BT, d_read_BTE, d_y_BTE, (before[source], d.after[source])
     )
-    d_streams.append(_gradient(plan, stream, d_stream, sums, parts, d_initial[source]))
-    if gate is not None and d_gate_BTE is not None:
-      d_gates[gate].append(d_gate_BTE)
+    d_streams.append(_gradient(plan, stream, d_stream, sums, parts, d.initial[source]))
     if not source:
       d_skip = None if parts.skip is None else jnp.sum(parts.skip, axis=(0, 1, 3))
-      d_epilogue = dataclasses.replace(epilogue, skip=d_skip, x=d_x_BTE, z=d_z_BTE)
-  summed = tuple(functools.reduce(jnp.add, shares) for shares in d_gates)
-  return tuple(d_streams), summed, d_epilogue, None
+      d_epilogue = dataclasses.replace(epilogue, skip=d_skip, x=d_x_BTE, z=d.z_BTE)
+  d_gates = tuple(map(_gate_gradient, gates, d.gates))
+  return tuple(d_streams), d_gates, d_epilogue, None
+
+
+def _gate_gradient(gate: Gate, d_gate_BTE: Array) -> Gate:
+  """Returns a gate's gradient; a low-rank one has that of its value before the activation."""
+  if not isinstance(gate, LowRankGate):
+    return d_gate_BTE
+  _, vjp = jax.vjp(gate.matmul, gate.hidden_R, gate.up_RE)
+  d_hidden_R, d_up_RE = vjp(d_gate_BTE)
+  return dataclasses.replace(gate, hidden_R=d_hidden_R, up_RE=d_up_RE)
 
 
 def _gradient(
@@ -218,7 +248,11 @@ def _gradient(
     d_initial_BHPN: Array | None,
 ) -> Stream:
   """Returns a source's gradient."""
-  d_low_BHT = jnp.sum(sums.read - sums.value, axis=2)
+  place_1T = (jnp.arange(plan.time) // plan.tile % plan.tiles)[None]
+  offset_O1 = jnp.arange(sums.read.shape[3])[:, None]
+  exists_OT = (offset_O1 <= place_1T) | (offset_O1 >= plan.tiles)
+  read_BHT = jnp.sum(jnp.where(exists_OT[None, None, None], sums.read, 0.0), axis=(2, 3))
+  d_low_BHT = read_BHT - jnp.sum(sums.value, axis=2)
   shape = (plan.batch, plan.chunks, plan.tiles, plan.heads)
   last_BGH = jnp.sum(parts.last.reshape(*shape, -1), axis=(2, 4)) + jnp.sum(parts.whole, axis=3)
   is_last_C = jnp.arange(plan.chunk) == plan.chunk - 1
@@ -233,4 +267,5 @@ def _gradient(
   )
 
 
-_finish.defvjp(_finish_forward, _finish_backward)
+# Where the backward pass computes a layer again, the forward pass need not save anything.
+_finish.defvjp(_finish_forward, _finish_backward, optimize_remat=True)

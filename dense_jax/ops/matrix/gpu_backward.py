@@ -7,7 +7,9 @@ references to the group's blocks of the arrays, all tokens of the row.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,9 @@ class TokenSums:
   """Sums over one part's channels X, float32, as references or arrays [B, H, A, T].
 
   Attributes:
-    read: of the gradient of the read times the read.
+    read: of the gradient of the read times the read, [B, H, A, O, T]: one share for each offset of
+      the tile whose values are read, undefined if it is in another chunk, then one for each piece
+      of the carried state.
     value: of the scaled value times its gradient.
     scale: of the value times the gradient of the scaled value; None without a scale.
   """
@@ -72,13 +76,16 @@ class _Part:
     """The part's channels among those of the group."""
     return pl.ds(self.number * self.plan.width, self.plan.width)
 
-  def state(self, h_GHNP: PyTree, chunk: Array) -> list[Array]:
-    """Loads the pieces [piece, X] of a state."""
+  def state(self, h_GHNP: PyTree, chunk: Array, piece: PyTree) -> Array:
+    """Loads a piece [piece, X] of a state."""
     plan = self.plan
     channels = pl.ds(rem(self.number, plan.parts) * plan.width, plan.width)
-    return [
-        h_GHNP[chunk, self.head, pl.ds(start, plan.piece), channels] for start in plan.pieces
-    ]
+    return h_GHNP[chunk, self.head, piece, channels]
+
+  def states(self, h_GHNP: PyTree, chunk: Array) -> list[Array]:
+    """Loads all pieces of a state."""
+    plan = self.plan
+    return [self.state(h_GHNP, chunk, pl.ds(start, plan.piece)) for start in plan.pieces]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +95,15 @@ class _Program:
   Attributes:
     plan: the sizes.
     stream: the source.
-    gate_TU: the gate of its read; None means 1.
     count_T: resets up to each token, inclusive; None means none.
-    d_y_TU: the gradient of the sum of reads.
+    d_read_TU: the gradient of the read.
     tile: the tile.
   """
 
   plan: Plan
   stream: Stream
-  gate_TU: PyTree
   count_T: PyTree
-  d_y_TU: PyTree
+  d_read_TU: PyTree
   tile: Array
 
   @property
@@ -124,6 +129,13 @@ class _Program:
     """Returns a tile near the program's, or some tile if there is none."""
     return jnp.clip(self.tile + offset, 0, self.plan.chunks * self.plan.tiles - 1)
 
+  def if_in_chunk(self, offset: int, function: Callable[[PyTree], PyTree], x: PyTree) -> PyTree:
+    """Returns function(x) if the tile at an offset is in the program's chunk, else x."""
+    if not offset:
+      return function(x)
+    place = rem(self.tile, self.plan.tiles) + offset
+    return jax.lax.cond((place >= 0) & (place < self.plan.tiles), function, lambda x: x, x)
+
   @property
   def earlier(self) -> range:
     """Offsets of tiles whose keys the program's queries may see."""
@@ -139,11 +151,7 @@ class _Program:
 
     Every use of it is rounded alike, so that terms of the decays' gradients cancel.
     """
-    rows = self.plan.rows(tile)
-    d_TX = self.d_y_TU[rows, part.channels].astype(jnp.float32)
-    if self.gate_TU is not None:
-      d_TX *= self.gate_TU[rows, part.channels].astype(jnp.float32)
-    return d_TX.astype(self.plan.dtype)
+    return self.d_read_TU[self.plan.rows(tile), part.channels].astype(self.plan.dtype)
 
   def decays(self, part: _Part) -> Decays:
     return Decays(self.plan, self.stream, self.count_T, (part.head,))
@@ -155,12 +163,11 @@ class _Program:
       scale_T = self.stream.scale_BHT[part.head, rows]
     return scaled(self.plan, self.stream.v_BTE[rows, part.channels], scale_T)
 
-  def scores(self, query: Array, key: Array) -> Array:
-    """Returns the products [Q, S] of queries and keys of two tiles."""
+  def scores(self, query: Array, key: Array, *, keys_first: bool = False) -> Array:
+    """Returns the products [Q, S] of queries and keys of two tiles, or [S, Q] with keys first."""
     plan, stream = self.plan, self.stream
-    return plan.summed_dot(
-        plan.load(stream.q_BTK, plan.rows(query)), plan.load(stream.k_BTK, plan.rows(key)), (1, 1)
-    )
+    q, k = plan.load(stream.q_BTK, plan.rows(query)), plan.load(stream.k_BTK, plan.rows(key))
+    return plan.summed_dot(*((k, q) if keys_first else (q, k)), (1, 1))
 
   def each_part(self, body: Callable[[_Part, PyTree], PyTree], carry: PyTree) -> PyTree:
     """Calls body(part, carry) for each part of each head in turn."""
@@ -170,13 +177,32 @@ class _Program:
         carry,
     )
 
-  def zeros_keys(self) -> tuple[Array, ...]:
-    plan = self.plan
-    return tuple(jnp.zeros((plan.tile, plan.piece), jnp.float32) for _ in plan.pieces)
+  def zeros_keys(self) -> Array:
+    return jnp.zeros((self.plan.tile, self.plan.piece), jnp.float32)
 
-  def zeros_scores(self) -> tuple[Array, ...]:
-    size = self.plan.tile
-    return tuple(jnp.zeros((size, size), jnp.float32) for _ in self.earlier)
+  def at_each(
+      self, offsets: Iterable[int], function: Callable[[int, Array], Array], dtype: Any
+  ) -> list[Array]:
+    """Returns function(offset, zeros) for each tile of the chunk, and zeros for others."""
+    zeros = jnp.zeros((self.plan.tile, self.plan.tile), jnp.float32)
+    return [
+        self.if_in_chunk(offset, functools.partial(function, offset), zeros).astype(dtype)
+        for offset in offsets
+    ]
+
+  def products(
+      self, sum_TN: Array, offsets: Iterable[int], scores: Sequence[Array], x_TK: PyTree,
+      piece: PyTree,
+  ) -> Array:
+    """Adds the products of gradients of scores and a piece of the keys or queries of tiles."""
+    for offset, scores_TT in zip(offsets, scores, strict=True):
+
+      def added(sum_TN: Array, offset: int = offset, scores_TT: Array = scores_TT) -> Array:
+        x_TN = x_TK[self.plan.rows(self.at(offset)), piece]
+        return sum_TN + self.plan.dot(scores_TT, x_TN, (1, 0))
+
+      sum_TN = self.if_in_chunk(offset, added, sum_TN)
+    return sum_TN
 
 
 def _itself(plan: Plan) -> Array:
@@ -202,14 +228,13 @@ def _own_score(plan: Plan, scores_QS: Array) -> Array:
 def chunks_backward_kernel(
     plan: Plan,
     stream: Stream,
-    gate_TU: PyTree,
     epilogue: Epilogue | None,
     count_T: PyTree,
+    d_read_TU: PyTree,
     d_y_TU: PyTree,
     before_GHNP: PyTree,
     d_after_GHNP: PyTree,
     d_stream: Stream,
-    d_gate_TU: PyTree,
     d_x_TU: PyTree,
     sums: TokenSums,
     parts: PartSums,
@@ -217,119 +242,105 @@ def chunks_backward_kernel(
   """Computes one source's gradients in a tile. `d_` is a gradient.
 
   The summed log decay of a token enters as exp(sum) in the token's read and as exp(-sum) with its
-  value. So its gradient is <d_read, read> - <v, d_v> of that token, which needs no product of
-  [C, C] arrays; the sum of a chunk's last token also enters the state after the chunk. Terms that
-  no decay multiplies (a token's value in its own read, the last token's value in that state) would
-  cancel up to rounding, which may far exceed the gradients of strong decays: both omit them.
+  value. So its gradient is <d_read, read> - <v, d_v> of that token; the sum of a chunk's last token
+  also enters the state after the chunk. Neither read nor d_read is needed twice: <d_read, read> is
+  the sum of weights times their gradients, and of the query times its gradient, which the query's
+  gradient is made of. Terms that no decay multiplies (a token's value in its own read, the last
+  token's value in that state) would cancel up to rounding, which may far exceed the gradients of
+  strong decays: both sums omit them.
 
   Args:
     plan: the sizes.
     stream: the source.
-    gate_TU: the gate of its read; None means 1.
     epilogue: skip and what it multiplies; None if another source than the layer's own.
     count_T: resets up to each token, inclusive; None means none.
-    d_y_TU: the gradient of the sum of reads.
+    d_read_TU: the gradient of the read.
+    d_y_TU: the gradient of the sum of reads, for `epilogue`; None if it is `d_read_TU`.
     before_GHNP: states before each chunk.
     d_after_GHNP: the gradients of the states after each chunk.
     d_stream: gradients of queries, keys and values, outputs.
-    d_gate_TU: the gate's gradient, an output.
     d_x_TU: the gradient of what `skip` multiplies, an output; None if that is the values.
     sums: sums that gradients of decays and scales need, outputs.
     parts: shares of gradients, outputs.
   """
-  program = _Program(plan, stream, gate_TU, count_T, d_y_TU, pl.program_id(1))
-  _reads(program, before_GHNP, d_gate_TU, sums.read)
-  _queries(program, before_GHNP, d_stream.q_BTK)
+  program = _Program(plan, stream, count_T, d_read_TU, pl.program_id(1))
+  d_y_TU = d_read_TU if d_y_TU is None else d_y_TU
+  _queries(program, before_GHNP, d_stream.q_BTK, sums.read)
   _keys(program, d_after_GHNP, d_stream.k_BTK)
-  _values(program, epilogue, d_after_GHNP, d_stream.v_BTE, d_x_TU, sums, parts)
+  _values(program, epilogue, d_y_TU, d_after_GHNP, d_stream.v_BTE, d_x_TU, sums, parts)
   _whole_chunk(program, before_GHNP, d_after_GHNP, parts.whole)
 
 
-def _reads(program: _Program, before_GHNP: PyTree, d_gate_TU: PyTree, sums_HAT: PyTree) -> None:
-  """Computes the reads again, and the gradient of the gate."""
-  plan, tile, rows = program.plan, program.tile, program.rows
-  scores = [program.scores(tile, program.at(offset)) for offset in program.earlier]
-  own_T1 = _own_score(plan, scores[0])[:, None]
-
-  def body(part: _Part, carry: PyTree) -> PyTree:
-    decays = program.decays(part)
-    q, h = plan.load(program.stream.q_BTK, rows), part.state(before_GHNP, program.chunk)
-    read_TX = decays.since(program.first, rows)[:, None] * plan.summed_dot(q, h, (1, 0))
-    for offset, scores_QS in zip(program.earlier, scores, strict=True):
-      decay_QS = decays.between(tile, tile + offset, same=not offset)
-      weights_QS = _weights(plan, scores_QS, decay_QS, offset)
-      read_TX += plan.dot(weights_QS, program.values(part, program.at(offset)), (1, 0))
-    d_read_TX = program.d_read(part, tile).astype(jnp.float32)
-    sums_HAT[(*part.index, rows)] = jnp.sum(d_read_TX * read_TX, axis=1)
-    if d_gate_TU is not None:
-      read_TX += own_T1 * program.values(part, tile).astype(jnp.float32)
-      d_y_TX = program.d_y_TU[rows, part.channels].astype(jnp.float32)
-      d_gate_TU[rows, part.channels] = (d_y_TX * read_TX).astype(d_gate_TU.dtype)
-    return carry
-
-  program.each_part(body, 0)
-
-
-def _queries(program: _Program, before_GHNP: PyTree, d_q_TN: PyTree) -> None:
-  """Computes the gradient of the queries."""
+def _queries(
+    program: _Program, before_GHNP: PyTree, d_q_TN: PyTree, sums_HAOT: PyTree
+) -> None:
+  """Computes the gradient of the queries, and the sums of the read times its gradient."""
   plan, tile, rows = program.plan, program.tile, program.rows
 
-  def body(part: _Part, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
-    d_scores, d_q = carry
-    decays, d_read_TX = program.decays(part), program.d_read(part, tile)
-    d_scores = tuple(
-        d_QS + decays.between(tile, tile + offset, same=not offset) * plan.dot(
-            d_read_TX, program.values(part, program.at(offset)), (1, 1)
-        )
-        for d_QS, offset in zip(d_scores, program.earlier, strict=True)
-    )
-    from_start_T = decays.since(program.first, rows)
-    d_carried_TX = from_start_T[:, None] * d_read_TX.astype(jnp.float32)
-    h = part.state(before_GHNP, program.chunk)
-    d_q = tuple(
-        d_TN + plan.dot(d_carried_TX, h_NX, (1, 1)) for d_TN, h_NX in zip(d_q, h, strict=True)
-    )
-    return d_scores, d_q
+  def within(offset: int, none_QS: Array) -> Array:
+    key = program.at(offset)
+    scores_QS = program.scores(tile, key)
 
-  d_scores, d_q = program.each_part(body, (program.zeros_scores(), program.zeros_keys()))
-  for offset, d_QS in zip(program.earlier, d_scores, strict=True):
-    k = plan.load(program.stream.k_BTK, plan.rows(program.at(offset)))
-    d_q = tuple(d_TN + plan.dot(d_QS, k_TN, (1, 0)) for d_TN, k_TN in zip(d_q, k, strict=True))
-  for start, d_TN in zip(plan.pieces, d_q, strict=True):
-    d_q_TN[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_q_TN.dtype)
+    def body(part: _Part, d_scores_QS: Array) -> Array:
+      decay_QS = program.decays(part).between(tile, tile + offset, same=not offset)
+      weights_QS = _weights(plan, scores_QS, decay_QS, offset).astype(jnp.float32)
+      d_weights_QS = plan.dot(program.d_read(part, tile), program.values(part, key), (1, 1))
+      sums_HAOT[(*part.index, -offset, rows)] = jnp.sum(weights_QS * d_weights_QS, axis=1)
+      return d_scores_QS + decay_QS * d_weights_QS
+
+    return program.each_part(body, none_QS)
+
+  d_scores = program.at_each(program.earlier, within, plan.dtype)
+  for number, start in enumerate(plan.pieces):
+    piece = pl.ds(start, plan.piece)
+
+    def carried(part: _Part, d_TN: Array, number: int = number, piece: PyTree = piece) -> Array:
+      from_start_T1 = program.decays(part).since(program.first, rows)[:, None]
+      d_carried_TX = from_start_T1 * program.d_read(part, tile).astype(jnp.float32)
+      added_TN = plan.dot(d_carried_TX, part.state(before_GHNP, program.chunk, piece), (1, 1))
+      q_TN = program.stream.q_BTK[rows, piece].astype(jnp.float32)
+      sums_HAOT[(*part.index, plan.tiles + number, rows)] = jnp.sum(q_TN * added_TN, axis=1)
+      return d_TN + added_TN
+
+    d_TN = program.each_part(carried, program.zeros_keys())
+    d_TN = program.products(d_TN, program.earlier, d_scores, program.stream.k_BTK, piece)
+    d_q_TN[rows, piece] = d_TN.astype(d_q_TN.dtype)
 
 
 def _keys(program: _Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
   """Computes the gradient of the keys."""
   plan, tile, rows = program.plan, program.tile, program.rows
 
-  def body(part: _Part, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
-    d_scores, d_k = carry
-    decays, v_TX = program.decays(part), program.values(part, tile)
-    d_scores = tuple(
-        d_QS + decays.between(tile + offset, tile, same=not offset) * plan.dot(
-            program.d_read(part, program.at(offset)), v_TX, (1, 1)
-        )
-        for d_QS, offset in zip(d_scores, program.later, strict=True)
-    )
-    kept_TX = decays.to(program.last, rows)[:, None] * v_TX.astype(jnp.float32)
-    dh = part.state(d_after_GHNP, program.chunk)
-    d_k = tuple(
-        d_TN + plan.dot(kept_TX, dh_NX, (1, 1)) for d_TN, dh_NX in zip(d_k, dh, strict=True)
-    )
-    return d_scores, d_k
+  def within(offset: int, none_SQ: Array) -> Array:
+    query = program.at(offset)
 
-  d_scores, d_k = program.each_part(body, (program.zeros_scores(), program.zeros_keys()))
-  for offset, d_QS in zip(program.later, d_scores, strict=True):
-    q = plan.load(program.stream.q_BTK, plan.rows(program.at(offset)))
-    d_k = tuple(d_TN + plan.dot(d_QS, q_TN, (0, 0)) for d_TN, q_TN in zip(d_k, q, strict=True))
-  for start, d_TN in zip(plan.pieces, d_k, strict=True):
-    d_k_TN[rows, pl.ds(start, plan.piece)] = d_TN.astype(d_k_TN.dtype)
+    def body(part: _Part, d_scores_SQ: Array) -> Array:
+      decay_SQ = program.decays(part).between(
+          tile + offset, tile, same=not offset, keys_first=True
+      )
+      v_TX, d_read_TX = program.values(part, tile), program.d_read(part, query)
+      return d_scores_SQ + decay_SQ * plan.dot(v_TX, d_read_TX, (1, 1))
+
+    return program.each_part(body, none_SQ)
+
+  d_scores = program.at_each(program.later, within, plan.dtype)
+  for start in plan.pieces:
+    piece = pl.ds(start, plan.piece)
+
+    def kept(part: _Part, d_TN: Array, piece: PyTree = piece) -> Array:
+      to_end_T1 = program.decays(part).to(program.last, rows)[:, None]
+      kept_TX = to_end_T1 * program.values(part, tile).astype(jnp.float32)
+      return d_TN + plan.dot(kept_TX, part.state(d_after_GHNP, program.chunk, piece), (1, 1))
+
+    d_TN = program.each_part(kept, program.zeros_keys())
+    d_TN = program.products(d_TN, program.later, d_scores, program.stream.q_BTK, piece)
+    d_k_TN[rows, piece] = d_TN.astype(d_k_TN.dtype)
 
 
 def _values(
     program: _Program,
     epilogue: Epilogue | None,
+    d_y_TU: PyTree,
     d_after_GHNP: PyTree,
     d_v_TU: PyTree,
     d_x_TU: PyTree,
@@ -342,20 +353,30 @@ def _values(
   is_last_T1 = (
       tile * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) == last
   )
-  scores = [program.scores(program.at(offset), tile) for offset in program.later]
+
+  def of_queries(offset: int, _: Array) -> Array:
+    return program.scores(program.at(offset), tile, keys_first=True)
+
+  scores = program.at_each(program.later, of_queries, jnp.float32)
   own_T1 = _own_score(plan, scores[0])[:, None]
 
   def body(part: _Part, carry: PyTree) -> PyTree:
     decays = program.decays(part)
-    k, dh = plan.load(stream.k_BTK, rows), part.state(d_after_GHNP, program.chunk)
+    k, dh = plan.load(stream.k_BTK, rows), part.states(d_after_GHNP, program.chunk)
     d_kept_TX = decays.to(last, rows)[:, None] * plan.summed_dot(k, dh, (1, 0))
     v_TX = program.values(part, tile).astype(jnp.float32)
     d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
     parts.last[part.index] = jnp.sum(v_TX * d_v_TX)
-    for offset, scores_QS in zip(program.later, scores, strict=True):
-      decay_QS = decays.between(tile + offset, tile, same=not offset)
-      weights_QS = _weights(plan, scores_QS, decay_QS, offset)
-      d_v_TX += plan.dot(weights_QS, program.d_read(part, program.at(offset)), (0, 0))
+
+    def added(d_v_TX: Array, offset: int, scores_SQ: Array) -> Array:
+      decay_SQ = decays.between(tile + offset, tile, same=not offset, keys_first=True)
+      weights_SQ = _weights(plan, scores_SQ, decay_SQ, offset)
+      d_read_TX = program.d_read(part, program.at(offset))
+      return d_v_TX + plan.dot(weights_SQ, d_read_TX, (1, 0))
+
+    for offset, scores_SQ in zip(program.later, scores, strict=True):
+      add = functools.partial(added, offset=offset, scores_SQ=scores_SQ)
+      d_v_TX = program.if_in_chunk(offset, add, d_v_TX)
     sums.value[(*part.index, rows)] = jnp.sum(v_TX * d_v_TX, axis=1)
     d_v_TX += jnp.where(is_last_T1, d_kept_TX, 0.0)
     d_v_TX += own_T1 * program.d_read(part, tile).astype(jnp.float32)
@@ -364,7 +385,7 @@ def _values(
       sums.scale[(*part.index, rows)] = jnp.sum(raw_TX * d_v_TX, axis=1)
       d_v_TX *= stream.scale_BHT[part.head, rows][:, None]
     if epilogue is not None and epilogue.skip is not None:
-      d_y_TX = program.d_y_TU[rows, part.channels].astype(jnp.float32)
+      d_y_TX = d_y_TU[rows, part.channels].astype(jnp.float32)
       x_TU = stream.v_BTE if epilogue.x is None else epilogue.x
       parts.skip[part.index] = jnp.sum(d_y_TX * x_TU[rows, part.channels].astype(jnp.float32))
       d_x_TX = epilogue.skip[part.head] * d_y_TX
@@ -385,7 +406,7 @@ def _whole_chunk(
   plan = program.plan
 
   def body(part: _Part, carry: PyTree) -> PyTree:
-    h, dh = (part.state(x_GHNP, program.chunk) for x_GHNP in (before_GHNP, d_after_GHNP))
+    h, dh = (part.states(x_GHNP, program.chunk) for x_GHNP in (before_GHNP, d_after_GHNP))
     product = sum(
         jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
         for h_NX, dh_NX in zip(h, dh, strict=True)

@@ -8,7 +8,7 @@ Triton needs sizes that are powers of two, so N is cut into pieces of `piece` nu
 parts of `width` channels. A program's lists of [piece, width] arrays hold one state.
 
 Letters of these files alone: X a part of one head's channels; in arrays of tiles, Q queries and S
-keys; [H, A] the heads and their parts.
+keys; [H, A] the heads and their parts; R the rank of a gate.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.matrix.log_decay import LogDecay, weight
+from dense_jax.ops.recurrence import LowRankGate
+from dense_jax.ops.triton_functions import sigmoid
 from dense_jax.types import Array, PyTree
 
 
@@ -164,6 +166,24 @@ def scaled(plan: Plan, v_TX: Array, scale_T: Array | None) -> Array:
   return (scale_T[:, None] * v_TX.astype(jnp.float32)).astype(v_TX.dtype)
 
 
+def open_gate(plan: Plan, gate: PyTree, rows: PyTree) -> tuple[Array, Array | None]:
+  """Returns a gate of reads, [tile, X] in float32, and its slope.
+
+  Args:
+    plan: the sizes.
+    gate: a reference to the gate, [T, X], or a low-rank gate of references, [T, R] and [R, X].
+    rows: the tile's tokens.
+
+  Returns:
+    The gate, and its derivative by what its activation is applied to; None if there is none.
+  """
+  if not isinstance(gate, LowRankGate):
+    return gate[rows, :].astype(jnp.float32), None
+  before_TX = plan.dot(gate.hidden_R[rows, :], gate.up_RE[...], (1, 0))
+  share_TX = sigmoid(before_TX)
+  return before_TX * share_TX, share_TX * (1 + before_TX * (1 - share_TX))
+
+
 @dataclasses.dataclass(frozen=True)
 class Decays:
   """The decays of one head; exponents are <= 0, and masked before exp.
@@ -210,7 +230,9 @@ class Decays:
     kept = None if self.count_T is None else self.count_T[rows] == self.count_T[last]
     return weight(kept, self._at(last).since(self._at(rows)))
 
-  def between(self, query: Array, key: Array, *, same: bool) -> Array:
+  def between(
+      self, query: Array, key: Array, *, same: bool, keys_first: bool = False
+  ) -> Array:
     """Returns the decay [Q, S] from tokens of tile `key` to those of tile `query`.
 
     It is 0 where a query's token is earlier than the key's, or in another chunk or document.
@@ -219,12 +241,17 @@ class Decays:
       query: a tile, or a tile that a row does not have.
       key: the same tile or an earlier one.
       same: whether they are the same tile.
+      keys_first: true for [S, Q].
     """
     plan = self.plan
+
+    def spread(q_Q: Array, s_S: Array) -> tuple[Array, Array]:
+      if keys_first:
+        return q_Q[None, :], s_S[:, None]
+      return q_Q[:, None], s_S[None, :]
+
     if same:
-      size = (plan.tile, plan.tile)
-      q_QS, s_QS = (jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(2))
-      sees = q_QS >= s_QS
+      sees = jnp.greater_equal(*spread(*[jnp.arange(plan.tile, dtype=jnp.int32)] * 2))
     else:
       sees = key >= div(query, plan.tiles) * plan.tiles
     # What is loaded for a tile that there is not does not matter.
@@ -232,7 +259,7 @@ class Decays:
         plan.rows(jnp.clip(tile, 0, plan.chunks * plan.tiles - 1)) for tile in (query, key)
     )
     if self.count_T is not None:
-      sees &= self.count_T[q_rows][:, None] == self.count_T[s_rows][None, :]
+      sees &= jnp.equal(*spread(self.count_T[q_rows], self.count_T[s_rows]))
     q, s = self._at(q_rows), self._at(s_rows)
-    q = LogDecay(q.high[:, None], q.low[:, None])
-    return weight(sees, q.since(LogDecay(s.high[None, :], s.low[None, :])))
+    (q_high, s_high), (q_low, s_low) = spread(q.high, s.high), spread(q.low, s.low)
+    return weight(sees, LogDecay(q_high, q_low).since(LogDecay(s_high, s_low)))

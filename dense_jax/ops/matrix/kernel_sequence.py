@@ -12,7 +12,7 @@ from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.matrix import gpu, tpu
 from dense_jax.ops.matrix.kernel_inputs import Source
 from dense_jax.ops.matrix.sequence import MatrixSequence
-from dense_jax.ops.recurrence import KernelRecurrence, LowRankGate, Read, gate_value
+from dense_jax.ops.recurrence import KernelRecurrence, LowRankGate, Read
 from dense_jax.types import WIDTH_AXIS, Array
 
 
@@ -96,13 +96,10 @@ class InterpretedTpuMatrix(TpuMatrix):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GpuMatrix(KernelMatrix):
-  """Runs the kernels of `dense_jax.ops.matrix.gpu`, which take no low-rank gates."""
+  """Runs the kernels of `dense_jax.ops.matrix.gpu`."""
 
   kernel = staticmethod(gpu.matrix_finish)
   implementation: ClassVar[str] = "triton"
-
-  def _given(self, gate: Array | LowRankGate) -> Array | LowRankGate:
-    return gate_value(gate).reshape(self.v_BTE.shape)
 
 
 @jax.tree_util.register_dataclass
