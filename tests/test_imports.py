@@ -39,7 +39,9 @@ ROOMS = {
     "experiment": ("models", "errors", "config", "files"),
     "runs": (*_MODEL, "data", "training", "evaluation", "generation", "interop", "costs",
              "experiment", "outputs"),
-    "cli": (*_MODEL, "data", "generation", "interop", "costs", "experiment", "outputs", "runs"),
+    "sweeps": (*_MODEL, "data", "training", "experiment", "outputs", "runs"),
+    "cli": (*_MODEL, "data", "generation", "interop", "costs", "experiment", "outputs", "runs",
+            "sweeps"),
 }
 
 # Room -> libraries that it does without.

@@ -10,8 +10,12 @@ class DenseConfig:
   """Dense hidden connections (arXiv 2403.00818); docs/dense.md says when to use which."""
 
   depth: int = integer(
-      0, 0, help="m: how many of the layers directly below each dense layer reads, fewer than "
-      "model.layers; 0 means the base model")
+      0, 0, help="m: how many layers below it each dense layer reads, fewer than model.layers; 0 "
+      "means the base model")
+  reads: str = choice(
+      "nearest", "nearest", "first", "spread",
+      help="which layers those are: the m directly below (nearest), the m lowest of all (first), "
+      "or those 1, 2, 4, 8, ... below (spread)")
   start: int = integer(
       1, 1, help="the first dense layer, counted from 0; layer 0 has nothing below it")
   stride: int = integer(1, 1, help="every stride-th layer from start on is dense")
@@ -55,6 +59,8 @@ class DenseConfig:
     elif self.source == "fused":
       self._require("with inject=state and source=fused, a chain of linear reads",
                     depth=(0, 1), transition=("identity", "linear"), fusion=("add",))
+    if self.source == "fused":
+      self._require("with source=fused, a chain from layer to layer", reads=("nearest",))
 
   def _require(self, why: str, **valid: tuple[object, ...]) -> None:
     for name, options in valid.items():
@@ -64,7 +70,35 @@ class DenseConfig:
             f"config.model.dense.{name}", value, f"{' or '.join(map(str, options))} {why}"
         )
 
+  def layers_read(self, layer: int) -> tuple[int, ...]:
+    """Returns the layers that a layer reads, in the order of its sources.
+
+    The nearest comes first, with reads=first the lowest. A larger depth only adds to the end.
+    """
+    if layer < self.start or (layer - self.start) % self.stride:
+      return ()
+    if self.reads == "first":
+      return tuple(range(min(layer, self.depth)))
+    return tuple(layer - distance for distance in self.distances if distance <= layer)
+
   def sources(self, layer: int) -> int:
     """Returns S, the number of layers that a layer reads."""
-    dense = layer >= self.start and (layer - self.start) % self.stride == 0
-    return min(layer, self.depth) if dense else 0
+    return len(self.layers_read(layer))
+
+  @property
+  def distances(self) -> tuple[int, ...]:
+    """How many layers below a layer those are that it reads; () with reads=first."""
+    return {
+        "nearest": tuple(range(1, self.depth + 1)),
+        "spread": tuple(2**number for number in range(self.depth)),
+    }.get(self.reads, ())
+
+  @property
+  def reach(self) -> int:
+    """The greatest of the distances; 0 with reads=first and without dense connections."""
+    return max(self.distances, default=0)
+
+  @property
+  def first_full(self) -> int:
+    """The lowest layer below which all m layers are that it may read."""
+    return self.depth if self.reads == "first" else self.reach

@@ -1,6 +1,7 @@
 """The language model: `config.model`."""
 
 import dataclasses
+import math
 from typing import Any
 
 from dense_jax.config.dense import DenseConfig
@@ -53,6 +54,12 @@ class ModelConfig:
           "config.model.dense.depth", self.dense.depth,
           f"an integer from 0 to layers - 1 = {self.layers - 1}",
       )
+    if self.dense.reach >= self.layers:
+      raise invalid(
+          "config.model.dense.depth", self.dense.depth,
+          f"with reads=spread an integer from 0 to {1 + int(math.log2(self.layers - 1))}: the "
+          f"farthest layer is 2 ** (depth - 1) below, of {self.layers} in all",
+      )
     if self.dense.depth and self.dense.start >= self.layers:
       raise invalid(
           "config.model.dense.start", self.dense.start,
@@ -66,9 +73,9 @@ class ModelConfig:
           f"0 or layers = {self.layers} with inject=state and source=fused: each layer reads "
           "another number of states",
       )
-    if self.block_layers < self.dense.depth or self.block_layers % self.dense.stride:
+    if self.block_layers < self.dense.reach or self.block_layers % self.dense.stride:
       raise invalid(
           "config.model.block_layers", self.block_layers,
           f"0, layers, or a multiple of dense.stride = {self.dense.stride} that is >= "
-          f"dense.depth = {self.dense.depth}",
+          f"{self.dense.reach}, as a layer reads the one so far below",
       )

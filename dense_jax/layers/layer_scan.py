@@ -18,8 +18,8 @@ Bank = tuple[PyTree, ...]
 Unit = Callable[[PyTree, PyTree, PyTree, Array, Bank], tuple[Array, Bank, PyTree]]
 """The layers of one step, as a function: (params, states, context, x, bank) -> (x, bank, after).
 
-The returned bank begins with what these layers share, nearest first; `after` is any other result, a
-tree of float arrays. The function must not close over arrays."""
+The returned bank begins with what these layers share, nearest first, or is the same; `after` is any
+other result, a tree of float arrays. The function must not close over arrays."""
 
 
 def _is_float(leaf: Array) -> bool:
@@ -56,8 +56,9 @@ def scan_layers(
     states: their float states, stacked [n, ...], or None for a fresh start.
     context: arrays without gradients that all steps see.
     x: the first layer's input.
-    bank: what the m layers below share, nearest first.
-    fresh: how many entries of the bank a step replaces.
+    bank: what the layers below share, nearest first.
+    fresh: how many entries of the bank a step replaces; 0 for a bank that does not change, in any
+      order.
 
   Returns:
     The last layer's output, the bank after it, and each step's `after`, stacked [n, ...].

@@ -19,7 +19,7 @@ from dense_jax.layers.metrics import Aux, collecting
 from dense_jax.types import Array, PyTree
 
 Bank = tuple[Shared, ...]
-"""The values that the last m layers share, nearest first."""
+"""What shallow layers share: the nearest first, with dense.reads=first the lowest first."""
 
 # The most multiplications a number of a matmul whose result remat="minimal" computes again.
 LOW_RANK = 128
@@ -63,8 +63,8 @@ def plan_layers(config: ModelConfig) -> LayerPlan:
   dense, layers = config.dense, config.layers
   if dense.depth and dense.inject == "state" and dense.source == "fused":
     return LayerPlan(layers)  # Each layer reads a longer chain than the one below.
-  apart, pattern = (max(dense.depth, dense.start), dense.stride) if dense.depth else (0, 1)
-  block = config.block_layers or -(-max(dense.depth, 1) // pattern) * pattern
+  apart, pattern = (max(dense.first_full, dense.start), dense.stride) if dense.depth else (0, 1)
+  block = config.block_layers or -(-max(dense.reach, 1) // pattern) * pattern
   super_blocks = (layers - apart) // block
   if super_blocks < 2:  # A scan of one step would only hide the layers.
     return LayerPlan(layers)
@@ -149,7 +149,7 @@ class Stack(nnx.Module):
       *,
       rngs: nnx.Rngs,
   ) -> None:
-    self.depth = config.dense.depth
+    self.dense = config.dense
     self.remat = config.remat
     self.plan = plan_layers(config)
 
@@ -214,10 +214,22 @@ class Stack(nnx.Module):
       run: Callable[..., Any] = functools.partial(_run_layer, graph, wanted)
       if checkpoint:
         run = jax.checkpoint(run, policy=self._policy)
-      x, shared, layer_after = run(params, x, tokens, state, bank)
+      x, shared, layer_after = run(params, x, tokens, state, self._read(bank))
       after.append(layer_after)
-      bank = (shared, *bank)[: self.depth]
+      bank = self._with(bank, shared)
     return x, bank, tuple(after)
+
+  def _read(self, bank: Bank) -> Bank:
+    """Returns the entries of the bank that the next layer reads."""
+    if self.dense.reads == "first":
+      return bank
+    return tuple(bank[distance - 1] for distance in self.dense.distances if distance <= len(bank))
+
+  def _with(self, bank: Bank, shared: Shared) -> Bank:
+    """Returns the bank after a layer, with what later layers may read."""
+    if self.dense.reads == "first":
+      return (*bank, shared)[: self.dense.depth]
+    return (shared, *bank)[: self.dense.reach]
 
   def _prefix(
       self, x: Array, tokens: Segments | Token, states: Sequence[PyTree], wanted: _Wanted
@@ -278,7 +290,7 @@ class Stack(nnx.Module):
         carry: tuple[Array, Bank], inputs: PyTree
     ) -> tuple[tuple[Array, Bank], tuple[_After, ...]]:
       (x, bank), (params, states) = carry, inputs
-      fresh = min(pattern, self.depth)
+      fresh = min(pattern, self.dense.reach)  # 0 with reads=first: the bank no longer changes.
       x, bank, after = scan_layers(row, params, states, tokens, x, bank, fresh)
       return (x, bank), after
 
@@ -291,13 +303,21 @@ class Stack(nnx.Module):
       self, super_block: Callable[..., Any], x: Array, bank: Bank, inputs: PyTree
   ) -> tuple[Array, tuple[_After, ...]]:
     """Scans over super-blocks; `inputs` are stacked [R, ...]."""
+    fixed = self.dense.reads == "first"
+
+    def body(carry: tuple[Array, Bank], inputs: PyTree) -> tuple[tuple[Array, Bank], PyTree]:
+      # The carry is kept for each super-block: a bank that does not change is no part of it.
+      x, moving = carry
+      (x, moving), after = super_block((x, bank if fixed else moving), inputs)
+      return (x, () if fixed else moving), after
+
     if self.remat != "none":
       # Only a scan's own body may have prevent_cse=False: elsewhere the compiler would merge the
       # recomputation with the first computation, and nothing would be saved.
-      super_block = jax.checkpoint(super_block, policy=self._policy, prevent_cse=False)
+      body = jax.checkpoint(body, policy=self._policy, prevent_cse=False)
     shape = self.plan.super_blocks, self.plan.repeats
     inputs = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), inputs)
-    (x, _), after = jax.lax.scan(super_block, (x, bank), inputs)
+    (x, _), after = jax.lax.scan(body, (x, () if fixed else bank), inputs)
     return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), after)
 
   @property

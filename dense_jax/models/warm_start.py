@@ -19,7 +19,7 @@ the gradient of the closing factor is not zero.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
@@ -86,20 +86,25 @@ def check_warm_start(source: ModelConfig, target: ModelConfig) -> None:
   layers = range(target.layers)
   reading = [layer for layer in layers if source.dense.sources(layer)]
   for layer in reading:
-    before, now = source.dense.sources(layer), target.dense.sources(layer)
-    if now < before:
+    before, now = source.dense.layers_read(layer), target.dense.layers_read(layer)
+    if now[: len(before)] != before:
       raise InputError(
-          f"config.model.dense (depth = {target.dense.depth}, start = {target.dense.start}, stride "
-          f"= {target.dense.stride}) is not valid: layer {layer} would read {now} of the {before} "
-          f"layers that it reads in the model to begin with. Expected depth >= "
-          f"{source.dense.depth}, start = {source.dense.start} and stride = {source.dense.stride}, "
-          "or others with which each layer keeps its sources"
+          f"config.model.dense (depth = {target.dense.depth}, reads = {target.dense.reads}, start "
+          f"= {target.dense.start}, stride = {target.dense.stride}) is not valid: layer {layer} "
+          f"would read layers {_listed(now)}, and reads {_listed(before)} in the model to begin "
+          f"with. Expected depth >= {source.dense.depth}, reads = {source.dense.reads}, start = "
+          f"{source.dense.start} and stride = {source.dense.stride}, or others with which each "
+          "layer keeps its sources"
       )
   if reading:
     _check_kept(source, target)
   for layer in layers:
     if target.dense.sources(layer) > source.dense.sources(layer):
       _check_new(target.dense, new_layer=not source.dense.sources(layer))
+
+
+def _listed(layers: Sequence[int]) -> str:
+  return ", ".join(map(str, layers)) or "none"
 
 
 def _check_same_model(source: ModelConfig, target: ModelConfig) -> None:

@@ -160,7 +160,7 @@ def compile_program(
     InputError: there is no such topology, the mesh does not divide it or the model, the size of
       the vocabulary is unknown, or the topology's compiler is not installed.
   """
-  config = _with_vocab(config)
+  config = with_vocab(config)
   devices = topology_devices(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
   figures = _compile(lambda: _lower(config, mesh, program), mesh, topology, say)
@@ -220,7 +220,7 @@ def _compile(
   return Figures(seconds, memory, cost, bound(cost, chip), estimate(cost, chip), note, items)
 
 
-def _with_vocab(config: ExperimentConfig) -> ExperimentConfig:
+def with_vocab(config: ExperimentConfig) -> ExperimentConfig:
   """Returns the configuration with the vocabulary size that its tokenizer will have."""
   kind = config.data.tokenizer
   sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}

@@ -14,8 +14,8 @@ Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_
           activations, float32 parameters and AdamW; V and head as there
 Cases     check    every form of a recurrence against the specification (gpu_check.py)
           rates    the card's matmul FLOP/s and copied bytes/s
-          train    tokens/s, MFU (flops.py) and peak memory of a train step, base and dense, with
-                   32768 tokens per batch and the first of remat minimal, reads and full that fits
+          train    tokens/s, MFU (models/flops.py) and peak memory of a train step, base and dense,
+                   with 32768 tokens a batch and the first of remat minimal, reads, full that fits
           rival    the same of flash-linear-attention, at the same batch and length
           mode     the implementations of a form against each other, T 8192
           decode   decoded tokens/s of B rows
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.json:
       common.write_json(options.json, common.record(
           "gpu", arguments,
-          "tokens/s, seconds, bytes; mfu: see flops.py; errors: see gpu_check.py", results,
+          "tokens/s, seconds, bytes; mfu: see models/flops.py; errors: see gpu_check.py", results,
       ))
   prices: dict[str, Any] = {}
   if options.prices:

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 
 from dense_jax import experiment
-from dense_jax.config import ExperimentConfig
+from dense_jax.config import ExperimentConfig, ModelConfig
+from dense_jax.costs.chips import CHIPS
+from dense_jax.models.flops import train_flops
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
-from experiments.benchmarks import common, flops, gpu_check
+from experiments.benchmarks import common, gpu_check
 
 TRAIN_REPEATS, DECODE_REPEATS = 5, 9
 
@@ -55,6 +57,20 @@ def peak_memory(device: jax.Device) -> float | None:
   return statistics and statistics.get("peak_bytes_in_use")
 
 
+def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str) -> float | None:
+  """Returns the MFU in bf16 on one device; None means that the device's peak is not known.
+
+  Args:
+    config: the model.
+    tokens_per_second: the measured speed of training.
+    device_kind: jax's name of the device, such as "NVIDIA H200".
+  """
+  for name, chip in CHIPS.items():
+    if name in device_kind.lower().split():
+      return train_flops(config) * tokens_per_second / chip.flops
+  return None
+
+
 def train(settings: ExperimentConfig) -> dict[str, Any]:
   """Measures tokens/s, MFU and peak memory of training, and the seconds up to the second step."""
   device = jax.devices()[0]
@@ -64,8 +80,8 @@ def train(settings: ExperimentConfig) -> dict[str, Any]:
   rate = step.tokens / common.median(step, TRAIN_REPEATS)
   return {
       "tokens_per_second": rate,
-      "mfu": flops.utilization(settings.model, rate, device.device_kind),
-      "flops_per_token": flops.train_flops(settings.model),
+      "mfu": utilization(settings.model, rate, device.device_kind),
+      "flops_per_token": train_flops(settings.model),
       "peak_bytes": peak_memory(device),
       "parameters": step.parameters,
       "compile_seconds": compile_seconds,

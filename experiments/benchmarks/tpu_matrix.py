@@ -6,7 +6,7 @@ Compiles the train step of each model, base and dense, for each topology with a 
 writes the table that is kept in `experiments/results/tpu_compile.md`. A case takes minutes; FILE
 is written after each, and cases that it already has are not compiled again.
 
-MFU at most   the MFU (model FLOPs by `flops.py` over the chip's peak) of a step that takes no
+MFU at most   the MFU (FLOPs by `models/flops.py` over the chip's peak) of a step that takes no
               longer than its largest lower bound: matmuls at peak, HBM traffic at full bandwidth,
               collectives at the links' bandwidth. It is an upper bound, not an estimate
 """
@@ -23,8 +23,9 @@ from tqdm import tqdm
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig, MeshConfig
 from dense_jax.costs.chips import CHIPS
+from dense_jax.models.flops import train_flops
 from dense_jax.runs.compile import compile_program
-from experiments.benchmarks import common, flops
+from experiments.benchmarks import common
 
 JSON = common.ROOT / "experiments" / "results" / "tpu_compile.json"
 MARKDOWN = JSON.with_suffix(".md")
@@ -100,7 +101,7 @@ def measure(case: Case) -> dict[str, Any]:
   if report.bound:
     chip = CHIPS[case.topology.partition(":")[0]]
     tokens = case.rows * case.length / report.chips
-    ceiling = flops.train_flops(config.model) * tokens / chip.flops / report.bound.seconds
+    ceiling = train_flops(config.model) * tokens / chip.flops / report.bound.seconds
   return report.as_dict() | {"mfu_ceiling": ceiling}
 
 

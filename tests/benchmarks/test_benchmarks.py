@@ -11,8 +11,17 @@ import jax
 import pytest
 
 from dense_jax import sharding
+from dense_jax.models.flops import train_flops
 from dense_jax.models.params import abstract_model, get_params, logical_axes
-from experiments.benchmarks import cpu, cpu_dense, flops, gpu, gpu_tables, registers, tpu_matrix
+from experiments.benchmarks import (
+    cpu,
+    cpu_dense,
+    gpu,
+    gpu_case,
+    gpu_tables,
+    registers,
+    tpu_matrix,
+)
 from tests.builders import model_config
 from tests.helpers import ROOT, tpu_compiler_environment
 
@@ -161,25 +170,11 @@ def test_gpu_cases_begin_with_what_matters_most():
   assert names.index("train/mamba2/base/T2048") < names.index("train/gau_retnet-1.3B/base/T2048")
 
 
-def test_flops_by_hand():
-  """The model is mamba with D 16, E 32, N 3, R 2, 3 layers, V 11, and gates of rank D / 4."""
-  layer = 16 * 64 + 32 * (2 + 3 + 3) + 2 * 32 + 32 * 16
-  base = model_config("mamba", layers=3)
-  assert flops.matmul_parameters(base) == 3 * layer + 16 * 11
-  recurrence = 3 * 4 * 32 * 3
-  assert flops.train_flops(base) == 3 * (2 * (3 * layer + 16 * 11) + recurrence)
-
-  dense = model_config("mamba", depth=2, layers=3)
-  gates = 2 * (16 * 4 + 4 * 32)
-  reads = 2 * (1 + 2) * 32 * 3  # The second layer has one source, the third two.
-  assert flops.train_flops(dense) == flops.train_flops(base) + 3 * (2 * gates + reads)
-
-
 def test_utilization():
   config = model_config("mamba", layers=3)
-  rate = 989e12 / flops.train_flops(config)
-  assert flops.utilization(config, 0.5 * rate, "NVIDIA H200") == pytest.approx(0.5)
-  assert flops.utilization(config, rate, "cpu") is None
+  rate = 989e12 / train_flops(config)
+  assert gpu_case.utilization(config, 0.5 * rate, "NVIDIA H200") == pytest.approx(0.5)
+  assert gpu_case.utilization(config, rate, "cpu") is None
 
 
 def test_bytes_of_a_decoding_step():

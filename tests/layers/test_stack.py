@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dense_jax.errors import InputError
 from dense_jax.layers.stack import (
   LOW_RANK,
   LayerPlan,
@@ -58,6 +59,32 @@ def test_the_plan_of_layers(layers, depth, block_layers, expected):
   assert sorted(scanned) == list(range(plan.prefix, layers))
 
 
+@pytest.mark.parametrize(("reads", "depth", "layers", "read"), [
+    ("nearest", 3, 6, [(), (0,), (1, 0), (2, 1, 0), (3, 2, 1), (4, 3, 2)]),
+    ("first", 2, 5, [(), (0,), (0, 1), (0, 1), (0, 1)]),
+    ("spread", 3, 7, [(), (0,), (1, 0), (2, 1), (3, 2, 0), (4, 3, 1), (5, 4, 2)]),
+])
+def test_which_layers_are_read(reads, depth, layers, read):
+  config = model_config("gau_retnet", depth, layers=layers, reads=reads)
+  assert [config.dense.layers_read(layer) for layer in range(layers)] == read
+  plan = plan_layers(config)
+  assert len({len(read[layer]) for layer in range(plan.prefix, layers)}) <= 1
+  deeper = model_config("gau_retnet", depth + 1, layers=20, reads=reads)
+  for layer, fewer in enumerate(read):
+    assert deeper.dense.layers_read(layer)[: len(fewer)] == fewer
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"depth": 4, "reads": "spread"}, "dense.depth = 4 is not valid: expected with reads=spread an "
+     r"integer from 0 to 3: the farthest layer is 2 \*\* \(depth - 1\) below, of 8"),
+    ({"depth": 3, "reads": "spread", "block_layers": 3}, "block_layers = 3 .* that is >= 4"),
+    ({"depth": 1, "reads": "first", "source": "fused"}, "dense.reads = 'first'"),
+])
+def test_reads_that_are_not_valid(change, message):
+  with pytest.raises(InputError, match=message):
+    model_config("gau_retnet", layers=8, **change)
+
+
 def test_layers_of_a_pattern_that_repeats():
   config = model_config("gau_retnet", 1, layers=9, start=2, stride=2, block_layers=2)
   plan = plan_layers(config)
@@ -101,6 +128,15 @@ def _apart(state, plan):
     pytest.param("mamba", "state", 3,
                  {"layers": 11, "stride": 2, "block_layers": 4, "remat": "full"},
                  marks=pytest.mark.exhaustive),
+    # A bank that does not change, and one of which every layer reads a part.
+    *[pytest.param("gau_retnet", inject, depth, {"layers": 12, "reads": reads, "remat": remat,
+                                                 "block_layers": block}, marks=marks)
+      for inject, depth, reads, remat, block, marks in (
+          ("inputs", 1, "first", "minimal", 5, ()),
+          ("state", 3, "spread", "full", 0, pytest.mark.slow),
+          ("state", 2, "first", "full", 3, pytest.mark.slow),
+          ("state", 2, "first", "reads", 0, pytest.mark.slow),
+          ("inputs", 2, "spread", "minimal", 2, pytest.mark.slow))],
     pytest.param("transformer", "state", 0, {"layers": 4, "remat": "reads"},
                  marks=pytest.mark.exhaustive),
 ])

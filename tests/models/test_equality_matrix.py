@@ -53,6 +53,8 @@ OPTIONS = {
     "m1": STATE | {"depth": 1},
     "m2": STATE,
     "start-stride": STATE | {"layers": 4, "start": 2, "stride": 2},
+    "first": STATE | {"layers": 4, "reads": "first"},
+    "spread": STATE | {"depth": 3, "layers": 6, "reads": "spread"},
     "linear": STATE | {"transition": "linear", "gate_sharing": "per_source"},
     "mlp": STATE | {"transition": "mlp", "transition_rank": 2},
     "ungated": STATE | {"gate": "none"},
@@ -62,6 +64,7 @@ OPTIONS = {
     "attention": STATE | {"fusion": "attention"},
     "fused": STATE | {"depth": 1, "layers": 4, "source": "fused", "gate": "channel_state"},
     "inputs": INPUTS | {"gate_sharing": "per_source"},
+    "inputs-first": INPUTS | {"layers": 4, "reads": "first"},
     "inputs-fused": INPUTS | {"source": "fused", "input_norm": False},
 }
 # Interpreted kernels take long to compile. tests/ops/pallas compares them at every length, with

@@ -149,9 +149,10 @@ def test_scanned_layers_begin_as_unrolled_ones_do():
 
 @pytest.mark.parametrize(("before", "after", "message"), [
     ({"depth": 1}, {"depth": 2}, r"gate_sharing = 'shared' is not valid: expected per_source, or"),
-    ({"depth": 2}, {"depth": 1}, r"layer 2 would read 1 of the 2 layers"),
-    ({"depth": 1}, BASE, r"layer 1 would read 0 of the 1 layers"),
-    ({"depth": 1}, {"depth": 1, "start": 2}, r"layer 1 would read 0 of the 1 layers"),
+    ({"depth": 2}, {"depth": 1}, r"layer 2 would read layers 1, and reads 1, 0 in"),
+    ({"depth": 3}, {"depth": 3, "reads": "first"}, r"layer 2 would read layers 0, 1, and reads 1"),
+    ({"depth": 1}, BASE, r"layer 1 would read layers none, and reads 0 in"),
+    ({"depth": 1}, {"depth": 1, "start": 2}, r"layer 1 would read layers none, and reads 0 in"),
     (BASE, {"depth": 2, "gate": "none"}, r"gate = 'none' is not valid: expected channel or"),
     (BASE, {"depth": 2, "gate": "none", "transition": "mlp"}, r"gate = 'none' is not valid"),
     (BASE, {"depth": 1, "inject": "inputs"}, r"input_norm = True is not valid: expected false"),

@@ -1,4 +1,4 @@
-"""Model FLOPs of a train step, by formula, and their share of a chip's peak (MFU).
+"""Model FLOPs of training, by formula.
 
     forward   = 2 * matmul parameters + sum over layers (4 + 2 S) * state       per token
     training  = 3 * forward
@@ -16,7 +16,6 @@ import math
 import jax
 
 from dense_jax.config import ModelConfig
-from dense_jax.costs.chips import CHIPS
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params
 
@@ -48,17 +47,3 @@ def train_flops(config: ModelConfig) -> int:
     sources = sum(map(config.dense.sources, range(config.layers)))
   recurrence = 4 * state + 2 * sources * state // config.layers
   return 3 * (2 * matmul_parameters(config) + recurrence)
-
-
-def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str) -> float | None:
-  """Returns the MFU in bf16 on one device; None means that the device's peak is not known.
-
-  Args:
-    config: the model.
-    tokens_per_second: the measured speed of training.
-    device_kind: jax's name of the device, such as "NVIDIA H200".
-  """
-  for name, chip in CHIPS.items():
-    if name in device_kind.lower().split():
-      return train_flops(config) * tokens_per_second / chip.flops
-  return None

@@ -1,0 +1,77 @@
+"""Trains the cells of a sweep with several seeds, and compares them in one table."""
+
+import shlex
+from collections.abc import Sequence
+
+from etils import epath
+
+from dense_jax.cli import common
+from dense_jax.config import invalid
+from dense_jax.files import make_path, write_atomically
+from dense_jax.outputs import check_file
+from dense_jax.runs.formatting import table
+from dense_jax.sweeps.budgets import describe_plan, plan
+from dense_jax.sweeps.definition import load_sweep
+from dense_jax.sweeps.results import Results
+from dense_jax.sweeps.running import next_jobs, run_sweep
+from dense_jax.sweeps.table import markdown, plot, rows
+
+_EPILOG = """
+A finished run is never done again, and one that was ended goes on: the same command continues.
+--config.KEY=VALUE changes all cells that do not set the key themselves.
+Results are one line a run in --record; the table and a plot lie beside it, as .md and .png.
+--commands prints a training command for each run that is left, for a launcher (see launch/); once
+they have ended, this command collects what lies in --workdir, which may be in a bucket.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs what is left of the sweep, and prints its table; returns 1 if a run failed."""
+  command = common.parser("sweep", "Runs many variants of an experiment, and compares them.")
+  command.epilog = _EPILOG
+  command.add_argument("sweep", metavar="FILE.py[:ARG]", help="a sweep, as experiments/sweeps/ has")
+  command.add_argument("--workdir", required=True, help="where the runs are kept, one folder each")
+  command.add_argument("--record", metavar="FILE.jsonl", help="where results are kept; left out, "
+                       "results.jsonl in the workdir")
+  command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side, each "
+                       "on its share of the cores (default 1)")
+  command.add_argument("--list", action="store_true", help="print the cells and their budgets only")
+  command.add_argument("--commands", action="store_true", help="print the commands of the runs "
+                       "that are left only")
+  command.add_argument("--table", action="store_true", help="print the table of what is finished "
+                       "only")
+  options, overrides = common.split_overrides(command, arguments)
+  if options.jobs < 1:
+    raise invalid("--jobs", options.jobs, "an integer >= 1")
+  sweep = load_sweep(options.sweep, overrides)
+  folder = make_path(options.workdir, "--workdir")
+  record = check_file(options.record or f"{options.workdir}/results.jsonl", "--record")
+  if record.suffix != ".jsonl":
+    raise invalid("--record", str(record), "the name of a .jsonl file")
+  planned = plan(sweep, folder)
+  if options.list:
+    print(table(describe_plan(planned)))
+    return 0
+  results = Results(record, planned, sweep.metric)
+  if options.commands:
+    for job in next_jobs(sweep, planned, folder, results):
+      print(shlex.join(["dense-jax", "train", *job.arguments]))
+    return 0
+  failed = {} if options.table else run_sweep(
+      sweep, planned, folder, results, side_by_side=options.jobs,
+      say=lambda line: print(line, flush=True),
+  )
+  again = shlex.join(["dense-jax", "sweep", *arguments])
+  beside = epath.Path(record)
+  write_atomically(beside.with_suffix(".md"), markdown(sweep, planned, results, again).encode())
+  plot(sweep, results, beside.with_suffix(".png"))
+  print(table(rows(sweep, planned, results)))
+  print(f"\nresults   {record}\ntable     {beside.with_suffix('.md')}\n"
+        f"plot      {beside.with_suffix('.png')}")
+  for (name, seed), why in failed.items():
+    print(f"failed    {name}, seed {seed}: {why}")
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  common.run(main)

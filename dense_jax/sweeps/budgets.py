@@ -1,0 +1,210 @@
+"""Budgets: cells whose parameters, FLOPs or time agree with those of another cell."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from dense_jax import experiment, sharding
+from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.errors import InputError
+from dense_jax.files import parse_json
+from dense_jax.models.flops import train_flops
+from dense_jax.models.params import abstract_model, get_params
+from dense_jax.outputs import write_json
+from dense_jax.runs import resume
+from dense_jax.runs.compile import with_vocab
+from dense_jax.sweeps.definition import Cell, Sweep
+from dense_jax.training.step import Trainer
+
+TIMES_FILE = "times.json"
+_WIDTH_STEP = 8
+_PAIRS, _STEPS = 5, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedCell:
+  """A cell with its budget.
+
+  Attributes:
+    cell: the cell.
+    overrides: dotted key -> text, those that its budget needs included; without the seed.
+    config: the experiment with them, and with the size of the vocabulary.
+  """
+
+  cell: Cell
+  overrides: dict[str, str]
+  config: ExperimentConfig
+
+  @property
+  def parameters(self) -> int:
+    """The number of the model's parameters."""
+    return count_parameters(self.config)
+
+  @property
+  def tokens(self) -> int:
+    """The tokens that a run trains on, padding included."""
+    train = self.config.train
+    return train.steps * train.batch_size * self.config.data.seq_len
+
+  @property
+  def flops(self) -> int:
+    """The model FLOPs of a run's training; see `dense_jax.models.flops`."""
+    return self.tokens * train_flops(self.config.model)
+
+  @property
+  def course(self) -> dict[str, object]:
+    """All values that determine what a run computes, by key, but for the seed and the text."""
+    return {
+        key: value for key, value in resume.keys(self.config).items()
+        if key != "seed" and resume.classify(key) is not resume.Change.FREELY
+    }
+
+
+def count_parameters(config: ExperimentConfig) -> int:
+  """Returns the number of a model's parameters."""
+  return sum(leaf.size for leaf in get_params(abstract_model(config.model)).values())
+
+
+def plan(
+    sweep: Sweep, folder: epath.Path,
+    measure: Callable[[ExperimentConfig, ExperimentConfig], float] | None = None,
+) -> list[PlannedCell]:
+  """Gives each cell its budget.
+
+  Args:
+    sweep: the sweep.
+    folder: where measured ratios of times are kept, so that a sweep that goes on has the budgets
+      that it began with.
+    measure: (one, other) -> the time of a step of the one over the other's; None takes
+      `step_time_ratio`.
+
+  Raises:
+    InputError: a cell's configuration is not valid, or no width has the wanted parameters.
+  """
+  found: dict[str, PlannedCell] = {}
+  for cell in sorted(sweep.cells, key=lambda cell: cell.match is not None):
+    planned = _planned(sweep, cell, {})
+    if cell.match:
+      other = found[cell.match.cell]
+      if cell.match.by == "parameters":
+        change = {"model.width": _width(sweep, cell, other.parameters)}
+      elif cell.match.by == "flops":
+        ratio = train_flops(planned.config.model) / train_flops(other.config.model)
+        change = {"train.steps": _steps(planned.config, other.config, ratio)}
+      else:
+        ratio = _measured(folder, planned, other, measure or step_time_ratio)
+        change = {"train.steps": _steps(planned.config, other.config, ratio)}
+      planned = _planned(sweep, cell, change)
+    found[cell.name] = planned
+  return [found[cell.name] for cell in sweep.cells]
+
+
+def _planned(sweep: Sweep, cell: Cell, change: Mapping[str, int]) -> PlannedCell:
+  overrides = dict(cell.texts()) | {key: str(value) for key, value in change.items()}
+  try:
+    config = with_vocab(experiment.load(sweep.experiment, list(overrides.items())))
+  except InputError as error:
+    raise InputError(f"cell {cell.name!r}: {error}") from error
+  return PlannedCell(cell, overrides, config)
+
+
+def _steps(config: ExperimentConfig, other: ExperimentConfig, ratio: float) -> int:
+  """Returns the steps that cost as much as all of the other's, if a token costs `ratio` of it."""
+  tokens = config.train.batch_size * config.data.seq_len
+  others = other.train.steps * other.train.batch_size * other.data.seq_len
+  return max(round(others / tokens / ratio), 1)
+
+
+def _width(sweep: Sweep, cell: Cell, parameters: int) -> int:
+  """Returns the width, a multiple of 8, with the number of parameters nearest to the wanted one."""
+
+  def count(width: int) -> int | None:
+    try:
+      return _planned(sweep, cell, {"model.width": width}).parameters
+    except InputError:  # Heads that the width does not divide, for example.
+      return None
+
+  best: tuple[int, int] | None = None
+  limit = 8 * _planned(sweep, cell, {}).config.model.width
+  for width in range(_WIDTH_STEP, limit, _WIDTH_STEP):
+    found = count(width)
+    if found is None:
+      continue
+    if best is None or abs(found - parameters) < best[0]:
+      best = abs(found - parameters), width
+    if found > parameters:
+      break
+  if best is None:
+    raise invalid(f"cell {cell.name!r}: match", "parameters", "a family with a valid width")
+  return best[1]
+
+
+def _measured(
+    folder: epath.Path, planned: PlannedCell, other: PlannedCell,
+    measure: Callable[[ExperimentConfig, ExperimentConfig], float],
+) -> float:
+  """Returns the ratio of the times of a token, which is measured once in a sweep's folder."""
+  file = folder / TIMES_FILE
+  try:
+    times = parse_json(file.read_bytes()) if file.is_file() else {}
+  except ValueError as error:
+    raise InputError(f"{file} is damaged ({error}): expected what this sweep wrote") from error
+  key = f"{planned.cell.name} / {other.cell.name}"
+  if key not in times:
+    tokens = planned.config.train.batch_size * planned.config.data.seq_len
+    others = other.config.train.batch_size * other.config.data.seq_len
+    times[key] = measure(planned.config, other.config) * others / tokens
+    write_json(file, times, "--workdir")
+  return float(times[key])
+
+
+def step_time_ratio(config: ExperimentConfig, other: ExperimentConfig) -> float:
+  """Measures the time of a train step over that of another, in turn on this machine's devices.
+
+  Returns:
+    The median of the ratios of five pairs.
+  """
+  first, second = _Timed(config), _Timed(other)
+  return statistics.median(first.seconds() / second.seconds() for _ in range(_PAIRS))
+
+
+class _Timed:
+  """A train step on random tokens."""
+
+  def __init__(self, config: ExperimentConfig) -> None:
+    trainer = Trainer(config, sharding.make_mesh(config.mesh))
+    shapes = trainer.batch_shapes(config.train.batch_size, config.data.seq_len)
+    key = jax.random.key(0)
+    tokens = jax.random.randint(key, shapes.tokens_BT.shape, 0, config.model.vocab_size)
+    ones = jnp.ones_like(tokens)
+    batch = dataclasses.replace(
+        jax.tree.map(lambda shape: ones.astype(shape.dtype), shapes),
+        tokens_BT=tokens, targets_BT=tokens,
+    )
+    self._batch = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), batch, shapes)
+    self._step, self._state = trainer.train_step, trainer.init(0)
+    self.seconds()  # Compiles.
+
+  def seconds(self) -> float:
+    """Runs a few steps, and returns their time."""
+    begin = time.perf_counter()
+    for _ in range(_STEPS):
+      self._state, metrics = self._step(self._state, self._batch)
+    jax.block_until_ready(metrics)
+    return time.perf_counter() - begin
+
+
+def describe_plan(cells: Sequence[PlannedCell]) -> list[tuple[str, ...]]:
+  """Returns the rows of a table of the cells: parameters, tokens, FLOPs, and what is matched."""
+  rows: list[tuple[str, ...]] = [("cell", "parameters", "tokens", "TFLOP", "equal")]
+  for each in cells:
+    match = each.cell.match
+    equal = "tokens" if match is None else f"{match.by} of {match.cell}"
+    rows.append((each.cell.name, f"{each.parameters:,}", f"{each.tokens:,}",
+                 f"{each.flops / 1e12:,.0f}", equal))
+  return rows

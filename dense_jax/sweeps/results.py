@@ -1,0 +1,162 @@
+"""Results of finished runs of a sweep: a file with one JSON object a line."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from dense_jax import experiment
+from dense_jax.data.cache import digest
+from dense_jax.errors import InputError
+from dense_jax.files import parse_json, write_atomically
+from dense_jax.runs import resume
+from dense_jax.runs.workdir import CHECKPOINTS, DATA_FILE
+from dense_jax.sweeps.budgets import PlannedCell
+from dense_jax.training.checkpoint import saved_steps
+from dense_jax.training.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """The figures of a finished run.
+
+  Attributes:
+    cell: the cell's name.
+    seed: the run's seed.
+    course: digest of all settings that determine what the run computes, but for seed and text.
+    data: fingerprint of text and tokenizer.
+    parameters, tokens, flops: as in `PlannedCell`.
+    tokens_per_second: the median of the run's records.
+    metrics: name -> the number after the last step.
+  """
+
+  cell: str
+  seed: int
+  course: str
+  data: str
+  parameters: int
+  tokens: int
+  flops: int
+  tokens_per_second: float
+  metrics: Mapping[str, float]
+
+
+_FIELDS = {field.name for field in dataclasses.fields(Result)}
+
+
+def course_digest(planned: PlannedCell) -> str:
+  """Returns the digest of a cell's settings that its results carry."""
+  return digest(json.dumps(planned.course, sort_keys=True))
+
+
+def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | None:
+  """Reads what the run in a folder has shown; None means that it is not finished.
+
+  Raises:
+    InputError: the folder holds another run than this cell's.
+  """
+  steps = planned.config.train.steps
+  if steps not in saved_steps(workdir / CHECKPOINTS):
+    return None
+  config = experiment.read(workdir)
+  records = read_metrics(workdir)
+  last = {
+      name: value for record in records if record["step"] == steps
+      for name, value in record.items() if not name.startswith("layers/")
+  }
+  differing = [
+      key for key, value in resume.keys(config).items()
+      if key in planned.course and planned.course[key] != value
+  ]
+  if differing or config.seed != seed:
+    raise InputError(
+        f"{workdir} holds a run with other values of {', '.join(differing) or 'seed'} than the "
+        f"sweep's cell {planned.cell.name!r}: expected another --workdir, or another cell's name"
+    )
+  data = parse_json((workdir / DATA_FILE).read_bytes())["fingerprint"]
+  speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+  metrics = {name: value for name, value in last.items() if name not in (
+      "step", "tokens_per_second", "peak_memory_bytes", "peak_device_memory_bytes")}
+  return Result(
+      planned.cell.name, seed, course_digest(planned), data, planned.parameters, planned.tokens,
+      planned.flops, statistics.median(speeds), metrics,
+  )
+
+
+class Results:
+  """The file of a sweep's results; a line is appended for each finished run.
+
+  A last line that a kill cut off is dropped. Every change replaces the file as a whole, so that it
+  is never half written.
+  """
+
+  def __init__(self, file: epath.Path, planned: Sequence[PlannedCell], metric: str) -> None:
+    """Reads the file, if there is one.
+
+    Raises:
+      InputError: a line is damaged, or is the result of other settings, or of other text, than the
+        sweep's.
+    """
+    self._file, self._metric = file, metric
+    self._lines: dict[tuple[str, int], Result] = {}
+    courses = {each.cell.name: course_digest(each) for each in planned}
+    content = file.read_text() if file.is_file() else ""
+    *lines, _ = content.split("\n")
+    for number, line in enumerate(lines, 1):
+      result = self._parse(line, number)
+      if courses.get(result.cell, result.course) != result.course:
+        raise InputError(
+            f"{file}:{number}: cell {result.cell!r} was run with other settings than the sweep "
+            "has now: expected another name for the changed cell, or another file (--record)"
+        )
+      self._check(result)
+      self._lines[result.cell, result.seed] = result
+
+  def _parse(self, line: str, number: int) -> Result:
+    try:
+      values = parse_json(line.encode())
+      if not isinstance(values, dict) or values.keys() != _FIELDS:
+        raise ValueError(f"expected an object with {', '.join(sorted(_FIELDS))}")
+      return Result(**values)
+    except ValueError as error:
+      raise InputError(f"{self._file}:{number} is damaged: {error}") from error
+
+  def _check(self, result: Result) -> None:
+    if self._metric not in result.metrics:
+      raise InputError(
+          f"metric = {self._metric!r} is not valid: expected one that the runs record, of "
+          f"{', '.join(sorted(result.metrics))}"
+      )
+    for other in self._lines.values():
+      if other.data != result.data:
+        raise InputError(
+            f"{self._file}: cell {result.cell!r} (seed {result.seed}) saw other text, or another "
+            f"tokenizer, than {other.cell!r} (seed {other.seed}): expected the same for all cells"
+        )
+
+  def __contains__(self, key: tuple[str, int]) -> bool:
+    """Returns whether a cell's run with a seed is finished; the key is (name, seed)."""
+    return key in self._lines
+
+  def add(self, result: Result) -> None:
+    """Adds a finished run.
+
+    Raises:
+      InputError: it does not have the metric, or saw other text than the others.
+    """
+    self._check(result)
+    self._lines[result.cell, result.seed] = result
+    self._file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dataclasses.asdict(each)) for each in self._lines.values()]
+    write_atomically(self._file, "".join(line + "\n" for line in lines).encode())
+
+  def of(self, cell: str) -> dict[int, Result]:
+    """Returns the results of a cell by seed."""
+    return {seed: each for (name, seed), each in self._lines.items() if name == cell}
+
+  def values(self, cell: str) -> dict[int, float]:
+    """Returns the metric of a cell's runs by seed."""
+    return {seed: each.metrics[self._metric] for seed, each in self.of(cell).items()}
+

@@ -1,0 +1,213 @@
+"""Runs what is left of a sweep: each run is a process of its own, several side by side."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import tqdm
+from etils import epath
+
+from dense_jax.config import invalid
+from dense_jax.files import is_remote
+from dense_jax.sweeps.budgets import PlannedCell
+from dense_jax.sweeps.definition import Sweep
+from dense_jax.sweeps.results import Results, collect
+from dense_jax.sweeps.statistics import undecided
+from dense_jax.training.lock import RunLock
+
+_LOOK_SECONDS = 0.2
+_LAST_LINES = 3
+
+Command = Callable[["Job"], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run of a sweep: a cell with a seed.
+
+  Attributes:
+    planned: the cell.
+    seed: the seed.
+    experiment: the experiment that the cell changes.
+    workdir: the run's folder.
+  """
+
+  planned: PlannedCell
+  seed: int
+  experiment: str
+  workdir: epath.Path
+
+  @property
+  def key(self) -> tuple[str, int]:
+    """The cell's name and the seed."""
+    return self.planned.cell.name, self.seed
+
+  @property
+  def arguments(self) -> list[str]:
+    """The arguments of `dense-jax train`."""
+    changes = [f"--config.{key}={value}" for key, value in self.planned.overrides.items()]
+    return ["--config", self.experiment, "--workdir", os.fspath(self.workdir), *changes,
+            f"--config.seed={self.seed}"]
+
+  def describe(self) -> str:
+    """Returns the cell's name with the seed."""
+    return f"{self.planned.cell.name}, seed {self.seed}"
+
+
+def train_command(job: Job) -> list[str]:
+  """Returns the command that trains a run."""
+  return [sys.executable, "-m", "dense_jax.cli.train", *job.arguments]
+
+
+def jobs(sweep: Sweep, planned: Sequence[PlannedCell], folder: epath.Path,
+         seeds: Sequence[int]) -> Iterator[Job]:
+  """Yields the runs of all cells: first those of the first seed, so that a table comes early."""
+  for seed in seeds:
+    for each in planned:
+      workdir = folder / each.cell.folder / f"seed{seed}"
+      yield Job(each, seed, sweep.experiment, workdir)
+
+
+def next_jobs(
+    sweep: Sweep, planned: Sequence[PlannedCell], folder: epath.Path, results: Results
+) -> list[Job]:
+  """Returns the runs that are still to be done and depend on no other: empty at the sweep's end.
+
+  Runs that are finished in their folder, but not among the results, are collected first. After the
+  runs of `sweep.seeds` come those of `sweep.more_seeds`, one seed at a time, of cells whose
+  difference to their base is undecided, and of those bases.
+  """
+  left = _unfinished(jobs(sweep, planned, folder, sweep.seeds), results)
+  if left:
+    return left
+  for seed in sweep.more_seeds:
+    names = undecided(sweep, results)
+    names |= {sweep.base_of(sweep.cell(name)).name for name in names}
+    chosen = [each for each in planned if each.cell.name in names]
+    left = _unfinished(jobs(sweep, chosen, folder, [seed]), results)
+    if left:
+      return left
+  return []
+
+
+def _unfinished(all_jobs: Iterator[Job], results: Results) -> list[Job]:
+  left = []
+  for job in all_jobs:
+    if job.key in results:
+      continue
+    found = collect(job.planned, job.seed, job.workdir)
+    if found is None:
+      left.append(job)
+    else:
+      results.add(found)
+  return left
+
+
+class _Process:
+  """A run's process, on cores of its own, with its output in a file beside the run's folder."""
+
+  def __init__(self, job: Job, command: list[str], cores: set[int]) -> None:
+    self.job, self.cores = job, cores
+    self.log = job.workdir.parent / f"{job.workdir.name}.log"
+    job.workdir.parent.mkdir(parents=True, exist_ok=True)
+    all_cores = os.sched_getaffinity(0)
+    with self.log.open("wb") as output:
+      os.sched_setaffinity(0, cores)  # The child inherits it, and sizes its thread pool by it.
+      try:
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+      finally:
+        os.sched_setaffinity(0, all_cores)
+
+  def why(self) -> str:
+    """Returns the last lines that the process printed."""
+    lines = self.log.read_bytes().decode(errors="replace").splitlines()
+    return " / ".join(line for line in lines[-_LAST_LINES:] if line.strip())
+
+
+def run_jobs(
+    todo: Sequence[Job], results: Results, *, side_by_side: int, say: Callable[[str], None],
+    command: Command = train_command,
+) -> dict[tuple[str, int], str]:
+  """Runs jobs, each in a process, and adds what they show to the results.
+
+  A request to end is passed on: the runs save what they have, and the next call goes on with them.
+
+  Args:
+    todo: the runs.
+    results: grows by each run that finishes.
+    side_by_side: how many run at a time, each on its share of the cores.
+    say: called with a line for each run that finishes or fails.
+    command: job -> the command that runs it.
+
+  Returns:
+    (name, seed) -> what a run that failed printed last.
+  """
+  all_cores = sorted(os.sched_getaffinity(0))
+  shares = [set(all_cores[i::side_by_side]) or set(all_cores) for i in range(side_by_side)]
+  waiting, running = list(todo), list[_Process]()
+  failed: dict[tuple[str, int], str] = {}
+  with tqdm.tqdm(total=len(waiting), unit="run", disable=not sys.stderr.isatty()) as bar:
+    try:
+      while waiting or running:
+        while waiting and len(running) < side_by_side:
+          free = next(cores for cores in shares if all(each.cores is not cores for each in running))
+          job = waiting.pop(0)
+          running.append(_Process(job, command(job), free))
+        time.sleep(_LOOK_SECONDS)
+        for each in [each for each in running if each.process.poll() is not None]:
+          running.remove(each)
+          bar.update()
+          _finish(each, results, failed, say)
+    finally:
+      for each in running:
+        each.process.terminate()
+      for each in running:
+        each.process.wait()
+  return failed
+
+
+def run_sweep(
+    sweep: Sweep, planned: Sequence[PlannedCell], folder: epath.Path, results: Results, *,
+    side_by_side: int, say: Callable[[str], None],
+) -> dict[tuple[str, int], str]:
+  """Does all runs of a sweep that are left, those of more seeds included; see `run_jobs`.
+
+  Raises:
+    InputError: the folder is in a bucket, or another process runs a sweep in it.
+  """
+  if is_remote(folder):
+    raise invalid(
+        "--workdir", os.fspath(folder), "a folder on this machine, or --commands, whose runs may "
+        "be in a bucket",
+    )
+  failed: dict[tuple[str, int], str] = {}
+  lock = RunLock(folder, say)
+  try:
+    while todo := [job for job in next_jobs(sweep, planned, folder, results)
+                   if job.key not in failed]:
+      say(f"{len(todo)} runs are left, {side_by_side} at a time")
+      failed |= run_jobs(todo, results, side_by_side=side_by_side, say=say)
+  finally:
+    lock.release()
+  return failed
+
+
+def _finish(
+    ended: _Process, results: Results, failed: dict[tuple[str, int], str],
+    say: Callable[[str], None],
+) -> None:
+  """Takes the result of a process that has ended."""
+  job, status = ended.job, ended.process.returncode
+  found = collect(job.planned, job.seed, job.workdir) if not status else None
+  if found is None:
+    failed[job.key] = f"status {status}: {ended.why()}"
+    say(f"{job.describe()}: failed with {failed[job.key]} (see {ended.log})")
+    return
+  results.add(found)
+  value = results.values(job.planned.cell.name)[job.seed]
+  say(f"{job.describe()}: {value:.4f}, {found.tokens_per_second:,.0f} tokens/s")

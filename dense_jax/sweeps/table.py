@@ -1,0 +1,95 @@
+"""A sweep's results as a table in Markdown, and as a picture."""
+
+import io
+import math
+import statistics
+
+from etils import epath
+
+from dense_jax.files import write_atomically
+from dense_jax.sweeps.budgets import PlannedCell
+from dense_jax.sweeps.definition import Sweep
+from dense_jax.sweeps.results import Results
+from dense_jax.sweeps.statistics import Estimate, difference
+
+_HEADER = ("cell", "parameters", "tokens", "TFLOP", "tokens/s", "seeds", "{metric}",
+           "less that of its base", "verdict", "equal")
+
+
+def rows(sweep: Sweep, planned: list[PlannedCell], results: Results) -> list[tuple[str, ...]]:
+  """Returns the table's rows, the header first; cells without results have dashes."""
+  table = [tuple(name.format(metric=sweep.metric) for name in _HEADER)]
+  for each in planned:
+    cell, found = each.cell, results.of(each.cell.name)
+    speeds = [result.tokens_per_second for result in found.values()]
+    speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
+    mean = Estimate.of(list(results.values(cell.name).values()))
+    is_base = cell.name == sweep.base_of(cell).name
+    less = difference(sweep, results, cell)
+    of_base = "" if is_base else f"{_number(less, '+.4f')} of {sweep.base_of(cell).name}"
+    equal = "tokens" if cell.match is None else f"{cell.match.by} of {cell.match.cell}"
+    table.append((
+        cell.name, f"{each.parameters:,}", f"{each.tokens:,}", f"{each.flops / 1e12:,.0f}", speed,
+        str(len(found)), _number(mean, ".4f"), of_base,
+        "" if is_base else _verdict(sweep, less), equal,
+    ))
+  return table
+
+
+def _number(estimate: Estimate, form: str) -> str:
+  if not estimate.count:
+    return "-"
+  error = "" if math.isnan(estimate.error) else f" ± {estimate.error:.4f}"
+  return f"{estimate.mean:{form}}{error}"
+
+
+def _verdict(sweep: Sweep, less: Estimate) -> str:
+  """Says whether a cell is better than its base: by more than two standard errors."""
+  if less.count < 2:
+    return "too few seeds"
+  if not less.decided:
+    return "undecided"
+  return "better" if (less.mean > 0) == sweep.higher_is_better else "worse"
+
+
+def markdown(sweep: Sweep, planned: list[PlannedCell], results: Results, command: str) -> str:
+  """Returns the table with its question, its command and what the columns mean."""
+  head, *body = rows(sweep, planned, results)
+  rule = ("---", *["---:"] * (len(head) - 3), "---", "---")
+  lines = [f"| {' | '.join(row)} |" for row in (head, rule, *body)]
+  better = "higher" if sweep.higher_is_better else "lower"
+  return "\n".join([
+      f"# {sweep.question or 'Results'}", "",
+      f"`{command}`", "",
+      f"{sweep.metric} is that after the last step, the mean over seeds ± its standard error; "
+      f"{better} is better. Differences are taken seed by seed, with the same order of the data. "
+      "A verdict needs two standard errors. FLOPs are the model's, by formula; tokens/s the "
+      "median of the runs, as they ran. \"equal\" says what a cell has in common with the others.",
+      "", *lines, "",
+  ])
+
+
+def plot(sweep: Sweep, results: Results, file: epath.Path) -> None:
+  """Draws each cell's difference to its base, with two standard errors, into a PNG file."""
+  from matplotlib.figure import Figure
+
+  names, means, errors = [], [], []
+  for cell in sweep.cells:
+    less = difference(sweep, results, cell)
+    if cell.name != sweep.base_of(cell).name and less.count:
+      names.append(f"{cell.name} (n = {less.count})")
+      means.append(less.mean)
+      errors.append(0.0 if math.isnan(less.error) else 2 * less.error)
+  figure = Figure(figsize=(7, 1.2 + 0.32 * max(len(names), 1)), layout="constrained")
+  axes = figure.subplots()
+  places = list(range(len(names)))
+  axes.errorbar(means, places, xerr=errors, fmt="o", capsize=3)
+  axes.axvline(0, color="gray", linewidth=1)
+  axes.set_yticks(places, names)
+  axes.invert_yaxis()
+  axes.set_xlabel(f"{sweep.metric} less that of the base (bars: two standard errors)")
+  axes.grid(alpha=0.3)
+  image = io.BytesIO()
+  figure.savefig(image, dpi=120)
+  file.parent.mkdir(parents=True, exist_ok=True)
+  write_atomically(file, image.getvalue())

@@ -1,0 +1,75 @@
+"""Budgets: equal parameters by the width, equal FLOPs and time by the steps."""
+
+import pytest
+from etils import epath
+
+from dense_jax.errors import InputError
+from dense_jax.models.flops import train_flops
+from dense_jax.sweeps.budgets import describe_plan, plan, step_time_ratio
+from dense_jax.sweeps.definition import Cell, Match, Sweep
+from tests.helpers import ROOT
+
+EXPERIMENT = str(ROOT / "experiments/smoke.py:debug")
+DENSE = Cell("dense", {"model.dense.depth": 2, "model.layers": 4, "train.steps": 100})
+
+
+def planned(tmp_path, *cells, measure=None):
+  sweep = Sweep(EXPERIMENT, (DENSE, *cells), "dense")
+  return {each.cell.name: each for each in plan(sweep, epath.Path(tmp_path), measure)}
+
+
+def test_equal_parameters_are_as_near_as_a_width_gets(tmp_path):
+  found = planned(tmp_path, Cell("wider", {"model.layers": 3}, match=Match("parameters", "dense")))
+  width = found["wider"].config.model.width
+  assert width % 8 == 0 and found["wider"].overrides["model.width"] == str(width)
+  wanted = found["dense"].parameters
+  gap = abs(found["wider"].parameters - wanted)
+  for other in (width - 8, width + 8):
+    cell = Cell("wider", {"model.layers": 3, "model.width": other})
+    assert abs(planned(tmp_path, cell)["wider"].parameters - wanted) >= gap
+  assert found["wider"].tokens == 4 * 4 * 64
+
+
+def test_equal_flops_take_more_steps_of_a_cheaper_model(tmp_path):
+  found = planned(tmp_path, Cell("base", {"model.layers": 4, "train.batch_size": 2},
+                                 match=Match("flops", "dense")))
+  dense, base = found["dense"], found["base"]
+  assert base.config.train.steps > 200
+  assert base.flops == pytest.approx(dense.flops, rel=0.01)
+  assert dense.flops == 100 * 4 * 64 * train_flops(dense.config.model)
+
+
+def test_a_time_is_measured_once(tmp_path):
+  calls = []
+
+  def measure(one, other):
+    calls.append((one.model.layers, other.model.layers))
+    return 0.25
+
+  base = Cell("base", {"model.layers": 3}, match=Match("time", "dense"))
+  found = planned(tmp_path, base, measure=measure)
+  assert calls == [(3, 4)] and found["base"].config.train.steps == 400
+  again = planned(tmp_path, base, measure=lambda *_: pytest.fail("measured again"))
+  assert again["base"].config == found["base"].config
+  (tmp_path / "times.json").write_text("{")
+  with pytest.raises(InputError, match=r"times\.json is damaged"):
+    planned(tmp_path, base)
+
+
+def test_the_ratio_of_two_steps_times(tmp_path):
+  cell = Cell("eight rows", {"train.batch_size": 8})  # One for each of the tests' devices.
+  config = planned(tmp_path, cell)["eight rows"].config
+  assert 0.1 < step_time_ratio(config, config) < 10
+
+
+def test_a_cell_that_is_not_valid_is_named(tmp_path):
+  with pytest.raises(InputError, match=r"cell 'bad': config\.model\.width = 0 is not valid"):
+    planned(tmp_path, Cell("bad", {"model.width": 0}))
+
+
+def test_the_table_of_budgets(tmp_path):
+  sweep = Sweep(EXPERIMENT, (DENSE, Cell("base", match=Match("flops", "dense"))), "dense")
+  head, dense, base = describe_plan(plan(sweep, epath.Path(tmp_path)))
+  assert head == ("cell", "parameters", "tokens", "TFLOP", "equal")
+  assert dense[0] == "dense" and dense[2] == "25,600" and dense[-1] == "tokens"
+  assert base[-1] == "flops of dense"

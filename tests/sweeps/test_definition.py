@@ -1,0 +1,63 @@
+"""Sweeps are checked when they are made, and grids have a cell for every combination."""
+
+import pytest
+
+from dense_jax.errors import InputError
+from dense_jax.sweeps.definition import Cell, Match, Sweep, grid, load_sweep
+from tests.helpers import ROOT
+
+BASE = Cell("base")
+
+
+def test_a_grid_has_every_combination_that_is_wanted():
+  axes = {"model.dense.depth": (1, 2), "model.dense.gate": ("none", "channel")}
+  cells = grid(axes, where=lambda values: values["model.dense.depth"] > 1 or
+               values["model.dense.gate"] == "channel")
+  assert [cell.name for cell in cells] == [
+      "depth=1 gate=channel", "depth=2 gate=none", "depth=2 gate=channel"]
+  assert cells[0].overrides == {"model.dense.depth": 1, "model.dense.gate": "channel"}
+
+
+def test_overrides_are_texts_as_on_a_command_line():
+  cell = Cell("a", {"model.tie_embeddings": True, "model.width": 8})
+  assert cell.texts() == [("model.tie_embeddings", "true"), ("model.width", "8")]
+  assert Cell("m = 2, Nearest/All").folder == "m_=_2_nearest_all"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"cells": ()}, "a sweep needs cells and seeds"),
+    ({"seeds": ()}, "a sweep needs cells and seeds"),
+    ({"cells": (BASE, BASE)}, "a cell's name = 'base'"),
+    ({"cells": (BASE, Cell("Base"))}, "a cell's folder = 'base'"),
+    ({"cells": (BASE, Cell("..."))}, "a cell's folder = ''"),
+    ({"base": "bose"}, "no cell 'bose'; did you mean base?"),
+    ({"cells": (BASE, Cell("a", base="b"))}, "no cell 'b'"),
+    ({"seeds": (0, 1), "more_seeds": (1,)}, "seeds and more_seeds = (0, 1, 1)"),
+    ({"cells": (BASE, Cell("a", match=Match("tokens", "base")))}, "a: match.by = 'tokens'"),
+    ({"cells": (BASE, Cell("a", match=Match("time", "base")), Cell("b", match=Match("time", "a")))},
+     "b: match.cell = 'a'"),
+])
+def test_what_is_wrong_is_named(change, message):
+  with pytest.raises(InputError) as raised:
+    Sweep(**{"experiment": "e.py", "cells": (BASE,), "base": "base", **change})
+  assert message in str(raised.value)
+
+
+def test_files_that_are_no_sweeps(tmp_path):
+  with pytest.raises(InputError, match="expected a sweep file"):
+    load_sweep(str(tmp_path / "none.py"))
+  file = tmp_path / "other.py"
+  file.write_text("def get_sweep(arg): return 3")
+  with pytest.raises(InputError, match="get_sweep returned int, expected a Sweep"):
+    load_sweep(str(file))
+  with pytest.raises(InputError, match="get_sweep"):
+    load_sweep(str(ROOT / "experiments/smoke.py"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments/sweeps").glob("*.py")),
+                         ids=lambda file: file.stem)
+@pytest.mark.parametrize("argument", ["", ":debug"])
+def test_every_sweep_of_the_project_loads(file, argument, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  sweep = load_sweep(f"{file}{argument}")
+  assert sweep.question.endswith("?")

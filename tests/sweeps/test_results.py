@@ -1,0 +1,113 @@
+"""Results of a sweep: kept whole, of these settings only, and added up as by hand."""
+
+import dataclasses
+import math
+
+import pytest
+from etils import epath
+
+from dense_jax.errors import InputError
+from dense_jax.sweeps.budgets import plan
+from dense_jax.sweeps.definition import Cell, Sweep
+from dense_jax.sweeps.results import Result, Results, course_digest
+from dense_jax.sweeps.statistics import Estimate, difference, undecided
+from dense_jax.sweeps.table import markdown, plot, rows
+from tests.helpers import ROOT
+
+SWEEP = Sweep(
+    str(ROOT / "experiments/smoke.py:debug"),
+    (Cell("base"), Cell("dense", {"model.dense.depth": 2}), Cell("wide", {"model.width": 40})),
+    "base", seeds=(0, 1, 2), more_seeds=(3,), question="Which?",
+)
+LOSSES = {"base": (4.0, 4.2, 4.4), "dense": (3.9, 4.1, 4.3), "wide": (4.1, 4.1, 4.5)}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+  return plan(SWEEP, epath.Path(tmp_path_factory.mktemp("times")))
+
+
+def result(planned, name, seed, loss, **change):
+  each = next(each for each in planned if each.cell.name == name)
+  values = Result(name, seed, course_digest(each), "text", each.parameters, each.tokens, each.flops,
+                  1000.0, {"heldout_loss": loss})
+  return dataclasses.replace(values, **change)
+
+
+@pytest.fixture
+def full(planned, tmp_path):
+  results = Results(epath.Path(tmp_path) / "deep" / "results.jsonl", planned, SWEEP.metric)
+  for name, losses in LOSSES.items():
+    for seed, loss in enumerate(losses):
+      results.add(result(planned, name, seed, loss))
+  return results
+
+
+def test_means_errors_and_differences_by_hand(full):
+  base = Estimate.of(LOSSES["base"])
+  assert base.mean == pytest.approx(4.2) and base.error == pytest.approx(0.2 / math.sqrt(3))
+  dense = difference(SWEEP, full, SWEEP.cell("dense"))  # Each seed differs by 0.1: no spread.
+  assert dense.mean == pytest.approx(-0.1) and dense.error == pytest.approx(0, abs=1e-12)
+  wide = difference(SWEEP, full, SWEEP.cell("wide"))
+  assert wide.mean == pytest.approx(0.1 / 3) and wide.error == pytest.approx(
+      math.sqrt(0.01333333 / 3))
+  assert undecided(SWEEP, full) == {"wide"}
+  assert math.isnan(Estimate.of([1.0]).error) and not Estimate.of([1.0]).decided
+  assert Estimate.of([]).count == 0
+
+
+def test_only_seeds_that_both_have_are_compared(planned, tmp_path):
+  results = Results(epath.Path(tmp_path) / "r.jsonl", planned, SWEEP.metric)
+  for seed, loss in ((0, 4.0), (5, 1.0)):
+    results.add(result(planned, "base", seed, loss))
+  results.add(result(planned, "dense", 0, 3.5))
+  found = difference(SWEEP, results, SWEEP.cell("dense"))
+  assert (found.mean, found.count) == (-0.5, 1)
+
+
+def test_the_file_is_read_again(full, planned, tmp_path):
+  file = tmp_path / "deep" / "results.jsonl"
+  again = Results(epath.Path(file), planned, SWEEP.metric)
+  assert all(again.of(name) == full.of(name) for name in LOSSES)
+  assert ("wide", 2) in again and ("wide", 3) not in again
+  whole = file.read_bytes()
+  file.write_bytes(whole + whole[:40])  # As a kill, of a program that appends, would leave it.
+  assert len(Results(epath.Path(file), planned, SWEEP.metric).of("wide")) == 3
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda line: "{" + line, r"results\.jsonl:9 is damaged"),
+    (lambda line: line.replace('"seed"', '"sead"'), r"results\.jsonl:9 is damaged: expected"),
+    (lambda line: line.replace('"course": "', '"course": "0'), "'wide' was run with other setting"),
+    (lambda line: line.replace('"data": "text"', '"data": "other"'), "saw other text"),
+    (lambda line: line.replace("heldout_loss", "accuracy"), "metric = 'heldout_loss' is not valid"),
+])
+def test_a_line_that_is_not_the_sweeps_is_named(full, planned, tmp_path, change, message):
+  del full
+  file = tmp_path / "deep" / "results.jsonl"
+  *lines, last = file.read_text().splitlines()
+  file.write_text("\n".join([*lines, change(last)]) + "\n")
+  with pytest.raises(InputError, match=message):
+    Results(epath.Path(file), planned, SWEEP.metric)
+
+
+def test_the_table_and_the_picture(full, planned, tmp_path):
+  head, base, dense, wide = rows(SWEEP, planned, full)
+  assert head[6] == "heldout_loss"
+  assert base[5:9] == ("3", "4.2000 ± 0.1155", "", "")
+  assert dense[7:9] == ("-0.1000 ± 0.0000 of base", "better")
+  assert wide[7:9] == ("+0.0333 ± 0.0667 of base", "undecided")
+  text = markdown(SWEEP, planned, full, "dense-jax sweep x.py")
+  assert text.startswith("# Which?\n") and text.count("\n| ") == 5 and "`dense-jax sweep" in text
+  higher = dataclasses.replace(SWEEP, higher_is_better=True)
+  assert rows(higher, planned, full)[2][8] == "worse"
+  plot(SWEEP, full, epath.Path(tmp_path) / "plot.png")
+  assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_before_anything_is_done(planned, tmp_path):
+  results = Results(epath.Path(tmp_path) / "r.jsonl", planned, SWEEP.metric)
+  table = rows(SWEEP, planned, results)
+  assert [row[6] for row in table[1:]] == ["-", "-", "-"]
+  assert table[2][7:9] == ("- of base", "too few seeds")
+  plot(SWEEP, results, epath.Path(tmp_path) / "plot.png")
