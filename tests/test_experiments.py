@@ -22,6 +22,7 @@ PARAMETERS = {
     "family_1p3b": 1_343_740_928,
     # The embedding's rows are the tokenizer's pieces.
     "smoke": 2_258_880,
+    "evidence": 1_181_824,
 }
 
 
@@ -31,7 +32,8 @@ def size(config):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_loads_with_its_published_size(file: pathlib.Path):
-  overrides = [("model.vocab_size", "4096")] if file.stem == "smoke" else []
+  vocab = {"smoke": "4096", "evidence": "2048"}.get(file.stem)
+  overrides = [("model.vocab_size", vocab)] if vocab else []
   config = experiment.load(str(file), overrides)
   assert size(config.model) == PARAMETERS[file.stem]
   decay_mask(list(get_params(abstract_model(config.model))))

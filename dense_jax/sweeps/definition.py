@@ -129,6 +129,20 @@ class Sweep:
         f"the sweep has no cell {name!r}{did_you_mean(name, names)} Cells: {', '.join(names)}"
     )
 
+  def debug(self) -> "Sweep":
+    """Returns a smoke test: `:debug` of the experiment, the last cell with those it needs, a seed.
+
+    `:debug` has to set all keys that make runs long; overrides of the cells stay.
+    """
+    last = self.cells[-1]
+    needed = {last.name, self.base, self.base_of(last).name}
+    needed |= {last.match.cell} if last.match else set()
+    cells = tuple(cell for cell in self.cells if cell.name in needed)
+    return dataclasses.replace(
+        self, experiment=f"{self.experiment}:debug", cells=cells, seeds=self.seeds[:1],
+        more_seeds=(),
+    )
+
   def base_of(self, cell: Cell) -> Cell:
     """Returns the cell that a cell is compared with."""
     return self.cell(cell.base or self.base)

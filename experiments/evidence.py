@@ -1,0 +1,30 @@
+"""A small model, 1 to 5M parameters, that the sweeps of `experiments/sweeps/` change.
+
+Command   dense-jax sweep experiments/sweeps/sources.py --workdir runs/sweeps/sources --jobs 2
+Hardware  two CPU cores: a run takes minutes
+Size      gau_retnet, 1.18M parameters: 8 layers of 128 channels
+Recipe    1.2M tokens in rows of 256, AdamW 3e-3 with a cosine; scored at its end
+Expected  docs/evidence.md
+"""
+
+from ml_collections import ConfigDict
+
+from dense_jax.experiment import check_argument, default_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Returns the experiment; `:debug` shrinks it to a few steps of a tiny model on bytes."""
+  config = default_config("gau_retnet")
+  config.model.width = 128
+  config.model.layers = 8
+  config.data.seq_len = 256
+  config.data.vocab_size = 2048
+  config.train.update(batch_size=8, steps=600, eval_every=10**6, checkpoint_every=10**6,
+                      keep_last=1, keep_best=0, eval_batches=64, log_every=50)
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.warmup_fraction = 0.1
+  if check_argument(arg, "debug"):
+    config.model.update(width=32)
+    config.data.update(seq_len=32, tokenizer="bytes")
+    config.train.update(steps=3, batch_size=2, log_every=1, eval_batches=2)
+  return config

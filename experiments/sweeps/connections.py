@@ -1,0 +1,46 @@
+"""Sweep: the parts of a dense connection: transition, fusion, injection, gate.
+
+Command   dense-jax sweep experiments/sweeps/connections.py --workdir runs/sweeps/connections --jobs 2
+Hardware  two CPU cores
+Expected  experiments/results/evidence_connections.md
+"""
+
+from dense_jax.experiment import check_argument
+from dense_jax.sweeps.definition import Cell, Sweep
+
+FAMILIES = {
+    "gau_retnet": {},
+    "mamba2": {"model.mixer.state_size": 32, "model.mixer.head_dim": 32},
+}
+# Name -> what differs from m = 2 with the defaults.
+PARTS = {
+    "state": {},
+    "linear": {"transition": "linear"},
+    "gate channel_state": {"gate": "channel_state"},
+    "gate none": {"gate": "none"},
+    "gate per source": {"gate_sharing": "per_source"},
+    "gate normal": {"gate_init": "normal"},
+    "concat": {"fusion": "concat"},
+    "gated": {"fusion": "gated"},
+    "attention": {"fusion": "attention"},
+    "inputs": {"inject": "inputs"},
+    "inputs normal": {"inject": "inputs", "gate_init": "normal"},
+    "inputs without norm": {"inject": "inputs", "input_norm": False},
+}
+
+
+def get_sweep(arg: str = "") -> Sweep:
+  """Returns the sweep; `:debug` is a smoke test of it."""
+  cells = []
+  for family, options in FAMILIES.items():
+    shape = {"model.family": family, **options}
+    cells.append(Cell(family, shape))
+    for name, part in PARTS.items():
+      dense = {f"model.dense.{key}": value for key, value in part.items()}
+      cells.append(
+          Cell(f"{family} {name}", shape | {"model.dense.depth": 2} | dense, base=family))
+  sweep = Sweep(
+      "experiments/evidence.py", tuple(cells), "gau_retnet", more_seeds=(3, 4),
+      question="Which transition, fusion, injection and gate of a dense connection help?",
+  )
+  return sweep.debug() if check_argument(arg, "debug") else sweep

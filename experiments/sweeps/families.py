@@ -1,0 +1,35 @@
+"""Sweep: dense connections in every family of selective and matrix states.
+
+Command   dense-jax sweep experiments/sweeps/families.py --workdir runs/sweeps/families --jobs 2
+Hardware  two CPU cores
+Expected  experiments/results/evidence_families.md
+"""
+
+from dense_jax.experiment import check_argument
+from dense_jax.sweeps.definition import Cell, Sweep
+
+# Family -> its options, for about as many parameters as gau_retnet has.
+SHAPES = {
+    "gau_retnet": {},
+    "retnet": {"model.layers": 5},
+    "mamba": {"model.mixer.state_size": 8},
+    "mamba2": {"model.mixer.state_size": 32, "model.mixer.head_dim": 32},
+}
+
+
+def get_sweep(arg: str = "") -> Sweep:
+  """Returns the sweep; `:debug` is a smoke test of it."""
+  cells = []
+  for family, options in SHAPES.items():
+    shape = {"model.family": family, **options}
+    cells += [
+        Cell(family, shape),
+        Cell(f"{family} state m=2", shape | {"model.dense.depth": 2}, base=family),
+        Cell(f"{family} inputs m=2",
+             shape | {"model.dense.depth": 2, "model.dense.inject": "inputs"}, base=family),
+    ]
+  sweep = Sweep(
+      "experiments/evidence.py", tuple(cells), "gau_retnet", more_seeds=(3, 4),
+      question="Which architectures gain from dense connections?",
+  )
+  return sweep.debug() if check_argument(arg, "debug") else sweep
