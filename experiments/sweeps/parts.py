@@ -1,8 +1,8 @@
-"""Sweep: the parts of a dense connection: transition, fusion, injection, gate.
+"""Sweep: the parts of a dense connection: transition, fusion, injection and gate.
 
-Command   dense-jax sweep experiments/sweeps/connections.py --workdir runs/sweeps/connections --jobs 2
+Command   dense-jax sweep experiments/sweeps/parts.py --workdir runs/sweeps/parts --jobs 2
 Hardware  two CPU cores
-Expected  experiments/results/evidence_connections.md
+Expected  experiments/results/evidence_parts.md
 """
 
 from dense_jax.experiment import check_argument
