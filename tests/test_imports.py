@@ -39,9 +39,10 @@ ROOMS = {
     "experiment": ("models", "errors", "config", "files"),
     "runs": (*_MODEL, "data", "training", "evaluation", "generation", "interop", "costs",
              "experiment", "outputs"),
+    "analysis": ("models", "layers", "batch", "files", "types"),
     "sweeps": (*_MODEL, "data", "training", "experiment", "outputs", "runs"),
     "cli": (*_MODEL, "data", "generation", "interop", "costs", "experiment", "outputs", "runs",
-            "sweeps"),
+            "analysis", "sweeps"),
 }
 
 # Room -> libraries that it does without.

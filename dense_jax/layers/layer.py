@@ -10,6 +10,7 @@ from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.metrics import record_rms
 from dense_jax.layers.mixer import Mixer
+from dense_jax.layers.observation import observe_residual, observe_shallow
 from dense_jax.sharding import constrain_tokens
 from dense_jax.types import Array, PyTree
 
@@ -61,9 +62,9 @@ class Layer(nnx.Module):
       The residual stream after this layer, the mixer's state after the last token, and what
       deeper layers may read.
     """
-    output = self.mixer(self.norm(x), tokens, state, shallow)
+    output = self.mixer(self.norm(x), tokens, state, observe_shallow(shallow))
     x = constrain_tokens(x + output.y, "embed")
     if hasattr(self, "feed_forward"):
       x = constrain_tokens(x + self.feed_forward(self.ffn_norm(x)), "embed")
     record_rms("residual_rms", x)
-    return x, output.state, output.shared
+    return observe_residual(x), output.state, output.shared

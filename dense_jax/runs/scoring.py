@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import tqdm
 
+from dense_jax.batch import Batch
 from dense_jax.config import DataConfig, ModelConfig, TrainConfig, invalid
 from dense_jax.data.packing import TokenStore, build_store
 from dense_jax.data.pipeline import heldout_batches
@@ -84,6 +85,23 @@ def score_store(
       held_out, held_out.bits_per_byte(store.targets_per_byte), store.num_bytes,
       windows, min(taken * batch_size, windows),
   )
+
+
+def heldout_rows(run: Run, batch_size: int, batches: int, length: int = 0) -> list[Batch]:
+  """Returns rows of a run's held-out text.
+
+  Args:
+    run: the run.
+    batch_size: rows of a batch.
+    batches: the most batches, spread evenly over the text; 0 means all.
+    length: tokens of a row; 0 means `config.data.seq_len`.
+
+  Raises:
+    InputError: the text is no longer where it was.
+  """
+  data = run.config.data
+  store = build_store(split(data)[1], run.tokenizer, data.cache_dir)
+  return list(heldout_batches(store, length or data.seq_len, batch_size, batches))
 
 
 def _check_memory(config: ModelConfig, window: int, batch_size: int) -> None:

@@ -6,6 +6,7 @@ from typing import Protocol, TypeAlias
 from flax import nnx
 
 from dense_jax.layers.metrics import record_rms
+from dense_jax.layers.observation import observe
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.recurrence import Recurrence
 from dense_jax.types import Array
@@ -70,6 +71,7 @@ class NoConnection(nnx.Module):
   ) -> tuple[Output, Array, Recurrence]:
     """See `Connection`: equation (2)."""
     del x_D, shallow
+    observe("state", states.materialize)
     record_rms("own_read_rms", lambda: states.read(query))
     output, final = states.finish(query, (), epilogue)
     return output, final, states

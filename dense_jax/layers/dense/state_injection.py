@@ -12,6 +12,7 @@ from dense_jax.layers.dense.fused_states import fused_states
 from dense_jax.layers.dense.fusion import FUSIONS
 from dense_jax.layers.dense.transition import ReadShape, Transition
 from dense_jax.layers.metrics import record_ratio, record_rms, record_spread
+from dense_jax.layers.observation import observe
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.recurrence import Read, Recurrence, gate_value
 from dense_jax.types import Array
@@ -43,6 +44,7 @@ class StateInjection(NoConnection):
       epilogue: Epilogue,
   ) -> tuple[Output, Array, Recurrence]:
     """See `Connection`."""
+    observe("state", states.materialize)
     sources = [cast(Recurrence, source) for source in shallow]
     phis = self.transition(x_D)
     own_query, *queries = self.fusion.queries(query)
