@@ -1,4 +1,4 @@
-"""The bytes of a compiled step of decoding: about those of the weights in bf16 and of the states."""
+"""A compiled step of decoding moves little more than its bf16 weights and its states."""
 
 import pytest
 
