@@ -191,10 +191,10 @@ def training_options() -> dict[str, str | bool]:
   """
   if _platform() != "gpu":
     return {}
-  return {
-      "xla_gpu_dot_merger_threshold_mb": "0",
-      "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
-  }
+  options: dict[str, str | bool] = {"xla_gpu_dot_merger_threshold_mb": "0"}
+  if jax.__version_info__ >= (0, 11):  # Older compilers may not know it.
+    options["xla_gpu_enable_dus_accumulator_zero_init_elimination"] = True
+  return options
 
 
 def logit_form() -> LogitForm:
