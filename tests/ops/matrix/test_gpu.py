@@ -1,5 +1,6 @@
 """Tests of the GPU kernels of matrix states, interpreted, against the float32 specification."""
 
+import jax
 import pytest
 
 from dense_jax.ops.matrix import gpu
@@ -66,3 +67,12 @@ def test_bfloat16_inputs_keep_float32_states():
 @pytest.mark.slow
 def test_extreme_decays_stay_finite():
   assert_finite_with_extreme_decays(gpu.matrix_finish, Case(17, gates=(0,), tail=("z",)))
+
+
+@pytest.mark.slow
+def test_rematerialised_gradients_are_the_same():
+  # Where the backward pass computes the forward pass again, the first forward pass saves nothing.
+  case = Case(33, gates=(None, 0), low_rank=(0,), tail=("skip", "z", "moments"), scale=True)
+  inputs = make_inputs(case)
+  run = kernels(gpu.matrix_finish, case)
+  assert_close(everything(jax.checkpoint(run), *inputs), everything(run, *inputs))
