@@ -77,16 +77,20 @@ def chunks_backward_kernel(
   """
   program = Program(plan, stream, count_T, d_read_TU, pl.program_id(1))
   d_y_TU = d_read_TU if d_y_TU is None else d_y_TU
-  _queries(program, before_GHNP, d_stream.q_BTK, sums.read)
-  _keys(program, d_after_GHNP, d_stream.k_BTK)
+  d_scores_QS = _queries(program, before_GHNP, d_stream.q_BTK, sums.read)
+  _keys(program, d_after_GHNP, d_scores_QS.T, d_stream.k_BTK)
   _values(program, epilogue, d_y_TU, d_after_GHNP, d_stream.v_BTE, d_x_TU, sums, parts)
   _whole_chunk(program, before_GHNP, d_after_GHNP, parts.whole)
 
 
 def _queries(
     program: Program, before_GHNP: PyTree, d_q_TN: PyTree, sums_HAOT: PyTree
-) -> None:
-  """Computes the gradient of the queries, and the sums of the read times its gradient."""
+) -> Array:
+  """Computes the gradient of the queries, and the sums of the read times its gradient.
+
+  Returns:
+    The gradient of the tile's scores with its own keys, rounded to the dtype of matmuls.
+  """
   plan, tile, rows = program.plan, program.tile, program.rows
 
   def within(offset: int, none_QS: Array) -> Array:
@@ -117,10 +121,13 @@ def _queries(
     d_TN = program.each_part(carried, program.zeros_keys())
     d_TN = program.products(d_TN, program.earlier, d_scores, program.stream.k_BTK, piece)
     d_q_TN[rows, piece] = d_TN.astype(d_q_TN.dtype)
+  return d_scores[0]
 
 
-def _keys(program: Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
-  """Computes the gradient of the keys."""
+def _keys(
+    program: Program, d_after_GHNP: PyTree, d_scores_SQ: Array, d_k_TN: PyTree
+) -> None:
+  """Computes the gradient of the keys, from that of the tile's scores with its own queries."""
   plan, tile, rows = program.plan, program.tile, program.rows
 
   def within(offset: int, none_SQ: Array) -> Array:
@@ -128,14 +135,14 @@ def _keys(program: Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
 
     def body(part: Part, d_scores_SQ: Array) -> Array:
       decay_SQ = program.decays(part).between(
-          tile + offset, tile, same=not offset, keys_first=True
+          tile + offset, tile, same=False, keys_first=True
       )
       v_TX, d_read_TX = program.values(part, tile), program.d_read(part, query)
       return d_scores_SQ + decay_SQ * plan.dot(v_TX, d_read_TX, (1, 1))
 
     return program.each_part(body, none_SQ)
 
-  d_scores = program.at_each(program.later, within, plan.dtype)
+  d_scores = [d_scores_SQ, *program.at_each(program.later[1:], within, plan.dtype)]
   for start in plan.pieces:
     piece = pl.ds(start, plan.piece)
 

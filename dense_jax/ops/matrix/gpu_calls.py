@@ -323,6 +323,8 @@ def call_chunks_backward(
               ),
           ),
       ],
-      matmul_flops=by_part * plan.width * 3 * (seen + size) + by_group * 4 * seen * size,
-      exponentials=by_part // 2 * 3 * seen, stages=1,
+      # Gradients of scores of two tiles are computed twice, those of one tile once.
+      matmul_flops=by_part * plan.width * (3 * (seen + size) - plan.tile)
+      + by_group * 4 * seen * size,
+      exponentials=by_part // 2 * (3 * seen - plan.tile), stages=1,
   )
