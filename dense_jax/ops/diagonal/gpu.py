@@ -228,4 +228,6 @@ def _complete(source: Source, found: Any) -> Source:
   )
 
 
-_finish.defvjp(_finish_forward, _finish_backward)
+# Rematerialisation runs a forward pass whose states before chunks nobody needs: then they are not
+# written either.
+_finish.defvjp(_finish_forward, _finish_backward, optimize_remat=True)
