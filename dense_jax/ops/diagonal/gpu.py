@@ -228,6 +228,4 @@ def _complete(source: Source, found: Any) -> Source:
   )
 
 
-# Rematerialisation runs a forward pass whose states before chunks nobody needs: then they are not
-# written either.
-_finish.defvjp(_finish_forward, _finish_backward, optimize_remat=True)
+_finish.defvjp(_finish_forward, _finish_backward)

@@ -245,6 +245,4 @@ def _complete_wide(gradient: Any) -> Wide:
   return dataclasses.replace(gradient, up_RE=jnp.sum(gradient.up_RE, axis=0))
 
 
-# Rematerialisation runs a forward pass whose states before chunks nobody needs: then they are not
-# written either.
-_finish.defvjp(_finish_forward, _finish_backward, optimize_remat=True)
+_finish.defvjp(_finish_forward, _finish_backward)
