@@ -1,7 +1,7 @@
 """Training and decoding beside PyTorch, in one run: the authors' code, and transformers' models.
 
-Steps of ours and of the rival's alternate, two at a time, of which the second is timed; each process
-waits while the other computes.
+Steps of ours and of the rival's alternate, two at a time, of which the second is timed; each
+process waits while the other computes.
 The rival has the same weights, and must have the same loss before anything is timed.
 """
 
