@@ -143,7 +143,7 @@ class TrainBatches(Iterator[Batch]):
 
     def prepare(indices_B: np.ndarray) -> Batch:
       self._threads.add(threading.current_thread())
-      return _stack(store, indices_B[chosen], seq_len)
+      return _stack(store, indices_B[chosen].tolist(), seq_len)
 
     # grain shuffles epoch e with seed + e. Without spreading, runs with seeds s and s + 1 would
     # see the same orders, one epoch apart.

@@ -47,10 +47,10 @@ class GauRetNet(Retention):
 
   def inputs(self, x_D: Array) -> tuple[Array, dict[str, Array], Array]:
     """See `Retention`."""
-    v, gate = jax.nn.silu(self.v_proj(x_D)), jax.nn.silu(self.gate_proj(x_D))
+    v = jax.nn.silu(self.v_proj(x_D))
     scale = (self.key_dim // self.heads) ** -0.5
     q, k = jax.nn.silu(self.q_proj(x_D)), jax.nn.silu(self.k_proj(x_D)) * scale
-    return q, {"k": k, "v": v}, gate
+    return q, {"k": k, "v": v}, self.gate_proj(x_D)
 
   def normalize(self, mean_H: Array, square_H: Array) -> tuple[Array, Array | None]:
     """See `Retention`."""

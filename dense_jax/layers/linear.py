@@ -90,12 +90,20 @@ class Linear(nnx.Module):
       squares_J: the sum of squares of each group, [..., J] in float32.
     """
     inverse_J = jax.lax.rsqrt(squares_J * (norm.groups / x.shape[-1]) + norm.epsilon)
-    scale, kernel = norm.scale[...], self.kernel[...]
+    scale = norm.scale[...]
     if norm.groups > 1 or x.ndim < 3:  # One token of decoding is smaller than the matrix.
       x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], norm.groups, -1) * inverse_J[..., None]
-      return self.matmul((x32.reshape(x.shape) * spread(scale, x)).astype(x.dtype), kernel)
-    y = self.matmul(x, scale[:, None] * kernel)
-    return (y.astype(jnp.float32) * inverse_J).astype(x.dtype)
+      return self((x32.reshape(x.shape) * spread(scale, x)).astype(x.dtype))
+    return (self.of_scaled(scale, x).astype(jnp.float32) * inverse_J).astype(x.dtype)
+
+  def of_scaled(self, scale: Array, x: Array) -> Array:
+    """Maps scale * x, with a scale [in] of channels, float32.
+
+    The scale is part of the matrix, or of x at one token of decoding, which is smaller.
+    """
+    if x.ndim < 3:
+      return self((x.astype(jnp.float32) * spread(scale, x)).astype(x.dtype))
+    return self.matmul(x, scale[:, None] * self.kernel[...])
 
 
 class RMSNorm(nnx.Module):

@@ -23,9 +23,8 @@ from dense_jax.layers.linear import Linear, xavier_uniform
 from dense_jax.layers.metrics import record_spread
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
-from dense_jax.ops.cpu import spread
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.heads import repeat_heads
+from dense_jax.ops.gated_norm import gated_norm
 from dense_jax.ops.recurrence import Sizes
 from dense_jax.ops.rotary import rotate_neighbours
 from dense_jax.types import Array
@@ -67,6 +66,7 @@ class Retention(nnx.Module):
             "key_dim a multiple of 2 * heads and expand * width a multiple of heads",
         )
     self.recurrence = resolver.matrix_form(config.implementation, config.chunk)
+    self.repeat = resolver.heads_function()
     self.q_proj = self.project(config, key_dim, "heads", rngs)
     self.k_proj = self.project(config, key_dim, "heads", rngs)
     self.out_proj = Linear(
@@ -92,7 +92,10 @@ class Retention(nnx.Module):
     return Linear(config.width, width, axes=("embed", axis), init=init, rngs=rngs)
 
   def inputs(self, x_D: Array) -> tuple[Array, dict[str, Array], Array]:
-    """Returns the query [..., K], the inputs k [..., K] and v [..., E], and the gate [..., E]."""
+    """Returns the query, [..., K], the inputs k, [..., K], and v, [..., E], and the output gate.
+
+    The gate, [..., E], is that before its activation, silu.
+    """
     raise NotImplementedError
 
   def normalize(self, mean_H: Array, square_H: Array) -> tuple[Array, Array | None]:
@@ -131,13 +134,12 @@ class Retention(nnx.Module):
     factor_H, added_H = self.normalize(
         mean_H2[..., 0] * scale_H, mean_H2[..., 1] * jnp.square(scale_H)
     )
-    y_E = output.y.reshape(gate_E.shape).astype(jnp.float32)
-    y_E *= repeat_heads(factor_H * scale_H, channels)
-    if added_H is not None:
-      y_E += repeat_heads(added_H, channels)
-    if (norm_scale := self.norm_scale()) is not None:
-      y_E *= spread(jnp.tile(norm_scale, self.heads), y_E)
-    return self.out_proj(y_E.astype(gate_E.dtype) * gate_E)
+    x_E = gated_norm(
+        output.y.reshape(gate_E.shape), gate_E, factor_H * scale_H, added_H, self.repeat
+    )
+    if (norm_scale := self.norm_scale()) is None:
+      return self.out_proj(x_E)
+    return self.out_proj.of_scaled(jnp.tile(norm_scale, self.heads), x_E)
 
   def __call__(
       self, x_D: Array, tokens: Segments | Token, state: RetentionState | None,

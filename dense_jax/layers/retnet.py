@@ -52,7 +52,7 @@ class RetNet(Retention):
   def inputs(self, x_D: Array) -> tuple[Array, dict[str, Array], Array]:
     """See `Retention`."""
     k = self.k_proj(x_D) * (self.key_dim // self.heads) ** -0.5
-    return self.q_proj(x_D), {"k": k, "v": self.v_proj(x_D)}, jax.nn.silu(self.gate_proj(x_D))
+    return self.q_proj(x_D), {"k": k, "v": self.v_proj(x_D)}, self.gate_proj(x_D)
 
   def normalize(self, mean_H: Array, square_H: Array) -> tuple[Array, Array | None]:
     """See `Retention`."""

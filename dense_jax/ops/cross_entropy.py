@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from dense_jax.ops.chunks import split_time
 from dense_jax.types import Array
 
-
 Sums = Callable[[Array, Array], tuple[Array, Array]]
 """The function that `sums_in_turn` computes."""
 
@@ -45,7 +44,7 @@ def sums_at_once(logits: Array, is_target: Array) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True)
 class LogitForm:
-  """What a platform does with a chunk's logits.
+  """The way in which a platform computes with a chunk's logits.
 
   Attributes:
     sums: `sums_in_turn`, or an equivalent.

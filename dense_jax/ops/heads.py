@@ -1,4 +1,4 @@
-"""Numbers of each head, repeated for its channels, without arrays that have an axis of heads."""
+"""Numbers of each head, repeated for its channels."""
 
 import functools
 
@@ -8,9 +8,20 @@ import jax.numpy as jnp
 from dense_jax.types import Array
 
 
+def broadcast_heads(x_H: Array, channels: int) -> Array:
+  """Repeats each head's number for all its channels, [..., H] -> [..., H * P].
+
+  Args:
+    x_H: numbers of H heads.
+    channels: P.
+  """
+  x_HP = jnp.broadcast_to(x_H[..., None], (*x_H.shape, channels))
+  return x_HP.reshape(*x_H.shape[:-1], -1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def repeat_heads(x_H: Array, channels: int) -> Array:
-  """Repeats each head's number for all its channels, [..., H] -> [..., H * P].
+  """Computes `broadcast_heads` without arrays that have an axis of heads, for TPUs.
 
   On a TPU an array [..., H, P] has other tiles than [..., H * P], so that a reshape of one to the
   other is a copy. The selections here, and the sums over parts of the last axis in the gradient,

@@ -17,6 +17,7 @@ from dense_jax.batch import Segments
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.recurrence import Read, Recurrence, Sizes
+from dense_jax.ops.short_conv import Convolve, short_conv
 from dense_jax.types import Array, PyTree
 
 # Root mean squares of errors over those of the right values. Kernels round scores, and states for
@@ -40,7 +41,8 @@ def kernel_errors(form: str, implementation: str, sizes: Sizes, dtype: str) -> d
 
   Returns:
     For y, the moments (matrix states), the final state and the gradient of each input: the root
-    mean square of the error over that of the right values.
+    mean square of the error over that of the right values. The same for the short convolution and
+    its gradients, if a kernel comes with the implementation.
   """
   make, inputs = {"diagonal": _diagonal, "matrix": _matrix}[form](sizes, jnp.dtype(dtype))
   positions = np.concatenate([np.arange(5, 5 + _BORDER), np.arange(_TIME - _BORDER)])[None]
@@ -74,12 +76,33 @@ def kernel_errors(form: str, implementation: str, sizes: Sizes, dtype: str) -> d
   exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), inputs)
   right = run("recurrent", exact)
   found = run(implementation, inputs)
+  if resolver.PLATFORMS.get(implementation) == "gpu":
+    right |= _convolution(resolver.convolution(form, "recurrent", split=False), segments, exact)
+    kernel = resolver.convolution(form, implementation, split=False)
+    found |= _convolution(kernel, segments, inputs)
   return {
       jax.tree_util.keystr(path, simple=True, separator="."): _error(value, wanted)
       for (path, value), wanted in zip(
           jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(right), strict=True
       )
   }
+
+
+def _convolution(function: Convolve, segments: Segments, inputs: Inputs) -> PyTree:
+  """Returns the convolution of the own values, and its gradients."""
+  x_BTE = inputs["own"]["x"]
+  taps = {"kernel": _normal(30, (4, x_BTE.shape[2])), "bias": _normal(31, x_BTE.shape[2:])}
+  weights, tail_BWE = _normal(32, x_BTE.shape), x_BTE[:, 5:8]
+
+  def objective(x_BTE: Array, taps: Inputs, tail_BWE: Array) -> tuple[Array, Array]:
+    y_BTE, _ = short_conv(x_BTE, taps["kernel"], taps["bias"], segments, tail_BWE, function)
+    y_BTE = y_BTE.astype(jnp.float32)
+    return jnp.sum(weights * y_BTE), y_BTE
+
+  gradients, y_BTE = jax.jit(jax.grad(objective, argnums=(0, 1, 2), has_aux=True))(
+      x_BTE, taps, tail_BWE
+  )
+  return {"convolution": {"y": y_BTE, "gradient": gradients}}
 
 
 def _error(found: Array, right: Array) -> float:

@@ -41,6 +41,16 @@ def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array
 matmul_by_contractions.defvjp(_forward, _backward)
 
 
+def kernel_dot(left: Array, right: Array, axes: tuple[int, int]) -> Array:
+  """Contracts an axis of each of two blocks inside a kernel: factors of one dtype, float32 sums."""
+  exact = left.dtype == jnp.float32
+  return jax.lax.dot_general(
+      left, right, (((axes[0],), (axes[1],)), ((), ())),
+      precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+      preferred_element_type=jnp.float32,
+  )
+
+
 # Rows of the smallest product that XLA's GPU backend multiplies as one.
 _GPU_ROWS = 8
 

@@ -235,6 +235,22 @@ class Read:
     return jax.checkpoint(gated)(gate_value(self.gate), y)
 
 
+def distinct_gates(
+    reads: Sequence[Read],
+) -> tuple[list[Array | LowRankGate], list[int | None]]:
+  """Returns the gates of reads, a shared object once, and each read's index in that list."""
+  gates: list[Array | LowRankGate] = []
+  numbers: list[int | None] = []
+  for read in reads:
+    number = None
+    if read.gate is not None:
+      number = next((i for i, gate in enumerate(gates) if gate is read.gate), len(gates))
+      if number == len(gates):
+        gates.append(read.gate)
+    numbers.append(number)
+  return gates, numbers
+
+
 def gated(gate: Array | None, y: Array) -> Array:
   """Multiplies a read by its gate, which may have any shape of the same size; float32."""
   y = y.astype(jnp.float32)

@@ -33,6 +33,7 @@ from dense_jax.ops.diagonal.sequence import (
     DiagonalSequence,
     RecurrentDiagonal,
 )
+from dense_jax.ops.heads import broadcast_heads, repeat_heads
 from dense_jax.ops.lti.form import LtiForm
 from dense_jax.ops.lti.sequence import ChunkedLti, ConvolvedLti, LtiSequence, RecurrentLti
 from dense_jax.ops.matmul import gpu_matmul, matmul
@@ -190,10 +191,10 @@ def training_options() -> dict[str, str | bool]:
   """
   if _platform() != "gpu":
     return {}
-  return {
-      "xla_gpu_dot_merger_threshold_mb": "0",
-      "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
-  }
+  options: dict[str, str | bool] = {"xla_gpu_dot_merger_threshold_mb": "0"}
+  if jax.__version_info__ >= (0, 11):  # Older compilers may not know it.
+    options["xla_gpu_enable_dus_accumulator_zero_init_elimination"] = True
+  return options
 
 
 def logit_form() -> LogitForm:
@@ -204,6 +205,11 @@ def logit_form() -> LogitForm:
   """
   platform = _platform()
   return LogitForm(sums_at_once if platform == "gpu" else sums_in_turn, again=platform == "tpu")
+
+
+def heads_function() -> Callable[[Array, int], Array]:
+  """Returns `broadcast_heads`, or `repeat_heads` if the platform is a TPU."""
+  return repeat_heads if _platform() == "tpu" else broadcast_heads
 
 
 def groups_function() -> Callable[[Array, int], Array]:

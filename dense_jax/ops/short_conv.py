@@ -1,4 +1,4 @@
-"""Short causal depthwise convolution with its activation, silu, that respects documents and carries its last inputs."""
+"""Short causal depthwise convolution and its silu; respects documents, carries its last inputs."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,6 @@ from dense_jax.batch import Segments
 from dense_jax.ops import sequence_parallel
 from dense_jax.ops.cpu import spread
 from dense_jax.types import Array
-
 
 Convolve = Callable[[Array, Array, Array, Array | None, Array | None], Array]
 """The function that `convolve` computes: (x, kernel, bias, document, tail) -> y."""

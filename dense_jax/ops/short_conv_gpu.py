@@ -81,7 +81,7 @@ def _forward(interpret: bool, *inputs: PyTree) -> tuple[Array, tuple[PyTree, ...
 
 def _backward(interpret: bool, inputs: tuple[PyTree, ...], d_y_BTE: Array) -> tuple[PyTree, ...]:
   x_BTE, kernel_WE, bias_E, document_BT, tail_BWE = inputs
-  batch, time, width = x_BTE.shape
+  time, width = x_BTE.shape[1:]
   taps = kernel_WE.shape[0]
   part = min(_PART, round_up(time, _TILE))
   # The largest power of two that divides the width.

@@ -15,6 +15,12 @@ def silu(x: Array) -> Array:
   return x * sigmoid(x)
 
 
+def silu_slope(x: Array) -> Array:
+  """Computes the derivative of silu."""
+  half = sigmoid(x)
+  return half * (1 + x * (1 - half))
+
+
 def softplus(x: Array) -> Array:
   """Computes log(1 + exp(x)), which does not overflow."""
   return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))

@@ -203,9 +203,7 @@ def decoding(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str
     report, base = results.get(cell.name), _base(cell, results)
     if not report or not report["bound"]:
       continue
-    values = report["config"]["model"]
-    least = cpu_dense.step_bytes(_model(cell, values), cell.decode)
-    weights, states = least.weights / 2, 2 * least.states + least.shallow
+    weights, states = least_bytes(cell, report)
     ratio = report["bytes_accessed"] / (weights + states)
     found = price(report)
     rows.append([
@@ -216,6 +214,15 @@ def decoding(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str
         common.ratio(found.seconds / price(base).seconds if base and base["bound"] else None),
     ])
   return rows
+
+
+def least_bytes(cell: Cell, report: Mapping[str, Any]) -> tuple[float, float]:
+  """Returns the bytes that a step of decoding must move: of the weights in bf16, of the states.
+
+  States are read and written once, and read once by each layer that reads another's.
+  """
+  moved = cpu_dense.step_bytes(_model(cell, report["config"]["model"]), cell.decode)
+  return moved.weights / 2, 2 * moved.states + moved.shallow
 
 
 def _model(cell: Cell, values: Mapping[str, Any]) -> ModelConfig:

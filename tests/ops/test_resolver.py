@@ -87,3 +87,9 @@ def test_workarounds_for_a_cpu_run_on_a_cpu_alone():
     with resolver.compiling_for(platform):
       assert (resolver.matmul_function() is cpu_matmul) == workaround
       assert (resolver.matrix_form("auto", 0).step is cpu_matrix_step) == workaround
+
+
+def test_a_train_step_has_options_for_a_gpus_compiler_alone():
+  for platform, expected in (("cpu", False), ("tpu", False), ("gpu", True)):
+    with resolver.compiling_for(platform):
+      assert bool(resolver.training_options()) == expected

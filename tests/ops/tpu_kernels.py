@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dense_jax.costs.hlo import program_cost
 from dense_jax.ops import resolver
-from dense_jax.ops.diagonal.kernel_inputs import Source
+from dense_jax.ops.diagonal.kernel_inputs import LowRank, Source
 from dense_jax.ops.diagonal.tpu import selective_finish
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matmul import matmul
@@ -56,17 +56,18 @@ def selective(sources: int, *, packed: bool, gradient: bool) -> Program:
   channels = _shape(batch, time, width, dtype=low)
   recurrences = tuple(
       Source(
-          dt_BTE=channels,
+          dt=LowRank(_shape(batch, time, 64, dtype=low), _shape(64, width)),
           bias_E=_shape(width),
           a_NE=_shape(size, width),
           x_BTE=channels,
           b_BTN=_shape(batch, time, size, dtype=low),
           c_BTN=_shape(batch, time, size, dtype=low),
-          gate_BTE=channels if index else None,
           initial_BNE=_shape(batch, size, width),
+          gate=0 if index else None,
       )
       for index in range(sources)
   )
+  gates = (LowRank(_shape(batch, time, 32, dtype=low), _shape(32, width)),) * (sources > 1)
   epilogue = Epilogue(_shape(width), None, channels, dtype=jnp.dtype(low))
   masks = (_shape(batch, time, dtype=jnp.bool_),) * 2 if packed else (None, None)
 
@@ -74,9 +75,9 @@ def selective(sources: int, *, packed: bool, gradient: bool) -> Program:
     return selective_finish(*inputs, *masks)
 
   if not gradient:
-    return finish, ((recurrences, epilogue), *masks)
+    return finish, ((recurrences, gates, epilogue), *masks)
   cotangents = channels, _shape(batch, size, width)
-  return _with_gradients(finish), ((recurrences, epilogue), *masks, cotangents)
+  return _with_gradients(finish), ((recurrences, gates, epilogue), *masks, cotangents)
 
 
 def selective_form(implementation: str) -> Program:
@@ -84,13 +85,13 @@ def selective_form(implementation: str) -> Program:
 
   def reads(source: Source, resets_BT: Array | None) -> tuple[Array, ...]:
     states = resolver.diagonal_form(implementation, 0).sequence(
-        source.dt_BTE, source.a_NE, source.x_BTE, source.b_BTN, resets_BT, source.initial_BNE, 0
+        source.dt, source.a_NE, source.x_BTE, source.b_BTN, resets_BT, source.initial_BNE, 0
     )
     return states.run(source.c_BTN)
 
-  _, ((recurrences, _), resets, _, (y, final)) = selective(1, packed=True, gradient=True)
-  dt, y = (_shape(*x.shape) for x in (recurrences[0].dt_BTE, y))
-  source = dataclasses.replace(recurrences[0], dt_BTE=dt, bias_E=None)
+  _, ((recurrences, *_), resets, _, (y, final)) = selective(1, packed=True, gradient=True)
+  dt, y = (_shape(*x.shape) for x in (recurrences[0].x_BTE, y))
+  source = dataclasses.replace(recurrences[0], dt=dt, bias_E=None)
   return _with_gradients(reads), (source, resets, (y, final))
 
 

@@ -146,7 +146,9 @@ def test_how_layers_run_changes_no_metric(options):
 def test_of_a_batch_in_parts_a_metric_is_the_mean():
   model = _apart()
   parts = [jax.tree.map(lambda leaf, i=i: leaf[i::2], BATCH) for i in range(2)]
-  measure = fast_jit(lambda model, part: model.summed_losses(part, z_loss=0.0, chunk=4, measure=True))
+  measure = fast_jit(
+      lambda model, part: model.summed_losses(part, z_loss=0.0, chunk=4, measure=True)
+  )
   of_parts = [measure(model, part)[2] for part in parts]
   metrics, _ = _step(_config(train={"accumulate": 2}))
   for layer, (first, second) in enumerate(zip(*of_parts, strict=True)):

@@ -7,25 +7,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton
 
 from dense_jax.ops.diagonal.gpu_kernels import (
     Finish,
+    Gate,
     Masks,
     Ref,
+    Rows,
     States,
     Token,
-    gated,
     group_numbers,
-    load_gate,
     load_token,
     loop,
+    multiply,
     row,
     whole,
 )
-from dense_jax.ops.diagonal.kernel_inputs import Source
+from dense_jax.ops.diagonal.kernel_inputs import Source, Wide
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.triton_functions import silu
+from dense_jax.ops.triton_functions import silu, silu_slope
 from dense_jax.types import Array
 
 # Tokens of a group, whose states and decays stay in registers.
@@ -35,15 +35,25 @@ GROUP_BACK = 4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scratch:
-  """Memory of one program of the backward kernel, which no other one sees.
+  """Memory of one program of the backward kernel, which no other one sees, for one chunk.
 
   Attributes:
-    states: the state before each group of a chunk, [C / GROUP_BACK, N, E].
-    y: the sum of reads at a chunk's tokens, [C, E]; None if nothing needs it.
+    states: the state before each group of the chunk, [C / GROUP_BACK, N, E].
+    steps: the product that makes one source's step sizes, [C, E]; None if there is none.
+    gates: the gates' products, [C, E]; None for arrays.
+    own: the sum of reads without a gate, [C, E] in float32; None if nothing needs it.
+    gated: for each gate the sum of its reads before the gate, as `own`.
   """
 
-  states: Array
-  y: Any
+  states: Any
+  steps: Any
+  gates: tuple[Any, ...]
+  own: Any
+  gated: tuple[Any, ...]
+
+  def reads(self, source: Source) -> Any:
+    """Returns where reads of a source are added."""
+    return self.own if source.gate is None else self.gated[source.gate]
 
 
 class _Carry(NamedTuple):
@@ -56,6 +66,7 @@ class _Carry(NamedTuple):
 
 def backward_kernel(
     sources: tuple[Source, ...],
+    gates: tuple[Wide, ...],
     epilogue: Epilogue,
     masks: Masks,
     channels: Ref,
@@ -63,6 +74,7 @@ def backward_kernel(
     dy: Ref,
     dfinal: Ref,
     dsources: tuple[Any, ...],
+    dgates: tuple[Ref, ...],
     depilogue: Any,
     scratch: Scratch,
     *,
@@ -73,6 +85,7 @@ def backward_kernel(
 
   Args:
     sources: the recurrences.
+    gates: the gates of their reads.
     epilogue: what follows the sum of their reads.
     masks: resets and padding.
     channels: see `States`.
@@ -80,7 +93,9 @@ def backward_kernel(
     dy: the gradient of the result.
     dfinal: the gradient of the first source's last state.
     dsources: the sources' gradients, each a `Source`, outputs; those of A and the bias are of one
-      row, and those of B and C of one block of channels.
+      row, those of B and C of one block of channels, and that of a product is not yet that of its
+      factors.
+    dgates: the gates' gradients, outputs; likewise.
     depilogue: the epilogue's gradients, an `Epilogue`, outputs; that of `skip` is of one row.
     scratch: see `Scratch`.
     chunk: C.
@@ -98,29 +113,40 @@ def backward_kernel(
     carries, dskip_E = carried
     index = count - 1 - index
     first = index * chunk
-    after = []
+    for wide, product in zip(gates, scratch.gates, strict=True):
+      multiply(wide, product, first)
+    factors = [
+        Gate.of(wide, product, first) for wide, product in zip(gates, scratch.gates, strict=True)
+    ]
+    after, seen = [], set()
     for number, source in enumerate(sources):
+      multiply(source.dt, scratch.steps, first)
+      if scratch.steps is not None or (number == 0 and jax.tree.leaves(scratch.gates)):
+        barrier()
       adjoint = _Adjoint(
-          source, dsources[number], epilogue, depilogue, masks, states, scratch, dy, skip_E,
-          number, whole(source.bias_E), states.load(source.a_NE),
+          source, Rows.of(source.dt, scratch.steps, first),
+          None if source.gate is None else factors[source.gate],
+          dsources[number], epilogue, masks, states, scratch, dy,
+          skip_E if number == 0 and epilogue.x is None else None,
+          source.gate not in seen, whole(source.bias_E), states.load(source.a_NE),
       )
+      seen.add(source.gate)
       loop(
           chunk // GROUP_BACK, functools.partial(adjoint.forward_group, first),
           states.load(before[number], index),
       )
       barrier()
-      carry = carries[number]
       after.append(loop(
-          chunk // GROUP_BACK, functools.partial(adjoint.backward_group, first, chunk), carry
+          chunk // GROUP_BACK, functools.partial(adjoint.backward_group, first, chunk),
+          carries[number],
       ))
       barrier()
-    if epilogue.skip is not None or epilogue.z is not None:
+    if epilogue.skip is not None or epilogue.z is not None or gates:
+      ends = _Ends(
+          epilogue, depilogue, sources[0].x_BTE, factors, dgates, scratch, dy, skip_E
+      )
       dskip_E = loop(
-          chunk // GROUP_BACK,
-          functools.partial(
-              _epilogue_group, first, epilogue, depilogue, sources[0].x_BTE, scratch, dy, skip_E
-          ),
-          dskip_E,
+          chunk // GROUP_BACK, functools.partial(ends.backward_group, first), dskip_E
       )
       barrier()
     return after, dskip_E
@@ -144,39 +170,49 @@ def backward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Adjoint:
-  """One source in one chunk of the backward kernel; the fields are as there."""
+  """One source in one chunk of the backward kernel; fields that have an argument's name are it.
+
+  Attributes:
+    steps: what the step sizes are made of.
+    gate: the read's gate; None means 1.
+    gradient: the source's gradient.
+    skip_E: the factor of the source's x in the epilogue; None means 0.
+    is_first: whether no other source's reads have been written where this one's go.
+  """
 
   source: Source
+  steps: Rows
+  gate: Gate | None
   gradient: Any
   epilogue: Epilogue
-  depilogue: Any
   masks: Masks
   states: States
   scratch: Scratch
   dy: Ref
   skip_E: Array | None
-  number: int
+  is_first: bool
   bias_E: Array | None
   a_NE: Array
 
   def _tokens(self, numbers: Sequence[Array]) -> list[Token]:
-    return [load_token(self.source, self.masks, self.bias_E, number) for number in numbers]
+    return [
+        load_token(self.source, self.steps, self.masks, self.bias_E, number) for number in numbers
+    ]
 
   def forward_group(self, first: Array, group: Array, h_NE: Array) -> Array:
     """Writes the state before a group, and adds reads to the chunk's; returns the state after."""
     self.states.store(self.scratch.states, h_NE, group)
     numbers = group_numbers(first + group * GROUP_BACK, GROUP_BACK)
-    tokens, reads = self._tokens(numbers), self.scratch.y
+    tokens, reads = self._tokens(numbers), self.scratch.reads(self.source)
     c = [row(self.source.c_BTN, number) for number in numbers]
-    gates = [load_gate(self.source, number) for number in numbers]
     sums = []
-    for token, c_N, gate_E in zip(tokens, c, gates, strict=True):
+    for token, c_N in zip(tokens, c, strict=True):
       h_NE = token.step(token.decay(self.a_NE), h_NE)
       if reads is not None:
-        sums.append(gated(gate_E, jnp.sum(h_NE * c_N[:, None], axis=0)))
+        sums.append(jnp.sum(h_NE * c_N[:, None], axis=0))
     for number, y_E in zip(numbers if sums else (), sums, strict=True):
       place = number - first
-      reads[place, :] = y_E if self.number == 0 else reads[place, :] + y_E
+      reads[place, :] = y_E if self.is_first else reads[place, :] + y_E
     return h_NE
 
   def backward_group(
@@ -186,8 +222,8 @@ class _Adjoint:
     group = chunk // GROUP_BACK - 1 - group
     numbers = group_numbers(first + group * GROUP_BACK, GROUP_BACK)
     tokens = self._tokens(numbers)
-    gates = [load_gate(self.source, number) for number in numbers]
-    cotangents = [self._before_epilogue(number) for number in numbers]
+    gates = [None if self.gate is None else self.gate.load(number) for number in numbers]
+    cotangents = [before_epilogue(self.epilogue, self.dy, number) for number in numbers]
     states = [self.states.load(self.scratch.states, group)]
     for token in tokens:
       states.append(token.step(token.decay(self.a_NE), states[-1]))
@@ -197,15 +233,13 @@ class _Adjoint:
     for index in reversed(range(GROUP_BACK)):
       number, token, dy_E, gate_E = numbers[index], tokens[index], cotangents[index], gates[index]
       b_N, c_N = row(self.source.b_BTN, number), row(self.source.c_BTN, number)
-      dgate_E = None
-      if gate_E is not None:
-        dgate_E = dy_E * jnp.sum(states[index + 1] * c_N[:, None], axis=0)
-      dread_E = gated(gate_E, dy_E)
+      dread_E = dy_E if gate_E is None else gate_E * dy_E
       dc_N = jnp.sum(states[index + 1] * dread_E[None], axis=1)
       dh_NE += c_N[:, None] * dread_E[None]
       db_N = jnp.sum(dh_NE * (token.dt_E * token.x_E)[None], axis=1)
       # At once: each thread has a sum over channels whole, in N registers.
-      self.gradient.b_BTN[number, :], self.gradient.c_BTN[number, :] = db_N, dc_N
+      for ref, sum_N in ((self.gradient.b_BTN, db_N), (self.gradient.c_BTN, dc_N)):
+        ref[number, :] = sum_N.astype(ref.dtype)
       du_E = jnp.sum(dh_NE * b_N[:, None], axis=0)
       dh_NE *= token.decay(self.a_NE)
       dlog_NE = dh_NE * states[index]  # The gradient with respect to dt A, the log decay.
@@ -215,46 +249,73 @@ class _Adjoint:
         ddt_E *= token.slope_E
         dbias_E += ddt_E
       dx_E = du_E * token.dt_E
-      if self.number == 0 and self.skip_E is not None and self.epilogue.x is None:
+      if self.skip_E is not None:
         dx_E += self.skip_E * dy_E
-      results.append((number, ddt_E, dx_E, dgate_E))
+      results.append((number, ddt_E, dx_E))
 
-    for number, *values in results:
-      for field, value in zip(("dt_BTE", "x_BTE", "gate_BTE"), values, strict=True):
-        if value is not None:
-          ref = getattr(self.gradient, field)
-          ref[number, :] = value.astype(ref.dtype)
+    for number, ddt_E, dx_E in results:
+      for ref, value in ((self.gradient.dt, ddt_E), (self.gradient.x_BTE, dx_E)):
+        ref[number, :] = value.astype(ref.dtype)
     return _Carry(dh_NE, da_NE, dbias_E)
 
-  def _before_epilogue(self, number: Array) -> Array:
-    """Returns the gradient of the sum of reads."""
-    dy_E = row(self.dy, number)
-    return dy_E if self.epilogue.z is None else dy_E * silu(row(self.epilogue.z, number))
+
+def before_epilogue(epilogue: Epilogue, dy: Ref, number: Array) -> Array:
+  """Returns the gradient of the sum of gated reads at a token."""
+  dy_E = row(dy, number)
+  return dy_E if epilogue.z is None else dy_E * silu(row(epilogue.z, number))
 
 
-def _epilogue_group(
-    first: Array, epilogue: Epilogue, depilogue: Any, own_x: Ref, scratch: Scratch, dy: Ref,
-    skip_E: Any, group: Array, dskip_E: Any,
-) -> Any:
-  """Writes the epilogue's gradients of a group, and adds to that of `skip`."""
-  numbers = group_numbers(first + group * GROUP_BACK, GROUP_BACK)
-  ends = [Finish.of(epilogue, skip_E, own_x, number) for number in numbers]
-  cotangents = [row(dy, number) for number in numbers]
-  reads = [None if scratch.y is None else scratch.y[number - first, :] for number in numbers]
-  for number, end, dy_E, y_E in zip(numbers, ends, cotangents, reads, strict=True):
-    if y_E is not None:
-      dz_E = dy_E * end.skipped(y_E) * end.slope()
-      depilogue.z[number, :] = dz_E.astype(depilogue.z.dtype)
-    silu_E = end.gate()
-    if silu_E is not None:
-      dy_E *= silu_E
-    if skip_E is not None and end.x_E is not None:
-      dskip_E += dy_E * end.x_E
-    if depilogue.x is not None:
-      depilogue.x[number, :] = (skip_E * dy_E).astype(depilogue.x.dtype)
-  return dskip_E
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+  """The gates and the epilogue in one chunk of the backward kernel; the fields are as there.
 
+  Attributes:
+    own_x: the first source's x.
+  """
 
-def synchronise() -> None:
-  """Waits for all threads of a program; what they wrote before is then visible to all."""
-  triton.debug_barrier()
+  epilogue: Epilogue
+  depilogue: Any
+  own_x: Ref
+  gates: Sequence[Gate]
+  dgates: Sequence[Ref]
+  scratch: Scratch
+  dy: Ref
+  skip_E: Array | None
+
+  def backward_group(self, first: Array, group: Array, dskip_E: Any) -> Any:
+    """Writes a group's gradients, and adds to that of `skip`."""
+    numbers = group_numbers(first + group * GROUP_BACK, GROUP_BACK)
+    loaded = [
+        (
+            number, Finish.of(self.epilogue, self.skip_E, self.own_x, number),
+            row(self.dy, number), self._sums(number - first),
+            [gate.rows.load(number) for gate in self.gates],
+        )
+        for number in numbers
+    ]
+    for number, end, dy_E, (own_E, sums), before in loaded:
+      dsum_E = dy_E
+      silu_E = end.gate()
+      if silu_E is not None:
+        reads = [] if own_E is None else [own_E]
+        for gate, gate_E, sum_E in zip(self.gates, before, sums, strict=True):
+          reads.append((silu(gate_E) if gate.is_product else gate_E) * sum_E)
+        dz_E = dy_E * end.skipped(functools.reduce(jnp.add, reads)) * end.slope()
+        self._store(self.depilogue.z, number, dz_E)
+        dsum_E = dy_E * silu_E
+      for gate, gate_E, sum_E, dgate in zip(self.gates, before, sums, self.dgates, strict=True):
+        dgate_E = dsum_E * sum_E
+        self._store(dgate, number, dgate_E * silu_slope(gate_E) if gate.is_product else dgate_E)
+      if self.skip_E is not None and end.x_E is not None:
+        dskip_E += dsum_E * end.x_E
+      if self.depilogue.x is not None:
+        assert self.skip_E is not None
+        self._store(self.depilogue.x, number, self.skip_E * dsum_E)
+    return dskip_E
+
+  def _sums(self, place: Array) -> tuple[Array | None, list[Array]]:
+    own, gated = self.scratch.own, self.scratch.gated
+    return None if own is None else own[place, :], [ref[place, :] for ref in gated]
+
+  def _store(self, ref: Ref, number: Array, value_E: Array) -> None:
+    ref[number, :] = value_E.astype(ref.dtype)

@@ -11,15 +11,20 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
-from dense_jax.ops.diagonal.kernel_inputs import Source
+from dense_jax.ops.diagonal.kernel_inputs import LowRank, Source, Wide
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.triton_functions import sigmoid, silu, softplus
+from dense_jax.ops.matmul import kernel_dot
+from dense_jax.ops.triton_functions import sigmoid, silu, silu_slope, softplus
 from dense_jax.types import Array
 
 # Tokens whose loads are issued together, before the state that waits for them: a load from main
 # memory takes as long as several tokens' arithmetic.
 GROUP = 8
+# Tokens of a product that are computed at a time, at most.
+ROWS = 64
 
 Ref: TypeAlias = Any
 """A Pallas reference to a block in memory."""
@@ -63,9 +68,64 @@ def row(ref: Ref, token: Array) -> Array:
   return ref[token, :].astype(jnp.float32)
 
 
-def load_token(source: Source, masks: Masks, bias_E: Array | None, token: Array) -> Token:
+class Rows(NamedTuple):
+  """E numbers a token: the reference to an array of them, and which token it begins with.
+
+  A product's array is scratch memory that holds one chunk of it.
+  """
+
+  ref: Ref
+  first: Array | int
+
+  @classmethod
+  def of(cls, wide: Wide, product: Ref, first: Array) -> "Rows":
+    """Returns the rows of an input; `product` is that of the chunk that begins at `first`."""
+    return cls(product, first) if isinstance(wide, LowRank) else cls(wide, 0)
+
+  def load(self, token: Array) -> Array:
+    """Loads one token, float32."""
+    return row(self.ref, token - self.first)
+
+
+class Gate(NamedTuple):
+  """A gate of reads; `is_product` says that its rows are those before silu."""
+
+  rows: Rows
+  is_product: bool
+
+  @classmethod
+  def of(cls, wide: Wide, product: Ref, first: Array) -> "Gate":
+    """Returns a gate; the arguments are those of `Rows.of`."""
+    return cls(Rows.of(wide, product, first), isinstance(wide, LowRank))
+
+  def load(self, token: Array) -> Array:
+    """Loads the gate of one token, float32."""
+    gate_E = self.rows.load(token)
+    return silu(gate_E) if self.is_product else gate_E
+
+
+def multiply(wide: Wide, product: Ref, first: Array) -> None:
+  """Computes a product for the chunk that begins at `first`; an array needs nothing."""
+  if not isinstance(wide, LowRank):
+    return
+  chunk = product.shape[0]
+  size = min(chunk & -chunk, ROWS)
+  up_RE = wide.up_RE[...]
+
+  def rows(index: Array, carry: tuple[()]) -> tuple[()]:
+    hidden_CR = wide.hidden_BTR[pl.ds(first + index * size, size), :]
+    product_CE = kernel_dot(hidden_CR, up_RE, (1, 0))
+    product[pl.ds(index * size, size), :] = product_CE.astype(product.dtype)
+    return carry
+
+  loop(chunk // size, rows, ())
+
+
+def load_token(
+    source: Source, steps: Rows, masks: Masks, bias_E: Array | None, token: Array
+) -> Token:
   """Loads a token of a source, and makes its step size if the source has a bias."""
-  dt_E, slope_E = row(source.dt_BTE, token), None
+  dt_E, slope_E = steps.load(token), None
   if bias_E is not None:
     dt_E += bias_E
     dt_E, slope_E = softplus(dt_E), sigmoid(dt_E)
@@ -144,54 +204,85 @@ class Finish(NamedTuple):
   def slope(self) -> Array:
     """Returns the derivative of silu(z)."""
     assert self.z_E is not None
-    half = sigmoid(self.z_E)
-    return half * (1 + self.z_E * (1 - half))
+    return silu_slope(self.z_E)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Products:
+  """Scratch memory for a chunk of each product, [C, E]; None where an input is an array.
+
+  Attributes:
+    steps: those of the sources' step sizes.
+    gates: those of the gates.
+  """
+
+  steps: tuple[Any, ...]
+  gates: tuple[Any, ...]
 
 
 def forward_kernel(
     sources: tuple[Source, ...],
+    gates: tuple[Wide, ...],
     epilogue: Epilogue,
     masks: Masks,
     channels: Ref,
     y: Ref,
     final: Ref,
     before: tuple[Ref, ...],
+    products: Products,
     *,
     chunk: int,
+    barrier: Callable[[], None],
 ) -> None:
   """Computes the epilogue of the sum of gated reads.
 
   Args:
     sources: the recurrences.
+    gates: the gates of their reads.
     epilogue: what follows.
     masks: resets and padding.
     channels: see `States`.
     y: the result [T, E], an output.
     final: the first source's last state, an output.
     before: each source's state before each chunk [T / C, N, E], outputs; empty if not saved.
+    products: see `Products`.
     chunk: C.
+    barrier: makes what the program's threads wrote visible to each other.
   """
   states = States(channels, final.shape[0])
   rates = [states.load(source.a_NE) for source in sources]
-  biased = [(source, whole(source.bias_E)) for source in sources]
+  biases = [whole(source.bias_E) for source in sources]
   skip_E = whole(epilogue.skip)
+  inputs = [
+      *zip([source.dt for source in sources], products.steps, strict=True),
+      *zip(gates, products.gates, strict=True),
+  ]
 
-  def run_group(first: Array, h: tuple[Array, ...]) -> tuple[Array, ...]:
-    numbers = group_numbers(first, GROUP)
+  def run_group(
+      chunk_first: Array, group: Array, h: tuple[Array, ...]
+  ) -> tuple[Array, ...]:
+    numbers = group_numbers(chunk_first + group * GROUP, GROUP)
+    rows = [Rows.of(wide, product, chunk_first) for wide, product in inputs[: len(sources)]]
+    factors = [Gate.of(wide, product, chunk_first) for wide, product in inputs[len(sources) :]]
     loaded = [
-        [load_token(source, masks, bias_E, number) for source, bias_E in biased]
+        [
+            load_token(source, steps, masks, bias_E, number)
+            for source, steps, bias_E in zip(sources, rows, biases, strict=True)
+        ]
         for number in numbers
     ]
     queries = [[row(source.c_BTN, number) for source in sources] for number in numbers]
-    gates = [[load_gate(source, number) for source in sources] for number in numbers]
+    values = [[factor.load(number) for factor in factors] for number in numbers]
     ends = [Finish.of(epilogue, skip_E, sources[0].x_BTE, number) for number in numbers]
     results = []
-    for tokens, c, gate, end in zip(loaded, queries, gates, ends, strict=True):
+    for tokens, c, gate, end in zip(loaded, queries, values, ends, strict=True):
       after, reads = [], []
-      for index, token in enumerate(tokens):
+      for index, (source, token) in enumerate(zip(sources, tokens, strict=True)):
         h_NE = token.step(token.decay(rates[index]), h[index])
         after.append(h_NE)
-        reads.append(gated(gate[index], jnp.sum(h_NE * c[index][:, None], axis=0)))
+        read_E = jnp.sum(h_NE * c[index][:, None], axis=0)
+        reads.append(read_E if source.gate is None else gate[source.gate] * read_E)
       h = tuple(after)
       y_E = end.skipped(functools.reduce(jnp.add, reads))
       silu_E = end.gate()
@@ -203,9 +294,15 @@ def forward_kernel(
   def run_chunk(index: Array, h: tuple[Array, ...]) -> tuple[Array, ...]:
     for ref, h_NE in zip(before, h[: len(before)], strict=True):
       states.store(ref, h_NE, index)
-    return loop(
-        chunk // GROUP, lambda group, h: run_group(index * chunk + group * GROUP, h), h
-    )
+    first = index * chunk
+    for wide, product in inputs:
+      multiply(wide, product, first)
+    if jax.tree.leaves(products):
+      barrier()
+    h = loop(chunk // GROUP, functools.partial(run_group, first), h)
+    if jax.tree.leaves(products):
+      barrier()  # The next chunk's products take the place of those that were read here.
+    return h
 
   start = tuple(states.load(source.initial_BNE) for source in sources)
   states.store(final, loop(y.shape[0] // chunk, run_chunk, start)[0])
@@ -216,11 +313,6 @@ def loop(count: int, body: Callable[[Array, Any], Any], carry: Any) -> Any:
   return jax.lax.fori_loop(0, count, body, carry)
 
 
-def load_gate(source: Source, token: Array) -> Array | None:
-  """Loads the gate of a source's read at a token; None means 1."""
-  return None if source.gate_BTE is None else row(source.gate_BTE, token)
-
-
-def gated(gate_E: Array | None, y_E: Array) -> Array:
-  """Multiplies a read, or its gradient, by its gate."""
-  return y_E if gate_E is None else gate_E * y_E
+def synchronise() -> None:
+  """Waits for all threads of a program; what they wrote before is then visible to all."""
+  triton.debug_barrier()

@@ -41,13 +41,13 @@ import jax.numpy as jnp
 
 from dense_jax.ops.chunks import pad_time, round_up
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.matrix.gpu_backward import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_calls import (
-    Gate,
     call_chunks_backward,
     call_forward,
     call_states_backward,
 )
+from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
+from dense_jax.ops.matrix.gpu_specs import Gate
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.ops.matrix.kernel_inputs import Source
 from dense_jax.ops.matrix.log_decay import summed_log_decay

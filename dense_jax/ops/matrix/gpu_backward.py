@@ -1,208 +1,20 @@
-"""The GPU kernel of gradients inside chunks.
+"""The GPU kernel of gradients inside chunks; `gpu_program` says what its programs are.
 
-A program takes one tile of a row and all heads of a group, part by part: so it sums the gradients
-of the keys and queries that they share. It reads the tile as queries, against the tiles before it
-in its chunk, and as keys, against those after it. Arguments of type PyTree, Stream or Epilogue are
-references to the group's blocks of the arrays, all tokens of the row.
+Arguments of type PyTree, Stream or Epilogue are references to the group's blocks of the arrays, all
+tokens of the row.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled
+from dense_jax.ops.matrix.gpu_program import Part, PartSums, Program, TokenSums
+from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, rem
 from dense_jax.types import Array, PyTree
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenSums:
-  """Sums over one part's channels X, float32, as references or arrays [B, H, A, T].
-
-  Attributes:
-    read: of the gradient of the read times the read, [B, H, A, O, T]: one share for each offset of
-      the tile whose values are read, undefined if it is in another chunk, then one for each piece
-      of the carried state.
-    value: of the scaled value times its gradient.
-    scale: of the value times the gradient of the scaled value; None without a scale.
-  """
-
-  read: PyTree
-  value: PyTree
-  scale: PyTree
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PartSums:
-  """Sums over one part's channels X and a tile's tokens, float32, as references or arrays.
-
-  Attributes:
-    last: what the tile's values in the state after the chunk add to the gradient of the summed log
-      decay of the chunk's last token, [B, tiles, H, A].
-    whole: what the state before the chunk adds there, [B, G, H, A].
-    skip: the gradient of `Epilogue.skip`, [B, tiles, H, A]; None without it.
-  """
-
-  last: PyTree
-  whole: PyTree
-  skip: PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """One part of one head of the program's group."""
-
-  plan: Plan
-  number: Array
-
-  @property
-  def head(self) -> Array:
-    return div(self.number, self.plan.parts)
-
-  @property
-  def index(self) -> tuple[Array, Array]:
-    """The head and its part."""
-    return self.head, rem(self.number, self.plan.parts)
-
-  @property
-  def channels(self) -> PyTree:
-    """The part's channels among those of the group."""
-    return pl.ds(self.number * self.plan.width, self.plan.width)
-
-  def state(self, h_GHNP: PyTree, chunk: Array, piece: PyTree) -> Array:
-    """Loads a piece [piece, X] of a state."""
-    plan = self.plan
-    channels = pl.ds(rem(self.number, plan.parts) * plan.width, plan.width)
-    return h_GHNP[chunk, self.head, piece, channels]
-
-  def states(self, h_GHNP: PyTree, chunk: Array) -> list[Array]:
-    """Loads all pieces of a state."""
-    plan = self.plan
-    return [self.state(h_GHNP, chunk, pl.ds(start, plan.piece)) for start in plan.pieces]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Program:
-  """The program's tile, and what all its parts are computed from.
-
-  Attributes:
-    plan: the sizes.
-    stream: the source.
-    count_T: resets up to each token, inclusive; None means none.
-    d_read_TU: the gradient of the read.
-    tile: the tile.
-  """
-
-  plan: Plan
-  stream: Stream
-  count_T: PyTree
-  d_read_TU: PyTree
-  tile: Array
-
-  @property
-  def rows(self) -> PyTree:
-    """The tile's tokens."""
-    return self.plan.rows(self.tile)
-
-  @property
-  def chunk(self) -> Array:
-    return div(self.tile, self.plan.tiles)
-
-  @property
-  def first(self) -> Array:
-    """The first token of the chunk."""
-    return self.chunk * self.plan.chunk
-
-  @property
-  def last(self) -> Array:
-    """The last token of the chunk."""
-    return self.first + self.plan.chunk - 1
-
-  def at(self, offset: int) -> Array:
-    """Returns a tile near the program's, or some tile if there is none."""
-    return jnp.clip(self.tile + offset, 0, self.plan.chunks * self.plan.tiles - 1)
-
-  def if_in_chunk(self, offset: int, function: Callable[[PyTree], PyTree], x: PyTree) -> PyTree:
-    """Returns function(x) if the tile at an offset is in the program's chunk, else x."""
-    if not offset:
-      return function(x)
-    place = rem(self.tile, self.plan.tiles) + offset
-    return jax.lax.cond((place >= 0) & (place < self.plan.tiles), function, lambda x: x, x)
-
-  @property
-  def earlier(self) -> range:
-    """Offsets of tiles whose keys the program's queries may see."""
-    return range(0, -self.plan.tiles, -1)
-
-  @property
-  def later(self) -> range:
-    """Offsets of tiles whose queries may see the program's keys."""
-    return range(self.plan.tiles)
-
-  def d_read(self, part: _Part, tile: Array) -> Array:
-    """Returns the gradient of the read in a tile, rounded to the dtype of matmuls.
-
-    Every use of it is rounded alike, so that terms of the decays' gradients cancel.
-    """
-    return self.d_read_TU[self.plan.rows(tile), part.channels].astype(self.plan.dtype)
-
-  def decays(self, part: _Part) -> Decays:
-    return Decays(self.plan, self.stream, self.count_T, (part.head,))
-
-  def values(self, part: _Part, tile: Array) -> Array:
-    """Returns the scaled values of a tile."""
-    rows, scale_T = self.plan.rows(tile), None
-    if self.stream.scale_BHT is not None:
-      scale_T = self.stream.scale_BHT[part.head, rows]
-    return scaled(self.plan, self.stream.v_BTE[rows, part.channels], scale_T)
-
-  def scores(self, query: Array, key: Array, *, keys_first: bool = False) -> Array:
-    """Returns the products [Q, S] of queries and keys of two tiles, or [S, Q] with keys first."""
-    plan, stream = self.plan, self.stream
-    q, k = plan.load(stream.q_BTK, plan.rows(query)), plan.load(stream.k_BTK, plan.rows(key))
-    return plan.summed_dot(*((k, q) if keys_first else (q, k)), (1, 1))
-
-  def each_part(self, body: Callable[[_Part, PyTree], PyTree], carry: PyTree) -> PyTree:
-    """Calls body(part, carry) for each part of each head in turn."""
-    plan = self.plan
-    return jax.lax.fori_loop(
-        0, plan.per_group * plan.parts, lambda number, carry: body(_Part(plan, number), carry),
-        carry,
-    )
-
-  def zeros_keys(self) -> Array:
-    return jnp.zeros((self.plan.tile, self.plan.piece), jnp.float32)
-
-  def at_each(
-      self, offsets: Iterable[int], function: Callable[[int, Array], Array], dtype: Any
-  ) -> list[Array]:
-    """Returns function(offset, zeros) for each tile of the chunk, and zeros for others."""
-    zeros = jnp.zeros((self.plan.tile, self.plan.tile), jnp.float32)
-    return [
-        self.if_in_chunk(offset, functools.partial(function, offset), zeros).astype(dtype)
-        for offset in offsets
-    ]
-
-  def products(
-      self, sum_TN: Array, offsets: Iterable[int], scores: Sequence[Array], x_TK: PyTree,
-      piece: PyTree,
-  ) -> Array:
-    """Adds the products of gradients of scores and a piece of the keys or queries of tiles."""
-    for offset, scores_TT in zip(offsets, scores, strict=True):
-
-      def added(sum_TN: Array, offset: int = offset, scores_TT: Array = scores_TT) -> Array:
-        x_TN = x_TK[self.plan.rows(self.at(offset)), piece]
-        return sum_TN + self.plan.dot(scores_TT, x_TN, (1, 0))
-
-      sum_TN = self.if_in_chunk(offset, added, sum_TN)
-    return sum_TN
 
 
 def _itself(plan: Plan) -> Array:
@@ -263,25 +75,29 @@ def chunks_backward_kernel(
     sums: sums that gradients of decays and scales need, outputs.
     parts: shares of gradients, outputs.
   """
-  program = _Program(plan, stream, count_T, d_read_TU, pl.program_id(1))
+  program = Program(plan, stream, count_T, d_read_TU, pl.program_id(1))
   d_y_TU = d_read_TU if d_y_TU is None else d_y_TU
-  _queries(program, before_GHNP, d_stream.q_BTK, sums.read)
-  _keys(program, d_after_GHNP, d_stream.k_BTK)
+  d_scores_QS = _queries(program, before_GHNP, d_stream.q_BTK, sums.read)
+  _keys(program, d_after_GHNP, d_scores_QS.T, d_stream.k_BTK)
   _values(program, epilogue, d_y_TU, d_after_GHNP, d_stream.v_BTE, d_x_TU, sums, parts)
   _whole_chunk(program, before_GHNP, d_after_GHNP, parts.whole)
 
 
 def _queries(
-    program: _Program, before_GHNP: PyTree, d_q_TN: PyTree, sums_HAOT: PyTree
-) -> None:
-  """Computes the gradient of the queries, and the sums of the read times its gradient."""
+    program: Program, before_GHNP: PyTree, d_q_TN: PyTree, sums_HAOT: PyTree
+) -> Array:
+  """Computes the gradient of the queries, and the sums of the read times its gradient.
+
+  Returns:
+    The gradient of the tile's scores with its own keys, rounded to the dtype of matmuls.
+  """
   plan, tile, rows = program.plan, program.tile, program.rows
 
   def within(offset: int, none_QS: Array) -> Array:
     key = program.at(offset)
     scores_QS = program.scores(tile, key)
 
-    def body(part: _Part, d_scores_QS: Array) -> Array:
+    def body(part: Part, d_scores_QS: Array) -> Array:
       decay_QS = program.decays(part).between(tile, tile + offset, same=not offset)
       weights_QS = _weights(plan, scores_QS, decay_QS, offset).astype(jnp.float32)
       d_weights_QS = plan.dot(program.d_read(part, tile), program.values(part, key), (1, 1))
@@ -294,7 +110,7 @@ def _queries(
   for number, start in enumerate(plan.pieces):
     piece = pl.ds(start, plan.piece)
 
-    def carried(part: _Part, d_TN: Array, number: int = number, piece: PyTree = piece) -> Array:
+    def carried(part: Part, d_TN: Array, number: int = number, piece: PyTree = piece) -> Array:
       from_start_T1 = program.decays(part).since(program.first, rows)[:, None]
       d_carried_TX = from_start_T1 * program.d_read(part, tile).astype(jnp.float32)
       added_TN = plan.dot(d_carried_TX, part.state(before_GHNP, program.chunk, piece), (1, 1))
@@ -305,29 +121,32 @@ def _queries(
     d_TN = program.each_part(carried, program.zeros_keys())
     d_TN = program.products(d_TN, program.earlier, d_scores, program.stream.k_BTK, piece)
     d_q_TN[rows, piece] = d_TN.astype(d_q_TN.dtype)
+  return d_scores[0]
 
 
-def _keys(program: _Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
-  """Computes the gradient of the keys."""
+def _keys(
+    program: Program, d_after_GHNP: PyTree, d_scores_SQ: Array, d_k_TN: PyTree
+) -> None:
+  """Computes the gradient of the keys, from that of the tile's scores with its own queries."""
   plan, tile, rows = program.plan, program.tile, program.rows
 
   def within(offset: int, none_SQ: Array) -> Array:
     query = program.at(offset)
 
-    def body(part: _Part, d_scores_SQ: Array) -> Array:
+    def body(part: Part, d_scores_SQ: Array) -> Array:
       decay_SQ = program.decays(part).between(
-          tile + offset, tile, same=not offset, keys_first=True
+          tile + offset, tile, same=False, keys_first=True
       )
       v_TX, d_read_TX = program.values(part, tile), program.d_read(part, query)
       return d_scores_SQ + decay_SQ * plan.dot(v_TX, d_read_TX, (1, 1))
 
     return program.each_part(body, none_SQ)
 
-  d_scores = program.at_each(program.later, within, plan.dtype)
+  d_scores = [d_scores_SQ, *program.at_each(program.later[1:], within, plan.dtype)]
   for start in plan.pieces:
     piece = pl.ds(start, plan.piece)
 
-    def kept(part: _Part, d_TN: Array, piece: PyTree = piece) -> Array:
+    def kept(part: Part, d_TN: Array, piece: PyTree = piece) -> Array:
       to_end_T1 = program.decays(part).to(program.last, rows)[:, None]
       kept_TX = to_end_T1 * program.values(part, tile).astype(jnp.float32)
       return d_TN + plan.dot(kept_TX, part.state(d_after_GHNP, program.chunk, piece), (1, 1))
@@ -338,7 +157,7 @@ def _keys(program: _Program, d_after_GHNP: PyTree, d_k_TN: PyTree) -> None:
 
 
 def _values(
-    program: _Program,
+    program: Program,
     epilogue: Epilogue | None,
     d_y_TU: PyTree,
     d_after_GHNP: PyTree,
@@ -347,7 +166,11 @@ def _values(
     sums: TokenSums,
     parts: PartSums,
 ) -> None:
-  """Computes the gradients of the values and of the skip connection, and sums that need them."""
+  """Computes the gradients of the values and of the skip connection, and sums that need them.
+
+  Scores of all tiles of the chunk are in registers at once, so its parts are narrow ones.
+  """
+  program = dataclasses.replace(program, plan=program.plan.narrow)
   plan, stream = program.plan, program.stream
   tile, rows, last = program.tile, program.rows, program.last
   is_last_T1 = (
@@ -357,10 +180,10 @@ def _values(
   def of_queries(offset: int, _: Array) -> Array:
     return program.scores(program.at(offset), tile, keys_first=True)
 
-  scores = program.at_each(program.later, of_queries, jnp.float32)
+  scores = program.at_each(program.later, of_queries, jnp.dtype(jnp.float32))
   own_T1 = _own_score(plan, scores[0])[:, None]
 
-  def body(part: _Part, carry: PyTree) -> PyTree:
+  def body(part: Part, carry: PyTree) -> PyTree:
     decays = program.decays(part)
     k, dh = plan.load(stream.k_BTK, rows), part.states(d_after_GHNP, program.chunk)
     d_kept_TX = decays.to(last, rows)[:, None] * plan.summed_dot(k, dh, (1, 0))
@@ -400,12 +223,12 @@ def _values(
 
 
 def _whole_chunk(
-    program: _Program, before_GHNP: PyTree, d_after_GHNP: PyTree, d_whole_HA: PyTree
+    program: Program, before_GHNP: PyTree, d_after_GHNP: PyTree, d_whole_HA: PyTree
 ) -> None:
   """Computes the gradient of the chunk's whole decay, in the program of the chunk's last tile."""
   plan = program.plan
 
-  def body(part: _Part, carry: PyTree) -> PyTree:
+  def body(part: Part, carry: PyTree) -> PyTree:
     h, dh = (part.states(x_GHNP, program.chunk) for x_GHNP in (before_GHNP, d_after_GHNP))
     product = sum(
         jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))

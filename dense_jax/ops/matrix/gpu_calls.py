@@ -1,4 +1,4 @@
-"""The calls of the GPU kernels of matrix states: their operands, results, block specs and costs."""
+"""The calls of the GPU kernels of matrix states: their operands, results and costs."""
 
 import dataclasses
 import functools
@@ -11,105 +11,16 @@ from jax.experimental.pallas import triton as pltriton
 
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.kernel_cost import KernelCost
-from dense_jax.ops.matrix.gpu_backward import PartSums, TokenSums, chunks_backward_kernel
+from dense_jax.ops.matrix.gpu_backward import chunks_backward_kernel
+from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_scan import forward_kernel, scores_kernel, states_backward_kernel
+from dense_jax.ops.matrix.gpu_specs import Gate, Specs, if_given
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 
 # Warps of every program.
 _WARPS = 8
-
-Gate = Array | LowRankGate
-"""A gate of reads: [B, T, E], or low-rank with [B, T, R] and [R, E]."""
-
-
-class _Specs:
-  """Block specs of a program: all tokens of a row, and a part of a head or a group of heads.
-
-  Args:
-    plan: the sizes.
-    by_part: true if programs take parts of heads (grid: rows, parts of all heads), false if they
-      take groups of heads (grid: rows, tiles, groups).
-  """
-
-  def __init__(self, plan: Plan, *, by_part: bool):
-    # Unlike // and %, these need no case for negative numbers.
-    div, rem = jax.lax.div, jax.lax.rem
-    parts, per_group = plan.parts, plan.per_group
-    time, chunks, size = plan.time, plan.chunks, plan.state_size
-    self.time = time
-    index: Callable[[PyTree, PyTree], tuple[PyTree, ...]]
-    heads: tuple[int | None, ...]
-    numbers: tuple[int | None, ...]
-    if by_part:
-      width, channels, heads, numbers = plan.width, plan.width, (None,), (None, None)
-      # The group, the head, the part of a head, and the part among those of all heads.
-      index = lambda i, j: (div(i, parts * per_group), div(i, parts), rem(i, parts), i)  # noqa: E731
-    else:
-      width, channels, heads = per_group * plan.channels, plan.channels, (per_group,)
-      numbers, index = (per_group, parts), lambda i, j: (j, j, 0, j)
-
-    def spec(shape: tuple[int | None, ...], at: Callable[..., tuple[PyTree, ...]]) -> pl.BlockSpec:
-      return pl.BlockSpec(shape, lambda b, i, j=0: at(b, i, *index(i, j)))
-
-    # b: the row, t: the tile, g: the group, h: the head, p: the part of a head, x: that of all.
-    self.keys = spec((None, time, size), lambda b, t, g, h, p, x: (b, 0, g))
-    self.scores = spec((None, None, time, plan.tile), lambda b, t, g, h, p, x: (b, g, 0, 0))
-    self.values = spec((None, time, width), lambda b, t, g, h, p, x: (b, 0, x))
-    self.by_head = spec((None, *heads, time), lambda b, t, g, h, p, x: (b, h, 0))
-    self.shared = spec((None, *heads, time), lambda b, t, g, h, p, x: (0, h, 0))
-    self.count = spec((None, time), lambda b, t, g, h, p, x: (b, 0))
-    self.skip = spec(
-        (plan.heads if by_part else per_group,),
-        lambda b, t, g, h, p, x: (0 if by_part else g,),
-    )
-    self.between = spec(
-        (None, chunks, *heads, size, channels), lambda b, t, g, h, p, x: (b, 0, h, 0, p)
-    )
-    self.state = spec((None, *heads, channels, size), lambda b, t, g, h, p, x: (b, h, p, 0))
-    self.moments = spec((None, *numbers, 2, time), lambda b, t, g, h, p, x: (b, h, p, 0, 0))
-    self.d_moments = spec((None, *heads, 2, time), lambda b, t, g, h, p, x: (b, h, 0, 0))
-    self.sums = spec((None, *numbers, time), lambda b, t, g, h, p, x: (b, h, p, 0))
-    self.shares = spec(
-        (None, *numbers, plan.tiles + len(plan.pieces), time), lambda b, t, g, h, p, x: (b, h, p, 0, 0)
-    )
-    self.numbers = spec((None, None, *numbers), lambda b, t, g, h, p, x: (b, t, h, p))
-    self.whole = spec(
-        (None, None, *numbers), lambda b, t, g, h, p, x: (b, div(t, plan.tiles), h, p)
-    )
-    self._decays = self.shared if plan.shared_decay else self.by_head
-
-  def stream(self, stream: Stream) -> Stream:
-    """Returns the specs of a source."""
-    return Stream(
-        q_BTK=self.keys, k_BTK=self.keys, v_BTE=self.values,
-        scale_BHT=_if(stream.scale_BHT, self.by_head),
-        high_BHT=self._decays, low_BHT=self._decays,
-        initial_BHPN=_if(stream.initial_BHPN, self.state),
-    )
-
-  def gate(self, gate: Gate) -> PyTree:
-    """Returns the specs of a gate of a program that takes a part of a head."""
-    if not isinstance(gate, LowRankGate):
-      return self.values
-    rank, width = gate.up_RE.shape[0], self.values.block_shape[-1]
-    return dataclasses.replace(
-        gate, hidden_R=pl.BlockSpec((None, self.time, rank), lambda b, i: (b, 0, 0)),
-        up_RE=pl.BlockSpec((rank, width), lambda b, i: (0, i)),
-    )
-
-  def epilogue(self, epilogue: Epilogue) -> Epilogue:
-    """Returns the specs of an epilogue's arrays."""
-    return dataclasses.replace(
-        epilogue, skip=_if(epilogue.skip, self.skip), x=_if(epilogue.x, self.values),
-        z=_if(epilogue.z, self.values),
-    )
-
-
-def _if(x: PyTree, spec: PyTree) -> PyTree:
-  """Returns the spec of an array that may be absent."""
-  return None if x is None else spec
 
 
 def _like(x: PyTree) -> PyTree:
@@ -223,7 +134,7 @@ def call_forward(
     count_BT: Array | None, *, save: bool,
 ) -> Forward:
   """Computes the forward pass; `save` asks for what the backward pass needs of it."""
-  specs, sources = _Specs(plan, by_part=True), len(streams)
+  specs, sources = Specs(plan, by_part=True), len(streams)
   batch, time, size = plan.batch, plan.time, plan.state_size
   wide = (batch, time, plan.heads * plan.channels)
   open_BTE = moments_BHA2T = None
@@ -240,12 +151,12 @@ def call_forward(
       [
           (streams, tuple(map(specs.stream, streams))), (scores, (specs.scores,) * sources),
           (_rounded(plan, gates), tuple(map(specs.gate, gates))),
-          (epilogue, specs.epilogue(epilogue)), (count_BT, _if(count_BT, specs.count)),
+          (epilogue, specs.epilogue(epilogue)), (count_BT, if_given(count_BT, specs.count)),
       ],
       [
           (jax.ShapeDtypeStruct(wide, plan.out), specs.values),
-          (open_BTE, _if(open_BTE, specs.values)),
-          (moments_BHA2T, _if(moments_BHA2T, specs.moments)),
+          (open_BTE, if_given(open_BTE, specs.values)),
+          (moments_BHA2T, if_given(moments_BHA2T, specs.moments)),
           (reads, (specs.values,) * len(reads)), (before, (specs.between,) * len(before)),
           (_float32(batch, plan.heads, plan.channels, size), specs.state),
       ],
@@ -299,7 +210,7 @@ def call_states_backward(
     reads: for each gate the sum of the reads that it multiplies.
     gradients: of the result, of its moments, [B, H, 2, T], and of the first source's last state.
   """
-  specs, sources = _Specs(plan, by_part=True), len(streams)
+  specs, sources = Specs(plan, by_part=True), len(streams)
   d_out_BTE, d_moments_BH2T, d_final_BHPN = gradients
   d_y_BTE = d_z_BTE = None
   if z_BTE is not None:
@@ -310,7 +221,7 @@ def call_states_backward(
   initial = tuple(_like(stream.initial_BHPN) for stream in streams)
   tokens = sources * plan.batch * plan.time * plan.heads * plan.parts
   factors = tuple(gate.hidden_R if isinstance(gate, LowRankGate) else gate for gate in gates)
-  d_gates = tuple(jax.ShapeDtypeStruct(d_out_BTE.shape, factor.dtype) for factor in factors)
+  d_factors = tuple(jax.ShapeDtypeStruct(d_out_BTE.shape, factor.dtype) for factor in factors)
   wide = (specs.values,) * len(gates)
 
   def asked(stream: Stream) -> Stream:
@@ -319,7 +230,7 @@ def call_states_backward(
         stream, k_BTK=None, v_BTE=None, scale_BHT=None, initial_BHPN=None
     )
 
-  found_BTE, d_z_BTE, d_reads, d_gates, d_after, d_initial = _call(
+  found_BTE, found_z_BTE, d_reads, d_gates, d_after, d_initial = _call(
       states_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
       [
           (
@@ -327,22 +238,22 @@ def call_states_backward(
               tuple(asked(specs.stream(stream)) for stream in streams),
           ),
           (_rounded(plan, gates), tuple(map(specs.gate, gates))), (reads, wide),
-          (z_BTE, _if(z_BTE, specs.values)),
-          (count_BT, _if(count_BT, specs.count)), (opened, _if(opened, specs.values)),
-          (d_out_BTE, specs.values), (d_moments_BH2T, _if(d_moments_BH2T, specs.d_moments)),
+          (z_BTE, if_given(z_BTE, specs.values)),
+          (count_BT, if_given(count_BT, specs.count)), (opened, if_given(opened, specs.values)),
+          (d_out_BTE, specs.values), (d_moments_BH2T, if_given(d_moments_BH2T, specs.d_moments)),
           (d_final_BHPN, specs.state),
       ],
       [
-          (d_y_BTE, _if(d_y_BTE, specs.values)), (d_z_BTE, _if(d_z_BTE, specs.values)),
-          (_like(reads), wide), (d_gates, wide),
+          (d_y_BTE, if_given(d_y_BTE, specs.values)), (d_z_BTE, if_given(d_z_BTE, specs.values)),
+          (_like(reads), wide), (d_factors, wide),
           ((_between(plan),) * sources, (specs.between,) * sources),
-          (initial, tuple(_if(shape, specs.state) for shape in initial)),
+          (initial, tuple(if_given(shape, specs.state) for shape in initial)),
       ],
       matmul_flops=2 * tokens * plan.state_size * plan.width + _gate_flops(plan, gates),
       exponentials=tokens, stages=plan.stages,
   )
-  d_y_BTE = d_out_BTE if found_BTE is None else found_BTE
-  return StatesBackward(d_y_BTE, d_z_BTE, d_reads, d_gates, d_after, d_initial)
+  y_BTE = d_out_BTE if found_BTE is None else found_BTE
+  return StatesBackward(y_BTE, found_z_BTE, d_reads, d_gates, d_after, d_initial)
 
 
 def call_chunks_backward(
@@ -369,12 +280,13 @@ def call_chunks_backward(
     The outputs of `chunks_backward_kernel`.
   """
   plan = dataclasses.replace(plan, width=power_of_two(plan.channels, 64))
-  specs = _Specs(plan, by_part=False)
+  specs, narrow_specs = (Specs(by, by_part=False) for by in (plan, plan.narrow))
   batch, time, size = plan.batch, plan.time, plan.state_size
-  tiles, parts = plan.chunks * plan.tiles, (plan.heads, plan.parts)
+  tiles = plan.chunks * plan.tiles
+  parts, narrow = (plan.heads, plan.parts), (plan.heads, plan.narrow.parts)
   skips = epilogue is not None and epilogue.skip is not None
   x_BTE = None if epilogue is None else epilogue.x
-  sums, last = _float32(batch, *parts, time), _float32(batch, tiles, *parts)
+  sums, last = _float32(batch, *narrow, time), _float32(batch, tiles, *narrow)
   shares = _float32(batch, *parts, plan.tiles + len(plan.pieces), time)
   stream = dataclasses.replace(stream, initial_BHPN=None)
   epilogue_spec = None if epilogue is None else specs.epilogue(epilogue)
@@ -391,22 +303,28 @@ def call_chunks_backward(
       chunks_backward_kernel, plan, (batch, tiles, plan.groups),
       [
           (stream, specs.stream(stream)), (epilogue, epilogue_spec),
-          (count_BT, _if(count_BT, specs.count)), (d_read_BTE, specs.values),
-          (d_y_BTE, _if(d_y_BTE, specs.values)),
+          (count_BT, if_given(count_BT, specs.count)), (d_read_BTE, specs.values),
+          (d_y_BTE, if_given(d_y_BTE, specs.values)),
           (states[0], specs.between), (states[1], specs.between),
       ],
       [
           (_like(written(stream)), written(specs.stream(stream))),
-          (_like(x_BTE), _if(x_BTE, specs.values)),
+          (_like(x_BTE), if_given(x_BTE, specs.values)),
           (
-              TokenSums(shares, sums, _if(stream.scale_BHT, sums)),
-              TokenSums(specs.shares, specs.sums, _if(stream.scale_BHT, specs.sums)),
+              TokenSums(shares, sums, if_given(stream.scale_BHT, sums)),
+              TokenSums(
+                  specs.shares, narrow_specs.sums, if_given(stream.scale_BHT, narrow_specs.sums)
+              ),
           ),
           (
               PartSums(last, _float32(batch, plan.chunks, *parts), last if skips else None),
-              PartSums(specs.numbers, specs.whole, specs.numbers if skips else None),
+              PartSums(
+                  narrow_specs.numbers, specs.whole, narrow_specs.numbers if skips else None
+              ),
           ),
       ],
-      matmul_flops=by_part * plan.width * 3 * (seen + size) + by_group * 4 * seen * size,
-      exponentials=by_part // 2 * 3 * seen, stages=1,
+      # Gradients of scores of two tiles are computed twice, those of one tile once.
+      matmul_flops=by_part * plan.width * (3 * (seen + size) - plan.tile)
+      + by_group * 4 * seen * size,
+      exponentials=by_part // 2 * (3 * seen - plan.tile), stages=1,
   )

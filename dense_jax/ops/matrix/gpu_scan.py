@@ -1,8 +1,8 @@
 """GPU kernels that go through a row's tiles in order, with states in registers.
 
 A program takes one row and one part of a head. The products of queries and keys, which all heads of
-a group and their parts share, come from a kernel of their own. Arguments of type PyTree, Stream or Epilogue are
-references to the program's own blocks of the arrays, all tokens of the row.
+a group and their parts share, come from a kernel of their own. Arguments of type PyTree, Stream or
+Epilogue are references to the program's own blocks of the arrays, all tokens of the row.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def scores_kernel(
     keys: keys.
     scores: products, float32 [Q, S], outputs.
   """
-  rows = plan.rows(0)
+  rows = pl.ds(0, plan.tile)
   for q_TN, k_TN, scores_QS in zip(queries, keys, scores, strict=True):
     scores_QS[...] = plan.summed_dot(plan.load(q_TN, rows), plan.load(k_TN, rows), (1, 1))
 

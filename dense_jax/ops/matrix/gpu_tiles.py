@@ -105,6 +105,11 @@ class Plan:
     return self.channels // self.width
 
   @property
+  def narrow(self) -> "Plan":
+    """The plan with parts of at most 32 channels, for what needs many registers besides."""
+    return dataclasses.replace(self, width=min(self.width, 32))
+
+  @property
   def per_group(self) -> int:
     """Heads of a group."""
     return self.heads // self.groups

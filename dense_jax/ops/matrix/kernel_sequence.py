@@ -12,7 +12,7 @@ from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.matrix import gpu, tpu
 from dense_jax.ops.matrix.kernel_inputs import Source
 from dense_jax.ops.matrix.sequence import MatrixSequence
-from dense_jax.ops.recurrence import KernelRecurrence, LowRankGate, Read
+from dense_jax.ops.recurrence import KernelRecurrence, LowRankGate, Read, distinct_gates
 from dense_jax.types import WIDTH_AXIS, Array
 
 
@@ -33,15 +33,9 @@ class KernelMatrix(KernelRecurrence, MatrixSequence):
   def _joint(
       self, query: Array, reads: Sequence[Read], epilogue: Epilogue
   ) -> tuple[Output, Array]:
-    gates: list[Array | LowRankGate] = []
+    gates, numbers = distinct_gates(reads)
     sources = [self._asked(query, None)]
-    for read in reads:
-      # Sources may share a gate, which is then given once.
-      number = None
-      if read.gate is not None:
-        number = next((i for i, gate in enumerate(gates) if gate is read.gate), len(gates))
-        if number == len(gates):
-          gates.append(read.gate)
+    for read, number in zip(reads, numbers, strict=True):
       sources.append(cast(KernelMatrix, read.recurrence)._asked(read.query, number))
     # If x is the values themselves, the kernel need not read them twice.
     x = None if epilogue.x is self.v_BTE else self._flat(epilogue.x)

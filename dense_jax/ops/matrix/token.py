@@ -18,7 +18,9 @@ class MatrixToken(ScannedRecurrence):
   h_BHPN: Array
 
   def _scan(self, q_BJN: Array) -> tuple[Array, Array]:
-    return matrix_read(self.h_BHPN, q_BJN), self.h_BHPN
+    # Without the barrier, XLA for GPUs merges the read's sum over N with an epilogue's sum over P.
+    # That is one more pass over the state, half of the bytes of a retention's step.
+    return jax.lax.optimization_barrier(matrix_read(self.h_BHPN, q_BJN)), self.h_BHPN
 
   def read_mapped(self, query: Array, function: StateMap, inputs: PyTree) -> Array:
     """See `Recurrence`: q_BJN -> y_BHP."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dense_jax.ops.diagonal import gpu, tpu
-from dense_jax.ops.diagonal.kernel_inputs import Source
+from dense_jax.ops.diagonal.kernel_inputs import LowRank, Source
 from dense_jax.ops.diagonal.reference import diagonal_read, diagonal_states
 from dense_jax.ops.epilogue import Epilogue
 from tests.builders import COMPILER_OPTIONS, normal
@@ -27,34 +27,61 @@ jit = functools.partial(
 )
 
 
-def _source(index, time, state_size, width, gated, softplus):
-  seed = 10 * index
-  dt_BTE = normal(seed, B, time, width) - 1
+def _wide(seed, time, width, rank):
+  """Makes E numbers a token: an array, or a product if the rank is not 0."""
+  if not rank:
+    return normal(seed, B, time, width)
+  return LowRank(normal(seed, B, time, rank), normal(seed + 5, rank, width) * rank**-0.5)
+
+
+def _source(index, time, state_size, width, gate, rank, softplus):
+  seed = 20 * index
+  dt = _wide(seed, time, width, rank if softplus else 0)
   return Source(
-      dt_BTE=dt_BTE if softplus else jax.nn.softplus(dt_BTE),
-      bias_E=normal(seed + 7, width) if softplus else None,
+      dt=dt if softplus else jax.nn.softplus(dt - 1),
+      bias_E=normal(seed + 7, width) - 1 if softplus else None,
       a_NE=-jnp.exp(normal(seed + 1, state_size, width)),
       x_BTE=normal(seed + 2, B, time, width),
       b_BTN=normal(seed + 3, B, time, state_size),
       c_BTN=normal(seed + 4, B, time, state_size),
-      gate_BTE=normal(seed + 5, B, time, width) if gated else None,
       initial_BNE=normal(seed + 6, B, state_size, width),
+      gate=gate,
   )
 
 
-def _inputs(time, sources, epilogue="", state_size=4, width=32):
-  """Makes sources: every other one has a gate, and step sizes that are made in the kernel.
+# The gates' ranks, 0 for an array, and each source's gate, whose last ends the list.
+GATES = {
+    "": ((), (None, None, None)),
+    "array": ((0,), (0, None, None)),
+    "product": ((3,), (0, None, None)),
+    "shared": ((5,), (0, 0, None)),
+    "each": ((0, 17), (1, 0, None)),
+    "all": ((2,), (0, 0, 0)),
+}
+
+
+def _inputs(time, sources, epilogue="", state_size=4, width=32, gates="array", rank=0):
+  """Makes sources; every other one, and the last, has step sizes that are made in the kernel.
 
   Args:
     epilogue: the parts that it has, of "skip" (of the first source's x), "x" (another one) and "z".
+    gates: a key of GATES.
+    rank: the rank of the products that make step sizes; 0 for arrays.
   """
+  ranks, numbers = GATES[gates]
+  numbers = numbers[:sources]
   return {
       "sources": tuple(
           _source(
-              index, time, state_size, width, gated=(index + sources) % 2 == 0,
+              index, time, state_size, width, number, rank,
               softplus=(index + sources) % 2 == 1,
           )
-          for index in range(sources)
+          for index, number in enumerate(reversed(numbers))
+      ),
+      "gates": tuple(
+          _wide(70 + 10 * index, time, width, gate_rank)
+          for index, gate_rank in enumerate(ranks)
+          if index in numbers
       ),
       "epilogue": Epilogue(
           skip=normal(90, width) if "skip" in epilogue else None,
@@ -62,6 +89,14 @@ def _inputs(time, sources, epilogue="", state_size=4, width=32):
           z=normal(92, B, time, width) if "z" in epilogue else None,
       ),
   }
+
+
+def _value(wide):
+  """Returns E numbers a token as an array, float32."""
+  if isinstance(wide, LowRank):
+    product = jnp.dot(wide.hidden_BTR, wide.up_RE.astype(wide.dtype), precision="highest")
+    wide = product.astype(wide.dtype)
+  return wide.astype(jnp.float32)
 
 
 def _weights(inputs):
@@ -73,8 +108,7 @@ def _masked(source, segments):
   """Returns the source with dt = 0 in the padding, if it has step sizes."""
   if segments.valid_BT is None or source.bias_E is not None:
     return source
-  dt_BTE = jnp.where(segments.valid_BT[..., None], source.dt_BTE, 0)
-  return dataclasses.replace(source, dt_BTE=dt_BTE)
+  return dataclasses.replace(source, dt=jnp.where(segments.valid_BT[..., None], source.dt, 0))
 
 
 each_platform = pytest.mark.parametrize("platform", PLATFORMS)
@@ -83,8 +117,8 @@ each_platform = pytest.mark.parametrize("platform", PLATFORMS)
 def _kernel(inputs, segments, platform, chunk=C):
   sources = [_masked(source, segments) for source in inputs["sources"]]
   return PLATFORMS[platform](
-      sources, inputs["epilogue"], segments.resets_BT, segments.valid_BT, chunk=chunk,
-      interpret=True,
+      sources, inputs["gates"], inputs["epilogue"], segments.resets_BT, segments.valid_BT,
+      chunk=chunk, interpret=True,
   )
 
 
@@ -93,15 +127,18 @@ def _specification(inputs, segments):
   y, finals, epilogue = 0.0, [], inputs["epilogue"]
   for source in inputs["sources"]:
     if source.bias_E is not None:
-      dt_BTE = jax.nn.softplus(source.dt_BTE.astype(jnp.float32) + source.bias_E[None, None])
-      source = dataclasses.replace(source, dt_BTE=dt_BTE, bias_E=None)
+      dt_BTE = jax.nn.softplus(_value(source.dt) + source.bias_E[None, None])
+      source = dataclasses.replace(source, dt=dt_BTE, bias_E=None)
     source = _masked(source, segments)
     states, _ = diagonal_states(
-        source.dt_BTE, source.a_NE, source.x_BTE, source.b_BTN, segments.resets_BT,
+        source.dt, source.a_NE, source.x_BTE, source.b_BTN, segments.resets_BT,
         source.initial_BNE,
     )
     read = jax.vmap(diagonal_read, in_axes=1, out_axes=1)(states, source.c_BTN)
-    y += read if source.gate_BTE is None else read * source.gate_BTE
+    if source.gate is not None:
+      gate = inputs["gates"][source.gate]
+      read *= jax.nn.silu(_value(gate)) if isinstance(gate, LowRank) else _value(gate)
+    y += read
     finals.append(after_last_valid(states, source.initial_BNE, segments))
   if epilogue.x is None and epilogue.skip is not None:
     epilogue = dataclasses.replace(epilogue, x=inputs["sources"][0].x_BTE)
@@ -120,28 +157,31 @@ def _segments(time, packed):
 
 @each_platform
 @pytest.mark.parametrize(
-    ("time", "sources", "packed", "epilogue", "state_size", "width"),
+    ("time", "sources", "packed", "epilogue", "state_size", "width", "gates", "rank"),
     [
-        (1, 1, False, "", 4, 32),
-        (19, 2, True, "skip z", 3, 24),
+        (1, 1, False, "", 4, 32, "array", 0),
+        (19, 2, True, "skip z", 3, 24, "product", 5),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                (2, 1, True, "z", 4, 32),
-                (15, 1, False, "skip x", 4, 32),
-                (16, 1, True, "skip x z", 4, 32),
-                (63, 3, True, "skip z", 16, 32),
-                (257, 2, True, "skip z", 3, 32),
-                (33, 1, True, "skip z", 3, 300),  # Three blocks of 128 channels.
-                (33, 1, False, "z", 3, 512),  # On a TPU two of 256.
+                (2, 1, True, "z", 4, 32, "array", 4),
+                (15, 1, False, "skip x", 4, 32, "", 3),
+                (16, 1, True, "skip x z", 4, 32, "all", 1),
+                (40, 2, False, "", 4, 32, "product", 16),
+                (63, 3, True, "skip z", 16, 32, "shared", 17),
+                (37, 3, True, "z", 4, 32, "each", 5),
+                (37, 3, False, "skip", 4, 32, "all", 5),
+                (257, 2, True, "skip z", 3, 32, "array", 0),
+                (33, 1, True, "skip z", 3, 300, "product", 5),  # Three blocks of 128 channels.
+                (33, 2, False, "z", 3, 512, "product", 5),  # On a TPU two of 256.
             ]
         ),
     ],
 )
 def test_outputs_final_state_and_gradients_are_the_references(
-    time, sources, packed, epilogue, state_size, width, platform
+    time, sources, packed, epilogue, state_size, width, gates, rank, platform
 ):
-  inputs = _inputs(time, sources, epilogue, state_size, width)
+  inputs = _inputs(time, sources, epilogue, state_size, width, gates, rank)
   segments = _segments(time, packed)
   found = _run(_kernel, inputs, segments, platform=platform)
   assert_trees_close(found, _run(_specification, inputs, segments))
@@ -151,7 +191,8 @@ def test_outputs_final_state_and_gradients_are_the_references(
 @each_platform
 @pytest.mark.parametrize("chunk", [0, 4, 48])
 def test_chunk_length_changes_nothing(chunk, platform):
-  inputs, segments = _inputs(83, 1, "z"), _segments(83, True)
+  inputs = _inputs(83, 1, "z", gates="product", rank=4)
+  segments = _segments(83, True)
   found = _run(_kernel, inputs, segments, platform=platform, chunk=chunk)
   assert_trees_close(found, _run(_specification, inputs, segments))
 
@@ -166,13 +207,17 @@ def _low(inputs):
       dataclasses.replace(jax.tree.map(low, source), initial_BNE=source.initial_BNE)
       for source in inputs["sources"]
   )
-  return {"sources": sources, "epilogue": jax.tree.map(low, inputs["epilogue"])}
+  others = {name: jax.tree.map(low, inputs[name]) for name in ("gates", "epilogue")}
+  return {"sources": sources} | others
 
 
 @pytest.mark.slow
 @each_platform
-def test_bfloat16_inputs_keep_float32_states(platform):
-  inputs, segments = _low(_inputs(33, 2, "skip z")), _segments(33, True)
+@pytest.mark.parametrize("rank", [0, 8])
+def test_bfloat16_inputs_keep_float32_states(rank, platform):
+  gates = "product" if rank else "array"
+  inputs = _low(_inputs(33, 2, "skip z", gates=gates, rank=rank))
+  segments = _segments(33, True)
   found = _run(_kernel, inputs, segments, platform=platform)
   expected = _run(_specification, inputs, segments)
   assert found[0][0].dtype == found[0][1].dtype == jnp.float32
@@ -192,7 +237,7 @@ def test_extreme_steps_stay_finite(platform):
     dt = size if source.bias_E is not None else jnp.abs(size)
     return dataclasses.replace(
         source,
-        dt_BTE=jnp.broadcast_to(dt, source.dt_BTE.shape),
+        dt=jnp.broadcast_to(dt, source.dt.shape),
         a_NE=jnp.broadcast_to(rate, source.a_NE.shape),
     )
 
@@ -204,11 +249,11 @@ def test_extreme_steps_stay_finite(platform):
 
 @each_platform
 def test_only_a_pass_that_is_differentiated_keeps_states(platform):
-  sources = _inputs(33, 2, width=128)["sources"]
+  sources = _inputs(33, 2, width=128, gates="")["sources"]
   saved = f"f32[{B},3,4,128]"  # Three chunks, N = 4, one block.
 
   def run(sources):
-    return PLATFORMS[platform](sources, Epilogue(), None, None, chunk=C, interpret=True)
+    return PLATFORMS[platform](sources, (), Epilogue(), None, None, chunk=C, interpret=True)
 
   assert saved not in str(jax.make_jaxpr(run)(sources))
   assert saved in str(jax.make_jaxpr(lambda sources: jax.vjp(run, sources)[0])(sources))
@@ -216,7 +261,10 @@ def test_only_a_pass_that_is_differentiated_keeps_states(platform):
 
 @each_platform
 def test_shapes_that_do_not_agree_are_refused(platform):
-  (source,) = _inputs(5, 1)["sources"]
-  source = dataclasses.replace(source, c_BTN=source.c_BTN[:, :4])
-  with pytest.raises(AssertionError, match="shape"):
-    PLATFORMS[platform]([source], Epilogue(), None, None)
+  (source,) = _inputs(5, 1, gates="")["sources"]
+  for wrong, gates in [
+      (dataclasses.replace(source, c_BTN=source.c_BTN[:, :4]), ()),
+      (dataclasses.replace(source, gate=0), (_wide(1, 5, 31, 2),)),
+  ]:
+    with pytest.raises(AssertionError, match="shape"):
+      PLATFORMS[platform]([wrong], gates, Epilogue(), None, None)

@@ -1,5 +1,6 @@
 """Tests of the GPU kernels of matrix states, interpreted, against the float32 specification."""
 
+import jax
 import pytest
 
 from dense_jax.ops.matrix import gpu
@@ -30,11 +31,13 @@ SLOW = [
     *(Case(time, tail=("x", "z"), scale=True, chunk=32) for time in (1, 2, 15, 16, 17, 33, 257)),
     Case(37),
     Case(33, gates=(0, 1), tail=("skip",), scale=True, initial=False),
-    Case(70, gates=(None, 0, 1), low_rank=(1,), tail=("skip", "x", "z", "moments"), scale=True, chunk=64),
+    Case(70, gates=(None, 0, 1), low_rank=(1,), tail=("skip", "x", "z", "moments"), scale=True,
+         chunk=64),
     Case(63, tail=("z",), resets=False, initial=False),
     *(Case(17, groups=groups, gates=(None, 0), tail=("moments",)) for groups in (1, 4)),
     *(Case(17, heads=6, groups=groups, state_size=48) for groups in (1, 2)),
-    Case(257, gates=(None, 0, 0), low_rank=(0,), tail=("skip", "z", "moments"), scale=True, chunk=0),
+    Case(257, gates=(None, 0, 0), low_rank=(0,), tail=("skip", "z", "moments"), scale=True,
+         chunk=0),
     Case(50, gates=(0, 1, 0), low_rank=(0, 1), tail=("skip",), scale=True, chunk=32),
     *(Case(257, resets=resets, chunk=0, strong=strong, tail=("z",))
       for strong in (5.0, 200.0) for resets in (False, True)),
@@ -56,10 +59,20 @@ def test_outputs_final_state_and_gradients_are_the_references(case):
 
 @pytest.mark.slow
 def test_bfloat16_inputs_keep_float32_states():
-  case = Case(63, gates=(None, 0, 1), low_rank=(0,), tail=("skip", "z", "moments"), scale=True, state_size=16)
+  case = Case(63, gates=(None, 0, 1), low_rank=(0,), tail=("skip", "z", "moments"), scale=True,
+              state_size=16)
   assert_float32_states_of_bfloat16_inputs(gpu.matrix_finish, case, "bfloat16")
 
 
 @pytest.mark.slow
 def test_extreme_decays_stay_finite():
   assert_finite_with_extreme_decays(gpu.matrix_finish, Case(17, gates=(0,), tail=("z",)))
+
+
+@pytest.mark.slow
+def test_rematerialised_gradients_are_the_same():
+  # Where the backward pass computes the forward pass again, the first forward pass saves nothing.
+  case = Case(33, gates=(None, 0), low_rank=(0,), tail=("skip", "z", "moments"), scale=True)
+  inputs = make_inputs(case)
+  run = kernels(gpu.matrix_finish, case)
+  assert_close(everything(jax.checkpoint(run), *inputs), everything(run, *inputs))

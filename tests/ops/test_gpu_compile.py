@@ -1,0 +1,31 @@
+"""Tests that the kernels for GPUs compile for an H100, with the real compiler."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from tests.helpers import ROOT, gpu_compiler_python
+
+# Program of gpu_kernels.py -> arrays [B, T, E] that a pass with gradients may move. Of a selective
+# recurrence with n sources that is at least 2 for each in the forward pass (x, states), and 5 in
+# the backward one, with the products of dt's gradient.
+ARRAYS = {"selective-1": 18, "selective-3": 42, "mamba2-2": 40, "retnet-2": 50}
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_compiler
+def test_recurrences_compile_for_an_h100_and_move_few_arrays():
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  result = subprocess.run(
+      [gpu_compiler_python(), ROOT / "tests" / "ops" / "gpu_kernels.py"],
+      env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+      capture_output=True, text=True, timeout=900, check=False,
+  )
+  assert result.returncode == 0, result.stderr[-4000:]
+  found = json.loads(result.stdout.splitlines()[-1])
+  assert found.keys() == ARRAYS.keys()
+  for name, limit in ARRAYS.items():
+    assert found[name]["matmul_flops"] > 0, (name, found[name])
+    assert found[name]["arrays"] <= limit, (name, found[name])
