@@ -107,10 +107,10 @@ def look_into(
       gradients, cut = (np.asarray(_gradients(model, batch, key, cut=cut)) for cut in (False, True))
   joined = {
       kind: [np.concatenate(parts) for parts in zip(*of_rows, strict=True)]
-      for kind, of_rows in taken.items()
+      for kind, of_rows in taken.items() if of_rows[0]
   }
   return Seen(
-      similarity={kind: _similarities(layers) for kind, layers in joined.items() if layers},
+      similarity={kind: _similarities(layers) for kind, layers in joined.items()},
       rank={kind: np.array([effective_rank(x) for x in layers]) for kind, layers in joined.items()},
       lens=np.mean(lens, axis=0), gradient=gradients, cut_gradient=cut,
       layers=[

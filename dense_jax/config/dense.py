@@ -87,7 +87,7 @@ class DenseConfig:
 
   @property
   def distances(self) -> tuple[int, ...]:
-    """How many layers below a layer those are that it reads; () with reads=first."""
+    """The distances of a layer to those that it reads; () with reads=first."""
     return {
         "nearest": tuple(range(1, self.depth + 1)),
         "spread": tuple(2**number for number in range(self.depth)),

@@ -19,7 +19,7 @@ from dense_jax.types import Array, PyTree
 
 @dataclasses.dataclass
 class Observer:
-  """What is seen, and what is changed.
+  """A record of what is seen, and what to change.
 
   Attributes:
     seen: name -> the arrays of that name, one a layer, in the order of the layers.

@@ -25,6 +25,6 @@ from dense_jax.training.loop import Hook, Moment
 __all__ = [
     "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "InitFrom", "LoadedModel", "Moment",
     "Published", "Report", "Run", "RunResult", "Score", "Snapshot", "average_checkpoints",
-    "base_config", "compile_program", "evaluate_run", "evaluate_tasks", "heldout_rows", "load_folder",
-    "make_run", "publish", "restore", "train_run", "write_report",
+    "base_config", "compile_program", "evaluate_run", "evaluate_tasks", "heldout_rows",
+    "load_folder", "make_run", "publish", "restore", "train_run", "write_report",
 ]
