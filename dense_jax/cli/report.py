@@ -8,7 +8,8 @@ from dense_jax.config import invalid
 
 _EPILOG = """
 Runs on one device, at any time after the run's first checkpoint, also while it trains. Writes
-loss.png and report.md into the run's folder.
+loss.png, report.md and report.html, one page that needs no network, into the run's folder. The page
+shows the figures of `dense-jax analyze` too, if that ran before.
 """
 
 
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str]) -> int:
   )
   command.add_argument("--batch-size", type=int, default=16,
                        help="windows at a time (default 16); more than there are take all")
+  command.add_argument("--beside", nargs="+", default=[], metavar="FOLDER",
+                       help="other runs, which the page compares with")
   options = command.parse_args(arguments)
   if options.batches < 0:
     raise invalid("--batches", options.batches, "an integer >= 0")
@@ -31,10 +34,11 @@ def main(arguments: Sequence[str]) -> int:
     raise invalid("--batch-size", options.batch_size, "an integer >= 1")
   report = runs.write_report(
       options.workdir, options.checkpoint, options.weights, batches=options.batches,
-      batch_size=options.batch_size,
+      batch_size=options.batch_size, beside=options.beside,
   )
   print(f"step {report.step}: {report.score.held_out.describe(report.score.bits_per_byte)}")
-  print(f"\n{report.text}\n\nplot      {report.plot}\nreport    {report.file}")
+  print(f"\n{report.text}\n\nplot      {report.plot}\nreport    {report.file}\n"
+        f"page      {report.page}")
   return 0
 
 

@@ -3,23 +3,21 @@
 import shlex
 from collections.abc import Sequence
 
-from etils import epath
-
 from dense_jax.cli import common
 from dense_jax.config import invalid
-from dense_jax.files import make_path, write_atomically
+from dense_jax.files import make_path
 from dense_jax.outputs import check_file
 from dense_jax.runs.formatting import table
 from dense_jax.sweeps.budgets import describe_plan, plan
 from dense_jax.sweeps.definition import load_sweep
 from dense_jax.sweeps.results import Results
 from dense_jax.sweeps.running import next_jobs, run_sweep
-from dense_jax.sweeps.table import markdown, plot, rows
+from dense_jax.sweeps.table import rows, write_all
 
 _EPILOG = """
 A finished run is never done again, and one that was ended goes on: the same command continues.
 --config.KEY=VALUE changes all cells that do not set the key themselves.
-Results are one line a run in --record; the table and a plot lie beside it, as .md and .png.
+Results are one line a run in --record; the table and a plot lie beside it, as .md, .png and .html (one page).
 --commands prints a training command for each run that is left, for a launcher (see launch/); once
 they have ended, this command collects what lies in --workdir, which may be in a bucket.
 """
@@ -62,12 +60,11 @@ def main(arguments: Sequence[str]) -> int:
       say=lambda line: print(line, flush=True),
   )
   again = shlex.join(["dense-jax", "sweep", *arguments])
-  beside = epath.Path(record)
-  write_atomically(beside.with_suffix(".md"), markdown(sweep, planned, results, again).encode())
-  plot(sweep, results, beside.with_suffix(".png"))
+  written = write_all(sweep, planned, results, again, record)
   print(table(rows(sweep, planned, results)))
-  print(f"\nresults   {record}\ntable     {beside.with_suffix('.md')}\n"
-        f"plot      {beside.with_suffix('.png')}")
+  print(f"\nresults   {record}")
+  for what, file in zip(("table", "plot", "page"), written, strict=True):
+    print(f"{what.ljust(9)} {file}")
   for (name, seed), why in failed.items():
     print(f"failed    {name}, seed {seed}: {why}")
   return 1 if failed else 0

@@ -24,6 +24,7 @@ from dense_jax.outputs import check_file
 from dense_jax.runs.formatting import printable, table
 from dense_jax.runs.plot import plot_loss
 from dense_jax.runs.recording import DEVICE_MEMORY, HOST_MEMORY
+from dense_jax.runs.report_page import write_page
 from dense_jax.runs.restoring import restore
 from dense_jax.runs.scoring import Score, score_store
 from dense_jax.runs.workdir import REPORT_FILE
@@ -43,7 +44,7 @@ class Report:
     score: the figures of the held-out text.
     table: bits per byte of the model and of baselines, speed and memory, in aligned columns.
     samples: pairs of a prompt, the beginning of a held-out document, and its continuation.
-    plot, file: the paths of the plot and of the report's text.
+    plot, file, page: the paths of the plot, of the report's text, and of its HTML page.
   """
 
   step: int
@@ -52,6 +53,7 @@ class Report:
   samples: Sequence[tuple[str, str]]
   plot: epath.Path
   file: epath.Path
+  page: epath.Path
 
   @property
   def text(self) -> str:
@@ -64,12 +66,12 @@ class Report:
 
 def write_report(
     workdir: str | os.PathLike[str], checkpoint: str = "latest", weights: str = "auto", *,
-    batches: int = 200, batch_size: int = 16,
+    batches: int = 200, batch_size: int = 16, beside: Sequence[str | os.PathLike[str]] = (),
 ) -> Report:
   """Scores a run, samples from it and plots its losses, on one device.
 
-  Writes loss.png and report.md into the run's folder. The run may be training at the same time, on
-  any number of devices.
+  Writes loss.png, report.md and report.html into the run's folder. The run may be training at the
+  same time, on any number of devices.
 
   Args:
     workdir: the folder that training wrote.
@@ -77,6 +79,7 @@ def write_report(
     weights: "raw", "ema" or "auto"; see `restore`.
     batches: the most batches of held-out text to score, spread evenly over it; 0 means all.
     batch_size: windows in a batch, of `config.data.seq_len` tokens each.
+    beside: the folders of other runs, which the page compares with.
 
   Raises:
     InputError: there is no such run or checkpoint, its text is no longer where it was, or the
@@ -91,9 +94,11 @@ def write_report(
   score = score_store(run, store, batch_size=batch_size, batches=batches)
   name = f"this model ({config.model.family}, dense depth {config.model.dense.depth})"
   rows = comparison(score, _text(train), _text(heldout), name, read_metrics(folder))
+  continued = samples(run.model, store, run.tokenizer, seed=config.seed)
+  others = [make_path(os.fspath(each), "--beside") for each in beside]
   report = Report(
-      run.step, score, table(rows), samples(run.model, store, run.tokenizer, seed=config.seed),
-      plot_loss(folder), folder / REPORT_FILE,
+      run.step, score, table(rows), continued, plot_loss(folder), folder / REPORT_FILE,
+      write_page(folder, table(rows), continued, others),
   )
   # An indented code block, because nothing in a sample can end it.
   indented = "".join(f"    {line}\n" for line in report.text.splitlines())

@@ -25,11 +25,13 @@ DATA_FILE = "data.json"
 INIT_FILE = "init.json"
 PLOT_FILE = "loss.png"
 REPORT_FILE = "report.md"
+PAGE_FILE = "report.html"
 _LOG = logging.getLogger(__name__)
 # Names that file systems and killed processes leave in a folder that is otherwise empty.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
-_FILES = (experiment.CONFIG_FILE, DATA_FILE, INIT_FILE, METRICS_FILE, PLOT_FILE, REPORT_FILE)
+_FILES = (experiment.CONFIG_FILE, DATA_FILE, INIT_FILE, METRICS_FILE, PLOT_FILE, REPORT_FILE,
+          PAGE_FILE)
 _FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 
 

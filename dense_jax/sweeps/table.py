@@ -7,6 +7,7 @@ import statistics
 from etils import epath
 
 from dense_jax.files import write_atomically
+from dense_jax.runs.page import Page
 from dense_jax.sweeps.budgets import PlannedCell
 from dense_jax.sweeps.definition import Sweep
 from dense_jax.sweeps.results import Results
@@ -57,20 +58,56 @@ def markdown(sweep: Sweep, planned: list[PlannedCell], results: Results, command
   head, *body = rows(sweep, planned, results)
   rule = ("---", *["---:"] * (len(head) - 3), "---", "---")
   lines = [f"| {' | '.join(row)} |" for row in (head, rule, *body)]
-  better = "higher" if sweep.higher_is_better else "lower"
   return "\n".join([
-      f"# {sweep.question or 'Results'}", "",
-      f"`{command}`", "",
-      f"{sweep.metric} is that after the last step, the mean over seeds ± its standard error; "
-      f"{better} is better. Differences are taken seed by seed, with the same order of the data. "
-      "A verdict needs two standard errors. FLOPs are the model's, by formula; tokens/s the "
-      "median of the runs, as they ran. \"equal\" says what a cell has in common with the others.",
-      "", *lines, "",
+      f"# {sweep.question or 'Results'}", "", f"`{command}`", "", _explained(sweep), "", *lines, "",
   ])
 
 
-def plot(sweep: Sweep, results: Results, file: epath.Path) -> None:
-  """Draws each cell's difference to its base, with two standard errors, into a PNG file."""
+def _explained(sweep: Sweep) -> str:
+  better = "higher" if sweep.higher_is_better else "lower"
+  return (
+      f"{sweep.metric} is that after the last step, the mean over seeds ± its standard error; "
+      f"{better} is better. Differences are taken seed by seed, with the same order of the data. "
+      "A verdict needs two standard errors. FLOPs are the model's, by formula; tokens/s the "
+      "median of the runs, as they ran. \"equal\" says what a cell has in common with the others."
+  )
+
+
+def write_all(
+    sweep: Sweep, planned: list[PlannedCell], results: Results, command: str, record: epath.Path
+) -> list[epath.Path]:
+  """Writes the table, the picture and an HTML page with both beside the record; returns the paths.
+
+  Args:
+    sweep: the sweep.
+    planned: its cells.
+    results: what is finished.
+    command: the command that made them.
+    record: the path of the results, whose ending is replaced.
+  """
+  record.parent.mkdir(parents=True, exist_ok=True)
+  png = picture(sweep, results)
+  page = Page(sweep.question or "Results", f"{command} ({sweep.experiment})")
+  page.section("Table")
+  page.table(rows(sweep, planned, results))
+  page.text(_explained(sweep))
+  page.section("Differences")
+  page.picture(png, "each cell's difference to its base, with two standard errors")
+  page.section("Cells")
+  page.table([("cell", "settings"), *(
+      (each.cell.name, ", ".join(f"{key}={value}" for key, value in each.overrides.items()))
+      for each in planned)])
+  written = {
+      ".md": markdown(sweep, planned, results, command).encode(), ".png": png,
+      ".html": page.html().encode(),
+  }
+  for suffix, content in written.items():
+    write_atomically(record.with_suffix(suffix), content)
+  return [record.with_suffix(suffix) for suffix in written]
+
+
+def picture(sweep: Sweep, results: Results) -> bytes:
+  """Draws each cell's difference to its base, with two standard errors; returns a PNG file."""
   from matplotlib.figure import Figure
 
   names, means, errors = [], [], []
@@ -91,5 +128,4 @@ def plot(sweep: Sweep, results: Results, file: epath.Path) -> None:
   axes.grid(alpha=0.3)
   image = io.BytesIO()
   figure.savefig(image, dpi=120)
-  file.parent.mkdir(parents=True, exist_ok=True)
-  write_atomically(file, image.getvalue())
+  return image.getvalue()

@@ -11,7 +11,7 @@ from dense_jax.sweeps.budgets import plan
 from dense_jax.sweeps.definition import Cell, Sweep
 from dense_jax.sweeps.results import Result, Results, course_digest
 from dense_jax.sweeps.statistics import Estimate, difference, undecided
-from dense_jax.sweeps.table import markdown, plot, rows
+from dense_jax.sweeps.table import markdown, picture, rows, write_all
 from tests.helpers import ROOT
 
 SWEEP = Sweep(
@@ -101,8 +101,12 @@ def test_the_table_and_the_picture(full, planned, tmp_path):
   assert text.startswith("# Which?\n") and text.count("\n| ") == 5 and "`dense-jax sweep" in text
   higher = dataclasses.replace(SWEEP, higher_is_better=True)
   assert rows(higher, planned, full)[2][8] == "worse"
-  plot(SWEEP, full, epath.Path(tmp_path) / "plot.png")
-  assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+  files = write_all(SWEEP, planned, full, "dense-jax sweep x.py", epath.Path(tmp_path) / "r.jsonl")
+  assert [file.name for file in files] == ["r.md", "r.png", "r.html"]
+  assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+  page = (tmp_path / "r.html").read_text()
+  assert "-0.1000 ± 0.0000 of base" in page and "data:image/png;base64," in page
+  assert "http" not in page
 
 
 def test_a_table_before_anything_is_done(planned, tmp_path):
@@ -110,4 +114,4 @@ def test_a_table_before_anything_is_done(planned, tmp_path):
   table = rows(SWEEP, planned, results)
   assert [row[6] for row in table[1:]] == ["-", "-", "-"]
   assert table[2][7:9] == ("- of base", "too few seeds")
-  plot(SWEEP, results, epath.Path(tmp_path) / "plot.png")
+  assert picture(SWEEP, results).startswith(b"\x89PNG")

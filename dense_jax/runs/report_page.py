@@ -1,0 +1,145 @@
+"""The page of a run's report, also beside other runs: curves, figures, differences, samples."""
+
+import dataclasses
+import io
+import platform
+import statistics
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from dense_jax import experiment
+from dense_jax.config import ExperimentConfig
+from dense_jax.files import write_atomically
+from dense_jax.models.params import abstract_model, count_params, get_params
+from dense_jax.runs import resume
+from dense_jax.runs.page import Page
+from dense_jax.runs.plot import draw_losses
+from dense_jax.runs.recording import DEVICE_MEMORY, HOST_MEMORY
+from dense_jax.runs.workdir import PAGE_FILE
+from dense_jax.training.metrics import read_metrics
+
+ANALYSIS_PLOT = "analysis.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+  """A run on the page: its name, configuration and records."""
+
+  name: str
+  config: ExperimentConfig
+  records: list[dict[str, float]]
+
+  def newest(self, key: str) -> float | None:
+    return next((record[key] for record in reversed(self.records) if key in record), None)
+
+  def median(self, key: str) -> float | None:
+    values = [record[key] for record in self.records if key in record]
+    return statistics.median(values) if values else None
+
+
+def write_page(
+    workdir: epath.Path, text: str, samples: Sequence[tuple[str, str]],
+    beside: Sequence[epath.Path] = (),
+) -> epath.Path:
+  """Writes report.html into a run's folder, and returns its path.
+
+  Args:
+    workdir: the run's folder.
+    text: the report's table.
+    samples: pairs of a prompt and its continuation.
+    beside: the folders of other runs, to compare with.
+
+  Raises:
+    InputError: a folder holds no run.
+  """
+  folders = [workdir, *beside]
+  shown = [_Shown(folder.name, experiment.read(folder), read_metrics(folder)) for folder in folders]
+  first = shown[0]
+  dense = first.config.model.dense
+  page = Page(
+      f"Report on {first.name}",
+      f"{first.config.model.family}, dense depth {dense.depth}"
+      + (f" ({dense.inject}, {dense.reads})" if dense.depth else "")
+      + f"; {first.config.train.steps:,} steps",
+  )
+  page.section("Results")
+  page.table(_figures(shown))
+  page.preformatted(text)
+  page.section("Curves")
+  page.picture(_curves(shown), "training and held-out loss, and tokens per second, by step")
+  if len(shown) > 1:
+    page.section("Differences")
+    page.table(_differences(shown))
+  page.section("Samples")
+  for prompt, continuation in samples:
+    page.preformatted(f"{prompt}\u2038{continuation}")
+  page.text("\u2038 is where the prompt ends.")
+  for folder in folders:
+    if (folder / ANALYSIS_PLOT).is_file():
+      page.section(f"Layers of {folder.name}")
+      page.picture((folder / ANALYSIS_PLOT).read_bytes(), f"figures of the layers of {folder.name}")
+  page.section("Configuration")
+  page.table([("key", "value"), *((key, str(value)) for key, value in
+                                  resume.keys(first.config).items())])
+  page.text(
+      f"Made on {jax.devices()[0].device_kind}, Python {platform.python_version()}, jax "
+      f"{jax.__version__}. Speeds and memory are those of training."
+  )
+  file = workdir / PAGE_FILE
+  write_atomically(file, page.html().encode(errors="replace"))
+  return file
+
+
+def _figures(shown: Sequence[_Shown]) -> list[tuple[str, ...]]:
+  """Returns the rows of the table of all runs, the header first."""
+  rows: list[tuple[str, ...]] = [(
+      "run", "parameters", "step", "training loss", "held-out loss", "bits per byte", "tokens/s",
+      "peak memory, MiB",
+  )]
+  for each in shown:
+    parameters = count_params(get_params(abstract_model(each.config.model)))
+    memory = each.newest(DEVICE_MEMORY) or each.newest(HOST_MEMORY)
+    rows.append((
+        each.name, f"{parameters:,}", _text(each.newest("step"), ",.0f"),
+        _text(each.newest("loss"), ".4f"), _text(each.newest("heldout_loss"), ".4f"),
+        _text(each.newest("heldout_bits_per_byte"), ".3f"),
+        _text(each.median("tokens_per_second"), ",.0f"),
+        _text(memory and memory / 2**20, ",.0f"),
+    ))
+  return rows
+
+
+def _text(value: float | None, form: str) -> str:
+  return "" if value is None else f"{value:{form}}"
+
+
+def _differences(shown: Sequence[_Shown]) -> list[tuple[str, ...]]:
+  """Returns the configuration's keys that differ between runs, with each run's value."""
+  keys = [resume.keys(each.config) for each in shown]
+  names = sorted(set().union(*keys))
+  rows = [(name, *(str(values.get(name, "")) for values in keys)) for name in names]
+  differing = [row for row in rows if len(set(row[1:])) > 1]
+  return [("key", *(each.name for each in shown)), *differing]
+
+
+def _curves(shown: Sequence[_Shown]) -> bytes:
+  """Draws losses and speeds of all runs."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(11, 4), layout="constrained")
+  losses, speeds = figure.subplots(1, 2)
+  draw_losses(losses, {each.name if len(shown) > 1 else "": each.records for each in shown})
+  for each in shown:
+    points = [(r["step"], r["tokens_per_second"]) for r in each.records if "tokens_per_second" in r]
+    speeds.plot([step for step, _ in points], [speed for _, speed in points], label=each.name)
+  speeds.set_xlabel("step")
+  speeds.set_ylabel("tokens per second")
+  speeds.set_ylim(bottom=0)
+  speeds.grid(alpha=0.3)
+  if len(shown) > 1:
+    speeds.legend()
+  image = io.BytesIO()
+  figure.savefig(image, dpi=110)
+  return image.getvalue()
