@@ -17,7 +17,8 @@ from dense_jax.sweeps.table import rows, write_all
 _EPILOG = """
 A finished run is never done again, and one that was ended goes on: the same command continues.
 --config.KEY=VALUE changes all cells that do not set the key themselves.
-Results are one line a run in --record; the table and a plot lie beside it, as .md, .png and .html (one page).
+Results are one line a run in --record; beside it lie the table (.md), a plot (.png) and a page that
+needs no network (.html).
 --commands prints a training command for each run that is left, for a launcher (see launch/); once
 they have ended, this command collects what lies in --workdir, which may be in a bucket.
 """
