@@ -90,8 +90,8 @@ def look_into(
   rows = list(batches)
   random = np.random.default_rng(seed)
   taken: dict[str, list[list[np.ndarray]]] = {"state": [], "residual": []}
-  lens, gradients, cut, metrics, losses, targets = [], [], [], [], [], []
-  for number, batch in enumerate(rows):
+  lens, metrics, losses, targets = [], [], [], []
+  for batch in rows:
     valid = np.flatnonzero(np.asarray(batch.loss_mask_BT))
     count = min(len(valid), -(-samples // len(rows)))
     places = np.sort(random.choice(valid, count, replace=False))
@@ -102,9 +102,10 @@ def look_into(
     metrics.append(jax.device_get(aux))
     losses.append(np.where(batch.loss_mask_BT, nll_BT, 0).sum(axis=0))
     targets.append(np.asarray(batch.loss_mask_BT).sum(axis=0))
-    if not number:  # Gradients differ little from row to row, and take L backward passes.
-      key = jax.random.key(seed)
-      gradients, cut = (np.asarray(_gradients(model, batch, key, cut=cut)) for cut in (False, True))
+  # Gradients differ little from row to row, and take L backward passes.
+  whole, cut = (
+      np.asarray(_gradients(model, rows[0], jax.random.key(seed), cut=cut)) for cut in (False, True)
+  )
   joined = {
       kind: [np.concatenate(parts) for parts in zip(*of_rows, strict=True)]
       for kind, of_rows in taken.items() if of_rows[0]
@@ -112,7 +113,7 @@ def look_into(
   return Seen(
       similarity={kind: _similarities(layers) for kind, layers in joined.items()},
       rank={kind: np.array([effective_rank(x) for x in layers]) for kind, layers in joined.items()},
-      lens=np.mean(lens, axis=0), gradient=gradients, cut_gradient=cut,
+      lens=np.mean(lens, axis=0), gradient=whole, cut_gradient=cut,
       layers=[
           {name: float(np.mean([of_row[i][name] for of_row in metrics])) for name in layer}
           for i, layer in enumerate(metrics[0])

@@ -18,7 +18,7 @@ def plot_seen(seen: Seen, file: epath.Path) -> None:
   """Draws all figures into one PNG file."""
   from matplotlib.figure import Figure
 
-  maps = [
+  maps: list[tuple[str, np.ndarray, tuple[int | None, int | None]]] = [
       (f"{kind}: {_TITLES[name]}", matrix, (0, 1) if name != "information" else (None, None))
       for kind, figures in seen.similarity.items() for name, matrix in figures.items()
   ]

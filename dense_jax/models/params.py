@@ -49,7 +49,9 @@ def decoding_params(model: LanguageModel) -> Params:
 
   These are the embedding, the head and the kernels of linear maps, which the model would round to
   `config.dtype` at each use. A loop over tokens then reads half of the bytes if that is bfloat16,
-  and computes the same numbers. For decoding alone: gradients would be rounded too.
+  and computes the same numbers. Reading a prompt in parallel does so but where a norm's scale is
+  part of a kernel (`Linear.of_scaled`), which is then rounded before and after. For decoding alone:
+  gradients would be rounded too.
   """
   kernels = {
       (*path, "kernel") for path, module in nnx.iter_graph(model) if isinstance(module, Linear)

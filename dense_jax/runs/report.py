@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
+from dense_jax.config import invalid
 from dense_jax.data.packing import TokenStore, build_store
 from dense_jax.data.sources import Document, split
 from dense_jax.data.spelling import spell
@@ -27,7 +28,7 @@ from dense_jax.runs.recording import DEVICE_MEMORY, HOST_MEMORY
 from dense_jax.runs.report_page import write_page
 from dense_jax.runs.restoring import restore
 from dense_jax.runs.scoring import Score, score_store
-from dense_jax.runs.workdir import REPORT_FILE
+from dense_jax.runs.workdir import REPORT_FILE, holds_run
 from dense_jax.training.metrics import read_metrics
 
 # The most bytes of training text, and of held-out text, that the baselines read.
@@ -86,6 +87,10 @@ def write_report(
       folder cannot be written.
   """
   folder = make_path(os.fspath(workdir), "--workdir")
+  others = [make_path(os.fspath(each), "--beside") for each in beside]
+  for other in others:
+    if not holds_run(other):
+      raise invalid("--beside", os.fspath(other), "a folder with a run")
   run = restore(folder, checkpoint, weights)
   config = run.config
   check_file(os.fspath(folder / REPORT_FILE), "--workdir")
@@ -95,7 +100,6 @@ def write_report(
   name = f"this model ({config.model.family}, dense depth {config.model.dense.depth})"
   rows = comparison(score, _text(train), _text(heldout), name, read_metrics(folder))
   continued = samples(run.model, store, run.tokenizer, seed=config.seed)
-  others = [make_path(os.fspath(each), "--beside") for each in beside]
   report = Report(
       run.step, score, table(rows), continued, plot_loss(folder), folder / REPORT_FILE,
       write_page(folder, table(rows), continued, others),

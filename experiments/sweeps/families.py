@@ -9,7 +9,7 @@ from dense_jax.experiment import check_argument
 from dense_jax.sweeps.definition import Cell, Sweep
 
 # Family -> its options, for about as many parameters as gau_retnet has.
-SHAPES = {
+SHAPES: dict[str, dict[str, int]] = {
     "gau_retnet": {},
     "retnet": {"model.layers": 5},
     "mamba": {"model.mixer.state_size": 8},

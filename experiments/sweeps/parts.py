@@ -8,12 +8,12 @@ Expected  experiments/results/evidence_parts.md
 from dense_jax.experiment import check_argument
 from dense_jax.sweeps.definition import Cell, Sweep
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, int]] = {
     "gau_retnet": {},
     "mamba2": {"model.mixer.state_size": 32, "model.mixer.head_dim": 32},
 }
 # Name -> what differs from m = 2 with the defaults.
-PARTS = {
+PARTS: dict[str, dict[str, str | bool]] = {
     "state": {},
     "linear": {"transition": "linear"},
     "gate channel_state": {"gate": "channel_state"},

@@ -25,3 +25,8 @@ def test_a_folder_without_a_run_or_a_checkpoint_is_named(tmp_path):
     with pytest.raises(InputError, match=r"it has no checkpoints yet"):
       report.main(["--workdir", str(tmp_path)])
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_a_folder_to_compare_with_is_refused_before_any_work(tmp_path):
+  with pytest.raises(InputError, match=r"--beside = .*none' is not valid: expected a folder with"):
+    report.main(["--workdir", str(tmp_path), "--beside", str(tmp_path / "none")])

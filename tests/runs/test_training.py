@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 
 from dense_jax import experiment, runs, sharding
+from dense_jax.cli import analyze
 from dense_jax.errors import InputError
 from dense_jax.interrupt import Stopped
 from dense_jax.models.params import with_params
@@ -114,6 +115,14 @@ def test_what_it_returns_and_what_goes_on_from_it(config, tmp_path, capsys):
   report = runs.write_report(workdir, "best", batches=2)
   assert report.score.scored == 32 and "windows scored" in report.text
   assert report.plot.exists() and report.file.read_text().startswith("# Step 4 of 4\n")
+  assert "tokens per second" in report.page.read_text()
+
+  assert analyze.main(["--workdir", str(workdir), "--batches=2", "--batch-size=2", "--length=20",
+                       "--samples=64"]) == 0
+  assert "loss if the head follows" in capsys.readouterr().out
+  seen = json.loads((workdir / "analysis.json").read_text())
+  assert len(seen["loss_at"]) == 20 and len(seen["lens"]) == config.model.layers
+  assert (workdir / "analysis.png").exists()
 
 
 class Vowels(runs.Evaluator):

@@ -246,3 +246,20 @@ def test_shapes_for_ahead_of_time_compilation_are_those_that_run():
   for leaf, shape in zip(jax.tree.leaves(real), jax.tree.leaves(shapes), strict=True):
     assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
   assert get_params(trainer.model).keys() == trainer.state_shapes.params.keys()
+
+
+@pytest.mark.parametrize("remat", ["minimal", "reads", "full"])
+@pytest.mark.parametrize("implementation", ["pallas", "triton"])
+@pytest.mark.parametrize("family", ["mamba2", "mamba"])
+def test_kernels_can_be_differentiated_where_layers_are_computed_again(
+    family, implementation, remat
+):
+  """A train step drops the final states, and some versions of jax lose count of what is left."""
+  model = model_config(
+      family, 2, "state", vocab_size=16, layers=8, remat=remat, block_layers=2,
+      implementation=implementation,
+  )
+  config = dataclasses.replace(_config(), model=model, mesh=MeshConfig(data=8))
+  trainer = Trainer(config, make_mesh(config.mesh))
+  text = trainer.train_step.lower(trainer.state_shapes, trainer.batch_shapes(8, T)).as_text()
+  assert "while" in text
