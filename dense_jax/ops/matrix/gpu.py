@@ -102,11 +102,13 @@ def matrix_finish(
   def wide(x_BTE: Array | None) -> Array | None:
     return None if x_BTE is None else _channels(plan, x_BTE)
 
-  out_BTE, moments_BHA2T, final_BHPN = _finish(
+  # The barrier keeps all results together: of a custom_vjp with optimize_remat, jax drops those
+  # that are not used, and then fails if it drops others later.
+  out_BTE, moments_BHA2T, final_BHPN = jax.lax.optimization_barrier(_finish(
       plan, tuple(_stream(plan, source) for source in sources),
       tuple(_gate(plan, gate) for gate in gates),
       dataclasses.replace(epilogue, x=wide(epilogue.x), z=wide(epilogue.z)), count_BT,
-  )
+  ))
   out_BTHP = out_BTE.reshape(batch, -1, heads, plan.channels)[:, :time, :, :channels]
   moments_BTH2 = None
   if moments_BHA2T is not None:
