@@ -95,7 +95,8 @@ def authors_training(quick: bool, rivals: Rivals) -> Table:
   for length in common.progress((256,) if quick else LENGTHS, "authors, training"):
     ours = TrainStep(authors_config(length, quick=quick))
     times = quadratic = None
-    cells = [f"{ours.tokens / common.median(ours, 1 if quick else 3):.0f}", "", "", ""]
+    alone = ours.tokens / common.median(ours, 1 if quick else 3)
+    cells = [f"{alone:.0f}", "", "", ""]
     if length <= QUADRATIC:
       if code:
         times = _training(ours, rivals, code, pairs)
@@ -104,7 +105,7 @@ def authors_training(quick: bool, rivals: Rivals) -> Table:
       quadratic = common.compare(ours, one_chunk, 1 if quick else 3)
     bar = None if quick or times is None else TRAIN_BARS.get(length)
     results[f"train {length}"] = _figures(
-        times, ours.tokens, bar=bar,
+        times, ours.tokens, bar=bar, alone=alone,
         over_quadratic=quadratic.ratio if quadratic else None,
     )
     rows.append([f"{length}", *cells, common.bar(bar),

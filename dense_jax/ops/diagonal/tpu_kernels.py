@@ -83,7 +83,8 @@ def multiply(wides: Sequence[Wide], products: Ref) -> list[Ref]:
   count = 0
   for wide in wides:
     if isinstance(wide, LowRank):
-      products[count] = kernel_dot(wide.hidden_BTR[...], wide.up_RE[...], (1, 0))
+      product_CE = kernel_dot(wide.hidden_BTR[...], wide.up_RE[...], (1, 0))
+      products[count] = product_CE.astype(wide.dtype).astype(products.dtype)
       wide = products.at[count]
       count += 1
     arrays.append(wide)
