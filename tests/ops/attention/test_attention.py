@@ -231,6 +231,9 @@ def test_tpu_kernels_run_on_each_device_of_a_mesh(tensor):
   assert_trees_close(jax.device_get(actual), expected)
 
 
+VMEM = 128 * 2**20  # Of a v5e.
+
+
 @pytest.mark.slow
 @pytest.mark.tpu_compiler
 def test_attention_compiles_for_every_tpu_and_needs_little_memory():
@@ -245,6 +248,7 @@ def test_attention_compiles_for_every_tpu_and_needs_little_memory():
     short, long = (found[f"{form} v5e {time}"] for time in (8192, 16384))
     # All scores of 16384 tokens would be 512 arrays of the size of q in float32.
     assert long["temporaries"] <= rows * long["row_bytes"], (form, long)
-    assert long["temporaries"] <= 2.2 * short["temporaries"], (form, short, long)
+    # Linear in T, but for what the compiler keeps in VMEM, which is more of a short row's arrays.
+    assert long["temporaries"] <= 2.2 * (short["temporaries"] + VMEM), (form, short, long)
   # The reason for the resolver's choice on TPUs.
   assert found["pallas v5e 8192"]["bytes"] < 0.5 * found["blockwise v5e 8192"]["bytes"]
