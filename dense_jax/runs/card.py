@@ -184,7 +184,10 @@ def _indented(text: str) -> str:
 
 
 def _data_rows(record: Mapping[str, Any], config: ExperimentConfig) -> Iterator[tuple[str, Any]]:
-  yield "text", _code(config.data.path)
+  if config.data.task.exists:
+    yield "synthetic task", _code(config.data.task.name)
+  else:
+    yield "text", _code(config.data.path)
   template = _template(record)
   if template is not None:
     yield "trained on", "responses alone, to prompts in the template below"
