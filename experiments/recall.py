@@ -2,7 +2,7 @@
 
 Command   dense-jax train --config experiments/recall.py:mqar --workdir runs/mqar
 Hardware  two CPU cores: a run takes minutes
-Size      gau_retnet, 0.19M parameters with the vocabulary of mqar: 4 layers of 64 channels
+Size      gau_retnet, 0.15M parameters with the vocabulary of mqar: 4 layers of 64 channels
 Recipe    AdamW 3e-3 with a cosine, batches of 32 rows; answers are scored at the end
 Expected  docs/evidence.md
 """
@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   Several words are joined by a hyphen: `:passkey-debug`.
   """
-  names = [*TASKS, *(f"{name}-debug" for name in TASKS), "debug"]
+  names = ["debug", *TASKS, *(f"{name}-debug" for name in TASKS)]
   name, _, debug = check_argument(arg, *names).partition("-")
   if name == "debug":
     name, debug = "", name
