@@ -36,7 +36,8 @@ class TaskConfig:
       0, 0, LARGEST_SEED, help="of the contents of all rows; config.seed chooses those to train on")
   heldout: int = integer(1024, 1, help="held-out rows; no row of training is one of them")
   eval_lengths: str = text(
-      "", _LENGTHS, help="further lengths of held-out rows at which answers are scored")
+      "", _LENGTHS, help="further lengths of held-out rows, at which answers are scored as "
+      "task_accuracy_512 and task_exact_512, besides task_accuracy and task_exact")
   eval_depths: str = text(
       "", _DEPTHS, help="depths of the passkey at which answers are scored, besides passkey_depth")
 

@@ -1,4 +1,4 @@
-"""What batches are made of: rows by their number, of a text or of a synthetic task."""
+"""Rows by their number, of a text or of a synthetic task, of which batches are made."""
 
 from typing import Protocol
 

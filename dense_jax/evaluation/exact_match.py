@@ -1,4 +1,4 @@
-"""How many answers of a synthetic task a model gets right."""
+"""Shares of right answers in a synthetic task."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -104,7 +104,11 @@ def count_answers(
 
 
 class ExactMatch(Evaluator):
-  """Shares of right answers in a run's synthetic task; see `count_answers`."""
+  """Shares of right answers in a run's synthetic task.
+
+  A run records them as `task_accuracy` and `task_exact`, and those of further lengths and depths
+  under names such as `task_exact_512`; see `count_answers`.
+  """
 
   name = "task"
 

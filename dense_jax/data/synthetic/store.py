@@ -46,7 +46,7 @@ class TaskStore:
 
   @property
   def targets_per_byte(self) -> float | None:
-    """None: the rows are not text."""
+    """Nothing: the rows are not text."""
     return None
 
   def num_windows(self, seq_len: int) -> int:
