@@ -1,7 +1,5 @@
 """A report's figures and samples of a run that learns a synthetic task."""
 
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 
@@ -33,13 +31,10 @@ def task_samples(run: Run, store: RowStore) -> list[tuple[str, str]]:
   """Returns held-out rows up to their first answer, and all their answers beside the model's."""
   config = run.config
   batch = next(heldout_batches(store, config.data.seq_len, _SAMPLES))
-  given_BT = np.asarray(run.model.most_likely(
-      jax.device_put(batch), chunk=config.train.loss_chunk
-  ))
+  given_BT = run.model.most_likely(jax.device_put(batch), chunk=config.train.loss_chunk)
+  rows = (batch.tokens_BT, batch.targets_BT, batch.loss_mask_BT, given_BT)
   pairs = []
-  for tokens_T, targets_T, mask_T, given_T in zip(
-      batch.tokens_BT, batch.targets_BT, batch.loss_mask_BT, given_BT, strict=True
-  ):
+  for tokens_T, targets_T, mask_T, given_T in zip(*map(np.asarray, rows), strict=True):
     if np.any(mask_T):
       first = int(np.argmax(mask_T))
       pairs.append((
@@ -49,5 +44,5 @@ def task_samples(run: Run, store: RowStore) -> list[tuple[str, str]]:
   return pairs
 
 
-def _spell(run: Run, ids: Sequence[int]) -> str:
-  return run.tokenizer.decode([int(id) for id in ids])
+def _spell(run: Run, ids: np.ndarray) -> str:
+  return run.tokenizer.decode(ids.tolist())

@@ -17,7 +17,9 @@ SHAPES: dict[str, dict[str, object]] = {
     "mamba": {},
     "mamba2": {"model.mixer.state_size": 32, "model.mixer.head_dim": 32},
 }
-ATTENTION = {"model.family": "transformer", "model.layers": 3, "model.mixer.heads": 2}
+# With one head and a third of the rate it learned mqar with every seed that was tried.
+ATTENTION = {"model.family": "transformer", "model.layers": 3, "model.mixer.heads": 1,
+             "optimizer.learning_rate": 1e-3}
 TASKS = ("mqar", "copying", "induction", "passkey", "listops", "parity", "dyck")
 
 
