@@ -211,8 +211,9 @@ def _evaluation(record: Mapping[str, Any], config: ExperimentConfig) -> str:
   if not isinstance(heldout, Mapping):
     return "None was made of these parameters."
   rows = [(name.replace("_", " "), _number(value)) for name, value in heldout.items()]
+  what = "rows" if config.data.task.exists else "text"
   return (
-      f"Held-out text of the training run, a part of it (`train.eval_batches`), in windows of "
+      f"Held-out {what} of the training run, a part of it (`train.eval_batches`), in windows of "
       f"{config.data.seq_len:,} tokens with a fresh context each. The loss is in nats per token."
       "\n\n"
       + _table(("", ""), rows)
