@@ -20,9 +20,10 @@ PARAMETERS = {
     "dense_mamba_370m": 376_136_704,
     "family_350m": 368_338_432,
     "family_1p3b": 1_343_740_928,
-    # The embedding's rows are the tokenizer's pieces.
+    # The embedding's rows are the tokenizer's pieces, or the task's ids.
     "smoke": 2_258_880,
     "evidence": 1_181_824,
+    "recall": 119_360,
 }
 
 
@@ -32,7 +33,7 @@ def size(config):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_loads_with_its_published_size(file: pathlib.Path):
-  vocab = {"smoke": "4096", "evidence": "2048"}.get(file.stem)
+  vocab = {"smoke": "4096", "evidence": "2048", "recall": "64"}.get(file.stem)
   overrides = [("model.vocab_size", vocab)] if vocab else []
   config = experiment.load(str(file), overrides)
   assert size(config.model) == PARAMETERS[file.stem]

@@ -25,7 +25,8 @@ Each prompt then has examples of its own, which it draws.
 Without --tasks it scores held-out text. The text is read in windows of config.data.seq_len tokens,
 one after the other, and the state is cleared at the beginning of each (and of each document): the
 context is fresh every seq_len tokens, and a target is predicted from the tokens before it in its
-own window. A run of longer windows predicts from more.
+own window. A run of longer windows predicts from more. Of a run with a synthetic task it scores the
+held-out rows, and says how many answers are right.
 """
 # Options that need --tasks, by their names there and in the parsed options.
 _OF_TASKS = ("data", "limit", "shots", "context", "items", "harness", "include_path")
@@ -90,7 +91,7 @@ def _evaluate_text(options: argparse.Namespace, file: epath.Path | None) -> int:
   held_out = score.held_out
   known = {"step": model.step} if isinstance(model, runs.Run) else {"model": model.name}
   name = f"step {model.step}" if isinstance(model, runs.Run) else model.name
-  print(f"{name}: {held_out.describe(score.bits_per_byte)}")
+  print(f"{name}: {score.describe()}")
   if file is not None:
     figures = {
         **known,
@@ -101,6 +102,7 @@ def _evaluate_text(options: argparse.Namespace, file: epath.Path | None) -> int:
         "bytes": score.num_bytes,
         "window": held_out.window,
         "context": held_out.context,
+        **({"answers": dict(score.answers)} if score.answers else {}),
     }
     write_json(file, figures, "--json")
   return 0

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
       options.workdir, options.checkpoint, options.weights, batches=options.batches,
       batch_size=options.batch_size, beside=options.beside,
   )
-  print(f"step {report.step}: {report.score.held_out.describe(report.score.bits_per_byte)}")
+  print(f"step {report.step}: {report.score.describe()}")
   print(f"\n{report.text}\n\nplot      {report.plot}\nreport    {report.file}\n"
         f"page      {report.page}")
   return 0

@@ -125,11 +125,13 @@ def next_commands(arguments: Sequence[str], workdir: str, config: ExperimentConf
   # The setting for large buffers in huge pages (see Makefile), if this run had it.
   tunables = os.environ.get("GLIBC_TUNABLES", "")
   faster = f"GLIBC_TUNABLES={shlex.quote(tunables)} " if tunables else ""
+  prompt = "_" if config.data.task.exists else "import "  # A task's blank.
   return "\n".join([
       f"resume    {faster}{python} -m dense_jax.cli.train {again}",
       f"report    {python} -m dense_jax.cli.report --workdir {folder}",
       f"evaluate  {python} -m dense_jax.cli.evaluate --workdir {folder}",
-      f"sample    {python} -m dense_jax.cli.generate --workdir {folder} --prompt 'import '",
+      f"sample    {python} -m dense_jax.cli.generate --workdir {folder} "
+      f"--prompt {shlex.quote(prompt)}",
   ])
 
 

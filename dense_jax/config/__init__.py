@@ -27,10 +27,11 @@ from dense_jax.config.fields import (
 from dense_jax.config.mesh import MeshConfig
 from dense_jax.config.model import ModelConfig
 from dense_jax.config.optimizer import OptimizerConfig
+from dense_jax.config.task import TaskConfig
 from dense_jax.config.train import TrainConfig
 
 __all__ = [
   "LARGEST", "LARGEST_SEED", "DataConfig", "DenseConfig", "EvalConfig", "ExperimentConfig",
-  "MeshConfig", "ModelConfig", "OptimizerConfig", "TrainConfig", "build", "choice", "defaults",
-  "field_types", "flag", "group", "integer", "invalid", "number", "text", "unknown_key",
+  "MeshConfig", "ModelConfig", "OptimizerConfig", "TaskConfig", "TrainConfig", "build", "choice",
+  "defaults", "field_types", "flag", "group", "integer", "invalid", "number", "text", "unknown_key",
 ]

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from dense_jax.config.fields import choice, integer, text
+from dense_jax.config.fields import choice, group, integer, text
+from dense_jax.config.task import TaskConfig
 
 _TEXT = "a file, directory or glob of .txt, .jsonl, .jsonl.gz, .jsonl.zst"
 
@@ -51,3 +52,4 @@ class DataConfig:
       "~/.cache/dense_jax", "a local directory",
       help="where trained tokenizers, tokenized text and digests of text files are kept between "
       "runs")
+  task: TaskConfig = group(TaskConfig, help="a synthetic task in the place of text; docs/data.md")

@@ -22,18 +22,17 @@ def describe(datasets: Datasets) -> dict[str, Any]:
   Returns:
     fingerprint: that of `datasets`.
     tokenizer: the tokenizer's fingerprint.
-    texts: the fingerprints of the training text and of the held-out text.
+    texts: the fingerprints of the training text and of the held-out text; [] of a task.
     files: for each config field that named files, their `count`, total `bytes` and common
       `digest`; if there are at most 10,000, also `files`, a list of [name, bytes, SHA-256].
   """
-  sources = (datasets.train_source, datasets.heldout_source)
   fields: dict[str, list[TextSource]] = {}
-  for source in sources:
+  for source in datasets.sources:
     fields.setdefault(source.field, []).append(source)
   return {
       "fingerprint": datasets.fingerprint,
       "tokenizer": datasets.tokenizer.fingerprint,
-      "texts": [source.fingerprint for source in sources],
+      "texts": [source.fingerprint for source in datasets.sources],
       "files": {field: _files(parts) for field, parts in fields.items()},
   }
 

@@ -1,4 +1,4 @@
-"""Tokenizes documents into a store on disk, and cuts windows out of it; see `token_store`."""
+"""Tokenizes documents into a store on disk; see `token_store`."""
 
 import array
 import contextlib
@@ -194,56 +194,3 @@ def _batches(source: TextSource) -> Iterator[list[Document]]:
       documents, size = [], 0
   if documents:
     yield documents
-
-
-def pack_window(store: TokenStore, index: int, seq_len: int) -> dict[str, np.ndarray]:
-  """Returns window `index` of the stream; the documents in it are found by bisection.
-
-  Args:
-    store: the tokens.
-    index: the window's number, from 0.
-    seq_len: T, the window's input tokens.
-
-  Returns:
-    Arrays [T], which become the fields of a `Batch` and its `Segments`:
-      tokens, targets: int32; 0 at padding.
-      loss_mask: bool; false where the target is a document's bos or in a prompt, and at padding.
-      segment_ids: int32; 1, 2, ... by document; 0 at padding, which follows the last token.
-      positions: int32; counted from 0 in each segment; 0 at padding.
-
-  Raises:
-    IndexError: there is no such window.
-  """
-  low, high = store.window(index, seq_len)
-  length = high - low - 1
-  # Document starts in (low, low + length]: the first input begins a segment in any case, and
-  # low + length is the index of the last target.
-  first, last = np.searchsorted(store.starts, (low, low + length), side="right")
-  borders = np.asarray(store.starts[first:last]) - low
-  begins = np.zeros(length + 1, bool)
-  begins[borders] = True
-  window = store.tokens[low:high].astype(np.int32)
-
-  segment_ids = 1 + np.cumsum(begins[:length], dtype=np.int32)
-  places = np.arange(length, dtype=np.int32)
-  positions = places - np.maximum.accumulate(np.where(begins[:length], places, 0))
-  loss_mask = ~begins[1:] if store.responses is None else _in_responses(store, low + 1, high)
-  pad = (0, seq_len - length)
-  return {
-      "tokens": np.pad(window[:-1], pad),
-      "targets": np.pad(window[1:], pad),
-      "loss_mask": np.pad(loss_mask, pad),
-      "segment_ids": np.pad(segment_ids, pad),
-      "positions": np.pad(positions, pad),
-  }
-
-
-def _in_responses(store: TokenStore, low: int, high: int) -> np.ndarray:
-  """Returns bool [high - low], true at the tokens low to high - 1 that belong to a response."""
-  assert store.responses is not None
-  first = np.searchsorted(store.responses[:, 1], low, side="right")
-  last = np.searchsorted(store.responses[:, 0], high, side="left")
-  inside = np.zeros(high - low, bool)
-  for begin, end in store.responses[first:last]:
-    inside[max(begin - low, 0) : end - low] = True
-  return inside

@@ -1,4 +1,4 @@
-"""Batches of training text, as a pure function of the step, and batches of held-out text."""
+"""Batches of training rows, as a pure function of the step, and batches of held-out rows."""
 
 import dataclasses
 import logging
@@ -12,8 +12,12 @@ import numpy as np
 from dense_jax.batch import Batch, Segments
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import digest
-from dense_jax.data.packing import TokenStore, build_store, pack_window
+from dense_jax.data.id_tokenizer import IdTokenizer
+from dense_jax.data.packing import TokenStore, build_store
+from dense_jax.data.row_store import RowStore
 from dense_jax.data.sources import TextSource, split
+from dense_jax.data.synthetic.store import TaskStore
+from dense_jax.data.synthetic.tasks import check, names
 from dense_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -25,28 +29,27 @@ _CLOSE_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-  """A configuration's tokenized text.
+  """A configuration's tokenized text, or its synthetic task.
 
   Attributes:
     tokenizer: the tokenizer of both stores.
-    train, heldout: the token stores.
-    train_source, heldout_source: the documents that the stores were made from.
-    fingerprint: hex digest that identifies both texts and the tokenizer.
+    train, heldout: the rows to train on, and those to score.
+    fingerprint: hex digest that identifies both stores.
+    sources: the documents that the two stores were made from; () of a task.
   """
 
   tokenizer: Tokenizer
-  train: TokenStore
-  heldout: TokenStore
-  train_source: TextSource
-  heldout_source: TextSource
+  train: RowStore
+  heldout: RowStore
   fingerprint: str
+  sources: tuple[TextSource, ...] = ()
 
 
 def load_datasets(
     config: DataConfig, progress: Callable[[int], None] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Datasets:
-  """Finds the text, loads or trains the tokenizer, and tokenizes the text.
+  """Finds the text, loads or trains the tokenizer, and tokenizes the text; or sets up a task.
 
   A tokenizer that was trained and a text that was tokenized before come from the cache.
 
@@ -58,9 +61,11 @@ def load_datasets(
       means; None means that there is no such model.
 
   Raises:
-    InputError: the text, the tokenizer or the cache cannot be used, or `config.tokenizer` is
+    InputError: the text, the tokenizer, the cache or the task cannot be used, or its tokenizer is
       another one than `tokenizer`.
   """
+  if config.task.exists:
+    return _load_task(config, tokenizer)
   train_source, heldout_source = split(config)
   if tokenizer is None:
     tokenizer = load_tokenizer(config, train_source)
@@ -79,10 +84,38 @@ def load_datasets(
       tokenizer=tokenizer,
       train=train,
       heldout=heldout,
-      train_source=train_source,
-      heldout_source=heldout_source,
       fingerprint=digest(train.fingerprint, heldout.fingerprint),
+      sources=(train_source, heldout_source),
   )
+
+
+def _load_task(config: DataConfig, tokenizer: Tokenizer | None) -> Datasets:
+  task = check(config)
+  own = IdTokenizer(names(task))
+  if tokenizer is not None and tokenizer.fingerprint != own.fingerprint:
+    raise invalid(
+        "config.data.task.name", task.name, "a task with the ids of the model that the run begins "
+        "with; these are others",
+    )
+  train, heldout = TaskStore(task, heldout=False), TaskStore(task, heldout=True)
+  for store in (train, heldout):
+    store.row(0, config.seq_len)  # Raises an error if there are too few rows.
+  return Datasets(own, train, heldout, digest(train.fingerprint, heldout.fingerprint))
+
+
+def heldout_store(config: DataConfig, tokenizer: Tokenizer) -> RowStore:
+  """Returns the held-out rows of a run: of its text, or of its task.
+
+  Args:
+    config: the run's data.
+    tokenizer: the run's tokenizer.
+
+  Raises:
+    InputError: the text is no longer where it was, or the cache cannot be used.
+  """
+  if config.task.exists:
+    return TaskStore(check(config), heldout=True)
+  return build_store(split(config)[1], tokenizer, config.cache_dir)
 
 
 def _warn_of_cut_examples(seq_len: int, *stores: TokenStore) -> None:
@@ -95,13 +128,11 @@ def _warn_of_cut_examples(seq_len: int, *stores: TokenStore) -> None:
     )
 
 
-def _stack(store: TokenStore, indices: Sequence[int], seq_len: int) -> Batch:
-  """Stacks the windows of the given indices as the rows of a batch of numpy arrays."""
-  windows = [pack_window(store, int(index), seq_len) for index in indices]
+def _stack(store: RowStore, indices: Sequence[int], seq_len: int) -> Batch:
+  """Stacks the rows of the given indices as a batch of numpy arrays."""
+  rows = [store.row(int(index), seq_len) for index in indices]
   # Any: the dataclasses' fields are annotated as jax arrays, and these are numpy arrays.
-  columns: dict[str, Any] = {
-      name: np.stack([window[name] for window in windows]) for name in windows[0]
-  }
+  columns: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
   return Batch(
       tokens_BT=columns["tokens"],
       targets_BT=columns["targets"],
@@ -120,7 +151,7 @@ class TrainBatches(Iterator[Batch]):
 
   def __init__(
       self,
-      store: TokenStore,
+      store: RowStore,
       seq_len: int,
       batch_size: int,
       seed: int,
@@ -130,7 +161,7 @@ class TrainBatches(Iterator[Batch]):
     """Creates the iterator; it starts to prepare batches at the first `next`.
 
     Args:
-      store: the training tokens.
+      store: the rows to train on.
       seq_len: T, tokens per row.
       batch_size: B, rows of the global batch.
       seed: seed of the order of the windows; >= 0.
@@ -199,12 +230,12 @@ class TrainBatches(Iterator[Batch]):
 
 
 def heldout_batches(
-    store: TokenStore, seq_len: int, batch_size: int, limit: int = 0, rows: slice | None = None
+    store: RowStore, seq_len: int, batch_size: int, limit: int = 0, rows: slice | None = None
 ) -> Iterator[Batch]:
-  """Yields the store's windows once, in order.
+  """Yields the store's rows once, in order.
 
   Args:
-    store: the held-out tokens.
+    store: the held-out rows.
     seq_len: T, tokens per row.
     batch_size: B, rows of the global batch. The last batch is filled up with rows of padding
       (segment ids 0, loss mask false), which add nothing to a sum over the loss mask.

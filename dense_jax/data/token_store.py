@@ -100,6 +100,48 @@ class TokenStore:
     low, high = self._windows(seq_len)[index]
     return int(low), int(high)
 
+  def row(self, index: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Returns window `index` of the stream; the documents in it are found by bisection.
+
+    Its arrays are those of `RowStore.row`. The loss mask is false where the target is a document's
+    bos or in a prompt.
+
+    Raises:
+      IndexError: there is no such window.
+    """
+    low, high = self.window(index, seq_len)
+    length = high - low - 1
+    # Document starts in (low, low + length]: the first input begins a segment in any case, and
+    # low + length is the index of the last target.
+    first, last = np.searchsorted(self.starts, (low, low + length), side="right")
+    borders = np.asarray(self.starts[first:last]) - low
+    begins = np.zeros(length + 1, bool)
+    begins[borders] = True
+    window = self.tokens[low:high].astype(np.int32)
+
+    segment_ids = 1 + np.cumsum(begins[:length], dtype=np.int32)
+    places = np.arange(length, dtype=np.int32)
+    positions = places - np.maximum.accumulate(np.where(begins[:length], places, 0))
+    loss_mask = ~begins[1:] if self.responses is None else self._in_responses(low + 1, high)
+    pad = (0, seq_len - length)
+    return {
+        "tokens": np.pad(window[:-1], pad),
+        "targets": np.pad(window[1:], pad),
+        "loss_mask": np.pad(loss_mask, pad),
+        "segment_ids": np.pad(segment_ids, pad),
+        "positions": np.pad(positions, pad),
+    }
+
+  def _in_responses(self, low: int, high: int) -> np.ndarray:
+    """Returns bool [high - low], true at the tokens low to high - 1 that belong to a response."""
+    assert self.responses is not None
+    first = np.searchsorted(self.responses[:, 1], low, side="right")
+    last = np.searchsorted(self.responses[:, 0], high, side="left")
+    inside = np.zeros(high - low, bool)
+    for begin, end in self.responses[first:last]:
+      inside[max(begin - low, 0) : end - low] = True
+    return inside
+
   def _windows(self, seq_len: int) -> np.ndarray:
     """Returns int64 [windows, 2], the bounds of all windows of examples."""
     if seq_len not in self._known_windows:

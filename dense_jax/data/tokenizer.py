@@ -1,8 +1,9 @@
 """Tokenizers: text to ids and back, and how they are loaded.
 
-There are three kinds, each in a module of its own: bytes (`byte_tokenizer`), SentencePiece models
-(`sentencepiece_tokenizer`), which `tokenizer_training` trains, and files of Hugging Face's
-tokenizers library (`hugging_face_tokenizer`). `tokenizer_files` says how they are kept.
+There are four kinds, each in a module of its own: bytes (`byte_tokenizer`), SentencePiece models
+(`sentencepiece_tokenizer`), which `tokenizer_training` trains, files of Hugging Face's tokenizers
+library (`hugging_face_tokenizer`), and the ids of synthetic tasks (`id_tokenizer`).
+`tokenizer_files` says how they are kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from dense_jax.config import DataConfig, invalid
 from dense_jax.data.byte_tokenizer import ByteTokenizer
 from dense_jax.data.cache import cache_folder, digest, named_errors, partial_folder
 from dense_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from dense_jax.data.id_tokenizer import IdTokenizer
 from dense_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from dense_jax.data.sources import TextSource
 from dense_jax.data.tokenizer_files import (
@@ -179,6 +181,8 @@ def _load_folder(folder: epath.Path, add_bos: bool | None) -> Tokenizer:
       )
   if kind == "bytes":
     return ByteTokenizer()
+  if kind == "ids":
+    return _id_tokenizer(folder, settings.get("names"))
   if kind == "sentencepiece":
     adds = settings.get("add_bos_token")
     chosen = adds if add_bos is None and isinstance(adds, bool) else True
@@ -192,6 +196,15 @@ def _load_folder(folder: epath.Path, add_bos: bool | None) -> Tokenizer:
         "a file of the tokenizers library", settings=settings, add_bos=add_bos,
     )
   raise InputError(
-      f'{folder / DESCRIPTION} is not valid: expected "{KIND}": "bytes", "sentencepiece" or '
+      f'{folder / DESCRIPTION} is not valid: expected "{KIND}": "bytes", "ids", "sentencepiece" or '
       '"huggingface"'
   )
+
+
+def _id_tokenizer(folder: epath.Path, names: Any) -> IdTokenizer:
+  try:
+    return IdTokenizer(names)
+  except (AttributeError, TypeError, ValueError) as error:
+    raise InputError(
+        f'{folder / DESCRIPTION} is not valid: expected "names": a list of words that differ'
+    ) from error

@@ -7,6 +7,7 @@ tokenizer it is:
 | kind | beside the description | what that is |
 |---|---|---|
 | `bytes` | nothing | |
+| `ids` | nothing | its key `names` has the names of a synthetic task's ids |
 | `sentencepiece` | `tokenizer.model` | the SentencePiece model, unchanged |
 | `huggingface` | `tokenizer.json` | the file of Hugging Face's tokenizers library, unchanged |
 

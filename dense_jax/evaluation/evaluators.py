@@ -22,7 +22,7 @@ class Snapshot:
     model: the abstract model; `with_params(model, params)` makes one that computes.
     params: float32, on training's mesh; their average if the run keeps one (`train.ema`). Valid
       only during the call: the next step overwrites them.
-    data: the run's text, tokens and tokenizer.
+    data: the run's rows and tokenizer.
     rows: the rows of a global batch that this process loads.
     put: places a host batch of those rows on the mesh.
   """
@@ -61,7 +61,7 @@ class Evaluator(abc.ABC):
 
 
 class HeldOutLoss(Evaluator):
-  """Loss and bits per byte of held-out text; a run ranks its checkpoints by this loss."""
+  """Loss and bits per byte of held-out rows; a run ranks its checkpoints by this loss."""
 
   name = "heldout"
 
@@ -70,14 +70,14 @@ class HeldOutLoss(Evaluator):
 
     Args:
       every: steps from one score to the next; 0 means `config.train.eval_every`.
-      batches: batches of `config.train.batch_size` rows, spread evenly over the text; 0 means all.
+      batches: batches of `config.train.batch_size` rows, spread evenly over them; 0 means all.
         None means `config.train.eval_batches`.
     """
     self.every, self._batches = every, batches
     self._model: LanguageModel | None = None
 
   def evaluate(self, snapshot: Snapshot) -> dict[str, float]:
-    """Computes `loss`, in mean nats per target, and `bits_per_byte`."""
+    """Computes `loss`, in mean nats per target, and of text `bits_per_byte`."""
     data, train = snapshot.config.data, snapshot.config.train
     if self._model is not snapshot.model:  # One instance may serve several runs.
       self._model, self._scorer = snapshot.model, Scorer(snapshot.model, chunk=train.loss_chunk)
@@ -85,10 +85,11 @@ class HeldOutLoss(Evaluator):
     store = snapshot.data.heldout
     batches = heldout_batches(store, data.seq_len, train.batch_size, limit, snapshot.rows)
     held_out = self._scorer(snapshot.params, batches, snapshot.put)
-    return {"loss": held_out.loss,
-            "bits_per_byte": held_out.bits_per_byte(store.targets_per_byte)}
+    numbers = {"loss": held_out.loss}
+    bits = held_out.bits_per_byte(store.targets_per_byte)
+    return numbers if bits is None else {**numbers, "bits_per_byte": bits}
 
   def describe(self, numbers: Mapping[str, float], snapshot: Snapshot) -> str:
     """Returns loss, perplexity and bits per byte, and how the context was treated."""
     held_out = HeldOut(numbers["loss"], 1, window=snapshot.config.data.seq_len)
-    return held_out.describe(numbers["bits_per_byte"])
+    return held_out.describe(numbers.get("bits_per_byte"))

@@ -48,22 +48,24 @@ class HeldOut:
     """A few words on how the context of the targets was treated; "" if it is not known."""
     return "" if self.window is None else f"fresh every {self.window:,} tokens"
 
-  def bits_per_byte(self, targets_per_byte: float) -> float:
+  def bits_per_byte(self, targets_per_byte: float | None) -> float | None:
     """Returns bits per byte of text, which do not depend on the tokenizer.
 
     Args:
-      targets_per_byte: the number of targets per UTF-8 byte of the text.
+      targets_per_byte: the number of targets per UTF-8 byte of the text; None if there is no text,
+        and then there are no bits per byte.
     """
-    return self.loss * targets_per_byte / math.log(2)
+    return None if targets_per_byte is None else self.loss * targets_per_byte / math.log(2)
 
-  def describe(self, bits_per_byte: float) -> str:
+  def describe(self, bits_per_byte: float | None) -> str:
     """Returns one line of figures, and how the context was treated."""
     context = f" (context: {self.context})" if self.context else ""
     if not math.isfinite(self.loss):
       return f"held-out loss {self.loss}{context}"
+    bits = "" if bits_per_byte is None else f", {fixed(bits_per_byte, 3)} bits/byte"
     return (
         f"held-out loss {fixed(self.loss, 4)} nats/token, perplexity "
-        f"{fixed(self.perplexity, 2)}, {fixed(bits_per_byte, 3)} bits/byte{context}"
+        f"{fixed(self.perplexity, 2)}{bits}{context}"
     )
 
 

@@ -14,7 +14,11 @@ from dense_jax.layers.mixer import cast_recurrences
 from dense_jax.layers.stack import Stack, StackState
 from dense_jax.models.registry import family
 from dense_jax.ops import resolver
-from dense_jax.ops.cross_entropy import chunked_cross_entropy, summed_cross_entropy
+from dense_jax.ops.cross_entropy import (
+  chunked_argmax,
+  chunked_cross_entropy,
+  summed_cross_entropy,
+)
 from dense_jax.sharding import constrain, constrain_tokens
 from dense_jax.types import Array
 
@@ -131,6 +135,11 @@ class LanguageModel(nnx.Module):
     return chunked_cross_entropy(
         hidden_BTD, self.head_DV(), batch.targets_BT, chunk=chunk, form=self.logit_form
     )
+
+  def most_likely(self, batch: Batch, *, chunk: int) -> Array:
+    """Returns the most likely next id at each token, int32 [B, T]; `chunk` as `token_losses`."""
+    hidden_BTD, _, _ = self._run(batch.tokens_BT, batch.segments, None, keep_state=False)
+    return chunked_argmax(hidden_BTD, self.head_DV(), chunk=chunk)
 
   def summed_losses(
       self, batch: Batch, *, z_loss: float, chunk: int, measure: bool = False

@@ -123,6 +123,24 @@ def chunked_cross_entropy(
   return nll_BT, log_z_BT
 
 
+def chunked_argmax(hidden_BTD: Array, head_DV: Array, *, chunk: int) -> Array:
+  """Returns the id of the largest logit of `hidden @ head`, int32 [B, T].
+
+  Args:
+    hidden_BTD: see `chunked_cross_entropy`.
+    head_DV: see `chunked_cross_entropy`.
+    chunk: see `chunked_cross_entropy`.
+  """
+  low_DV = head_DV.astype(hidden_BTD.dtype)
+  time = hidden_BTD.shape[1]
+  chunks_GBCD = _by_chunk(min(chunk, time), hidden_BTD)[0]
+  best_GBC = jax.lax.map(
+      lambda hidden_BCD: jnp.argmax(_logits(hidden_BCD, low_DV), axis=-1).astype(jnp.int32),
+      chunks_GBCD,
+  )
+  return _joined(best_GBC, time)
+
+
 def summed_cross_entropy(
     hidden_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, *,
     z_loss: float, chunk: int, form: LogitForm = LogitForm(),

@@ -184,7 +184,10 @@ def _indented(text: str) -> str:
 
 
 def _data_rows(record: Mapping[str, Any], config: ExperimentConfig) -> Iterator[tuple[str, Any]]:
-  yield "text", _code(config.data.path)
+  if config.data.task.exists:
+    yield "synthetic task", _code(config.data.task.name)
+  else:
+    yield "text", _code(config.data.path)
   template = _template(record)
   if template is not None:
     yield "trained on", "responses alone, to prompts in the template below"
@@ -208,8 +211,9 @@ def _evaluation(record: Mapping[str, Any], config: ExperimentConfig) -> str:
   if not isinstance(heldout, Mapping):
     return "None was made of these parameters."
   rows = [(name.replace("_", " "), _number(value)) for name, value in heldout.items()]
+  what = "rows" if config.data.task.exists else "text"
   return (
-      f"Held-out text of the training run, a part of it (`train.eval_batches`), in windows of "
+      f"Held-out {what} of the training run, a part of it (`train.eval_batches`), in windows of "
       f"{config.data.seq_len:,} tokens with a fresh context each. The loss is in nats per token."
       "\n\n"
       + _table(("", ""), rows)

@@ -23,6 +23,7 @@ from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.costs.chips import Bound, Estimate, bound, estimate
 from dense_jax.costs.hlo import Cost, Item, program_items, total
 from dense_jax.costs.hlo_text import OpenLoopError
+from dense_jax.data.synthetic.tasks import names, resolve
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.evaluation.perplexity import Scorer
 from dense_jax.models.language_model import LanguageModel, ModelState
@@ -222,9 +223,10 @@ def _compile(
 
 def with_vocab(config: ExperimentConfig) -> ExperimentConfig:
   """Returns the configuration with the vocabulary size that its tokenizer will have."""
-  kind = config.data.tokenizer
+  kind, task = config.data.tokenizer, config.data.task
   sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
-  size = config.model.vocab_size or sizes.get(kind, 0)
+  own = len(names(resolve(task))) if task.exists else sizes.get(kind, 0)
+  size = config.model.vocab_size or own
   if not size:
     raise invalid("config.model.vocab_size", 0, f"the number of pieces of the tokenizer {kind}")
   return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

@@ -6,6 +6,7 @@ from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.pipeline import Datasets
 from dense_jax.errors import InputError
 from dense_jax.evaluation.evaluators import Evaluator, HeldOutLoss, Snapshot
+from dense_jax.evaluation.exact_match import ExactMatch
 from dense_jax.evaluation.task_evaluator import TaskScores
 from dense_jax.training.loop import Hook, Logger, Moment
 from dense_jax.training.metrics import MetricsWriter, Progress
@@ -18,7 +19,7 @@ STANDARD: tuple[type[Evaluator], ...] = (HeldOutLoss,)
 def with_standard(
     evaluators: Sequence[Evaluator], config: ExperimentConfig
 ) -> list[Evaluator]:
-  """Returns the standard evaluators, that of the tasks in `config.eval`, and the given ones.
+  """Returns the standard evaluators, those of synthetic and other tasks, and the given ones.
 
   A given evaluator replaces another one that has its name.
 
@@ -28,6 +29,8 @@ def with_standard(
   """
   given = {evaluator.name for evaluator in evaluators}
   chosen = [*(cls() for cls in STANDARD if cls.name not in given), *evaluators]
+  if config.data.task.exists and ExactMatch.name not in given:
+    chosen.append(ExactMatch())
   if config.eval.tasks and TaskScores.name not in given:
     chosen.append(TaskScores(config.eval))
   names = [evaluator.name for evaluator in chosen]

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from etils import epath
 
 from dense_jax.config import invalid
-from dense_jax.data.packing import TokenStore, build_store
+from dense_jax.data.packing import build_store
+from dense_jax.data.pipeline import heldout_store
 from dense_jax.data.sources import Document, split
 from dense_jax.data.spelling import spell
+from dense_jax.data.token_store import TokenStore
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.evaluation.baselines import byte_ngram_bits_per_byte, xz_bits_per_byte
 from dense_jax.evaluation.perplexity import fixed
@@ -26,8 +28,9 @@ from dense_jax.runs.formatting import printable, table
 from dense_jax.runs.plot import plot_loss
 from dense_jax.runs.recording import DEVICE_MEMORY, HOST_MEMORY
 from dense_jax.runs.report_page import write_page
-from dense_jax.runs.restoring import restore
-from dense_jax.runs.scoring import Score, score_store
+from dense_jax.runs.restoring import Run, restore
+from dense_jax.runs.scoring import Score, score_heldout
+from dense_jax.runs.task_report import task_rows, task_samples
 from dense_jax.runs.workdir import REPORT_FILE, holds_run
 from dense_jax.training.metrics import read_metrics
 
@@ -43,8 +46,10 @@ class Report:
   Attributes:
     step: the checkpoint's step.
     score: the figures of the held-out text.
-    table: bits per byte of the model and of baselines, speed and memory, in aligned columns.
-    samples: pairs of a prompt, the beginning of a held-out document, and its continuation.
+    table: bits per byte of the model and of baselines, or the share of right answers; speed and
+      memory; in aligned columns.
+    samples: pairs of a prompt, the beginning of a held-out document, and its continuation; or of a
+      held-out row and its answers.
     plot, file, page: the paths of the plot, of the report's text, and of its HTML page.
   """
 
@@ -94,12 +99,8 @@ def write_report(
   run = restore(folder, checkpoint, weights)
   config = run.config
   check_file(os.fspath(folder / REPORT_FILE), "--workdir")
-  train, heldout = split(config.data)
-  store = build_store(heldout, run.tokenizer, config.data.cache_dir)
-  score = score_store(run, store, batch_size=batch_size, batches=batches)
-  name = f"this model ({config.model.family}, dense depth {config.model.dense.depth})"
-  rows = comparison(score, _text(train), _text(heldout), name, read_metrics(folder))
-  continued = samples(run.model, store, run.tokenizer, seed=config.seed)
+  score = score_heldout(run, batch_size=batch_size, batches=batches)
+  rows, continued = _figures(run, score, read_metrics(folder))
   report = Report(
       run.step, score, table(rows), continued, plot_loss(folder), folder / REPORT_FILE,
       write_page(folder, table(rows), continued, others),
@@ -114,6 +115,23 @@ def write_report(
   return report
 
 
+def _figures(
+    run: Run, score: Score, metrics: Sequence[Mapping[str, float]]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+  """Returns the rows of the table, and the samples."""
+  config, data = run.config, run.config.data
+  name = f"this model ({config.model.family}, dense depth {config.model.dense.depth})"
+  if data.task.exists:
+    rows = task_rows(score, data.task.name, name)
+    continued = task_samples(run, heldout_store(data, run.tokenizer))
+  else:
+    train, heldout = split(data)
+    rows = comparison(score, _text(train), _text(heldout), name)
+    store = build_store(heldout, run.tokenizer, data.cache_dir)
+    continued = samples(run.model, store, run.tokenizer, seed=config.seed)
+  return [*rows, *resources(score, metrics)], continued
+
+
 def _text(documents: Iterable[Document]) -> bytes:
   """Returns the text that the loss counts as UTF-8, up to the baselines' limit."""
   parts, size = [], 0
@@ -126,28 +144,39 @@ def _text(documents: Iterable[Document]) -> bytes:
 
 
 def comparison(
-    score: Score, train: bytes, heldout: bytes, name: str,
-    metrics: Sequence[Mapping[str, float]],
+    score: Score, train: bytes, heldout: bytes, name: str
 ) -> list[tuple[str, str]]:
-  """Returns the rows of the table: bits per byte beside the baselines', speed and memory.
+  """Returns the first rows of the table of a text: bits per byte beside the baselines'.
 
   Args:
     score: the model's figures of the held-out text.
     train: the text that the n-grams are counted in.
     heldout: the text that the baselines are scored on.
     name: the model's name in the table.
-    metrics: the run's records, from `read_metrics`.
   """
-  held_out = score.held_out
-  rows = [
+  assert score.bits_per_byte is not None
+  return [
       ("held-out text", "bits per byte"),
       ("byte bigram", f"{byte_ngram_bits_per_byte(train, heldout, 2):.3f}"),
       ("byte trigram", f"{byte_ngram_bits_per_byte(train, heldout, 3):.3f}"),
       ("xz -9", f"{xz_bits_per_byte(heldout):.3f}"),
       (name, fixed(score.bits_per_byte, 3)),
       ("", ""),
-      ("perplexity per token", fixed(held_out.perplexity, 2)),
+      ("perplexity per token", fixed(score.held_out.perplexity, 2)),
   ]
+
+
+def resources(
+    score: Score, metrics: Sequence[Mapping[str, float]]
+) -> list[tuple[str, str]]:
+  """Returns the last rows of the table: how much was scored, speed and memory.
+
+  Args:
+    score: the model's figures.
+    metrics: the run's records, from `read_metrics`.
+  """
+  rows = []
+  held_out = score.held_out
   if held_out.context:
     rows.append(("context", held_out.context))
   if score.scored < score.windows:

@@ -95,8 +95,8 @@ def write_page(
 def _figures(shown: Sequence[_Shown]) -> list[tuple[str, ...]]:
   """Returns the rows of the table of all runs, the header first."""
   rows: list[tuple[str, ...]] = [(
-      "run", "parameters", "step", "training loss", "held-out loss", "bits per byte", "tokens/s",
-      "peak memory, MiB",
+      "run", "parameters", "step", "training loss", "held-out loss", "bits per byte",
+      "answers right", "tokens/s", "peak memory, MiB",
   )]
   for each in shown:
     parameters = count_params(get_params(abstract_model(each.config.model)))
@@ -105,6 +105,7 @@ def _figures(shown: Sequence[_Shown]) -> list[tuple[str, ...]]:
         each.name, f"{parameters:,}", _text(each.newest("step"), ",.0f"),
         _text(each.newest("loss"), ".4f"), _text(each.newest("heldout_loss"), ".4f"),
         _text(each.newest("heldout_bits_per_byte"), ".3f"),
+        _text(each.newest("task_accuracy"), ".4f"),
         _text(each.median("tokens_per_second"), ",.0f"),
         _text(memory and memory / 2**20, ",.0f"),
     ))

@@ -41,6 +41,8 @@ CHANGES = {
     r"model\.(implementation|chunk|remat|block_layers|state_dtype)": Change.FREELY,
     r"data\.(heldout_every|format|template|seq_len|vocab_size)": Change.NEVER,
     r"data\.(path|heldout_path|tokenizer|cache_dir)": Change.FREELY,
+    r"data\.task\.(name|vocab_size|size|depth|passkey_depth|seed|heldout)": Change.NEVER,
+    r"data\.task\.eval_(lengths|depths)": Change.FREELY,
     r"optimizer\..*": Change.ASKED,
     r"train\.batch_size": Change.NEVER,
     r"train\.(steps|z_loss|ema)": Change.ASKED,

@@ -195,7 +195,7 @@ def test_a_cache_inside_the_text(text):
   os.utime(text / "a.txt", (0, 0))
   first = pipeline.load_datasets(config)
   assert pipeline.load_datasets(config).fingerprint == first.fingerprint
-  assert [file.name for file in first.train_source.files] == ["a.txt"]
+  assert [file.name for file in first.sources[0].files] == ["a.txt"]
 
 
 def test_deep_json_in_a_store_is_no_store(tmp_path, text):

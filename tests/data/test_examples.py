@@ -117,7 +117,7 @@ def test_tokens_and_targets_of_two_examples(tmp_path):
   assert store.prompt(0, 2) == [open_, a, b, close] and store.prompt(1, 2) == [open_, c, close]
 
   # One window of 18 inputs holds both.
-  row = packing.pack_window(store, 0, 18)
+  row = store.row(0, 18)
   assert store.num_windows(18) == 1
   np.testing.assert_array_equal(row["tokens"], (first + second)[:-1])
   np.testing.assert_array_equal(row["targets"], (first + second)[1:])
@@ -128,7 +128,7 @@ def test_tokens_and_targets_of_two_examples(tmp_path):
 
   # Of 12 inputs, each holds one, padded: none is cut.
   assert store.num_windows(12) == 2 and store.num_cut(12) == 0
-  rows = [packing.pack_window(store, index, 12) for index in range(2)]
+  rows = [store.row(index, 12) for index in range(2)]
   np.testing.assert_array_equal(rows[0]["tokens"], [*first[:-1], *[0] * 5])
   np.testing.assert_array_equal(rows[0]["loss_mask"], [0, 0, 0, 0, 1, 1, 1] + [0] * 5)
   np.testing.assert_array_equal(rows[0]["segment_ids"], [1] * 7 + [0] * 5)
@@ -137,7 +137,7 @@ def test_tokens_and_targets_of_two_examples(tmp_path):
   np.testing.assert_array_equal(rows[1]["loss_mask"], [0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0])
 
   # Of 3 inputs, examples are cut; windows without a target are left out: [BOS < a b] is one.
-  rows = [packing.pack_window(store, index, 3) for index in range(store.num_windows(3))]
+  rows = [store.row(index, 3) for index in range(store.num_windows(3))]
   assert store.num_cut(3) == 2
   assert [row["tokens"].tolist() for row in rows] == [
       [b, close, 0xC3], [0xA9, 0, 0], [close, d, e], [EOS, open_, close], [f, 0, 0]]
@@ -145,7 +145,7 @@ def test_tokens_and_targets_of_two_examples(tmp_path):
       [0xC3, 0xA9], [EOS], [d, e, EOS], [f], [EOS]]
   assert all(row["segment_ids"][0] == 1 and row["positions"][0] == 0 for row in rows)
   with pytest.raises(IndexError, match="window 5 of 5"):
-    packing.pack_window(store, 5, 3)
+    store.row(5, 3)
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 5, 16, 40, 1000])
@@ -157,7 +157,7 @@ def test_every_target_is_in_one_window_and_examples_stay_whole(tmp_path, seq_len
   seen = np.zeros(store.num_tokens, int)
   for index in range(store.num_windows(seq_len)):
     low, high = store.window(index, seq_len)
-    row = packing.pack_window(store, index, seq_len)
+    row = store.row(index, seq_len)
     assert row["loss_mask"].any() and 2 <= high - low <= seq_len + 1
     seen[low + 1 + np.flatnonzero(row["loss_mask"])] += 1
     for start, end in zip(store.starts, [*store.starts[1:], store.num_tokens], strict=True):
@@ -192,7 +192,7 @@ def test_load_datasets_holds_out_examples_and_says_what_is_cut(tmp_path, caplog)
             "cache_dir": str(tmp_path / "cache")}
   with caplog.at_level(logging.WARNING):
     data = pipeline.load_datasets(DataConfig(**values))
-  assert [d.turns[0].prompt for d in data.heldout_source] == ["Q: 0 A:", "Q: 4 A:", "Q: 8 A:"]
+  assert [d.turns[0].prompt for d in data.sources[1]] == ["Q: 0 A:", "Q: 4 A:", "Q: 8 A:"]
   assert data.train.num_documents == 6 and data.train.num_bytes == 6
   assert "config.data.seq_len = 32: of 9 examples 1 are longer" in caplog.text
   with pytest.raises(InputError, match=r"^config\.data\.heldout_every = 10 .* <= .*, 9; or other"):

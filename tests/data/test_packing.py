@@ -60,7 +60,7 @@ def test_the_stream(tmp_path):
 def test_a_worked_example():
   store = _in_memory([4, 3, 5])  # documents at 0, 4, 7; 12 tokens
   assert store.num_windows(5) == 3
-  rows = [packing.pack_window(store, index, 5) for index in range(3)]
+  rows = [store.row(index, 5) for index in range(3)]
   expected = {
       "tokens": [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 0, 0, 0, 0]],
       "targets": [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 0, 0, 0, 0]],
@@ -80,7 +80,7 @@ def test_every_token_but_bos_is_a_target_exactly_once(lengths, seq_len):
   store = _in_memory(lengths)
   seen = np.zeros(store.num_tokens, int)
   for index in range(store.num_windows(seq_len)):
-    row = packing.pack_window(store, index, seq_len)
+    row = store.row(index, seq_len)
     assert all(column.shape == (seq_len,) for column in row.values())
     np.add.at(seen, row["targets"][row["loss_mask"]], 1)
     document = np.searchsorted(store.starts, row["tokens"], side="right")
@@ -108,7 +108,7 @@ def test_real_text_comes_back_from_the_targets(tmp_path):
   store = _build(tmp_path, texts)
   counted = []
   for index in range(store.num_windows(16)):
-    row = packing.pack_window(store, index, 16)
+    row = store.row(index, 16)
     counted += row["targets"][row["loss_mask"]].tolist()
   assert ByteTokenizer().decode(counted) == "".join(texts)
   assert counted.count(EOS) == 3 and BOS not in counted
@@ -117,7 +117,7 @@ def test_real_text_comes_back_from_the_targets(tmp_path):
 @pytest.mark.parametrize("index", [-1, 3])
 def test_no_such_window(index):
   with pytest.raises(IndexError, match="of 3"):
-    packing.pack_window(_in_memory([4, 3, 5]), index, 5)
+    _in_memory([4, 3, 5]).row(index, 5)
 
 
 def test_batches_of_documents_do_not_show(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_batches_are_typed_numpy_rows():
   assert batch.loss_mask_BT.dtype == bool
   assert batch.segments.ids_BT.dtype == batch.segments.positions_BT.dtype == np.int32
   for row, index in enumerate(_windows(batch)):
-    window = packing.pack_window(store, index, T)
+    window = store.row(index, T)
     np.testing.assert_array_equal(batch.tokens_BT[row], window["tokens"])
     np.testing.assert_array_equal(batch.segments.positions_BT[row], window["positions"])
 
@@ -99,14 +99,14 @@ def test_closing_waits_for_the_batch_that_is_being_prepared(monkeypatch):
   begun, go_on = threading.Event(), threading.Event()
   calls, before = [], set(threading.enumerate())
 
-  def pack(*arguments, pack=pipeline.pack_window):
+  def pack(*arguments, pack=packing.TokenStore.row):
     calls.append(arguments)
     if len(calls) == 3:  # Of a batch that was not asked for yet.
       begun.set()
       go_on.wait()
     return pack(*arguments)
 
-  monkeypatch.setattr(pipeline, "pack_window", pack)
+  monkeypatch.setattr(packing.TokenStore, "row", pack)
   batches = pipeline.TrainBatches(_store(7), T, 1, seed=1)
   next(batches)
   begun.wait()
@@ -195,7 +195,7 @@ def test_load_datasets(tmp_path):
   assert isinstance(data.tokenizer, ByteTokenizer)
   assert data.train.num_bytes + data.heldout.num_bytes == len(text)
   assert done == [data.train.num_bytes, data.heldout.num_bytes]
-  assert "".join(d.text for s in (data.train_source, data.heldout_source) for d in s) == text
+  assert "".join(d.text for s in data.sources for d in s) == text
 
   again = pipeline.load_datasets(config, done.append)
   assert again.fingerprint == data.fingerprint and len(done) == 2

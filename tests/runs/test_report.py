@@ -52,17 +52,18 @@ def test_the_table_of_any_loss(loss):
   score = Score(HeldOut(loss, 1, 64), loss / 2, 10, windows=9, scored=9)
   metrics = [{"step": step, "tokens_per_second": speed, "peak_memory_bytes": step * 2**20}
              for step, speed in enumerate([1.0, INF, 3.0, NAN])]
-  rows = report.comparison(score, b"some text", b"a", "this model", metrics[:3])
+  rows = report.resources(score, metrics[:3])
   assert dict(rows)["training tokens/s (median)"] == "3"
   assert dict(rows)["peak memory (RSS)"] == "2 MiB"
   assert dict(rows)["context"] == "fresh every 64 tokens"
-  text = table(report.comparison(score, b"some text", b"a", "this model", metrics))
+  compared = report.comparison(score, b"some text", b"a", "this model")
+  text = table([*compared, *report.resources(score, metrics)])
   assert max(map(len, text.splitlines())) < 70
 
 
 def test_the_table_says_how_much_was_scored_and_leaves_out_what_is_not_known():
   score = Score(HeldOut(2.0, 1), 1.0, 10, windows=1000, scored=64)
-  rows = dict(report.comparison(score, b"some text", b"a", "this model", [{"step": 1}]))
+  rows = dict(report.resources(score, [{"step": 1}]))
   assert rows["windows scored"] == "64 of 1,000"
   assert not {"context", "training tokens/s (median)", "peak memory (RSS)"} & set(rows)
 

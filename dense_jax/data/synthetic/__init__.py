@@ -1,0 +1,1 @@
+"""Synthetic tasks as sources of rows, which are made when they are needed."""
