@@ -87,7 +87,8 @@ class Mamba(nnx.Module):
         init=fan_in_uniform(1 / math.sqrt(config.layers)), rngs=rngs,
     )
     self.dense = make_connection(
-        config, sources=sources, rngs=rngs, query=(self.state_size,), channels=self.width,
+        config, form=self.form, sources=sources, rngs=rngs,
+        query=(self.state_size,), channels=self.width,
         inputs={"b": (self.state_size, None), "x": (self.width, "inner")},
     )
 

@@ -117,8 +117,8 @@ class Mamba2(nnx.Module):
         init=fan_in_uniform(1 / math.sqrt(config.layers)), rngs=rngs,
     )
     self.dense = make_connection(
-        config, sources=sources, rngs=rngs, query=(self.groups, self.state_size),
-        channels=self.width,
+        config, form=self.form, sources=sources, rngs=rngs,
+        query=(self.groups, self.state_size), channels=self.width,
         inputs={"b": (self.groups * self.state_size, None), "x": (self.width, "inner")},
     )
 

@@ -73,7 +73,8 @@ class Retention(nnx.Module):
         width, config.width, axes=("inner", "embed"), init=xavier_uniform(0.5), rngs=rngs
     )
     self.dense = make_connection(
-        config, sources=sources, rngs=rngs, query=(heads, key_dim // heads), channels=width,
+        config, form=self.form, sources=sources, rngs=rngs,
+        query=(heads, key_dim // heads), channels=width,
         inputs={"k": (key_dim, "heads"), "v": (width, "inner")},
     )
 

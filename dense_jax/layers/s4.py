@@ -121,7 +121,8 @@ class S4D(nnx.Module):
         self.width, 2 * config.width, axes=("inner", "embed"), init=fan_in_uniform(), rngs=rngs
     )
     self.dense = make_connection(
-        config, sources=sources, rngs=rngs, query=(self.state_size,), channels=self.width,
+        config, form=self.form, sources=sources, rngs=rngs,
+        query=(self.state_size,), channels=self.width,
         inputs={}, fixed_query=True,
     )
 

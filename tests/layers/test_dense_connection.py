@@ -40,7 +40,7 @@ def _connection(inject, sources, query=(N,), **options):
   config = model_config("mamba", **{"depth": 2, "inject": inject, "layers": 4} | options)
   module = make_connection(
       config, sources=sources, inputs={"b": (N, None), "x": (E, "inner")}, query=query,
-      channels=E, rngs=nnx.Rngs(0),
+      channels=E, form="diagonal", rngs=nnx.Rngs(0),
   )
   graph, state = nnx.split(module)
   state = jax.tree.map(lambda leaf: leaf + normal(leaf.size, *leaf.shape, scale=0.5), state)
@@ -340,7 +340,8 @@ def test_zero_gates_leave_the_base_model_and_still_learn(family, inject, depth):
 def test_gates_start_as_configured_and_zero_is_exactly_nothing(inject, init):
   config = model_config("mamba", 1, inject, gate_init=init, input_norm=False)
   connection = make_connection(
-      config, sources=1, inputs={"x": (E, "inner")}, query=(N,), channels=E, rngs=nnx.Rngs(0)
+      config, sources=1, inputs={"x": (E, "inner")}, query=(N,), channels=E,
+      form="diagonal", rngs=nnx.Rngs(0),
   )
   x_BTD, c_BTN, own = normal(0, B, T, D), normal(1, B, T, N), normal(2, B, T, E)
   if inject == "state":

@@ -1,5 +1,6 @@
 """Input injection (arXiv 2403.00818, released code): shallower inputs enter a recurrence."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -10,7 +11,9 @@ from dense_jax.layers.dense.connection import Inputs, NoConnection, Shared
 from dense_jax.layers.dense.gate import make_gates, of_source
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.metrics import record_ratio, record_rms, record_spread
-from dense_jax.ops.recurrence import Recurrence
+from dense_jax.ops import resolver
+from dense_jax.ops.injection import gated_input
+from dense_jax.ops.recurrence import LowRankGate, Recurrence
 from dense_jax.types import Array
 
 
@@ -26,13 +29,15 @@ class InputInjection(NoConnection):
     config: the model.
     sources: S, the layers that are read.
     inputs: name -> (width, logical axis) of the recurrence's inputs.
+    form: the form of the mixer's state.
   """
 
   def __init__(
       self, config: ModelConfig, *, sources: int,
-      inputs: Mapping[str, tuple[int, str | None]], rngs: nnx.Rngs,
+      inputs: Mapping[str, tuple[int, str | None]], form: str, rngs: nnx.Rngs,
   ) -> None:
     super().__init__("inputs")
+    self.inject_input = resolver.injection(form, config.implementation)
     self.share_fused = config.dense.source == "fused"
     if config.dense.gate != "none":
       self.gates = nnx.Dict({
@@ -48,19 +53,29 @@ class InputInjection(NoConnection):
   def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
     """See `Connection`."""
     fused = {}
-    for name, total in own.items():
-      own_rms = record_rms(f"{name}_rms", total)
-      for index, source in enumerate(shallow):
-        read = cast(Inputs, source)[name]
-        if hasattr(self, "gates"):
-          gate = of_source(self.gates[name], index)(x_D)
-          record_spread(f"{name}_gate_{index + 1}", gate)
-          read = gate * read
-        source_rms = record_rms(f"{name}_source_{index + 1}_rms", read)
-        record_ratio(f"{name}_source_{index + 1}_ratio", source_rms, own_rms)
-        total = total + read
-      fused[name] = self.norms[name](total) if name in self.norms else total
+    for name, value in own.items():
+      reads = [cast(Inputs, source)[name] for source in shallow]
+      gates: Sequence[LowRankGate | None] = [None] * len(reads)
+      if hasattr(self, "gates"):
+        low_rank = [gate.low_rank(x_D) for gate in self.gates[name]]
+        gates = [of_source(low_rank, index) for index in range(len(reads))]
+      self._record(name, value, reads, gates)
+      norm = self.norms[name] if name in self.norms else None
+      fused[name] = self.inject_input(value, reads, gates, norm)
     return fused
+
+  def _record(
+      self, name: str, own: Array, reads: Sequence[Array], gates: Sequence[LowRankGate | None]
+  ) -> None:
+    """Records the metrics of an input."""
+    own_rms = record_rms(f"{name}_rms", own)
+    for index, (read, gate) in enumerate(zip(reads, gates, strict=True)):
+      if gate is not None:
+        record_spread(f"{name}_gate_{index + 1}", gate.value)
+      source_rms = record_rms(
+          f"{name}_source_{index + 1}_rms", functools.partial(gated_input, read, gate)
+      )
+      record_ratio(f"{name}_source_{index + 1}_ratio", source_rms, own_rms)
 
   def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
     """See `Connection`."""

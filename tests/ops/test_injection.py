@@ -1,0 +1,97 @@
+"""Tests of input injection's kernels against its formula and JAX's own gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dense_jax.ops.injection import inject
+from dense_jax.ops.injection_gpu import gpu_inject
+from dense_jax.ops.matmul import matmul
+from dense_jax.ops.recurrence import LowRankGate
+from tests.builders import fast_jit, normal
+from tests.helpers import assert_trees_close
+
+B, T, R = 2, 13, 3
+KERNELS = functools.partial(gpu_inject, interpret=True)
+# Sources, gates and norm; "one" gate serves all sources.
+CASES = {
+    "one-source": (1, "one", True), "shared": (2, "one", True), "per-source": (2, "each", True),
+    "ungated": (2, "none", True), "no-norm": (2, "each", False),
+    "ungated-no-norm": (1, "none", False),
+}
+
+
+class _Norm:
+  """A norm with a given scale."""
+
+  def __init__(self, scale):
+    self.scale, self.epsilon = scale, 1e-5
+
+  def __call__(self, x):
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+    return (x32 * inverse * jnp.broadcast_to(self.scale, x.shape)).astype(x.dtype)
+
+
+def _inputs(case, width, dtype=jnp.float32):
+  sources, gates, normed = CASES[case]
+  count = {"one": 1, "each": sources, "none": 0}[gates]
+  return {
+      "own": normal(0, B, T, width).astype(dtype),
+      "shallow": [normal(1 + i, B, T, width).astype(dtype) for i in range(sources)],
+      "hidden": [normal(11 + i, B, T, R).astype(dtype) for i in range(count)],
+      "up": [normal(21 + i, R, width) for i in range(count)],
+      "scale": 1 + normal(30, width, scale=0.5) if normed else None,
+  }
+
+
+def _everything(function, inputs):
+  """Returns the result and the gradients of a weighted sum of it."""
+
+  def run(inputs):
+    gates = [
+        LowRankGate(hidden, up, matmul)
+        for hidden, up in zip(inputs["hidden"], inputs["up"], strict=True)
+    ]
+    reads = inputs["shallow"]
+    of_reads = gates * len(reads) if len(gates) == 1 else gates or [None] * len(reads)
+    norm = None if inputs["scale"] is None else _Norm(inputs["scale"])
+    return function(inputs["own"], reads, of_reads, norm)
+
+  def both(inputs):
+    result, pullback = jax.vjp(run, inputs)
+    return result, pullback(normal(40, *result.shape).astype(result.dtype))[0]
+
+  return fast_jit(both)(inputs)
+
+
+# Several small blocks of channels, and of two cases large ones.
+@pytest.mark.parametrize(("case", "width"), [
+    *((case, 6) for case in CASES), ("shared", 1536), ("no-norm", 1536),
+])
+def test_kernels_and_their_gradients_are_those_of_the_formula(case, width):
+  inputs = _inputs(case, width)
+  assert_trees_close(_everything(KERNELS, inputs), _everything(inject, inputs))
+
+
+def test_kernels_round_once():
+  inputs = _inputs("per-source", 32, jnp.bfloat16)
+  # Matmuls take both factors in the model's dtype.
+  inputs["up"] = [up.astype(jnp.bfloat16).astype(jnp.float32) for up in inputs["up"]]
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+  rounded, _ = _everything(KERNELS, inputs)
+  right, _ = _everything(inject, exact)
+  assert rounded.dtype == jnp.bfloat16
+  error = jnp.abs(rounded.astype(jnp.float32) - right)
+  # Half a unit in the last place of the sum, which is kept for the norm, and of the result.
+  assert jnp.all(error <= 2 * 2**-8 * jnp.abs(right) + 1e-6)
+
+
+def test_a_token_of_decoding_takes_the_formula():
+  inputs = _inputs("one-source", 16)
+  inputs = inputs | {name: jax.tree.map(lambda x: x[:, 0], inputs[name])
+                     for name in ("own", "shallow", "hidden")}
+  text = str(jax.make_jaxpr(functools.partial(_everything, KERNELS))(inputs))
+  assert "pallas_call" not in text
