@@ -1,7 +1,7 @@
 """A recurrence's input, fused with the same input of other layers (arXiv 2403.00818, eq. (5))."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array
@@ -22,19 +22,36 @@ class Norm(Protocol):
     """Maps [..., E] to the same shape, in x's dtype."""
 
 
+class Injected(NamedTuple):
+  """A fused input, and the layer's own for its other readers.
+
+  The own input is the same array twice. A kernel adds the gradients of its readers up where it
+  computes the others, so that each of two readers has one to itself.
+
+  Attributes:
+    fused_E: the fused input.
+    own_E: the own input, for what else the layer does with it.
+    shared_E: the own input, for deeper layers.
+  """
+
+  fused_E: Array
+  own_E: Array
+  shared_E: Array
+
+
 class Inject(Protocol):
   """The type of `inject`, and of forms of it for a platform."""
 
   def __call__(
       self, own_E: Array, shallow: Sequence[Array], gates: Sequence[LowRankGate | None],
       norm: Norm | None,
-  ) -> Array:
+  ) -> Injected:
     """See `inject`."""
 
 
 def inject(
     own_E: Array, shallow: Sequence[Array], gates: Sequence[LowRankGate | None], norm: Norm | None
-) -> Array:
+) -> Injected:
   """Computes norm(own + sum_i gate_i shallow_i), in own's dtype.
 
   Args:
@@ -46,7 +63,7 @@ def inject(
   total = own_E
   for read, gate in zip(shallow, gates, strict=True):
     total = total + gated_input(read, gate)
-  return total if norm is None else norm(total)
+  return Injected(total if norm is None else norm(total), own_E, own_E)
 
 
 def gated_input(read: Array, gate: LowRankGate | None) -> Array:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from dense_jax.ops import partition
 from dense_jax.ops.chunks import round_up
-from dense_jax.ops.injection import Norm, inject
+from dense_jax.ops.injection import Injected, Norm, inject
 from dense_jax.ops.kernel_cost import KernelCost
 from dense_jax.ops.matmul import kernel_dot
 from dense_jax.ops.recurrence import LowRankGate
@@ -68,7 +69,7 @@ class _Inputs:
 def gpu_inject(
     own_E: Array, shallow: Sequence[Array], gates: Sequence[LowRankGate | None],
     norm: Norm | None, *, interpret: bool = False,
-) -> Array:
+) -> Injected:
   """Computes `inject`, by kernels for whole sequences with all channels on one device.
 
   Args:
@@ -98,24 +99,33 @@ def gpu_inject(
       partition.unless_none(inputs.scale, whole),
   )
   return partition.over_mesh(
-      functools.partial(_inject, plan), lambda width: (specs,), rows, inputs
+      functools.partial(_inject, plan), lambda width: (specs,), Injected(rows, rows, rows), inputs
   )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _inject(plan: _Plan, inputs: _Inputs) -> Array:
+def _inject(plan: _Plan, inputs: _Inputs) -> Injected:
   shape = inputs.own.shape
-  return _run(plan, _by_token(inputs))[: shape[0] * shape[1]].reshape(shape)
+  fused = _run(plan, _by_token(inputs))[: shape[0] * shape[1]].reshape(shape)
+  return Injected(fused, inputs.own, inputs.own)
 
 
-def _forward(plan: _Plan, inputs: _Inputs) -> tuple[Array, _Inputs]:
+def _forward(plan: _Plan, inputs: _Inputs) -> tuple[Injected, _Inputs]:
+  inputs = jax.tree.map(lambda leaf: leaf.value, inputs)  # Leaves also say what has gradients.
   return _inject(plan, inputs), inputs
 
 
-def _backward(plan: _Plan, inputs: _Inputs, d_out: Array) -> tuple[_Inputs]:
+def _backward(plan: _Plan, inputs: _Inputs, d_out: Injected) -> tuple[_Inputs]:
   batch, time, _ = inputs.own.shape
   arrays = _by_token(inputs)
-  gradient, d_gates = _run_gradient(plan, arrays, _tokens(d_out))
+  # The gradient of what nobody reads is not an array.
+  d_fused, *d_own = (
+      None if isinstance(d, SymbolicZero) else _tokens(d) for d in d_out
+  )
+  gradient, d_gates = _run_gradient(
+      plan, arrays, jnp.zeros_like(arrays.own) if d_fused is None else d_fused,
+      [d for d in d_own if d is not None],
+  )
 
   def rows(x: Array, like: Array) -> Array:
     return x[: batch * time, : like.shape[-1]].reshape(like.shape)
@@ -134,7 +144,7 @@ def _backward(plan: _Plan, inputs: _Inputs, d_out: Array) -> tuple[_Inputs]:
   ),)
 
 
-_inject.defvjp(_forward, _backward)
+_inject.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _tokens(x: Array) -> Array:
@@ -230,11 +240,17 @@ def _run(plan: _Plan, inputs: _Inputs) -> Array:
 
 
 def _run_gradient(
-    plan: _Plan, inputs: _Inputs, d_out: Array
+    plan: _Plan, inputs: _Inputs, d_out: Array, d_own: Sequence[Array]
 ) -> tuple[_Inputs, tuple[Array, ...]]:
   """Returns the gradients of the inputs, and those of the gates before their activation.
 
   The gradient of the norm's scale is that of each tile; those of the gates' matrices are None.
+
+  Args:
+    plan: the plan.
+    inputs: the inputs.
+    d_out: the gradient of the fused input.
+    d_own: the gradients of the own input by its other readers.
   """
   specs = _specs(inputs)
   tokens, width = inputs.own.shape
@@ -247,13 +263,14 @@ def _run_gradient(
     scale = jax.ShapeDtypeStruct((tokens // _TILE, width), jnp.float32)
     scale_spec = pl.BlockSpec((None, width), lambda i: (i, 0))
   gates = len(inputs.up)
-  arrays = 3 + 2 * len(inputs.shallow) + gates
+  arrays = 3 + len(d_own) + 2 * len(inputs.shallow) + gates
   cost = _cost(inputs, products=3, arrays=arrays, hidden=2)
   if scale is not None:
     cost = dataclasses.replace(cost, bytes_accessed=cost.bytes_accessed + scale.size * 4)
   with cost.scope():
     return pl.pallas_call(
-        functools.partial(_gradient_kernel, plan), in_specs=[specs, specs.own],
+        functools.partial(_gradient_kernel, plan),
+        in_specs=[specs, specs.own, [specs.own] * len(d_own)],
         out_specs=(
             _Inputs(specs.own, specs.shallow, specs.hidden, None, scale_spec),
             (specs.own,) * gates,
@@ -266,7 +283,7 @@ def _run_gradient(
             (like(inputs.own),) * gates,
         ),
         **_options(plan, inputs, cost),
-    )(inputs, d_out)
+    )(inputs, d_out, list(d_own))
 
 
 def _before_activation(inputs: _Inputs, hidden: list[Array], at: PyTree) -> list[Array]:
@@ -310,7 +327,8 @@ def _kernel(plan: _Plan, inputs: _Inputs, out: PyTree) -> None:
 
 
 def _gradient_kernel(
-    plan: _Plan, inputs: _Inputs, d_out: PyTree, gradient: _Inputs, d_gates: Sequence[PyTree]
+    plan: _Plan, inputs: _Inputs, d_out: PyTree, d_own: Sequence[PyTree], gradient: _Inputs,
+    d_gates: Sequence[PyTree],
 ) -> None:
   """Computes the gradients of a tile; the arguments are references to its blocks."""
   width = inputs.own.shape[1]
@@ -334,7 +352,8 @@ def _gradient_kernel(
       total, d_total = (x.astype(jnp.float32) for x in held[index])
       gradient.scale[at[1]] = jnp.sum(d_total * total * inverse, axis=0)
       d_total = d_total * inputs.scale[at[1]][None] * inverse - total * pull
-    gradient.own[at] = d_total.astype(gradient.own.dtype)
+    total_own = sum((x[at].astype(jnp.float32) for x in d_own), d_total)
+    gradient.own[at] = total_own.astype(gradient.own.dtype)
     before = _before_activation(inputs, hidden, at)
     gates, slopes = [silu(value) for value in before], [silu_slope(value) for value in before]
     reads = [jnp.zeros(d_total.shape, jnp.float32) for _ in before]

@@ -47,8 +47,8 @@ def _inputs(case, width, dtype=jnp.float32):
   }
 
 
-def _everything(function, inputs):
-  """Returns the result and the gradients of a weighted sum of it."""
+def _everything(function, inputs, readers=3):
+  """Returns the first results and the gradients of a weighted sum of them."""
 
   def run(inputs):
     gates = [
@@ -58,11 +58,14 @@ def _everything(function, inputs):
     reads = inputs["shallow"]
     of_reads = gates * len(reads) if len(gates) == 1 else gates or [None] * len(reads)
     norm = None if inputs["scale"] is None else _Norm(inputs["scale"])
-    return function(inputs["own"], reads, of_reads, norm)
+    return tuple(function(inputs["own"], reads, of_reads, norm))[:readers]
 
   def both(inputs):
-    result, pullback = jax.vjp(run, inputs)
-    return result, pullback(normal(40, *result.shape).astype(result.dtype))[0]
+    results, pullback = jax.vjp(run, inputs)
+    cotangents = tuple(
+        normal(40 + i, *x.shape).astype(x.dtype) for i, x in enumerate(results)
+    )
+    return results, pullback(cotangents)[0]
 
   return fast_jit(both)(inputs)
 
@@ -76,13 +79,21 @@ def test_kernels_and_their_gradients_are_those_of_the_formula(case, width):
   assert_trees_close(_everything(KERNELS, inputs), _everything(inject, inputs))
 
 
+@pytest.mark.parametrize("readers", [1, 2])
+def test_gradients_where_the_own_input_has_no_other_reader(readers):
+  inputs = _inputs("one-source", 16)
+  assert_trees_close(
+      _everything(KERNELS, inputs, readers), _everything(inject, inputs, readers)
+  )
+
+
 def test_kernels_round_once():
   inputs = _inputs("per-source", 32, jnp.bfloat16)
   # Matmuls take both factors in the model's dtype.
   inputs["up"] = [up.astype(jnp.bfloat16).astype(jnp.float32) for up in inputs["up"]]
   exact = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
-  rounded, _ = _everything(KERNELS, inputs)
-  right, _ = _everything(inject, exact)
+  (rounded, *_), _ = _everything(KERNELS, inputs)
+  (right, *_), _ = _everything(inject, exact)
   assert rounded.dtype == jnp.bfloat16
   error = jnp.abs(rounded.astype(jnp.float32) - right)
   # Half a unit in the last place of the sum, which is kept for the norm, and of the result.
@@ -90,8 +101,10 @@ def test_kernels_round_once():
 
 
 def test_a_token_of_decoding_takes_the_formula():
-  inputs = _inputs("one-source", 16)
-  inputs = inputs | {name: jax.tree.map(lambda x: x[:, 0], inputs[name])
-                     for name in ("own", "shallow", "hidden")}
-  text = str(jax.make_jaxpr(functools.partial(_everything, KERNELS))(inputs))
-  assert "pallas_call" not in text
+  inputs = _inputs("ungated", 16)
+  own, *shallow = (x[:, 0] for x in (inputs["own"], *inputs["shallow"]))
+
+  def run(own, shallow):
+    return KERNELS(own, shallow, [None] * 2, None).fused_E
+
+  assert "pallas_call" not in str(jax.make_jaxpr(run)(own, shallow))

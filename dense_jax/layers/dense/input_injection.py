@@ -7,8 +7,8 @@ from typing import cast
 from flax import nnx
 
 from dense_jax.config import ModelConfig
-from dense_jax.layers.dense.connection import Inputs, NoConnection, Shared
-from dense_jax.layers.dense.gate import make_gates, of_source
+from dense_jax.layers.dense.connection import FusedInputs, Inputs, NoConnection, Shared
+from dense_jax.layers.dense.gate import low_rank_gates, make_gates, of_source
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.metrics import record_ratio, record_rms, record_spread
 from dense_jax.ops import resolver
@@ -50,19 +50,23 @@ class InputInjection(NoConnection):
         if config.dense.input_norm
     })
 
-  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
+  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> FusedInputs:
     """See `Connection`."""
-    fused = {}
+    injected = {}
+    low_rank = low_rank_gates(self.gates, x_D) if hasattr(self, "gates") else {}
     for name, value in own.items():
       reads = [cast(Inputs, source)[name] for source in shallow]
       gates: Sequence[LowRankGate | None] = [None] * len(reads)
-      if hasattr(self, "gates"):
-        low_rank = [gate.low_rank(x_D) for gate in self.gates[name]]
-        gates = [of_source(low_rank, index) for index in range(len(reads))]
+      if low_rank:
+        gates = [of_source(low_rank[name], index) for index in range(len(reads))]
       self._record(name, value, reads, gates)
       norm = self.norms[name] if name in self.norms else None
-      fused[name] = self.inject_input(value, reads, gates, norm)
-    return fused
+      injected[name] = self.inject_input(value, reads, gates, norm)
+    return FusedInputs(
+        {name: value.fused_E for name, value in injected.items()},
+        {name: value.own_E for name, value in injected.items()},
+        {name: value.shared_E for name, value in injected.items()},
+    )
 
   def _record(
       self, name: str, own: Array, reads: Sequence[Array], gates: Sequence[LowRankGate | None]
@@ -77,7 +81,7 @@ class InputInjection(NoConnection):
       )
       record_ratio(f"{name}_source_{index + 1}_ratio", source_rms, own_rms)
 
-  def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
+  def share(self, inputs: FusedInputs, states: Recurrence) -> Shared:
     """See `Connection`."""
     del states
-    return fused if self.share_fused else own
+    return inputs.fused if self.share_fused else inputs.shared
