@@ -8,15 +8,15 @@ from dense_jax.types import Array
 
 
 class Norm(Protocol):
-  """A root-mean-square norm over the last axis.
+  """A root-mean-square norm over the last axis."""
 
-  Attributes:
-    epsilon: what is added to the mean square.
-    scale: the parameter [E], float32, whose value is scale[...].
-  """
+  @property
+  def epsilon(self) -> float:
+    """What is added to the mean square."""
 
-  epsilon: float
-  scale: Any
+  @property
+  def scale(self) -> Any:
+    """The parameter [E], float32, whose value is scale[...]."""
 
   def __call__(self, x: Array) -> Array:
     """Maps [..., E] to the same shape, in x's dtype."""

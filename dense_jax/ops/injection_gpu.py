@@ -82,8 +82,8 @@ def gpu_inject(
   mesh = jax.sharding.get_abstract_mesh()
   split = not mesh.empty and mesh.size > 1 and mesh.shape[WIDTH_AXIS] > 1
   block = _block(own_E.shape[-1])
-  covered = interpret or _TILE <= block and own_E.shape[-1] <= _MOST_BLOCKS * block
-  if own_E.ndim != 3 or split or not covered:
+  covered = block >= _TILE and own_E.shape[-1] <= _MOST_BLOCKS * block
+  if own_E.ndim != 3 or split or not (covered or interpret):
     return inject(own_E, shallow, gates, norm)
   distinct = list({id(gate): gate for gate in gates if gate is not None}.values())
   index = {id(gate): number for number, gate in enumerate(distinct)}
@@ -310,7 +310,7 @@ def _kernel(plan: _Plan, inputs: _Inputs, out: PyTree) -> None:
   """Computes `_inject` of a tile; the arguments are references to its blocks."""
   width = inputs.own.shape[1]
   hidden = [x[...] for x in inputs.hidden]
-  totals, squares = [], 0.0
+  totals, squares = [], jnp.zeros((_TILE, _block(width)), jnp.float32)
   for at in _blocks(width):
     total = _total(plan, inputs, hidden, at)
     if inputs.scale is None:
@@ -333,7 +333,8 @@ def _gradient_kernel(
   """Computes the gradients of a tile; the arguments are references to its blocks."""
   width = inputs.own.shape[1]
   hidden = [x[...] for x in inputs.hidden]
-  held, squares, products = [], 0.0, 0.0
+  held = []
+  squares = products = jnp.zeros((_TILE, _block(width)), jnp.float32)
   if inputs.scale is not None:
     for at in _blocks(width):
       total = _total(plan, inputs, hidden, at)

@@ -8,6 +8,7 @@ import pytest
 
 from dense_jax.ops.injection import inject
 from dense_jax.ops.injection_gpu import gpu_inject
+from dense_jax.ops.kernel_check import CheckedNorm
 from dense_jax.ops.matmul import matmul
 from dense_jax.ops.recurrence import LowRankGate
 from tests.builders import fast_jit, normal
@@ -21,18 +22,6 @@ CASES = {
     "ungated": (2, "none", True), "no-norm": (2, "each", False),
     "ungated-no-norm": (1, "none", False),
 }
-
-
-class _Norm:
-  """A norm with a given scale."""
-
-  def __init__(self, scale):
-    self.scale, self.epsilon = scale, 1e-5
-
-  def __call__(self, x):
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
-    return (x32 * inverse * jnp.broadcast_to(self.scale, x.shape)).astype(x.dtype)
 
 
 def _inputs(case, width, dtype=jnp.float32):
@@ -57,7 +46,7 @@ def _everything(function, inputs, readers=3):
     ]
     reads = inputs["shallow"]
     of_reads = gates * len(reads) if len(gates) == 1 else gates or [None] * len(reads)
-    norm = None if inputs["scale"] is None else _Norm(inputs["scale"])
+    norm = None if inputs["scale"] is None else CheckedNorm(inputs["scale"])
     return tuple(function(inputs["own"], reads, of_reads, norm))[:readers]
 
   def both(inputs):

@@ -60,8 +60,7 @@ class InputInjection(NoConnection):
       if low_rank:
         gates = [of_source(low_rank[name], index) for index in range(len(reads))]
       self._record(name, value, reads, gates)
-      norm = self.norms[name] if name in self.norms else None
-      injected[name] = self.inject_input(value, reads, gates, norm)
+      injected[name] = self.inject_input(value, reads, gates, self.norms.get(name))
     return FusedInputs(
         {name: value.fused_E for name, value in injected.items()},
         {name: value.own_E for name, value in injected.items()},
