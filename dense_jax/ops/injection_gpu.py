@@ -333,24 +333,22 @@ def _gradient_kernel(
   """Computes the gradients of a tile; the arguments are references to its blocks."""
   width = inputs.own.shape[1]
   hidden = [x[...] for x in inputs.hidden]
-  held = []
+  totals = []
   squares = products = jnp.zeros((_TILE, _block(width)), jnp.float32)
   if inputs.scale is not None:
     for at in _blocks(width):
       total = _total(plan, inputs, hidden, at)
-      d_block = d_out[at]
       squares += total * total
-      products += total * d_block.astype(jnp.float32) * inputs.scale[at[1]][None]
-      held.append((total.astype(d_block.dtype), d_block))
+      products += total * d_out[at].astype(jnp.float32) * inputs.scale[at[1]][None]
+      totals.append(total.astype(d_out.dtype))
     inverse = _inverse(plan, squares, width)
     pull = inverse * inverse * inverse * (jnp.sum(products, axis=1) / width)[:, None]
 
   d_hidden = [jnp.zeros(x.shape, jnp.float32) for x in hidden]
   for index, at in enumerate(_blocks(width)):
-    if inputs.scale is None:
-      d_total = d_out[at].astype(jnp.float32)
-    else:
-      total, d_total = (x.astype(jnp.float32) for x in held[index])
+    d_total = d_out[at].astype(jnp.float32)
+    if inputs.scale is not None:
+      total = totals[index].astype(jnp.float32)
       gradient.scale[at[1]] = jnp.sum(d_total * total * inverse, axis=0)
       d_total = d_total * inputs.scale[at[1]][None] * inverse - total * pull
     total_own = sum((x[at].astype(jnp.float32) for x in d_own), d_total)
