@@ -12,7 +12,7 @@ class Norm(Protocol):
 
   @property
   def epsilon(self) -> float:
-    """What is added to the mean square."""
+    """The number that is added to the mean square."""
 
   @property
   def scale(self) -> Any:

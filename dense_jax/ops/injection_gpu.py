@@ -33,7 +33,7 @@ _BLOCK, _MOST_BLOCKS = 256, 32
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """What the kernels are compiled for.
+  """Choices that the kernels are compiled for.
 
   Attributes:
     gates: for each source, the index of its gate among the gates; None means 1.

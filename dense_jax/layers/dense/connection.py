@@ -21,7 +21,7 @@ Shared: TypeAlias = Recurrence | Inputs | None
 
 @dataclasses.dataclass(frozen=True)
 class FusedInputs:
-  """What a recurrence's inputs are to their readers; see `Injected`.
+  """The inputs of a recurrence, for each of their readers; see `Injected`.
 
   Attributes:
     fused: the inputs of the layer's recurrence.

@@ -56,14 +56,17 @@ def make_gates(
 
 
 def low_rank_gates(
-    gates: Mapping[str, Sequence[Gate]], x_D: Array
+    gates: Mapping[str, Sequence[Gate]], x_D: Array, *, joined: bool
 ) -> dict[str, list[LowRankGate]]:
   """Returns several lists of gates of one input, before their last maps.
 
-  Of a sequence, their first maps are one product, which reads the input and adds to its gradient
-  once. One token of decoding is smaller than the matrices.
+  Args:
+    gates: name -> gates.
+    x_D: the input.
+    joined: whether the first maps of a sequence are one product, which reads the input and adds to
+      its gradient once. One token of decoding is smaller than the matrices that would be joined.
   """
-  if x_D.ndim < 3:
+  if not joined or x_D.ndim < 3:
     return {name: [gate.low_rank(x_D) for gate in of_name] for name, of_name in gates.items()}
   down = [gate.down for of_name in gates.values() for gate in of_name]
   kernel = jnp.concatenate([linear.kernel[...] for linear in down], axis=1)

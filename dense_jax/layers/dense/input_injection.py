@@ -37,6 +37,7 @@ class InputInjection(NoConnection):
       inputs: Mapping[str, tuple[int, str | None]], form: str, rngs: nnx.Rngs,
   ) -> None:
     super().__init__("inputs")
+    self.join_gates = resolver.joins_narrow_products()
     self.inject_input = resolver.injection(form, config.implementation)
     self.share_fused = config.dense.source == "fused"
     if config.dense.gate != "none":
@@ -53,7 +54,9 @@ class InputInjection(NoConnection):
   def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> FusedInputs:
     """See `Connection`."""
     injected = {}
-    low_rank = low_rank_gates(self.gates, x_D) if hasattr(self, "gates") else {}
+    low_rank: dict[str, list[LowRankGate]] = {}
+    if hasattr(self, "gates"):
+      low_rank = low_rank_gates(self.gates, x_D, joined=self.join_gates)
     for name, value in own.items():
       reads = [cast(Inputs, source)[name] for source in shallow]
       gates: Sequence[LowRankGate | None] = [None] * len(reads)
