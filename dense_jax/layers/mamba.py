@@ -87,7 +87,8 @@ class Mamba(nnx.Module):
         init=fan_in_uniform(1 / math.sqrt(config.layers)), rngs=rngs,
     )
     self.dense = make_connection(
-        config, sources=sources, rngs=rngs, query=(self.state_size,), channels=self.width,
+        config, form=self.form, sources=sources, rngs=rngs,
+        query=(self.state_size,), channels=self.width,
         inputs={"b": (self.state_size, None), "x": (self.width, "inner")},
     )
 
@@ -116,7 +117,7 @@ class Mamba(nnx.Module):
     x_E, tail_BWE = self.conv(self.in_proj(x_D), tokens, tail_BWE)
     dt, b_N, c_N = self._selected(x_E)
     own = {"b": b_N, "x": x_E}
-    fused = self.dense.fuse_inputs(x_D, own, shallow)
+    inputs = self.dense.fuse_inputs(x_D, own, shallow)
     a_NE = -jnp.exp(self.a_log[...])
     record_spread(
         "memory_tokens",
@@ -124,12 +125,14 @@ class Mamba(nnx.Module):
             dt.dt()[..., None, :] * jnp.expand_dims(a_NE, range(x_D.ndim - 1))
         ),
     )
-    states = self.recurrence(dt, a_NE, fused["x"], fused["b"], tokens, h_BNE)
-    epilogue = Epilogue(self.d[...], x_E, z_E, dtype=x_D.dtype)
+    states = self.recurrence(
+        dt, a_NE, inputs.fused["x"], inputs.fused["b"], tokens, h_BNE
+    )
+    epilogue = Epilogue(self.d[...], inputs.own["x"], z_E, dtype=x_D.dtype)
     output, h_BNE, states = self.dense.run(x_D, c_N, states, shallow, epilogue)
     return MixerOutput(
         self.out_proj(output.y), MambaState(tail_BWE, h_BNE),
-        self.dense.share(own, fused, states),
+        self.dense.share(inputs, states),
     )
 
   def init_state(self, batch: int) -> MambaState:

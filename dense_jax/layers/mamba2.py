@@ -117,8 +117,8 @@ class Mamba2(nnx.Module):
         init=fan_in_uniform(1 / math.sqrt(config.layers)), rngs=rngs,
     )
     self.dense = make_connection(
-        config, sources=sources, rngs=rngs, query=(self.groups, self.state_size),
-        channels=self.width,
+        config, form=self.form, sources=sources, rngs=rngs,
+        query=(self.groups, self.state_size), channels=self.width,
         inputs={"b": (self.groups * self.state_size, None), "x": (self.width, "inner")},
     )
 
@@ -161,17 +161,19 @@ class Mamba2(nnx.Module):
     bc, bc_tail_BWN = self.bc_conv(bc, tokens, bc_tail_BWN)
     b, c = jnp.split(bc, 2, axis=-1)
     own = {"b": b, "x": x_E}
-    fused = self.dense.fuse_inputs(x_D, own, shallow)
+    inputs = self.dense.fuse_inputs(x_D, own, shallow)
     log_decay_H = dt_H * spread(-jnp.exp(self.a_log[...]), dt_H)
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
     states = self.recurrence(
-        self._by_group(fused["b"]), fused["x"], dt_H, log_decay_H, tokens, h_BHPN
+        self._by_group(inputs.fused["b"]), inputs.fused["x"], dt_H, log_decay_H, tokens, h_BHPN
     )
-    epilogue = Epilogue(self.d[...], x_E, z_E, dtype=x_D.dtype, moments=True)
+    epilogue = Epilogue(
+        self.d[...], inputs.own["x"], z_E, dtype=x_D.dtype, moments=True
+    )
     output, h_BHPN, states = self.dense.run(x_D, self._by_group(c), states, shallow, epilogue)
     return MixerOutput(
         self._output(output), Mamba2State(x_tail_BWE, bc_tail_BWN, h_BHPN),
-        self.dense.share(own, fused, states),
+        self.dense.share(inputs, states),
     )
 
   def init_state(self, batch: int) -> Mamba2State:

@@ -73,7 +73,8 @@ class Retention(nnx.Module):
         width, config.width, axes=("inner", "embed"), init=xavier_uniform(0.5), rngs=rngs
     )
     self.dense = make_connection(
-        config, sources=sources, rngs=rngs, query=(heads, key_dim // heads), channels=width,
+        config, form=self.form, sources=sources, rngs=rngs,
+        query=(heads, key_dim // heads), channels=width,
         inputs={"k": (key_dim, "heads"), "v": (width, "inner")},
     )
 
@@ -148,9 +149,9 @@ class Retention(nnx.Module):
     """See `Mixer`."""
     position = tokens.positions
     q_K, own, gate_E = self.inputs(x_D)
-    fused = self.dense.fuse_inputs(x_D, own, shallow)
+    inputs = self.dense.fuse_inputs(x_D, own, shallow)
     q_HN = rotate_neighbours(self._by_head(q_K), position)
-    k_HN = rotate_neighbours(self._by_head(fused["k"]), position)
+    k_HN = rotate_neighbours(self._by_head(inputs.fused["k"]), position)
     # All rows share the decay, so its batch axis has size one.
     log_decay_H = jnp.broadcast_to(
         self.log_decay_H().reshape((1,) * (x_D.ndim - 1) + (-1,)),
@@ -159,13 +160,13 @@ class Retention(nnx.Module):
     record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
     before_BHPN = None if state is None else state.h_BHPN
     states = self.recurrence(
-        k_HN, fused["v"], None, log_decay_H, tokens, before_BHPN
+        k_HN, inputs.fused["v"], None, log_decay_H, tokens, before_BHPN
     )
     epilogue = Epilogue(dtype=x_D.dtype, moments=True)
     output, h_BHPN, states = self.dense.run(x_D, q_HN, states, shallow, epilogue)
     return MixerOutput(
         self._output(output, position, gate_E), RetentionState(h_BHPN),
-        self.dense.share(own, fused, states),
+        self.dense.share(inputs, states),
     )
 
   def init_state(self, batch: int) -> RetentionState:

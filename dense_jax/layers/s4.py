@@ -26,7 +26,7 @@ from flax import nnx
 from dense_jax.batch import Segments, Token
 from dense_jax.config import ModelConfig, choice, integer, invalid, number
 from dense_jax.layers.dense import make_connection
-from dense_jax.layers.dense.connection import Shared
+from dense_jax.layers.dense.connection import NO_INPUTS, Shared
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
 from dense_jax.layers.metrics import record_spread
@@ -121,7 +121,8 @@ class S4D(nnx.Module):
         self.width, 2 * config.width, axes=("inner", "embed"), init=fan_in_uniform(), rngs=rngs
     )
     self.dense = make_connection(
-        config, sources=sources, rngs=rngs, query=(self.state_size,), channels=self.width,
+        config, form=self.form, sources=sources, rngs=rngs,
+        query=(self.state_size,), channels=self.width,
         inputs={}, fixed_query=True,
     )
 
@@ -165,7 +166,7 @@ class S4D(nnx.Module):
     epilogue = Epilogue(self.d[...], x_D)
     output, h_BNE, states = self.dense.run(x_D, self.c[...], states, shallow, epilogue)
     return MixerOutput(
-        self._output(output.y, x_D.dtype), S4State(h_BNE), self.dense.share({}, {}, states)
+        self._output(output.y, x_D.dtype), S4State(h_BNE), self.dense.share(NO_INPUTS, states)
     )
 
   def init_state(self, batch: int) -> S4State:

@@ -6,6 +6,7 @@ computed a small case like the specification: a layer's own read, a gated read o
 epilogue, final state and all gradients, with two documents in a row and a state before the first.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -16,7 +17,9 @@ import numpy as np
 from dense_jax.batch import Segments
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.recurrence import Read, Recurrence, Sizes
+from dense_jax.ops.injection import Inject
+from dense_jax.ops.matmul import matmul
+from dense_jax.ops.recurrence import LowRankGate, Read, Recurrence, Sizes
 from dense_jax.ops.short_conv import Convolve, short_conv
 from dense_jax.types import Array, PyTree
 
@@ -30,7 +33,9 @@ Inputs = dict[str, PyTree]
 Make = Callable[[str, Inputs, Segments], Recurrence]
 
 
-def kernel_errors(form: str, implementation: str, sizes: Sizes, dtype: str) -> dict[str, float]:
+def kernel_errors(
+    form: str, implementation: str, sizes: Sizes, dtype: str, *, injection: bool = False
+) -> dict[str, float]:
   """Runs an implementation and the specification on a small case.
 
   Args:
@@ -38,11 +43,12 @@ def kernel_errors(form: str, implementation: str, sizes: Sizes, dtype: str) -> d
     implementation: the name of the implementation, in `resolver.IMPLEMENTATIONS[form]`.
     sizes: the layer's.
     dtype: the model's, a key of `LIMITS`.
+    injection: whether the layers inject inputs, which may have kernels too.
 
   Returns:
     For y, the moments (matrix states), the final state and the gradient of each input: the root
     mean square of the error over that of the right values. The same for the short convolution and
-    its gradients, if a kernel comes with the implementation.
+    its gradients, if a kernel comes with the implementation, and for input injection.
   """
   make, inputs = {"diagonal": _diagonal, "matrix": _matrix}[form](sizes, jnp.dtype(dtype))
   positions = np.concatenate([np.arange(5, 5 + _BORDER), np.arange(_TIME - _BORDER)])[None]
@@ -80,6 +86,9 @@ def kernel_errors(form: str, implementation: str, sizes: Sizes, dtype: str) -> d
     right |= _convolution(resolver.convolution(form, "recurrent", split=False), segments, exact)
     kernel = resolver.convolution(form, implementation, split=False)
     found |= _convolution(kernel, segments, inputs)
+  if injection:
+    right |= _injection(resolver.injection(form, "recurrent"), exact)
+    found |= _injection(resolver.injection(form, implementation), inputs)
   return {
       jax.tree_util.keystr(path, simple=True, separator="."): _error(value, wanted)
       for (path, value), wanted in zip(
@@ -103,6 +112,51 @@ def _convolution(function: Convolve, segments: Segments, inputs: Inputs) -> PyTr
       x_BTE, taps, tail_BWE
   )
   return {"convolution": {"y": y_BTE, "gradient": gradients}}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedNorm:
+  """A root-mean-square norm as the formula has it.
+
+  Attributes:
+    scale: [E], float32.
+    epsilon: what is added to the mean square.
+  """
+
+  scale: Array
+  epsilon: float = 1e-5
+
+  def __call__(self, x: Array) -> Array:
+    """Maps [..., E] to the same shape, in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
+    return (x32 * inverse * jnp.broadcast_to(self.scale, x.shape)).astype(x.dtype)
+
+
+def _injection(function: Inject, inputs: Inputs) -> PyTree:
+  """Returns the own values, fused with those of the source, and the gradients."""
+  x_BTE = inputs["own"]["x"]
+  width = x_BTE.shape[-1]
+  arguments = {
+      "own": x_BTE, "source": inputs["source"]["x"],
+      "hidden": _normal(50, (*x_BTE.shape[:2], 32), x_BTE.dtype) / 4,
+      "up": _normal(51, (32, width)) / 4, "scale": 1 + _normal(52, (width,)) / 4,
+  }
+
+  def objective(arguments: Inputs) -> tuple[Array, Array]:
+    gate = LowRankGate(arguments["hidden"], arguments["up"], matmul)
+    injected = function(
+        arguments["own"], [arguments["source"]], [gate], CheckedNorm(arguments["scale"])
+    )
+    weights = (_normal(53 + index, x_BTE.shape) for index in range(len(injected)))
+    total = sum(
+        jnp.sum(weight * x.astype(jnp.float32))
+        for weight, x in zip(weights, injected, strict=True)
+    )
+    return jnp.asarray(total), injected.fused_E.astype(jnp.float32)
+
+  gradients, y_BTE = jax.jit(jax.grad(objective, has_aux=True))(arguments)
+  return {"injection": {"y": y_BTE, "gradient": gradients}}
 
 
 def _error(found: Array, right: Array) -> float:

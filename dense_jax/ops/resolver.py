@@ -34,6 +34,8 @@ from dense_jax.ops.diagonal.sequence import (
     RecurrentDiagonal,
 )
 from dense_jax.ops.heads import broadcast_heads, repeat_heads
+from dense_jax.ops.injection import Inject, inject
+from dense_jax.ops.injection_gpu import gpu_inject
 from dense_jax.ops.lti.form import LtiForm
 from dense_jax.ops.lti.sequence import ChunkedLti, ConvolvedLti, LtiSequence, RecurrentLti
 from dense_jax.ops.matmul import gpu_matmul, matmul
@@ -174,6 +176,15 @@ def matmul_function() -> Callable[[Array, Array], Array]:
   return {"cpu": cpu_matmul, "gpu": gpu_matmul}.get(_platform(), matmul)
 
 
+def joins_narrow_products() -> bool:
+  """Returns whether low-rank maps of one input are better joined to one.
+
+  On a TPU, where the parts of the result would be copied, that moves 3 % more in a train step of
+  mamba2 with injected inputs (m = 1, v5e); on a GPU 2 % less.
+  """
+  return _platform() == "gpu"
+
+
 def decoding_options() -> dict[str, str]:
   """Returns the compiler's options for a loop that decodes.
 
@@ -232,6 +243,14 @@ def convolution(form: str, requested: str, *, split: bool) -> Convolve:
   return functools.partial(
       convolve, delays=cpu_delays if _platform() == "cpu" else delays_by_padding
   )
+
+
+def injection(form: str, requested: str) -> Inject:
+  """Returns the function that injects inputs; see `convolution`."""
+  name = resolve(form, requested)
+  if name in ("triton", "triton" + INTERPRETED):
+    return functools.partial(gpu_inject, interpret=name != "triton")
+  return inject
 
 
 def resolve(form: str, requested: str) -> str:

@@ -43,7 +43,10 @@ def check_kernels(config: ModelConfig, *, strict: bool = False) -> bool:
   limit = LIMITS[config.dtype]
   failure = ""
   try:
-    errors = kernel_errors(form, chosen, mixer.sizes, config.dtype)
+    errors = kernel_errors(
+        form, chosen, mixer.sizes, config.dtype,
+        injection=config.dense.depth > 0 and config.dense.inject == "inputs",
+    )
   except Exception as error:  # A compiler that refuses a kernel may raise anything.
     errors, failure = {"nothing, as they failed": math.inf}, f" ({type(error).__name__}: {error})"
   wrong = {name: error for name, error in errors.items() if not error <= limit}

@@ -40,7 +40,7 @@ def _connection(inject, sources, query=(N,), **options):
   config = model_config("mamba", **{"depth": 2, "inject": inject, "layers": 4} | options)
   module = make_connection(
       config, sources=sources, inputs={"b": (N, None), "x": (E, "inner")}, query=query,
-      channels=E, rngs=nnx.Rngs(0),
+      channels=E, form="diagonal", rngs=nnx.Rngs(0),
   )
   graph, state = nnx.split(module)
   state = jax.tree.map(lambda leaf: leaf + normal(leaf.size, *leaf.shape, scale=0.5), state)
@@ -237,8 +237,10 @@ def test_input_injection_is_equation_5(sources, input_norm):
       total = total / jnp.sqrt(mean_square + 1e-5) * scale
     expected[name] = total
   actual = connection.fuse_inputs(x_BTD, own, shallow)
-  assert_trees_close(actual, expected)
-  assert connection.share(own, actual, STATES) is own
+  assert_trees_close(actual.fused, expected)
+  for kept in (actual.own, actual.shared):
+    assert all(kept[name] is own[name] for name in own)
+  assert connection.share(actual, STATES) is actual.shared
   # The hook of the other kind of injection does nothing.
   read = connection.run(x_BTD, own["b"], STATES, shallow, Epilogue())[0].y
   assert_trees_close(read, STATES.read(own["b"]))
@@ -249,8 +251,10 @@ def test_no_sources_is_the_identity_without_parameters(inject):
   connection = _connection(inject, 0)
   assert not jax.tree.leaves(nnx.state(connection))
   own = {"b": normal(0, B, T, N)}
-  assert connection.fuse_inputs(normal(1, B, T, D), own, ()) is own
-  assert connection.share(own, own, STATES) is (STATES if inject == "state" else own)
+  inputs = connection.fuse_inputs(normal(1, B, T, D), own, ())
+  assert inputs.fused is own
+  assert inputs.own is own
+  assert connection.share(inputs, STATES) is (STATES if inject == "state" else own)
   read = connection.run(normal(1, B, T, D), own["b"], STATES, (), Epilogue())[0].y
   assert_trees_close(read, STATES.read(own["b"]))
 
@@ -340,7 +344,8 @@ def test_zero_gates_leave_the_base_model_and_still_learn(family, inject, depth):
 def test_gates_start_as_configured_and_zero_is_exactly_nothing(inject, init):
   config = model_config("mamba", 1, inject, gate_init=init, input_norm=False)
   connection = make_connection(
-      config, sources=1, inputs={"x": (E, "inner")}, query=(N,), channels=E, rngs=nnx.Rngs(0)
+      config, sources=1, inputs={"x": (E, "inner")}, query=(N,), channels=E,
+      form="diagonal", rngs=nnx.Rngs(0),
   )
   x_BTD, c_BTN, own = normal(0, B, T, D), normal(1, B, T, N), normal(2, B, T, E)
   if inject == "state":
@@ -348,7 +353,8 @@ def test_gates_start_as_configured_and_zero_is_exactly_nothing(inject, init):
     own = states.read(c_BTN)
     fused = connection.run(x_BTD, c_BTN, states, [_diagonal_states(0)], Epilogue())[0].y
   else:
-    fused = connection.fuse_inputs(x_BTD, {"x": own}, [{"x": normal(3, B, T, E)}])["x"]
+    inputs = connection.fuse_inputs(x_BTD, {"x": own}, [{"x": normal(3, B, T, E)}])
+    fused = inputs.fused["x"]
   assert np.array_equal(fused, own) == (init == "zeros")
 
 

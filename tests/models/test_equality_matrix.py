@@ -74,6 +74,7 @@ KERNEL_LENGTHS = {
 }
 KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
 TPU_READS = ("linear", "concat", "attention")  # The GPU's kernels are not given all of them.
+GPU_INPUTS = ("inputs", "inputs-fused")  # Only the GPU has kernels of input injection.
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {
     "documents": (True, True), "one-document": (False, False), "carried": (False, True),
@@ -85,7 +86,7 @@ SELECTIVE_FAMILIES = ("mamba", "mamba2")  # Their tokens choose their decays.
 def _kernels_take_part(family, option, length, scene):
   plain = "m2" if family in STATE_FAMILIES else "base"
   lengths = KERNEL_LENGTHS.get(family, ()) if option == plain else ()
-  reads = KERNEL_READS if family == "mamba2" else ()
+  reads = (*KERNEL_READS, *GPU_INPUTS) if family == "mamba2" else ()
   if scene == "strong-decays":
     return family == "mamba2" and length == 63
   return scene == "documents" and (length in lengths or option in reads)
@@ -143,7 +144,9 @@ def _forms(family, option, length, scene):
   # cuDNN is on GPUs alone; tests/ops/attention tests what is asked of it.
   forms = [form for form in IMPLEMENTATIONS[REGISTRY[family].form] if form != "cudnn"]
   part = _kernels_take_part(family, option, length, scene)
-  kernels = {"pallas": part, "triton": part and option not in TPU_READS}
+  kernels = {
+      "pallas": part and option not in GPU_INPUTS, "triton": part and option not in TPU_READS,
+  }
   forms = [form for form in forms if kernels.get(form, True)]
   forms.sort(key=lambda form: form in ("recurrent", "softmax"))
   if "conv" in forms:  # It takes chunks where rows hold documents or go on from a state.

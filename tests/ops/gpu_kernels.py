@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of diagonal and matrix states for an H100 and prints what they cost.
+"""Compiles the Triton kernels of recurrences and of injection for an H100 and prints their cost.
 
 test_gpu_compile.py runs this with the Python that has the GPU compiler. The last line of output is
 JSON: for each program its matmul FLOPs, and its bytes over those of one array [B, T, E] in
@@ -6,6 +6,7 @@ bfloat16.
 """
 
 import json
+import types
 from collections.abc import Callable
 
 import jax
@@ -15,8 +16,12 @@ from dense_jax.ops.diagonal import gpu as diagonal
 from dense_jax.ops.diagonal.kernel_inputs import LowRank
 from dense_jax.ops.diagonal.kernel_inputs import Source as DiagonalSource
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.injection import Injected
+from dense_jax.ops.injection_gpu import gpu_inject
+from dense_jax.ops.matmul import matmul
 from dense_jax.ops.matrix import gpu as matrix
 from dense_jax.ops.matrix.kernel_inputs import Source as MatrixSource
+from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.runs.compile import compile_function
 from dense_jax.types import PyTree
 
@@ -79,6 +84,23 @@ def matrix_states(heads: int, size: int, *, selective: bool, sources: int) -> di
   return _cost(finish, recurrences, gates, epilogue, _bool(B, T))
 
 
+def injection(sources: int) -> dict[str, float]:
+  """Sources that share a gate, injected into a layer's input; the own one has other readers."""
+
+  def run(
+      own: jax.Array, shallow: tuple[jax.Array, ...], gate: LowRankGate, scale: jax.Array
+  ) -> Injected:
+    norm = types.SimpleNamespace(scale=scale, epsilon=1e-5)
+    return gpu_inject(own, shallow, [gate] * sources, norm)
+
+  own = _low(B, T, E)
+  gate: PyTree = LowRankGate(_low(B, T, 32), _float32(32, E), matmul)
+  return _cost(
+      lambda shallow, gate, arrays: run(arrays[0], shallow, gate, arrays[1]),
+      (own,) * sources, gate, (own, _float32(E)),
+  )
+
+
 def _cost(finish: Callable[..., PyTree], *arguments: PyTree) -> dict[str, float]:
   """Returns what the gradient of all arguments but the masks costs."""
   inputs, masks = arguments[:3], arguments[3:]
@@ -101,5 +123,7 @@ if __name__ == "__main__":
       "selective-1": selective(1),
       "selective-3": selective(3),
       "mamba2-2": matrix_states(16, 128, selective=True, sources=2),
+      "injection-1": injection(1),
+      "injection-2": injection(2),
       "retnet-2": matrix_states(2, 256, selective=False, sources=2),
   }))

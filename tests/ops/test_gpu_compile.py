@@ -10,8 +10,13 @@ from tests.helpers import ROOT, gpu_compiler_python
 
 # Program of gpu_kernels.py -> arrays [B, T, E] that a pass with gradients may move. Of a selective
 # recurrence with n sources that is at least 2 for each in the forward pass (x, states), and 5 in
-# the backward one, with the products of dt's gradient.
-ARRAYS = {"selective-1": 18, "selective-3": 42, "mamba2-2": 40, "retnet-2": 50}
+# the backward one, with the products of dt's gradient. Of an injection of n sources it is 2 + n in
+# the forward pass, 5 + 2 n in the backward one, 2 for the gate, and 4 for copies of the own input,
+# which the program returns.
+ARRAYS = {
+    "selective-1": 18, "selective-3": 42, "mamba2-2": 40, "retnet-2": 50, "injection-1": 17,
+    "injection-2": 20,
+}
 
 
 @pytest.mark.slow

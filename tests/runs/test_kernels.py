@@ -5,6 +5,7 @@ import pytest
 
 from dense_jax.errors import InputError
 from dense_jax.ops import resolver
+from dense_jax.ops.injection import inject
 from dense_jax.ops.kernel_check import LIMITS, kernel_errors
 from dense_jax.ops.matrix.sequence import AssociativeMatrix, ChunkedMatrix
 from dense_jax.ops.recurrence import Sizes
@@ -49,6 +50,25 @@ def test_right_diagonal_kernels_are_within_the_limits():
   errors = kernel_errors("diagonal", "associative", Sizes(1, 1, 6, 3), "float32")
   assert len(errors) == 2 + 2 * 5 + 4
   assert max(errors.values()) < LIMITS["float32"] / 3
+
+
+def test_input_injection_is_checked_where_layers_do_it(monkeypatch, capsys):
+  sizes = Sizes(4, 2, 6, 10)
+  errors = kernel_errors("matrix", "associative", sizes, "bfloat16", injection=True)
+  errors = {name: error for name, error in errors.items() if "injection" in name}
+  gradients = {f"gradient.{name}" for name in ("own", "source", "hidden", "up", "scale")}
+  assert errors.keys() == {f"injection.{name}" for name in gradients | {"y"}}
+  assert max(errors.values()) < LIMITS["bfloat16"] / 2
+
+  def spoiled(form, requested):
+    del form
+    scale = 1.0 if requested == "recurrent" else 1.1
+    return lambda own, *rest: inject(scale * own, *rest)
+
+  monkeypatch.setattr(resolver, "injection", spoiled)
+  assert check_kernels(CONFIG)
+  assert not check_kernels(model_config("mamba2", 1, "inputs"))
+  assert "injection.y by" in capsys.readouterr().err
 
 
 def test_right_kernels_run(capsys):

@@ -46,9 +46,9 @@ each_ssm = pytest.mark.parametrize("family", [
 ])
 
 
-def config(family, mesh=None, *, depth=2, length=T, implementation="auto"):
+def config(family, mesh=None, *, depth=2, length=T, implementation="auto", inject="state"):
   model = model_config(
-      family, depth, "state", vocab_size=16, layers=3, implementation=implementation
+      family, depth, inject, vocab_size=16, layers=3, implementation=implementation
   )
   return ExperimentConfig(
       model=model,
@@ -110,14 +110,16 @@ def test_a_mesh_of_eight_devices_changes_nothing(family, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "implementation"), [
-    (MeshConfig(slices=2, data=2, fsdp=2), "auto"),
-    (MeshConfig(data=2, sequence=2, tensor=2), "pallas"),
-    (MeshConfig(data=2, sequence=2, tensor=2), "triton"),
+@pytest.mark.parametrize(("mesh", "implementation", "inject"), [
+    (MeshConfig(slices=2, data=2, fsdp=2), "auto", "state"),
+    (MeshConfig(data=2, sequence=2, tensor=2), "pallas", "state"),
+    (MeshConfig(data=2, sequence=2, tensor=2), "triton", "state"),
+    (MeshConfig(data=2, sequence=2), "triton", "inputs"),
+    (MeshConfig(data=1, tensor=2), "triton", "inputs"),  # Its norm is over channels of both.
 ])
-def test_slices_and_kernels_change_nothing(mesh, implementation):
-  actual = after_a_step(config("mamba2", mesh, implementation=implementation))
-  assert_trees_close(actual, after_a_step(config("mamba2")))
+def test_slices_and_kernels_change_nothing(mesh, implementation, inject):
+  actual = after_a_step(config("mamba2", mesh, implementation=implementation, inject=inject))
+  assert_trees_close(actual, after_a_step(config("mamba2", inject=inject)))
 
 
 @functools.cache

@@ -23,6 +23,7 @@ def make_connection(
     inputs: Mapping[str, tuple[int, str | None]],
     query: tuple[int, ...],
     channels: int,
+    form: str,
     fixed_query: bool = False,
     rngs: nnx.Rngs,
 ) -> Connection:
@@ -35,6 +36,7 @@ def make_connection(
       empty means that the family has none that depend on the token.
     query: trailing shape of the mixer's query, (N,) or (J, N).
     channels: E, the width of a read.
+    form: the form of the mixer's state, a key of `resolver.IMPLEMENTATIONS`.
     fixed_query: true if the query is a parameter [E, N] instead of a function of the token.
     rngs: for the parameters.
 
@@ -51,4 +53,4 @@ def make_connection(
         "config.model.dense.inject", inject,
         f"state with family={config.family}, whose state has no inputs made by the token",
     )
-  return InputInjection(config, sources=sources, inputs=inputs, rngs=rngs)
+  return InputInjection(config, sources=sources, inputs=inputs, form=form, rngs=rngs)

@@ -1,5 +1,6 @@
 """The interface between a mixer and its layer's dense connection, and the empty connection."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
@@ -18,6 +19,24 @@ Shared: TypeAlias = Recurrence | Inputs | None
 """The states or recurrence inputs that a layer shares with deeper layers; None means nothing."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FusedInputs:
+  """The inputs of a recurrence, for each of their readers; see `Injected`.
+
+  Attributes:
+    fused: the inputs of the layer's recurrence.
+    own: the inputs before fusion, for what else the layer does with them.
+    shared: the inputs before fusion, for `share`.
+  """
+
+  fused: Inputs
+  own: Inputs
+  shared: Inputs
+
+
+NO_INPUTS = FusedInputs({}, {}, {})
+
+
 class Connection(Protocol):
   """A layer's connection to shallower layers, for a sequence and for one token.
 
@@ -26,7 +45,7 @@ class Connection(Protocol):
   leading axes are [B, T] or [B].
   """
 
-  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
+  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> FusedInputs:
     """Fuses the recurrence's own inputs with those that the sources shared."""
 
   def run(
@@ -47,7 +66,7 @@ class Connection(Protocol):
       that deeper layers may read.
     """
 
-  def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
+  def share(self, inputs: FusedInputs, states: Recurrence) -> Shared:
     """Returns what deeper layers may read: the states, or the inputs before or after fusion."""
 
 
@@ -60,10 +79,10 @@ class NoConnection(nnx.Module):
   def __init__(self, inject: str) -> None:
     self.inject = inject
 
-  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> Inputs:
+  def fuse_inputs(self, x_D: Array, own: Inputs, shallow: Sequence[Shared]) -> FusedInputs:
     """See `Connection`: the layer's own inputs, unchanged."""
     del x_D, shallow
-    return own
+    return FusedInputs(own, own, own)
 
   def run(
       self, x_D: Array, query: Array, states: Recurrence, shallow: Sequence[Shared],
@@ -76,7 +95,6 @@ class NoConnection(nnx.Module):
     output, final = states.finish(query, (), epilogue)
     return output, final, states
 
-  def share(self, own: Inputs, fused: Inputs, states: Recurrence) -> Shared:
+  def share(self, inputs: FusedInputs, states: Recurrence) -> Shared:
     """See `Connection`."""
-    del fused
-    return states if self.inject == "state" else own
+    return states if self.inject == "state" else inputs.shared

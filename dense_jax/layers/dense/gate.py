@@ -1,9 +1,10 @@
 """Gates of dense connections: low-rank maps from a layer's input."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.config import ModelConfig
@@ -52,6 +53,30 @@ def make_gates(
   """Makes one gate for all sources, or one for each, nearest first."""
   count = 1 if config.dense.gate_sharing == "shared" else sources
   return nnx.List([Gate(config, width, axis, rngs) for _ in range(count)])
+
+
+def low_rank_gates(
+    gates: Mapping[str, Sequence[Gate]], x_D: Array, *, joined: bool
+) -> dict[str, list[LowRankGate]]:
+  """Returns several lists of gates of one input, before their last maps.
+
+  Args:
+    gates: name -> gates.
+    x_D: the input.
+    joined: whether the first maps of a sequence are one product, which reads the input and adds to
+      its gradient once. One token of decoding is smaller than the matrices that would be joined.
+  """
+  if not joined or x_D.ndim < 3:
+    return {name: [gate.low_rank(x_D) for gate in of_name] for name, of_name in gates.items()}
+  down = [gate.down for of_name in gates.values() for gate in of_name]
+  kernel = jnp.concatenate([linear.kernel[...] for linear in down], axis=1)
+  hidden = iter(jnp.split(jax.nn.silu(down[0].matmul(x_D, kernel)), len(down), axis=-1))
+  return {
+      name: [
+          LowRankGate(next(hidden), gate.up.kernel[...], gate.up.matmul) for gate in of_name
+      ]
+      for name, of_name in gates.items()
+  }
 
 
 def of_source(gates: Sequence[T], source: int) -> T:
