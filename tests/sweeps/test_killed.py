@@ -18,7 +18,7 @@ from dense_jax.sweeps.definition import Cell, Match, Sweep
 def get_sweep(arg=""):
   cells = (Cell("base"), Cell("dense", {"model.dense.depth": 1, "optimizer.learning_rate": 0.01}),
            Cell("as long", match=Match("flops", "dense")))
-  return Sweep("experiments/smoke.py:debug", cells, "base", seeds=(0, 1), question="Which?")
+  return Sweep("experiments/smoke.py:debug", cells, "base", seeds=(0,), question="Which?")
 '''
 
 
@@ -48,9 +48,9 @@ def test_a_killed_sweep_has_the_same_table(tmp_path):
   assert "base" in output and "flops of dense" in output
 
   moments = random.Random(7)
-  for kill in (os.kill, os.killpg, os.killpg):  # The sweep alone, and with its runs.
+  for kill in (os.kill, os.killpg):  # The sweep alone, and with its runs.
     process = start("killed")
-    time.sleep(moments.uniform(3, 25))
+    time.sleep(moments.uniform(3, 15))
     if process.poll() is None:
       kill(process.pid, signal.SIGKILL)
     process.wait()
