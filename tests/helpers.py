@@ -1,7 +1,9 @@
-"""What tests share: one table of tolerances, one comparison of trees, the TPU compiler."""
+"""What tests share: one table of tolerances, one comparison of trees, the compilers."""
 
+import json
 import os
 import pathlib
+import subprocess
 import sys
 from typing import Any
 
@@ -86,6 +88,18 @@ def gpu_compiler_python() -> str:
   python = folder / "bin" / "python"
   assert python.is_file(), f"{folder} has no Python"
   return str(python)
+
+
+def run_with_gpu_compiler(script: str, *, timeout: float) -> Any:
+  """Runs a script, named from the root, where the GPU compiler is; returns its last line's JSON."""
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  result = subprocess.run(
+      [gpu_compiler_python(), ROOT / script],
+      env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+      capture_output=True, text=True, timeout=timeout, check=False,
+  )
+  assert result.returncode == 0, result.stderr[-4000:]
+  return json.loads(result.stdout.splitlines()[-1])
 
 
 def write_text(folder: pathlib.Path) -> pathlib.Path:

@@ -147,21 +147,20 @@ def _look(
     return value.reshape(batch_size * time, -1)[places].astype(jnp.float32)
 
   with observing(Observer(wanted=frozenset({"state"}))) as observer:
-    model.hidden(batch.tokens_BT, batch.segments)
+    _, _, aux = model.summed_losses(batch, z_loss=0.0, chunk=_LOSS_CHUNK, measure=True)
   residuals = observer.seen["residual"]
   states = [taken(value) for value in observer.seen.get("state", [])]
   mask_BT = batch.loss_mask_BT.astype(jnp.float32)
 
-  def loss_after(x_BTD: Array) -> Array:
+  def losses_after(x_BTD: Array) -> Array:
     logits_BTV = model.logits(model.norm(x_BTD))
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum((log_z_BT - target_BT) * mask_BT) / jnp.sum(mask_BT)
+    return log_z_BT - target_BT
 
-  lens = jnp.stack([loss_after(x_BTD) for x_BTD in residuals])
-  _, _, aux = model.summed_losses(batch, z_loss=0.0, chunk=_LOSS_CHUNK, measure=True)
-  nll_BT, _ = model.token_losses(batch, chunk=_LOSS_CHUNK)
-  return states, [taken(x) for x in residuals], lens, aux, nll_BT
+  nlls = [losses_after(x_BTD) for x_BTD in residuals]
+  lens = jnp.stack([jnp.sum(nll_BT * mask_BT) / jnp.sum(mask_BT) for nll_BT in nlls])
+  return states, [taken(x) for x in residuals], lens, aux, nlls[-1]
 
 
 @functools.partial(jax.jit, static_argnames="cut")

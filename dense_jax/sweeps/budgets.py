@@ -14,7 +14,7 @@ from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.errors import InputError
 from dense_jax.files import parse_json
 from dense_jax.models.flops import train_flops
-from dense_jax.models.params import abstract_model, get_params
+from dense_jax.models.params import abstract_model, count_params, get_params
 from dense_jax.outputs import write_json
 from dense_jax.runs import resume
 from dense_jax.runs.compile import with_vocab
@@ -43,7 +43,7 @@ class PlannedCell:
   @property
   def parameters(self) -> int:
     """The number of the model's parameters."""
-    return count_parameters(self.config)
+    return count_params(get_params(abstract_model(self.config.model)))
 
   @property
   def tokens(self) -> int:
@@ -63,11 +63,6 @@ class PlannedCell:
         key: value for key, value in resume.keys(self.config).items()
         if key != "seed" and resume.classify(key) is not resume.Change.FREELY
     }
-
-
-def count_parameters(config: ExperimentConfig) -> int:
-  """Returns the number of a model's parameters."""
-  return sum(leaf.size for leaf in get_params(abstract_model(config.model)).values())
 
 
 def plan(
@@ -93,11 +88,11 @@ def plan(
       other = found[cell.match.cell]
       if cell.match.by == "parameters":
         change = {"model.width": _width(sweep, cell, other.parameters)}
-      elif cell.match.by == "flops":
-        ratio = train_flops(planned.config.model) / train_flops(other.config.model)
-        change = {"train.steps": _steps(planned.config, other.config, ratio)}
       else:
-        ratio = _measured(folder, planned, other, measure or step_time_ratio)
+        if cell.match.by == "flops":
+          ratio = train_flops(planned.config.model) / train_flops(other.config.model)
+        else:
+          ratio = _measured(folder, planned, other, measure or step_time_ratio)
         change = {"train.steps": _steps(planned.config, other.config, ratio)}
       planned = _planned(sweep, cell, change)
     found[cell.name] = planned
@@ -203,8 +198,6 @@ def describe_plan(cells: Sequence[PlannedCell]) -> list[tuple[str, ...]]:
   """Returns the rows of a table of the cells: parameters, tokens, FLOPs, and what is matched."""
   rows: list[tuple[str, ...]] = [("cell", "parameters", "tokens", "TFLOP", "equal")]
   for each in cells:
-    match = each.cell.match
-    equal = "tokens" if match is None else f"{match.by} of {match.cell}"
     rows.append((each.cell.name, f"{each.parameters:,}", f"{each.tokens:,}",
-                 f"{each.flops / 1e12:,.0f}", equal))
+                 f"{each.flops / 1e12:,.0f}", each.cell.equal))
   return rows

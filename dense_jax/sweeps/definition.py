@@ -15,7 +15,7 @@ from typing import Any
 from dense_jax.config import invalid
 from dense_jax.errors import InputError, did_you_mean
 
-BUDGETS = ("tokens", "parameters", "flops", "time")
+BUDGETS = ("parameters", "flops", "time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Cell:
     return re.sub(r"[^a-z0-9.=+-]+", "_", self.name.lower()).strip("_.")
 
   @property
-  def matched_by(self) -> str:
-    """One of `BUDGETS`: what this cell has in common with the cell that sets its budget."""
-    return self.match.by if self.match else "tokens"
+  def equal(self) -> str:
+    """Says what this cell has in common with others: tokens, or what it matches of which cell."""
+    return f"{self.match.by} of {self.match.cell}" if self.match else "tokens"
 
   def texts(self) -> list[tuple[str, str]]:
     """The overrides as a command line has them."""
@@ -110,8 +110,8 @@ class Sweep:
     self.cell(self.base)
     for cell in self.cells:
       self.cell(cell.base or self.base)
-      if cell.match and cell.match.by not in BUDGETS[1:]:
-        raise invalid(f"{cell.name}: match.by", cell.match.by, " or ".join(BUDGETS[1:]))
+      if cell.match and cell.match.by not in BUDGETS:
+        raise invalid(f"{cell.name}: match.by", cell.match.by, " or ".join(BUDGETS))
       if cell.match and self.cell(cell.match.cell).match:
         raise invalid(f"{cell.name}: match.cell", cell.match.cell, "a cell without a match")
 

@@ -28,11 +28,10 @@ def rows(sweep: Sweep, planned: list[PlannedCell], results: Results) -> list[tup
     is_base = cell.name == sweep.base_of(cell).name
     less = difference(sweep, results, cell)
     of_base = "" if is_base else f"{_number(less, '+.4f')} of {sweep.base_of(cell).name}"
-    equal = "tokens" if cell.match is None else f"{cell.match.by} of {cell.match.cell}"
     table.append((
         cell.name, f"{each.parameters:,}", f"{each.tokens:,}", f"{each.flops / 1e12:,.0f}", speed,
         str(len(found)), _number(mean, ".4f"), of_base,
-        "" if is_base else _verdict(sweep, less), equal,
+        "" if is_base else _verdict(sweep, less), cell.equal,
     ))
   return table
 

@@ -1,12 +1,8 @@
 """Tests that the kernels for GPUs compile for an H100, with the real compiler."""
 
-import json
-import os
-import subprocess
-
 import pytest
 
-from tests.helpers import ROOT, gpu_compiler_python
+from tests.helpers import run_with_gpu_compiler
 
 # Program of gpu_kernels.py -> arrays [B, T, E] that a pass with gradients may move. Of a selective
 # recurrence with n sources that is at least 2 for each in the forward pass (x, states), and 5 in
@@ -22,14 +18,7 @@ ARRAYS = {
 @pytest.mark.slow
 @pytest.mark.gpu_compiler
 def test_recurrences_compile_for_an_h100_and_move_few_arrays():
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  result = subprocess.run(
-      [gpu_compiler_python(), ROOT / "tests" / "ops" / "gpu_kernels.py"],
-      env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-      capture_output=True, text=True, timeout=900, check=False,
-  )
-  assert result.returncode == 0, result.stderr[-4000:]
-  found = json.loads(result.stdout.splitlines()[-1])
+  found = run_with_gpu_compiler("tests/ops/gpu_kernels.py", timeout=900)
   assert found.keys() == ARRAYS.keys()
   for name, limit in ARRAYS.items():
     assert found[name]["matmul_flops"] > 0, (name, found[name])

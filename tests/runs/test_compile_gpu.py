@@ -1,26 +1,15 @@
 """Costs of programs for an H100, by the real compiler: loops by their trips, kernels by authors."""
 
-import json
-import os
-import subprocess
-
 import pytest
 
-from tests.helpers import ROOT, gpu_compiler_python
+from tests.helpers import run_with_gpu_compiler
 
 pytestmark = [pytest.mark.slow, pytest.mark.gpu_compiler]
 
 
 @pytest.fixture(scope="module")
 def found():
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  result = subprocess.run(
-      [gpu_compiler_python(), ROOT / "tests" / "runs" / "gpu_programs.py"],
-      env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-      capture_output=True, text=True, timeout=600, check=False,
-  )
-  assert result.returncode == 0, result.stderr[-4000:]
-  return json.loads(result.stdout.splitlines()[-1])
+  return run_with_gpu_compiler("tests/runs/gpu_programs.py", timeout=600)
 
 
 def test_a_scanned_model_costs_what_its_unrolled_twin_does(found):
