@@ -60,7 +60,9 @@ def over_mesh(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return kernel(*arguments)
+  # All axes have to be manual around a TPU kernel, and an axis can become manual only once.
+  axes = set(mesh.axis_names) - set(mesh.manual_axes)
   return jax.shard_map(
-      kernel, in_specs=specs(mesh.shape[WIDTH_AXIS]), out_specs=outputs,
-      axis_names={*BATCH_AXES, WIDTH_AXIS}, check_vma=False,
+      kernel, in_specs=specs(mesh.shape[WIDTH_AXIS]), out_specs=outputs, axis_names=axes,
+      check_vma=False,
   )(*arguments)

@@ -69,7 +69,8 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(monke
 def test_a_train_step_for_four_chips(tmp_path):
   """Compares the matmuls of the smallest experiment with 6 N FLOPs per token."""
   file = tmp_path / "report.json"
-  status, out, err = run(*SMOKE, "--topology", "v5e:2x2", "--mesh", "data=2,fsdp=2", "--json", file)
+  arguments = *SMOKE, "--topology", "v5e:2x2", "--mesh", "data=2,fsdp=2", "--json", file
+  status, out, err = run(*arguments)
   assert status == 0, err
   report = json.loads(file.read_text())
   assert set(report) == {
@@ -85,9 +86,16 @@ def test_a_train_step_for_four_chips(tmp_path):
   assert {"all-gather", "all-reduce"} <= kinds
   assert all(c["count"] > 0 and c["bytes"] > 0 for c in report["collectives"])
   assert "fits" in out.splitlines()[-1] and "compiling" in err
-  # 30,720 parameters are in matmuls, the head's among them; a chip has one row of 64 tokens.
-  # Rematerialised parts add to that.
-  assert report["matmul_flops"] == pytest.approx(6 * 30720 * 64, rel=0.05)
+
+  # 30,720 parameters are in matmuls; a chip has one row of 64 tokens. The head's 258 x 32 are
+  # multiplied once more, for a chunk's logits are computed again for its gradients.
+  file.unlink()
+  status, _, err = run(*arguments, "--config.model.implementation=associative")
+  assert status == 0, err
+  matmul_flops = json.loads(file.read_text())["matmul_flops"]
+  assert matmul_flops == pytest.approx((6 * 30720 + 2 * 258 * 32) * 64, rel=0.01)
+  # Kernels compute low-rank gates and step sizes again instead of reading them.
+  assert matmul_flops < report["matmul_flops"] < 2 * matmul_flops
 
 
 @pytest.mark.slow

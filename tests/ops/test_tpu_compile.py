@@ -23,7 +23,8 @@ TEMPORARIES = {
     "mamba2-1-gradient": 0.03,
     "mamba2-3-packed-gradient": 0.08,
     "gau_retnet-3-packed-gradient": 0.48,
-    "retnet-3-packed-gradient": 0.17,
+    # 0.0.50 keeps queries and keys, whose layout it changes here, for the backward kernel.
+    "retnet-3-packed-gradient": 0.21,
     "wide-3-packed-gradient": 0.98,
 }
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dense_jax.ops import partition
 from dense_jax.ops.attention.blockwise import blockwise_attention
 from dense_jax.ops.attention.reference import Documents, check_shapes
-from dense_jax.types import BATCH_AXES, WIDTH_AXIS, Array
+from dense_jax.types import WIDTH_AXIS, Array
 
 _LANES = 128
 # Block lengths, the best first.
@@ -40,10 +40,10 @@ def splash_attention(
   if documents is not None:
     batch = q_BTHN.shape[0]
     documents = Documents(*(jnp.broadcast_to(x, (batch, x.shape[1])) for x in documents))
-  return jax.shard_map(
-      kernel, in_specs=(by_head, by_head, by_head, partition.by_row()), out_specs=by_head,
-      axis_names={*BATCH_AXES, WIDTH_AXIS}, check_vma=False,
-  )(q_BTHN, k_BSJN, v_BSJN, documents)
+  return partition.over_mesh(
+      kernel, lambda _: (by_head, by_head, by_head, partition.by_row()), by_head,
+      q_BTHN, k_BSJN, v_BSJN, documents,
+  )
 
 
 def _on_device(
