@@ -3,6 +3,8 @@
 import shlex
 from collections.abc import Sequence
 
+from etils import epath
+
 from dense_jax.cli import common
 from dense_jax.config import invalid
 from dense_jax.files import make_path
@@ -32,6 +34,9 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--workdir", required=True, help="where the runs are kept, one folder each")
   command.add_argument("--record", metavar="FILE.jsonl", help="where results are kept; left out, "
                        "results.jsonl in the workdir")
+  command.add_argument("--known", action="append", default=[], metavar="FILE.jsonl",
+                       help="another sweep's results: a run of the same settings and seed is taken "
+                       "from there; may be given several times")
   command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side, each "
                        "on its share of the cores (default 1)")
   command.add_argument("--list", action="store_true", help="print the cells and their budgets only")
@@ -52,6 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     print(table(describe_plan(planned)))
     return 0
   results = Results(record, planned, sweep.metric)
+  for name in options.known:
+    count = results.adopt(_known(name), {*sweep.seeds, *sweep.more_seeds})
+    print(f"{count} runs are known from {name}")
   if options.commands:
     for job in next_jobs(sweep, planned, folder, results):
       print(shlex.join(["dense-jax", "train", *job.arguments]))
@@ -69,6 +77,13 @@ def main(arguments: Sequence[str]) -> int:
   for (name, seed), why in failed.items():
     print(f"failed    {name}, seed {seed}: {why}")
   return 1 if failed else 0
+
+
+def _known(name: str) -> epath.Path:
+  path = make_path(name, "--known")
+  if not path.is_file():
+    raise invalid("--known", name, "a sweep's file of results")
+  return path
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -85,6 +85,23 @@ def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | No
   )
 
 
+def read_results(file: epath.Path) -> Iterator[tuple[int, Result]]:
+  """Yields the lines of a file of results, with their numbers from 1 on.
+
+  Raises:
+    InputError: a line is damaged.
+  """
+  *lines, _ = file.read_text().split("\n")
+  for number, line in enumerate(lines, 1):
+    try:
+      values = parse_json(line.encode())
+      if not isinstance(values, dict) or values.keys() != _FIELDS:
+        raise ValueError(f"expected an object with {', '.join(sorted(_FIELDS))}")
+    except ValueError as error:
+      raise InputError(f"{file}:{number} is damaged: {error}") from error
+    yield number, Result(**values)
+
+
 class Results:
   """The file of a sweep's results; a line is appended for each finished run.
 
@@ -101,27 +118,15 @@ class Results:
     """
     self._file, self._metric = file, metric
     self._lines: dict[tuple[str, int], Result] = {}
-    courses = {each.cell.name: course_digest(each) for each in planned}
-    content = file.read_text() if file.is_file() else ""
-    *lines, _ = content.split("\n")
-    for number, line in enumerate(lines, 1):
-      result = self._parse(line, number)
-      if courses.get(result.cell, result.course) != result.course:
+    self._courses = {each.cell.name: course_digest(each) for each in planned}
+    for number, result in read_results(file) if file.is_file() else ():
+      if self._courses.get(result.cell, result.course) != result.course:
         raise InputError(
             f"{file}:{number}: cell {result.cell!r} was run with other settings than the sweep "
             "has now: expected another name for the changed cell, or another file (--record)"
         )
       self._check(result)
       self._lines[result.cell, result.seed] = result
-
-  def _parse(self, line: str, number: int) -> Result:
-    try:
-      values = parse_json(line.encode())
-      if not isinstance(values, dict) or values.keys() != _FIELDS:
-        raise ValueError(f"expected an object with {', '.join(sorted(_FIELDS))}")
-      return Result(**values)
-    except ValueError as error:
-      raise InputError(f"{self._file}:{number} is damaged: {error}") from error
 
   def _check(self, result: Result) -> None:
     if self._metric not in result.metrics:
@@ -151,6 +156,28 @@ class Results:
     self._file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dataclasses.asdict(each)) for each in self._lines.values()]
     write_atomically(self._file, "".join(line + "\n" for line in lines).encode())
+
+  def adopt(self, record: epath.Path, seeds: Collection[int]) -> int:
+    """Takes from another sweep's file the runs that are this sweep's too; returns how many.
+
+    They are those of the same settings and seed, whatever the cell's name is there.
+
+    Args:
+      record: the other file.
+      seeds: the seeds that are wanted.
+
+    Raises:
+      InputError: a line of the file is damaged, or a run saw other text than those of this sweep.
+    """
+    adopted = [
+        dataclasses.replace(result, cell=cell)
+        for _, result in read_results(record) if result.seed in seeds
+        for cell, course in self._courses.items()
+        if course == result.course and (cell, result.seed) not in self
+    ]
+    for result in adopted:
+      self.add(result)
+    return len(adopted)
 
   def of(self, cell: str) -> dict[int, Result]:
     """Returns the results of a cell by seed."""

@@ -115,3 +115,25 @@ def test_a_table_before_anything_is_done(planned, tmp_path):
   assert [row[6] for row in table[1:]] == ["-", "-", "-"]
   assert table[2][7:9] == ("- of base", "too few seeds")
   assert picture(SWEEP, results).startswith(b"\x89PNG")
+
+
+def test_runs_of_another_sweep_are_taken_over(full, planned, tmp_path):
+  """Cells are recognised by their settings; what is there already, and other seeds, stay out."""
+  record = epath.Path(tmp_path) / "deep" / "results.jsonl"
+  sweep = dataclasses.replace(
+      SWEEP, cells=(Cell("plain"), Cell("wider", {"model.width": 48})), base="plain")
+  others = plan(sweep, epath.Path(tmp_path))
+  results = Results(epath.Path(tmp_path) / "r.jsonl", others, SWEEP.metric)
+  assert results.adopt(record, seeds={0, 2}) == 2
+  assert results.values("plain") == {0: 4.0, 2: 4.4} and not results.of("wider")
+  assert results.adopt(record, seeds={0, 2}) == 0
+  again = Results(epath.Path(tmp_path) / "r.jsonl", others, SWEEP.metric)
+  assert again.values("plain") == {0: 4.0, 2: 4.4}
+
+  elsewhere = Results(epath.Path(tmp_path) / "e.jsonl", planned, SWEEP.metric)
+  elsewhere.add(result(planned, "dense", 1, 4.0, data="other"))
+  with pytest.raises(InputError, match="saw other text"):
+    elsewhere.adopt(record, seeds={0})
+  record.write_text("{}\n")
+  with pytest.raises(InputError, match=r"results\.jsonl:1 is damaged: expected an object with"):
+    results.adopt(record, seeds={0})
