@@ -30,7 +30,7 @@ from experiments.benchmarks.common import Table
 
 SEEDS = (2, 3)
 BAR = 1.1
-PAIRS, STEPS = 15, 4
+PAIRS, STEPS = 11, 2
 # Name -> overrides.
 MODELS: dict[str, dict[str, str]] = {
     "gau_retnet": {},

@@ -1,0 +1,49 @@
+"""Sweep: 25M parameters and 24M tokens on one GPU, for a machine that one has for ten minutes.
+
+Here, once (the folder is 51 MB, and all that the other machine needs besides the repository):
+
+          dense-jax tokenize --config experiments/evidence.py:25m --tokens 24000000 \
+              --config.data.path=english_novels_train.jsonl.gz \
+              --config.data.heldout_path=english_novels_valid.jsonl.gz --to runs/novels_tokens
+
+There; the same command goes on where the limit ended it, and with another --workdir too, if only
+FILE is kept:
+
+          dense-jax sweep experiments/sweeps/gpu.py --workdir runs/sweeps/gpu --jobs 3 \
+              --limit-minutes 9 --record experiments/results/evidence_gpu.jsonl \
+              --config.data.path=runs/novels_tokens
+          python -m dense_jax.sweeps.timing runs/sweeps/gpu/gau_retnet_wider/seed0 \
+              runs/sweeps/gpu/gau_retnet_m=2/seed0
+
+Command   as above
+Hardware  one H100. Estimates of a step of 16,384 tokens, without launches: 19.1 ms (gau_retnet),
+          25.1 (m=2), 18.0 (mamba2); so 28 to 37 s a run, and 150 to 180 s a seed of all cells
+Order     all cells of seed 0, then of seeds 1 and 2; three runs side by side, so that some compile
+          while others train. Two seeds are what nine minutes surely hold
+Time      "wider" takes as long as m=2, by estimate; the second command measures it, as tokens/s of
+          runs side by side are not comparable
+Expected  not run: no GPU was there
+"""
+
+from dense_jax.experiment import check_argument
+from dense_jax.sweeps.definition import Cell, Sweep
+
+DEPTH = "model.dense.depth"
+MAMBA2 = {"model.family": "mamba2"}
+
+
+def get_sweep(arg: str = "") -> Sweep:
+  """Returns the sweep; `:debug` is a smoke test of it."""
+  cells = (
+      Cell("gau_retnet"),
+      Cell("gau_retnet m=2", {DEPTH: 2}),
+      Cell("mamba2", MAMBA2),
+      Cell("mamba2 m=2", MAMBA2 | {DEPTH: 2}, base="mamba2"),
+      Cell("gau_retnet wider", {"model.width": 640, "model.mixer.key_dim": 256},
+           base="gau_retnet m=2"),
+  )
+  sweep = Sweep(
+      "experiments/evidence.py:25m", cells, "gau_retnet",
+      question="Do dense connections gain at 25M parameters, and more than a wider base model?",
+  )
+  return sweep.debug() if check_argument(arg, "debug") else sweep
