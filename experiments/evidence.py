@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.update(batch_size=16, steps=TOKENS_25M // (16 * 1024), eval_batches=0)
     config.optimizer.learning_rate = 2e-3  # Not tried: no GPU was there to look for a better one.
   if size.endswith("debug"):
-    config.model.update(width=32)
+    config.model.update(width=32, dtype="float32")
     config.data.update(seq_len=32, tokenizer="bytes")
     config.train.update(steps=3, batch_size=2, log_every=1, eval_batches=2)
   return config

@@ -16,9 +16,10 @@ from dense_jax.files import is_remote, make_path
 from dense_jax.runs.formatting import scaled, table
 
 _EPILOG = """
-The folder holds the tokenizer, and the text to train on and to hold out as ids of two or four bytes.
+The folder holds the tokenizer, and the text to train on and to hold out, as ids of two or four
+bytes. A run trains on it with
   --config.data.path=FOLDER
-then trains on it, with the same rows as on the text itself, and with its tokenizer. docs/data.md
+and has the same rows and the same tokenizer as on the text itself; see docs/data.md.
 """
 
 
@@ -29,8 +30,8 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="an experiment, "
                        "whose text, tokenizer and vocabulary are taken")
   command.add_argument("--to", required=True, metavar="FOLDER", help="a new folder")
-  command.add_argument("--tokens", type=int, default=0, metavar="N", help="only the first documents "
-                       "to train on that have at most N tokens together; left out, all")
+  command.add_argument("--tokens", type=int, default=0, metavar="N", help="only the first "
+                       "documents to train on that have at most N tokens together; left out, all")
   config_help.add_argument(command)
   if config_help.is_asked(arguments):
     return config_help.show(command, arguments)

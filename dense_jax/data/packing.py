@@ -131,7 +131,9 @@ def _write_store(
     if not starts:
       raise invalid(source.field, str(source.root), "files with text; all of them are empty")
     spans = None if source.template is None else np.asarray(responses).reshape(-1, 2)
-    _write_borders(directory, dtype, position, np.asarray(starts), np.asarray(document_bytes), spans)
+    _write_borders(
+        directory, dtype, position, np.asarray(starts), np.asarray(document_bytes), spans
+    )
 
 
 def save_store(store: TokenStore, directory: Path) -> None:

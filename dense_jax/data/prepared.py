@@ -22,7 +22,7 @@ from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import digest
 from dense_jax.data.packing import open_store, save_store
 from dense_jax.data.token_store import TokenStore
-from dense_jax.data.tokenizer import Tokenizer, load_saved_tokenizer
+from dense_jax.data.tokenizer import Tokenizer, load_named_tokenizer
 from dense_jax.errors import InputError
 from dense_jax.files import is_remote, make_path, read_object, whole_folder, write_atomically
 
@@ -30,8 +30,8 @@ DESCRIPTION = "tokenized.json"
 _FIELD = "config.data.path"
 _TOKENIZER = "tokenizer"
 _PARTS = ("train", "heldout")
-# Keys of tokenized.json that a run's data.json lacks: fingerprint of each part, and what is equal in the
-# configurations that may read the folder.
+# Keys of tokenized.json that a run's data.json lacks: each part's fingerprint, what is equal in all
+# configurations that may read the folder, and the number of ids.
 _STORES, _LAYOUT, _VOCABULARY = "stores", "layout", "vocab_size"
 
 
@@ -95,7 +95,9 @@ def read(config: DataConfig) -> Prepared:
                     f"{described[_LAYOUT].get(key)!r}, by which the text in config.data.path was "
                     "tokenized")
   folder = _file(config).parent
-  tokenizer = load_saved_tokenizer(epath.Path(folder / _TOKENIZER))
+  tokenizer = load_named_tokenizer(
+      dataclasses.replace(config, tokenizer=str(folder / _TOKENIZER))
+  )
   stores = []
   for part in _PARTS:
     store = open_store(folder / part, str(described[_STORES].get(part)))
@@ -120,7 +122,8 @@ def write(
     folder: a path at which there is nothing, or an empty folder.
     config: the text's configuration.
     tokenizer: the tokenizer of both stores.
-    train, heldout: the stores; `train` may be the beginning of the text's.
+    train: the store to train on; it may be the beginning of the text's.
+    heldout: the held-out store.
     description: what `dense_jax.data.identity.describe` says of the whole text.
 
   Raises:

@@ -132,8 +132,8 @@ class Sweep:
   def debug(self) -> "Sweep":
     """Returns a smoke test: `:debug` of the experiment, the last cell with those it needs, a seed.
 
-    Of an experiment with an argument, FILE.py:ARG, it is `:ARG-debug`. That has to set all keys that
-    make runs long; overrides of the cells stay.
+    Of an experiment with an argument, FILE.py:ARG, it is `:ARG-debug`. That has to set all keys
+    that make runs long; overrides of the cells stay.
     """
     last = self.cells[-1]
     needed = {last.name, self.base, self.base_of(last).name}

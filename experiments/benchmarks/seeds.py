@@ -74,7 +74,7 @@ class Seeds:
     self()
 
   def __call__(self) -> float:
-    """Runs a few steps; returns the CPU seconds of one, which on one quiet core pass by the clock."""
+    """Runs a few steps; returns the CPU seconds of one: on a quiet core, those of the clock."""
     start = time.process_time()
     for _ in range(STEPS):
       self._state, metrics = self._step(self._state, self._batch)
