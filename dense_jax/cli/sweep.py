@@ -23,8 +23,8 @@ A finished run is never done again, and one that was ended goes on: the same com
 --config.KEY=VALUE changes all cells that do not set the key themselves.
 Results are one line a run in --record; beside it lie the table (.md), a plot (.png) and a page that
 needs no network (.html).
---limit-minutes ends the sweep in time, on a machine that one has for minutes. On a GPU, runs side by
-side (--jobs) share its memory.
+--limit-minutes ends the sweep in time, on a machine that one has for minutes. On a GPU, runs side
+by side (--jobs) share its memory.
 --commands prints a training command for each run that is left, for a launcher (see launch/); once
 they have ended, this command collects what lies in --workdir, which may be in a bucket.
 """

@@ -92,7 +92,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
   if before["tokenizer"] != now["tokenizer"]:
     lines.append("config.data.tokenizer: the tokenizer is another one than that of the run")
   return lines or [
-      "config.data: this is another part of the text, or another version of this program tokenized it"
+      "config.data: another part of the text, or another version of this program tokenized it"
   ]
 
 

@@ -108,7 +108,7 @@ def test_parts_and_tokenizers(describe):
       "config.data.tokenizer: the tokenizer is another one than that of the run",
   ]
   assert identity.explain_difference({**base, "fingerprint": "of another format"}, base) == [
-      "config.data: this is another part of the text, or another version of this program tokenized it"
+      "config.data: another part of the text, or another version of this program tokenized it"
   ]
 
 

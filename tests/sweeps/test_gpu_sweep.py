@@ -54,7 +54,7 @@ def test_the_sweep_for_a_gpu_at_toy_size(tmp_path):
     program = [sys.executable, "-m", "dense_jax.cli.main"]
     words = [{**replaced, **more}.get(word, word) for word in words[1:]]
     done = subprocess.run([*program, *words], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=600, check=False)
+                          text=True, timeout=1200, check=False)
     assert not done.returncode, done.stderr[-3000:]
     print(done.stdout)
     return done.stdout
@@ -63,7 +63,7 @@ def test_the_sweep_for_a_gpu_at_toy_size(tmp_path):
   text.unlink()
   assert "3 runs are left: the same command goes on" in run(sweep, **{"9": "0.001"})
   assert not (tmp_path / "record.jsonl").exists()
-  output = run(sweep)
+  output = run(sweep, **{"9": "60"})  # The machine of the tests may be busy.
   record = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
   assert {each["cell"] for each in record} == {
       "gau_retnet", "gau_retnet m=2", "gau_retnet wider"}
