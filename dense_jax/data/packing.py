@@ -130,9 +130,9 @@ def _write_store(
       _sync(file)
     if not starts:
       raise invalid(source.field, str(source.root), "files with text; all of them are empty")
-    spans = None if source.template is None else np.asarray(responses).reshape(-1, 2)
     _write_borders(
-        directory, dtype, position, np.asarray(starts), np.asarray(document_bytes), spans
+        directory, dtype, position, np.asarray(starts), np.asarray(document_bytes),
+        None if source.template is None else np.asarray(responses).reshape(-1, 2),
     )
 
 

@@ -98,18 +98,18 @@ def read(config: DataConfig) -> Prepared:
   tokenizer = load_named_tokenizer(
       dataclasses.replace(config, tokenizer=str(folder / _TOKENIZER))
   )
-  stores = []
+  stores: dict[str, TokenStore] = {}
   for part in _PARTS:
     store = open_store(folder / part, str(described[_STORES].get(part)))
     if store is None:
       raise invalid(_FIELD, config.path, f"a whole folder of tokenized text; its {part} is damaged")
-    stores.append(store)
+    stores[part] = store
   if tokenizer.fingerprint != described["tokenizer"]:
     raise invalid(_FIELD, config.path, "tokenized text beside the tokenizer that made it")
   description = {
       key: value for key, value in described.items() if key not in (_STORES, _LAYOUT, _VOCABULARY)
   }
-  return Prepared(tokenizer, *stores, description)
+  return Prepared(tokenizer, **stores, description=description)
 
 
 def write(
