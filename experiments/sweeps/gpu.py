@@ -1,16 +1,17 @@
 """Sweep: 25M parameters and 24M tokens on one GPU, for a machine that one has for ten minutes.
 
-Here, once (the folder is 51 MB, and all that the other machine needs besides the repository):
+Here, once. The folder is less than 50 MB, and all that travels besides the repository and wheels of
+what the other machine lacks (grain, array-record, ml-collections and tensorboardX are 5 MB):
 
-          dense-jax tokenize --config experiments/evidence.py:25m --tokens 24000000 \
-              --config.data.path=english_novels_train.jsonl.gz \
+          python -m dense_jax.cli.tokenize --config experiments/evidence.py:25m \
+              --tokens 23500000 --config.data.path=english_novels_train.jsonl.gz \
               --config.data.heldout_path=english_novels_valid.jsonl.gz --to runs/novels_tokens
 
-There; the same command goes on where the limit ended it, and with another --workdir too, if only
-FILE is kept:
+There, from the repository's root. The same command goes on where the limit ended it; on another
+machine it goes on with the finished runs, if the record is kept:
 
-          dense-jax sweep experiments/sweeps/gpu.py --workdir runs/sweeps/gpu --jobs 3 \
-              --limit-minutes 9 --record experiments/results/evidence_gpu.jsonl \
+          python -m dense_jax.cli.sweep experiments/sweeps/gpu.py --workdir runs/sweeps/gpu \
+              --jobs 3 --limit-minutes 9 --record experiments/results/evidence_gpu.jsonl \
               --config.data.path=runs/novels_tokens
           python -m dense_jax.sweeps.timing runs/sweeps/gpu/gau_retnet_wider/seed0 \
               runs/sweeps/gpu/gau_retnet_m=2/seed0
