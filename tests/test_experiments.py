@@ -51,6 +51,15 @@ def test_debug_is_small_enough_to_make(file: pathlib.Path):
     experiment.load(f"{file}:dbug")
 
 
+@pytest.mark.parametrize(("family", "parameters"), [
+    ("gau_retnet", 26_227_200), ("mamba2", 24_836_160)])
+def test_the_models_of_the_sweep_for_a_gpu_have_about_25m_parameters(family, parameters):
+  file = f"{ROOT / 'experiments' / 'evidence.py'}:25m"
+  config = experiment.load(file, [("model.family", family), ("model.vocab_size", "8192")])
+  assert size(config.model) == parameters
+  assert abs(config.train.steps * config.train.batch_size * config.data.seq_len / 24e6 - 1) < 1e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_families_have_about_350m_parameters(family):
   config = experiment.load(f"{ROOT / 'experiments' / 'family_350m.py'}:{family}")

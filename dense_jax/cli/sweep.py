@@ -1,8 +1,11 @@
 """Trains the cells of a sweep with several seeds, and compares them in one table."""
 
+import math
 import shlex
+import time
 from collections.abc import Sequence
 
+import jax
 from etils import epath
 
 from dense_jax.cli import common
@@ -21,6 +24,8 @@ A finished run is never done again, and one that was ended goes on: the same com
 --config.KEY=VALUE changes all cells that do not set the key themselves.
 Results are one line a run in --record; beside it lie the table (.md), a plot (.png) and a page that
 needs no network (.html).
+--limit-minutes ends the sweep in time, on a machine that one has for minutes. On a GPU, runs side
+by side (--jobs) share its memory.
 --commands prints a training command for each run that is left, for a launcher (see launch/); once
 they have ended, this command collects what lies in --workdir, which may be in a bucket.
 """
@@ -39,6 +44,8 @@ def main(arguments: Sequence[str]) -> int:
                        "from there; may be given several times")
   command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side, each "
                        "on its share of the cores (default 1)")
+  command.add_argument("--limit-minutes", type=float, default=math.inf, metavar="M", help="after M "
+                       "minutes start no run, and let those that run save and end")
   command.add_argument("--list", action="store_true", help="print the cells and their budgets only")
   command.add_argument("--commands", action="store_true", help="print the commands of the runs "
                        "that are left only")
@@ -47,6 +54,10 @@ def main(arguments: Sequence[str]) -> int:
   options, overrides = common.split_overrides(command, arguments)
   if options.jobs < 1:
     raise invalid("--jobs", options.jobs, "an integer >= 1")
+  if not options.limit_minutes > 0:
+    raise invalid("--limit-minutes", options.limit_minutes, "a number > 0")
+  deadline = time.monotonic() + 60 * options.limit_minutes
+  jax.config.update("jax_platforms", "cpu")  # Accelerators are the runs' own.
   sweep = load_sweep(options.sweep, overrides)
   folder = make_path(options.workdir, "--workdir")
   record = check_file(options.record or f"{options.workdir}/results.jsonl", "--record")
@@ -66,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
   failed = {} if options.table else run_sweep(
       sweep, planned, folder, results, side_by_side=options.jobs,
-      say=lambda line: print(line, flush=True),
+      say=lambda line: print(line, flush=True), deadline=deadline,
   )
   again = shlex.join(["dense-jax", "sweep", *arguments])
   written = write_all(sweep, planned, results, again, record)

@@ -6,6 +6,7 @@ from dense_jax.config.fields import choice, group, integer, text
 from dense_jax.config.task import TaskConfig
 
 _TEXT = "a file, directory or glob of .txt, .jsonl, .jsonl.gz, .jsonl.zst"
+_TOKENIZED = "a folder that `dense-jax tokenize` wrote"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class DataConfig:
   """
 
   path: str = text(
-      "stdlib", f"stdlib, or {_TEXT}",
+      "stdlib", f"stdlib, or {_TEXT}, or {_TOKENIZED}",
       help="text to train on, here or in a bucket (gs://BUCKET/...); stdlib means the sources of "
       "Python's standard library")
   heldout_path: str = text(

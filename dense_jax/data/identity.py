@@ -26,6 +26,8 @@ def describe(datasets: Datasets) -> dict[str, Any]:
     files: for each config field that named files, their `count`, total `bytes` and common
       `digest`; if there are at most 10,000, also `files`, a list of [name, bytes, SHA-256].
   """
+  if datasets.description is not None:
+    return dict(datasets.description)
   fields: dict[str, list[TextSource]] = {}
   for source in datasets.sources:
     fields.setdefault(source.field, []).append(source)
@@ -89,7 +91,9 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
       lines.append("config.data: another part of the same text is held out")
   if before["tokenizer"] != now["tokenizer"]:
     lines.append("config.data.tokenizer: the tokenizer is another one than that of the run")
-  return lines or ["config.data: the text was tokenized by another version of this program"]
+  return lines or [
+      "config.data: another part of the text, or another version of this program tokenized it"
+  ]
 
 
 def _file_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

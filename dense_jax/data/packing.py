@@ -49,7 +49,7 @@ def build_store(
   """
   fingerprint = digest(_FORMAT, source.fingerprint, tokenizer.fingerprint)
   path = cache_folder(cache_dir, "tokens") / fingerprint
-  store = _open_store(path, fingerprint)
+  store = open_store(path, fingerprint)
   if store is not None:
     return store
   with partial_folder(cache_dir, "tokens", fingerprint) as partial:
@@ -59,11 +59,11 @@ def build_store(
     source.check_unchanged()
     with named_errors(cache_dir):
       # Another writer may have come first; an incomplete store at the target path is deleted.
-      if path.exists() and _open_store(path, fingerprint) is None:
+      if path.exists() and open_store(path, fingerprint) is None:
         shutil.rmtree(path)
       with contextlib.suppress(OSError):
         (partial / "store").rename(path)
-  store = _open_store(path, fingerprint)
+  store = open_store(path, fingerprint)
   if store is None:
     raise invalid(
         "config.data.cache_dir", cache_dir, f"a directory where {path} can be made by a rename"
@@ -71,8 +71,13 @@ def build_store(
   return store
 
 
-def _open_store(path: Path, fingerprint: str) -> TokenStore | None:
-  """Opens the store in a directory; None means that there is none, or that it is incomplete."""
+def open_store(path: Path, fingerprint: str) -> TokenStore | None:
+  """Opens the store in a directory; None means that there is none, or that it is incomplete.
+
+  Args:
+    path: the directory.
+    fingerprint: that of the text and the tokenizer that the store was made from.
+  """
   try:
     meta = parse_json((path / "meta.json").read_bytes())
     documents = (int(meta["documents"]),)
@@ -125,18 +130,39 @@ def _write_store(
       _sync(file)
     if not starts:
       raise invalid(source.field, str(source.root), "files with text; all of them are empty")
-    arrays = {"starts": starts, "document_bytes": document_bytes}
-    meta = {"dtype": dtype.str, "tokens": position, "documents": len(starts)}
-    if source.template is not None:
-      arrays["responses"] = responses
-      meta["responses"] = len(responses) // 2
-    for name, values in arrays.items():
-      with (directory / f"{name}.bin").open("wb") as file:
-        file.write(np.asarray(values, "<i8").data)
-        _sync(file)
-    with (directory / "meta.json").open("wb") as file:
-      file.write(json.dumps(meta).encode())
+    _write_borders(
+        directory, dtype, position, np.asarray(starts), np.asarray(document_bytes),
+        None if source.template is None else np.asarray(responses).reshape(-1, 2),
+    )
+
+
+def save_store(store: TokenStore, directory: Path) -> None:
+  """Writes a store into a new directory, for `open_store`."""
+  directory.mkdir()
+  with (directory / "tokens.bin").open("wb") as file:
+    file.write(np.ascontiguousarray(store.tokens).data)
+    _sync(file)
+  _write_borders(directory, store.tokens.dtype, store.num_tokens, store.starts,
+                 store.document_bytes, store.responses)
+
+
+def _write_borders(
+    directory: Path, dtype: np.dtype, tokens: int, starts: np.ndarray, document_bytes: np.ndarray,
+    responses: np.ndarray | None,
+) -> None:
+  """Writes all of a store but its tokens, meta.json last."""
+  meta = {"dtype": dtype.str, "tokens": tokens, "documents": len(starts)}
+  arrays = {"starts": starts, "document_bytes": document_bytes}
+  if responses is not None:
+    arrays["responses"] = responses
+    meta["responses"] = len(responses)
+  for name, values in arrays.items():
+    with (directory / f"{name}.bin").open("wb") as file:
+      file.write(np.ascontiguousarray(values, "<i8").data)
       _sync(file)
+  with (directory / "meta.json").open("wb") as file:
+    file.write(json.dumps(meta).encode())
+    _sync(file)
 
 
 def _parts(document: Document) -> list[str]:

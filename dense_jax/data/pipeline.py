@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -11,6 +11,7 @@ import numpy as np
 
 from dense_jax.batch import Batch, Segments
 from dense_jax.config import DataConfig, invalid
+from dense_jax.data import prepared
 from dense_jax.data.cache import digest
 from dense_jax.data.id_tokenizer import IdTokenizer
 from dense_jax.data.packing import TokenStore, build_store
@@ -18,7 +19,7 @@ from dense_jax.data.row_store import RowStore
 from dense_jax.data.sources import TextSource, split
 from dense_jax.data.synthetic.store import TaskStore
 from dense_jax.data.synthetic.tasks import check, names
-from dense_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dense_jax.data.tokenizer import Tokenizer, load_named_tokenizer, load_tokenizer
 
 _LOG = logging.getLogger(__name__)
 # Packing holds the global interpreter lock, so a second thread would gain nothing.
@@ -35,7 +36,9 @@ class Datasets:
     tokenizer: the tokenizer of both stores.
     train, heldout: the rows to train on, and those to score.
     fingerprint: hex digest that identifies both stores.
-    sources: the documents that the two stores were made from; () of a task.
+    sources: the documents that the two stores were made from; () if there are none here, as of a
+      task, or of text that was tokenized elsewhere.
+    description: of text that was tokenized elsewhere, what `identity.describe` said of it there.
   """
 
   tokenizer: Tokenizer
@@ -43,6 +46,7 @@ class Datasets:
   heldout: RowStore
   fingerprint: str
   sources: tuple[TextSource, ...] = ()
+  description: Mapping[str, Any] | None = None
 
 
 def load_datasets(
@@ -66,26 +70,48 @@ def load_datasets(
   """
   if config.task.exists:
     return _load_task(config, tokenizer)
+  if prepared.is_prepared(config):
+    return _load_prepared(config, tokenizer)
   train_source, heldout_source = split(config)
   if tokenizer is None:
     tokenizer = load_tokenizer(config, train_source)
   elif config.tokenizer != "train":
-    named = load_tokenizer(config, train_source)
-    if named.fingerprint != tokenizer.fingerprint:
-      raise invalid(
-          "config.data.tokenizer", config.tokenizer, "train, which takes the tokenizer of the "
-          "model that the run begins with; this is another one",
-      )
+    _check_named(load_tokenizer(config, train_source), tokenizer, config,
+                 "the model that the run begins with")
   train = build_store(train_source, tokenizer, config.cache_dir, progress)
   heldout = build_store(heldout_source, tokenizer, config.cache_dir, progress)
-  if config.format == "responses":
-    _warn_of_cut_examples(config.seq_len, train, heldout)
+  _warn_of_cut_examples(config, train, heldout)
   return Datasets(
       tokenizer=tokenizer,
       train=train,
       heldout=heldout,
       fingerprint=digest(train.fingerprint, heldout.fingerprint),
       sources=(train_source, heldout_source),
+  )
+
+
+def _check_named(named: Tokenizer, wanted: Tokenizer, config: DataConfig, whose: str) -> None:
+  if named.fingerprint != wanted.fingerprint:
+    raise invalid(
+        "config.data.tokenizer", config.tokenizer,
+        f"train, which takes the tokenizer of {whose}; this is another one",
+    )
+
+
+def _load_prepared(config: DataConfig, tokenizer: Tokenizer | None) -> Datasets:
+  """Opens tokenized text; `config.tokenizer = "train"` means its tokenizer."""
+  text = prepared.read(config)
+  if config.tokenizer != "train":
+    _check_named(load_named_tokenizer(config), text.tokenizer, config, "the tokenized text")
+  if tokenizer is not None and tokenizer.fingerprint != text.tokenizer.fingerprint:
+    raise invalid(
+        "config.data.path", config.path, "text that was tokenized as the model was trained with "
+        "which the run begins",
+    )
+  _warn_of_cut_examples(config, text.train, text.heldout)
+  return Datasets(
+      text.tokenizer, text.train, text.heldout, text.description["fingerprint"],
+      description=text.description,
   )
 
 
@@ -115,15 +141,42 @@ def heldout_store(config: DataConfig, tokenizer: Tokenizer) -> RowStore:
   """
   if config.task.exists:
     return TaskStore(check(config), heldout=True)
+  return heldout_text(config, tokenizer)
+
+
+def heldout_text(config: DataConfig, tokenizer: Tokenizer) -> TokenStore:
+  """Returns the held-out text of a run; see `heldout_store`."""
+  if prepared.is_prepared(config):
+    text = prepared.read(config)
+    if text.tokenizer.fingerprint != tokenizer.fingerprint:
+      raise invalid("config.data.path", config.path, "text tokenized by the run's tokenizer")
+    return text.heldout
   return build_store(split(config)[1], tokenizer, config.cache_dir)
 
 
-def _warn_of_cut_examples(seq_len: int, *stores: TokenStore) -> None:
-  cut = sum(store.num_cut(seq_len) for store in stores)
+def texts(config: DataConfig, tokenizer: Tokenizer) -> tuple[Iterable[str], Iterable[str]]:
+  """Returns the texts that the loss counts, those to train on and those held out.
+
+  Args:
+    config: the run's data, which is text.
+    tokenizer: the run's tokenizer, which decodes text that was tokenized elsewhere.
+
+  Raises:
+    InputError: the text is no longer where it was.
+  """
+  if prepared.is_prepared(config):
+    text = prepared.read(config)
+    return text.train.texts(tokenizer.decode), text.heldout.texts(tokenizer.decode)
+  train, heldout = split(config)
+  return (part.target_text for part in train), (part.target_text for part in heldout)
+
+
+def _warn_of_cut_examples(config: DataConfig, *stores: TokenStore) -> None:
+  cut = sum(store.num_cut(config.seq_len) for store in stores if store.responses is not None)
   if cut:
     _LOG.warning(
         "config.data.seq_len = %d: of %d examples %d are longer, and what is beyond is learned in "
-        "rows of its own, without what comes before it", seq_len,
+        "rows of its own, without what comes before it", config.seq_len,
         sum(store.num_documents for store in stores), cut,
     )
 

@@ -15,8 +15,11 @@ windows without one are left out.
 import bisect
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
+
+from dense_jax.data.cache import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,40 @@ class TokenStore:
       end = int(self.num_tokens if is_last else self.starts[document + 1]) - 1  # Without eos.
       end = min(end, first + most)
     return self.tokens[first:end].tolist()
+
+  def first(self, most: int) -> "TokenStore":
+    """Returns the store of the first documents that have at most `most` tokens together.
+
+    Raises:
+      ValueError: the first document alone has more.
+    """
+    if self.num_tokens <= most:
+      return self
+    count = int(np.searchsorted(self.starts, most, side="right")) - 1
+    if not count:
+      raise ValueError(f"the first document has more than {most:,} tokens")
+    end = int(self.starts[count])
+    responses = self.responses
+    return dataclasses.replace(
+        self, tokens=self.tokens[:end], starts=self.starts[:count],
+        document_bytes=self.document_bytes[:count],
+        fingerprint=digest(self.fingerprint, "first", count),
+        responses=None if responses is None else responses[responses[:, 1] <= end],
+    )
+
+  def texts(self, decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """Yields the text that the loss counts: that of each document, or of each response.
+
+    Args:
+      decode: ids -> text, of the tokenizer. A text that the tokenizer does not restore exactly is
+        as it decodes it.
+    """
+    spans = self.responses
+    if spans is None:
+      ends = np.append(self.starts[1:], self.num_tokens)
+      spans = np.stack([np.asarray(self.starts) + 1, ends], axis=1)
+    for begin, end in spans:
+      yield decode(self.tokens[begin : end - 1].tolist())
 
   def num_cut(self, seq_len: int) -> int:
     """Returns the number of documents that are longer than a window."""

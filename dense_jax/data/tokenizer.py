@@ -106,10 +106,8 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
     InputError: the path holds no tokenizer, a package is missing that reads it, or training fails
       (see `train_sentencepiece`).
   """
-  if config.tokenizer == "bytes":
-    return ByteTokenizer()
   if config.tokenizer != "train":
-    return _load_named(make_path(config.tokenizer, _FIELD))
+    return load_named_tokenizer(config)
   key = digest(train_source.fingerprint, training_settings(config.vocab_size))
   path = cache_folder(config.cache_dir, "tokenizers") / f"{key}.model"
   if not path.exists():
@@ -126,8 +124,15 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
   )
 
 
-def _load_named(path: epath.Path) -> Tokenizer:
-  """Loads the tokenizer of a path that a user gave."""
+def load_named_tokenizer(config: DataConfig) -> Tokenizer:
+  """Loads the tokenizer that `config.tokenizer` names, which is not "train".
+
+  Raises:
+    InputError: see `load_tokenizer`.
+  """
+  if config.tokenizer == "bytes":
+    return ByteTokenizer()
+  path = make_path(config.tokenizer, _FIELD)
   if path.is_dir():
     inner = path / _OF_RUN
     try:

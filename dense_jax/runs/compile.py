@@ -23,6 +23,7 @@ from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.costs.chips import Bound, Estimate, bound, estimate
 from dense_jax.costs.hlo import Cost, Item, program_items, total
 from dense_jax.costs.hlo_text import OpenLoopError
+from dense_jax.data import prepared
 from dense_jax.data.synthetic.tasks import names, resolve
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.evaluation.perplexity import Scorer
@@ -226,6 +227,8 @@ def with_vocab(config: ExperimentConfig) -> ExperimentConfig:
   kind, task = config.data.tokenizer, config.data.task
   sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
   own = len(names(resolve(task))) if task.exists else sizes.get(kind, 0)
+  if not task.exists and prepared.is_prepared(config.data):
+    own = prepared.vocab_size(config.data)
   size = config.model.vocab_size or own
   if not size:
     raise invalid("config.model.vocab_size", 0, f"the number of pieces of the tokenizer {kind}")

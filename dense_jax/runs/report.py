@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from etils import epath
 
 from dense_jax.config import invalid
-from dense_jax.data.packing import build_store
-from dense_jax.data.pipeline import heldout_store
-from dense_jax.data.sources import Document, split
+from dense_jax.data.pipeline import heldout_store, heldout_text, texts
 from dense_jax.data.spelling import spell
 from dense_jax.data.token_store import TokenStore
 from dense_jax.data.tokenizer import Tokenizer
@@ -125,18 +123,18 @@ def _figures(
     rows = task_rows(score, data.task.name, name)
     continued = task_samples(run, heldout_store(data, run.tokenizer))
   else:
-    train, heldout = split(data)
-    rows = comparison(score, _text(train), _text(heldout), name)
-    store = build_store(heldout, run.tokenizer, data.cache_dir)
+    train, heldout = texts(data, run.tokenizer)
+    rows = comparison(score, _beginning(train), _beginning(heldout), name)
+    store = heldout_text(data, run.tokenizer)
     continued = samples(run.model, store, run.tokenizer, seed=config.seed)
   return [*rows, *resources(score, metrics)], continued
 
 
-def _text(documents: Iterable[Document]) -> bytes:
-  """Returns the text that the loss counts as UTF-8, up to the baselines' limit."""
+def _beginning(documents: Iterable[str]) -> bytes:
+  """Returns texts as UTF-8, up to the baselines' limit."""
   parts, size = [], 0
   for document in documents:
-    parts.append(document.target_text.encode())
+    parts.append(document.encode())
     size += len(parts[-1])
     if size >= _BASELINE_BYTES:
       break

@@ -1,15 +1,11 @@
 """Budgets: cells whose parameters, FLOPs or time agree with those of another cell."""
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
-from dense_jax import experiment, sharding
+from dense_jax import experiment
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.errors import InputError
 from dense_jax.files import parse_json
@@ -19,11 +15,10 @@ from dense_jax.outputs import write_json
 from dense_jax.runs import resume
 from dense_jax.runs.compile import with_vocab
 from dense_jax.sweeps.definition import Cell, Sweep
-from dense_jax.training.step import Trainer
+from dense_jax.sweeps.timing import time_ratio
 
 TIMES_FILE = "times.json"
 _WIDTH_STEP = 8
-_PAIRS, _STEPS = 5, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +71,7 @@ def plan(
     folder: where measured ratios of times are kept, so that a sweep that goes on has the budgets
       that it began with.
     measure: (one, other) -> the time of a step of the one over the other's; None takes
-      `step_time_ratio`.
+      `dense_jax.sweeps.timing.time_ratio`.
 
   Raises:
     InputError: a cell's configuration is not valid, or no width has the wanted parameters.
@@ -92,7 +87,7 @@ def plan(
         if cell.match.by == "flops":
           ratio = train_flops(planned.config.model) / train_flops(other.config.model)
         else:
-          ratio = _measured(folder, planned, other, measure or step_time_ratio)
+          ratio = _measured(folder, planned, other, measure or time_ratio)
         change = {"train.steps": _steps(planned.config, other.config, ratio)}
       planned = _planned(sweep, cell, change)
     found[cell.name] = planned
@@ -156,42 +151,6 @@ def _measured(
     times[key] = measure(planned.config, other.config) * others / tokens
     write_json(file, times, "--workdir")
   return float(times[key])
-
-
-def step_time_ratio(config: ExperimentConfig, other: ExperimentConfig) -> float:
-  """Measures the time of a train step over that of another, in turn on this machine's devices.
-
-  Returns:
-    The median of the ratios of five pairs.
-  """
-  first, second = _Timed(config), _Timed(other)
-  return statistics.median(first.seconds() / second.seconds() for _ in range(_PAIRS))
-
-
-class _Timed:
-  """A train step on random tokens."""
-
-  def __init__(self, config: ExperimentConfig) -> None:
-    trainer = Trainer(config, sharding.make_mesh(config.mesh))
-    shapes = trainer.batch_shapes(config.train.batch_size, config.data.seq_len)
-    key = jax.random.key(0)
-    tokens = jax.random.randint(key, shapes.tokens_BT.shape, 0, config.model.vocab_size)
-    ones = jnp.ones_like(tokens)
-    batch = dataclasses.replace(
-        jax.tree.map(lambda shape: ones.astype(shape.dtype), shapes),
-        tokens_BT=tokens, targets_BT=tokens,
-    )
-    self._batch = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), batch, shapes)
-    self._step, self._state = trainer.train_step, trainer.init(0)
-    self.seconds()  # Compiles.
-
-  def seconds(self) -> float:
-    """Runs a few steps, and returns their time."""
-    begin = time.perf_counter()
-    for _ in range(_STEPS):
-      self._state, metrics = self._step(self._state, self._batch)
-    jax.block_until_ready(metrics)
-    return time.perf_counter() - begin
 
 
 def describe_plan(cells: Sequence[PlannedCell]) -> list[tuple[str, ...]]:

@@ -132,14 +132,16 @@ class Sweep:
   def debug(self) -> "Sweep":
     """Returns a smoke test: `:debug` of the experiment, the last cell with those it needs, a seed.
 
-    `:debug` has to set all keys that make runs long; overrides of the cells stay.
+    Of an experiment with an argument, FILE.py:ARG, it is `:ARG-debug`. That has to set all keys
+    that make runs long; overrides of the cells stay.
     """
     last = self.cells[-1]
     needed = {last.name, self.base, self.base_of(last).name}
     needed |= {last.match.cell} if last.match else set()
     cells = tuple(cell for cell in self.cells if cell.name in needed)
+    joint = "-" if ":" in self.experiment else ":"
     return dataclasses.replace(
-        self, experiment=f"{self.experiment}:debug", cells=cells, seeds=self.seeds[:1],
+        self, experiment=f"{self.experiment}{joint}debug", cells=cells, seeds=self.seeds[:1],
         more_seeds=(),
     )
 

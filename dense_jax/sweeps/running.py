@@ -1,6 +1,7 @@
 """Runs what is left of a sweep: each run is a process of its own, several side by side."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,11 @@ from dense_jax.training.lock import RunLock
 
 _LOOK_SECONDS = 0.2
 _LAST_LINES = 3
+# Variables that say how much of a GPU's memory a process takes, and the part that runs share.
+_SHARES = {
+    "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE",
+}
+_SHARED_MEMORY = 0.9
 
 Command = Callable[["Job"], list[str]]
 
@@ -106,10 +112,18 @@ def _unfinished(all_jobs: Iterator[Job], results: Results) -> list[Job]:
   return left
 
 
+def _environment(side_by_side: int) -> dict[str, str]:
+  """Returns the environment of a run, with its share of a GPU's memory unless the user set one."""
+  own = dict(os.environ)
+  if side_by_side > 1 and _SHARES.isdisjoint(own):
+    own["XLA_CLIENT_MEM_FRACTION"] = f"{_SHARED_MEMORY / side_by_side:.3f}"
+  return own
+
+
 class _Process:
   """A run's process, on cores of its own, with its output in a file beside the run's folder."""
 
-  def __init__(self, job: Job, command: list[str], cores: set[int]) -> None:
+  def __init__(self, job: Job, command: list[str], cores: set[int], side_by_side: int) -> None:
     self.job, self.cores = job, cores
     self.log = job.workdir.parent / f"{job.workdir.name}.log"
     job.workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +132,8 @@ class _Process:
       os.sched_setaffinity(0, cores)  # The child inherits it, and sizes its thread pool by it.
       try:
         self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=_environment(side_by_side),
         )
       finally:
         os.sched_setaffinity(0, all_cores)
@@ -131,11 +146,12 @@ class _Process:
 
 def run_jobs(
     todo: Sequence[Job], results: Results, *, side_by_side: int, say: Callable[[str], None],
-    command: Command = train_command,
+    command: Command = train_command, deadline: float = math.inf,
 ) -> dict[tuple[str, int], str]:
   """Runs jobs, each in a process, and adds what they show to the results.
 
-  A request to end is passed on: the runs save what they have, and the next call goes on with them.
+  A request to end is passed on, and so is the deadline: the runs save what they have, and the next
+  call goes on with them.
 
   Args:
     todo: the runs.
@@ -143,6 +159,7 @@ def run_jobs(
     side_by_side: how many run at a time, each on its share of the cores.
     say: called with a line for each run that finishes or fails.
     command: job -> the command that runs it.
+    deadline: the time, by `time.monotonic`, after which no run starts, and those that run end.
 
   Returns:
     (name, seed) -> what a run that failed printed last.
@@ -151,18 +168,28 @@ def run_jobs(
   shares = [set(all_cores[i::side_by_side]) or set(all_cores) for i in range(side_by_side)]
   waiting, running = list(todo), list[_Process]()
   failed: dict[tuple[str, int], str] = {}
+  late = False
   with tqdm.tqdm(total=len(waiting), unit="run", disable=not sys.stderr.isatty()) as bar:
     try:
-      while waiting or running:
-        while waiting and len(running) < side_by_side:
+      while running or (waiting and not late):
+        if not late and time.monotonic() >= deadline:
+          late = True
+          for each in running:
+            each.process.terminate()
+        while waiting and not late and len(running) < side_by_side:
           free = next(cores for cores in shares if all(each.cores is not cores for each in running))
           job = waiting.pop(0)
-          running.append(_Process(job, command(job), free))
+          running.append(_Process(job, command(job), free, side_by_side))
         time.sleep(_LOOK_SECONDS)
         for each in [each for each in running if each.process.poll() is not None]:
           running.remove(each)
           bar.update()
-          _finish(each, results, failed, say)
+          if not _finish(each, results, say):
+            if late:
+              say(f"{each.job.describe()}: ended by the limit, as {each.why()}")
+            else:
+              failed[each.job.key] = f"status {each.process.returncode}: {each.why()}"
+              say(f"{each.job.describe()}: failed with {failed[each.job.key]} (see {each.log})")
     finally:
       for each in running:
         each.process.terminate()
@@ -173,7 +200,7 @@ def run_jobs(
 
 def run_sweep(
     sweep: Sweep, planned: Sequence[PlannedCell], folder: epath.Path, results: Results, *,
-    side_by_side: int, say: Callable[[str], None],
+    side_by_side: int, say: Callable[[str], None], deadline: float = math.inf,
 ) -> dict[tuple[str, int], str]:
   """Does all runs of a sweep that are left, those of more seeds included; see `run_jobs`.
 
@@ -190,24 +217,23 @@ def run_sweep(
   try:
     while todo := [job for job in next_jobs(sweep, planned, folder, results)
                    if job.key not in failed]:
+      if time.monotonic() >= deadline:
+        say(f"the limit is reached, and {len(todo)} runs are left: the same command goes on")
+        break
       say(f"{len(todo)} runs are left, {side_by_side} at a time")
-      failed |= run_jobs(todo, results, side_by_side=side_by_side, say=say)
+      failed |= run_jobs(todo, results, side_by_side=side_by_side, say=say, deadline=deadline)
   finally:
     lock.release()
   return failed
 
 
-def _finish(
-    ended: _Process, results: Results, failed: dict[tuple[str, int], str],
-    say: Callable[[str], None],
-) -> None:
-  """Takes the result of a process that has ended."""
-  job, status = ended.job, ended.process.returncode
-  found = collect(job.planned, job.seed, job.workdir) if not status else None
+def _finish(ended: _Process, results: Results, say: Callable[[str], None]) -> bool:
+  """Takes the result of a process that has ended; returns False if there is none."""
+  job = ended.job
+  found = None if ended.process.returncode else collect(job.planned, job.seed, job.workdir)
   if found is None:
-    failed[job.key] = f"status {status}: {ended.why()}"
-    say(f"{job.describe()}: failed with {failed[job.key]} (see {ended.log})")
-    return
+    return False
   results.add(found)
   value = results.values(job.planned.cell.name)[job.seed]
   say(f"{job.describe()}: {value:.4f}, {found.tokens_per_second:,.0f} tokens/s")
+  return True

@@ -5,8 +5,6 @@ Hardware  two CPU cores
 Expected  experiments/results/evidence_recall.md
 """
 
-import dataclasses
-
 from dense_jax.experiment import check_argument
 from dense_jax.sweeps.definition import Cell, Sweep
 
@@ -43,6 +41,4 @@ def get_sweep(arg: str = "") -> Sweep:
       metric="task_accuracy", higher_is_better=True,
       question=f"Do dense connections help to learn {task}?",
   )
-  if "debug" not in words:
-    return sweep
-  return dataclasses.replace(sweep.debug(), experiment=f"experiments/recall.py:{task}-debug")
+  return sweep.debug() if "debug" in words else sweep

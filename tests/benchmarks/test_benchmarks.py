@@ -66,6 +66,16 @@ def test_cpu(tmp_path):
 
 
 @pytest.mark.slow
+def test_seeds(tmp_path):
+  record, output = run("seeds", tmp_path, "--quick")
+  assert set(record["results"]) == {
+      f"{model}, {count} seeds" for model in ("gau_retnet", "mamba2") for count in (2, 3)}
+  assert all(figures["ratio"] > 0 for figures in record["results"].values())
+  assert record["hardware"].startswith("1 cores")
+  assert "| gau_retnet | 3 seeds |" in output
+
+
+@pytest.mark.slow
 def test_dense_overhead(tmp_path):
   record, _ = run("dense_overhead", tmp_path, "--quick", "--family", "mamba2")
   assert record["results"]["families"]["mamba2"]["added"] > 0

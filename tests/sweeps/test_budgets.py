@@ -5,8 +5,9 @@ from etils import epath
 
 from dense_jax.errors import InputError
 from dense_jax.models.flops import train_flops
-from dense_jax.sweeps.budgets import describe_plan, plan, step_time_ratio
+from dense_jax.sweeps.budgets import describe_plan, plan
 from dense_jax.sweeps.definition import Cell, Match, Sweep
+from dense_jax.sweeps.timing import step_time_ratio, time_ratio
 from tests.helpers import ROOT
 
 EXPERIMENT = str(ROOT / "experiments/smoke.py:debug")
@@ -60,6 +61,13 @@ def test_the_ratio_of_two_steps_times(tmp_path):
   cell = Cell("eight rows", {"train.batch_size": 8})  # One for each of the tests' devices.
   config = planned(tmp_path, cell)["eight rows"].config
   assert 0.1 < step_time_ratio(config, config) < 10
+
+
+@pytest.mark.slow
+def test_the_ratio_measured_in_another_process(tmp_path):
+  cells = Cell("wide", {"model.width": 256, "train.batch_size": 8}), Cell("narrow")
+  found = planned(tmp_path, *cells)
+  assert time_ratio(found["wide"].config, found["narrow"].config) > 1
 
 
 def test_a_cell_that_is_not_valid_is_named(tmp_path):

@@ -13,7 +13,7 @@ from dense_jax.sweeps import running
 from dense_jax.sweeps.budgets import plan
 from dense_jax.sweeps.definition import Cell, Sweep
 from dense_jax.sweeps.results import Result, Results, course_digest
-from dense_jax.sweeps.running import Job, jobs, next_jobs, run_jobs, train_command
+from dense_jax.sweeps.running import Job, jobs, next_jobs, run_jobs, run_sweep, train_command
 from tests.helpers import ROOT
 
 SWEEP = Sweep(
@@ -107,6 +107,45 @@ def test_a_run_that_fails_stops_no_other(sweep):
   assert failed == {("dense", 0): "status 1: first / error: no memory"}
   assert ("wide", 0) in results and ("dense", 0) not in results
   assert any("dense, seed 0: failed" in line and "seed0.log" in line for line in said)
+
+
+def test_after_the_limit_no_run_starts_and_those_that_run_end(sweep):
+  planned, folder, results = sweep
+  said = []
+
+  def command(job):
+    if job.key == ("base", 0):
+      return write_loss(job)
+    return [sys.executable, "-c", "print('saved', flush=True); import time; time.sleep(600)"]
+
+  begin = time.monotonic()
+  failed = run_jobs(list(jobs(SWEEP, planned, folder, [0])), results, side_by_side=2,
+                    say=said.append, command=command, deadline=begin + 10)
+  assert not failed and time.monotonic() - begin < 60
+  assert ("base", 0) in results and ("dense", 0) not in results
+  ended = [line for line in said if "ended by the limit" in line]
+  assert [line.partition(",")[0] for line in ended] == ["dense", "wide"]
+  assert "saved" in ended[0]
+  left = run_sweep(SWEEP, planned, folder, results, side_by_side=1, say=said.append, deadline=begin)
+  assert not left and "5 runs are left: the same command goes on" in said[-1]
+
+
+def test_runs_side_by_side_share_a_gpus_memory(sweep, monkeypatch):
+  planned, folder, results = sweep
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+
+  def shares(side_by_side):
+    def command(job):
+      return [sys.executable, "-c",
+              "import os; print(os.environ.get('XLA_CLIENT_MEM_FRACTION', 'all'))"]
+
+    first = next(jobs(SWEEP, planned, folder, [0]))
+    run_jobs([first], results, side_by_side=side_by_side, say=lambda _: None, command=command)
+    return (folder / "base" / "seed0.log").read_text().strip()
+
+  assert (shares(1), shares(3)) == ("all", "0.300")
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  assert shares(3) == "all"
 
 
 def test_an_end_is_passed_on_to_the_runs(sweep, monkeypatch):
