@@ -84,7 +84,7 @@ class Browser:
     ]
     with (folder / "log").open("wb") as log:
       self._process = subprocess.Popen(
-          ["sh", "-c", f'exec "$@" 3<&{its_read} 4>&{its_write}', "sh", *arguments],
+          ["bash", "-c", f'exec "$@" 3<&{its_read} 4>&{its_write}', "bash", *arguments],
           stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(its_read, its_write),
       )
     os.close(its_read)
