@@ -10,9 +10,9 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem;
        color: #1f2328; background: #fff }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
-        overflow-x: auto }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #e5e5e5; text-align: right;
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums;
+        display: block; overflow-x: auto }
+th, td { padding: .25rem .4rem; border-bottom: 1px solid #e5e5e5; text-align: right;
          white-space: nowrap }
 th { white-space: normal; vertical-align: bottom }
 .words { text-align: left }

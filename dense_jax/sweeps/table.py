@@ -166,7 +166,7 @@ def picture(sweep: Sweep, results: Results) -> bytes:
       names.append(f"{cell.name} (n = {less.count})")
       means.append(less.mean)
       errors.append(0.0 if math.isnan(less.error) else 2 * less.error)
-  figure = Figure(figsize=(8, 1.2 + 0.32 * max(len(names), 1)), layout="constrained")
+  figure = Figure(figsize=(6, 1.2 + 0.32 * max(len(names), 1)), layout="constrained")
   axes = figure.subplots()
   places = list(range(len(names)))
   axes.errorbar(means, places, xerr=errors, fmt="o", capsize=3)
