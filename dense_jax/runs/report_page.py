@@ -50,7 +50,7 @@ def write_page(
 
   Args:
     workdir: the run's folder.
-    rows: the report's table, its header first.
+    rows: the report's table, its header first; an empty row ends what the header is about.
     samples: pairs of a prompt and its continuation.
     beside: the folders of other runs, to compare with.
 
@@ -70,7 +70,9 @@ def write_page(
   page.section("Results")
   page.table(_figures(shown))
   page.text("Losses and bits per byte are those that training recorded last.")
-  page.table([row for row in rows if any(row)])
+  groups = [list(group) for some, group in itertools.groupby(rows, any) if some]
+  for number, group in enumerate(groups):
+    page.table([("further figures", "value"), *group] if number else group)
   page.section("Curves")
   page.picture(_losses(shown), "training and held-out loss by step")
   page.picture(_speeds(shown), "tokens per second by step")
@@ -164,10 +166,11 @@ def _speeds(shown: Sequence[_Shown]) -> bytes:
 def _figure() -> tuple[Any, Any]:
   """Returns a figure of which two stand side by side on a wide page, and its axes."""
   from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
 
   figure = Figure(figsize=(5.5, 4), layout="constrained")
   axes = figure.subplots()
-  axes.xaxis.get_major_locator().set_params(integer=True)
+  axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
   return figure, axes
 
 

@@ -30,11 +30,12 @@ def runs(tmp_path):
 
 
 def test_one_run(runs):
-  page = write_page(runs[0], [("score", "value"), ("", ""), ("xz", "1.683")],
+  page = write_page(runs[0], [("text", "bits"), ("xz", "1.683"), ("", ""), ("context", "64")],
                     [("prompt", " <b>continued</b>")])
   content = page.read_text()
   assert page.name == "report.html" and content.startswith("<!doctype html>")
-  for part in ("Report on base", "3.2500", "1.500", "<td>200</td>", "1,024", "<td>1.683</td>",
+  for part in ("Report on base", "3.2500", "1.500", "<td>200</td>", "1,024",
+               "bits</th></tr></thead>", "<td>1.683</td>", "further figures</th><th>value</th>", "<td>64</td>",
                '<span class="more">prompt</span> &lt;b&gt;continued&lt;/b&gt;',
                "model.dense.depth"):
     assert part in content
