@@ -3,21 +3,28 @@
 import base64
 import dataclasses
 import html
+import re
 from collections.abc import Sequence
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem;
        color: #1f2328; background: #fff }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
-        overflow-x: auto }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5; text-align: right;
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums;
+        display: block; overflow-x: auto }
+th, td { padding: .25rem .4rem; border-bottom: 1px solid #e5e5e5; text-align: right;
          white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
+th { white-space: normal; vertical-align: bottom }
+.words { text-align: left }
+td.words:not(:first-child) { white-space: normal }
 tbody tr:hover { background: #f6f8fa }
-pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
-img { max-width: 100% } nav a { margin-right: 1rem } .more { color: #59636e }
+p, pre { overflow-wrap: anywhere }
+pre { background: #f6f8fa; padding: .8rem; white-space: pre-wrap }
+img { max-width: 100%; vertical-align: top } nav a { margin-right: 1rem } .more { color: #59636e }
 """
+
+# A number, its standard error and its unit; a dash or nothing where there is none.
+_NUMBER = re.compile(r"-?|[-+<]? ?\d[\d.,]*(e[-+]?\d+)?( ± [\d.]+)?( MiB|%)?")
 
 
 @dataclasses.dataclass
@@ -41,18 +48,25 @@ class Page:
     """Adds a paragraph."""
     self._add(f'<p class="more">{html.escape(text)}</p>')
 
-  def preformatted(self, text: str) -> None:
-    """Adds text whose lines and spaces stay as they are."""
-    self._add(f"<pre>{html.escape(text)}</pre>")
+  def preformatted(self, text: str, before: str = "") -> None:
+    """Adds text whose lines and spaces stay as they are, after other text in gray."""
+    gray = f'<span class="more">{html.escape(before)}</span>' if before else ""
+    self._add(f"<pre>{gray}{html.escape(text)}</pre>")
 
   def table(self, rows: Sequence[Sequence[str]]) -> None:
-    """Adds a table; its first row is the header."""
+    """Adds a table; its first row is the header. Columns of numbers are aligned to the right."""
+    classes = [
+        "" if number and all(map(_NUMBER.fullmatch, column)) else ' class="words"'
+        for number, (_, *column) in enumerate(zip(*rows, strict=True))
+    ]
+
+    def line(kind: str, row: Sequence[str]) -> str:
+      cells = (f"<{kind}{which}>{html.escape(cell)}</{kind}>"
+               for cell, which in zip(row, classes, strict=True))
+      return f"<tr>{''.join(cells)}</tr>"
+
     head, *body = rows
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = [f"<table><thead><tr>{cells}</tr></thead><tbody>"]
-    for row in body:
-      cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-      lines.append(f"<tr>{cells}</tr>")
+    lines = [f"<table><thead>{line('th', head)}</thead><tbody>", *(line("td", r) for r in body)]
     self._add("\n".join([*lines, "</tbody></table>"]))
 
   def picture(self, png: bytes, what: str) -> None:

@@ -101,7 +101,7 @@ def write_report(
   rows, continued = _figures(run, score, read_metrics(folder))
   report = Report(
       run.step, score, table(rows), continued, plot_loss(folder), folder / REPORT_FILE,
-      write_page(folder, table(rows), continued, others),
+      write_page(folder, rows, continued, others),
   )
   # An indented code block, because nothing in a sample can end it.
   indented = "".join(f"    {line}\n" for line in report.text.splitlines())

@@ -2,9 +2,12 @@
 
 import dataclasses
 import io
+import itertools
+import os
 import platform
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -36,18 +39,18 @@ class _Shown:
 
   def median(self, key: str) -> float | None:
     values = [record[key] for record in self.records if key in record]
-    return statistics.median(values) if values else None
+    return statistics.median_high(values) if values else None
 
 
 def write_page(
-    workdir: epath.Path, text: str, samples: Sequence[tuple[str, str]],
+    workdir: epath.Path, rows: Sequence[Sequence[str]], samples: Sequence[tuple[str, str]],
     beside: Sequence[epath.Path] = (),
 ) -> epath.Path:
   """Writes report.html into a run's folder, and returns its path.
 
   Args:
     workdir: the run's folder.
-    text: the report's table.
+    rows: the report's table, its header first; an empty row ends what the header is about.
     samples: pairs of a prompt and its continuation.
     beside: the folders of other runs, to compare with.
 
@@ -66,16 +69,20 @@ def write_page(
   )
   page.section("Results")
   page.table(_figures(shown))
-  page.preformatted(text)
+  page.text("Losses and bits per byte are those that training recorded last.")
+  groups = [list(group) for some, group in itertools.groupby(rows, any) if some]
+  for number, group in enumerate(groups):
+    page.table([("further figures", "value"), *group] if number else group)
   page.section("Curves")
-  page.picture(_curves(shown), "training and held-out loss, and tokens per second, by step")
+  page.picture(_losses(shown), "training and held-out loss by step")
+  page.picture(_speeds(shown), "tokens per second by step")
   if len(shown) > 1:
     page.section("Differences")
     page.table(_differences(shown))
   page.section("Samples")
   for prompt, continuation in samples:
-    page.preformatted(f"{prompt}\u2038{continuation}")
-  page.text("\u2038 is where the prompt ends.")
+    page.preformatted(continuation, prompt)
+  page.text("Prompts are gray.")
   for folder in folders:
     if (folder / ANALYSIS_PLOT).is_file():
       page.section(f"Layers of {folder.name}")
@@ -84,16 +91,23 @@ def write_page(
   page.table([("key", "value"), *((key, str(value)) for key, value in
                                   resume.keys(first.config).items())])
   page.text(
-      f"Made on {jax.devices()[0].device_kind}, Python {platform.python_version()}, jax "
-      f"{jax.__version__}. Speeds and memory are those of training."
+      f"Made on {_hardware()}, Python {platform.python_version()}, jax {jax.__version__}. Speeds "
+      "and memory are those of training."
   )
   file = workdir / PAGE_FILE
   write_atomically(file, page.html().encode(errors="replace"))
   return file
 
 
+def _hardware() -> str:
+  """Names the device and the processor of this machine."""
+  cores = f"{platform.machine()} with {os.cpu_count()} cores"
+  device = jax.devices()[0]
+  return cores if device.platform == "cpu" else f"{device.device_kind}, {cores}"
+
+
 def _figures(shown: Sequence[_Shown]) -> list[tuple[str, ...]]:
-  """Returns the rows of the table of all runs, the header first."""
+  """Returns the rows of the table of all runs, the header first, without empty columns."""
   rows: list[tuple[str, ...]] = [(
       "run", "parameters", "step", "training loss", "held-out loss", "bits per byte",
       "answers right", "tokens/s", "peak memory, MiB",
@@ -109,7 +123,8 @@ def _figures(shown: Sequence[_Shown]) -> list[tuple[str, ...]]:
         _text(each.median("tokens_per_second"), ",.0f"),
         _text(memory and memory / 2**20, ",.0f"),
     ))
-  return rows
+  filled = [any(column) for _, *column in zip(*rows, strict=True)]
+  return [tuple(itertools.compress(row, filled)) for row in rows]
 
 
 def _text(value: float | None, form: str) -> str:
@@ -125,22 +140,41 @@ def _differences(shown: Sequence[_Shown]) -> list[tuple[str, ...]]:
   return [("key", *(each.name for each in shown)), *differing]
 
 
-def _curves(shown: Sequence[_Shown]) -> bytes:
-  """Draws losses and speeds of all runs."""
-  from matplotlib.figure import Figure
+def _losses(shown: Sequence[_Shown]) -> bytes:
+  """Draws the losses of all runs."""
+  figure, axes = _figure()
+  draw_losses(axes, {each.name if len(shown) > 1 else "": each.records for each in shown})
+  return _png(figure)
 
-  figure = Figure(figsize=(11, 4), layout="constrained")
-  losses, speeds = figure.subplots(1, 2)
-  draw_losses(losses, {each.name if len(shown) > 1 else "": each.records for each in shown})
+
+def _speeds(shown: Sequence[_Shown]) -> bytes:
+  """Draws the speeds of all runs."""
+  figure, axes = _figure()
   for each in shown:
     points = [(r["step"], r["tokens_per_second"]) for r in each.records if "tokens_per_second" in r]
-    speeds.plot([step for step, _ in points], [speed for _, speed in points], label=each.name)
-  speeds.set_xlabel("step")
-  speeds.set_ylabel("tokens per second")
-  speeds.set_ylim(bottom=0)
-  speeds.grid(alpha=0.3)
+    axes.plot([step for step, _ in points], [speed for _, speed in points], label=each.name)
+  axes.set_xlabel("step")
+  axes.set_ylabel("tokens per second")
+  axes.yaxis.set_major_formatter("{x:,.0f}")
+  axes.set_ylim(bottom=0)
+  axes.grid(alpha=0.3)
   if len(shown) > 1:
-    speeds.legend()
+    axes.legend()
+  return _png(figure)
+
+
+def _figure() -> tuple[Any, Any]:
+  """Returns a figure of which two stand side by side on a wide page, and its axes."""
+  from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
+
+  figure = Figure(figsize=(5.5, 4), layout="constrained")
+  axes = figure.subplots()
+  axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+  return figure, axes
+
+
+def _png(figure: Any) -> bytes:
   image = io.BytesIO()
   figure.savefig(image, dpi=110)
   return image.getvalue()

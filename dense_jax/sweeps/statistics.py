@@ -5,6 +5,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from scipy.special import stdtr
+
 from dense_jax.sweeps.definition import Cell, Sweep
 from dense_jax.sweeps.results import Results
 
@@ -35,6 +37,16 @@ class Estimate:
   def decided(self) -> bool:
     """True if the mean is further than two standard errors from zero."""
     return abs(self.mean) > 2 * self.error
+
+  @property
+  def p_value(self) -> float:
+    """The two-sided p-value of the mean being zero, by Student's t; NaN with fewer than two seeds.
+
+    It takes the values as drawn from one normal distribution, and has n - 1 degrees of freedom.
+    """
+    if self.error == 0:  # All values are the same.
+      return 0.0 if self.mean else 1.0
+    return float(2 * stdtr(self.count - 1, -abs(self.mean) / self.error))
 
 
 def difference(sweep: Sweep, results: Results, cell: Cell) -> Estimate:

@@ -30,23 +30,26 @@ def runs(tmp_path):
 
 
 def test_one_run(runs):
-  page = write_page(runs[0], "a table", [("prompt", " <b>continued</b>")])
+  page = write_page(runs[0], [("text", "bits"), ("xz", "1.683"), ("", ""), ("context", "64")],
+                    [("prompt", " <b>continued</b>")])
   content = page.read_text()
   assert page.name == "report.html" and content.startswith("<!doctype html>")
-  for part in ("Report on base", "3.2500", "1.500", "150", "1,024", "a table",
-               "prompt\u2038 &lt;b&gt;continued&lt;/b&gt;", "model.dense.depth"):
+  for part in ("Report on base", "3.2500", "1.500", "<td>200</td>", "1,024",
+               "bits</th></tr></thead>", "<td>1.683</td>", "further figures</th><th>value</th>", "<td>64</td>",
+               '<span class="more">prompt</span> &lt;b&gt;continued&lt;/b&gt;',
+               "model.dense.depth"):
     assert part in content
-  assert content.count("data:image/png;base64,") == 1
-  for part in ("http", "<script", "<b>", "Differences"):
+  assert content.count("data:image/png;base64,") == 2
+  for part in ("http", "<script", "<b>", "Differences", "answers right"):
     assert part not in content
 
 
 def test_runs_side_by_side_with_their_layers(runs):
   (runs[1] / "analysis.png").write_bytes(b"\x89PNG")
-  content = write_page(runs[0], "", [], [runs[1]]).read_text()
-  assert "<td>model.dense.depth</td><td>1</td><td>2</td>" in content
-  assert "<td>model.width</td><td>32</td><td>32</td>" not in content
-  assert "Layers of dense" in content and content.count("data:image/png;base64,") == 2
+  content = write_page(runs[0], [("score", "value")], [], [runs[1]]).read_text()
+  assert '<td class="words">model.dense.depth</td><td>1</td><td>2</td>' in content
+  assert "model.width</td><td>32</td><td>32</td>" not in content
+  assert "Layers of dense" in content and content.count("data:image/png;base64,") == 3
 
 
 def test_a_page_escapes_what_it_shows():
@@ -55,5 +58,15 @@ def test_a_page_escapes_what_it_shows():
   page.table([("<h>", "x"), ("1 & 2", "</td>")])
   page.picture(b"png", 'of "x"')
   assert "<title>a &lt; b</title>" in page.html()
-  assert "<td>1 &amp; 2</td><td>&lt;/td&gt;</td>" in page.html()
+  assert '1 &amp; 2</td><td class="words">&lt;/td&gt;</td>' in page.html()
   assert 'alt="of &quot;x&quot;"' in page.html()
+
+
+def test_numbers_are_aligned_to_the_right_and_words_to_the_left():
+  page = Page("")
+  page.section("")
+  page.table([("cell", "loss", "base", "p", "size"),
+              ("8", "-4.20 ± 0.12", "8 layers", "< 0.001", "1,024 MiB"), ("9", "-", "", "-", "5%")])
+  left = 'class="words"'
+  assert (f"<tr><td {left}>8</td><td>-4.20 ± 0.12</td><td {left}>8 layers</td>"
+          "<td>&lt; 0.001</td><td>1,024 MiB</td></tr>") in page.html()

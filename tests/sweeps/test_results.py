@@ -56,6 +56,24 @@ def test_means_errors_and_differences_by_hand(full):
   assert Estimate.of([]).count == 0
 
 
+@pytest.mark.parametrize(("values", "expected"), [
+    # Student's t in closed form, of one, two and four degrees of freedom.
+    ((1.0, 2.0), 1 - 2 / math.pi * math.atan(3)),
+    ((1.0, 2.0, 3.0), 1 - math.sqrt(12 / 14)),
+    ((-1.0, -2.0, -3.0), 1 - math.sqrt(12 / 14)),
+    ((-1.0, 0.0, 2.0, 4.0, 5.0), 1 - math.sqrt(10 / 23) * (1 + 13 / 46)),
+    ((0.5, 0.5), 0.0),
+    ((0.0, 0.0), 1.0),
+])
+def test_p_values_by_hand(values, expected):
+  assert Estimate.of(values).p_value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_p_value_without_a_spread(count):
+  assert math.isnan(Estimate.of([1.0] * count).p_value)
+
+
 def test_only_seeds_that_both_have_are_compared(planned, tmp_path):
   results = Results(epath.Path(tmp_path) / "r.jsonl", planned, SWEEP.metric)
   for seed, loss in ((0, 4.0), (5, 1.0)):
@@ -92,28 +110,57 @@ def test_a_line_that_is_not_the_sweeps_is_named(full, planned, tmp_path, change,
 
 
 def test_the_table_and_the_picture(full, planned, tmp_path):
-  head, base, dense, wide = rows(SWEEP, planned, full)
-  assert head[6] == "heldout_loss"
-  assert base[5:9] == ("3", "4.2000 ± 0.1155", "", "")
-  assert dense[7:9] == ("-0.1000 ± 0.0000 of base", "better")
-  assert wide[7:9] == ("+0.0333 ± 0.0667 of base", "undecided")
+  head, base, dense, wide = (dict(zip(rows(SWEEP, planned, full)[0], row, strict=True))
+                             for row in rows(SWEEP, planned, full))
+  assert list(head)[8:] == ["heldout_loss", "less base", "p", "verdict", "base", "equal"]
+  assert base["seeds"] == "3" and base["heldout_loss"] == "4.2000 ± 0.1155"
+  assert [base[name] for name in ("less base", "p", "verdict", "base")] == [""] * 4
+  assert [dense[name] for name in ("less base", "p", "verdict", "base")] == [
+      "-0.1000 ± 0.0000", "< 0.001", "better", "base"]
+  t = 0.5  # 1/30 over 1/15.
+  assert [wide[name] for name in ("less base", "p", "verdict")] == [
+      "+0.0333 ± 0.0667", f"{1 - t / math.sqrt(t**2 + 2):.3f}", "undecided"]
   text = markdown(SWEEP, planned, full, "dense-jax sweep x.py")
   assert text.startswith("# Which?\n") and text.count("\n| ") == 5 and "`dense-jax sweep" in text
+  assert "82 % of such means with three seeds and 88 % with five" in text
   higher = dataclasses.replace(SWEEP, higher_is_better=True)
-  assert rows(higher, planned, full)[2][8] == "worse"
+  assert rows(higher, planned, full)[2][11] == "worse"
   files = write_all(SWEEP, planned, full, "dense-jax sweep x.py", epath.Path(tmp_path) / "r.jsonl")
   assert [file.name for file in files] == ["r.md", "r.png", "r.html"]
   assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
   page = (tmp_path / "r.html").read_text()
-  assert "-0.1000 ± 0.0000 of base" in page and "data:image/png;base64," in page
+  assert "-0.1000 ± 0.0000" in page and "dense-jax sweep x.py" in page
+  assert "<td class=\"words\">model.dense.depth=2</td>" in page and "data:image/png;base64," in page
   assert "http" not in page
+
+
+def test_times_as_measured_and_by_flops(planned, tmp_path):
+  results = Results(epath.Path(tmp_path) / "r.jsonl", planned, SWEEP.metric)
+  for name, speeds in (("base", (8.0, 64.0, 4.0)), ("dense", (2.0,))):
+    for seed, speed in enumerate(speeds):
+      results.add(result(planned, name, seed, 4.0, tokens_per_second=speed))
+  _, base, dense, wide = rows(SWEEP, planned, results)
+  assert planned[0].tokens == planned[1].tokens == 1024
+  assert base[4:7] == ("8.00", "128", "128")
+  assert dense[4:7] == ("2.00", "512", f"{128 * planned[1].flops / planned[0].flops:.0f}")
+  assert wide[4:7] == ("-", "-", f"{128 * planned[2].flops / planned[0].flops:.0f}")
+  assert planned[2].flops > planned[0].flops
+
+
+def test_what_all_cells_share_is_said_once(planned, tmp_path):
+  shared = [dataclasses.replace(each, overrides={**each.overrides, "data.path": "novels"})
+            for each in planned]
+  results = Results(epath.Path(tmp_path) / "r.jsonl", planned, SWEEP.metric)
+  write_all(SWEEP, shared, results, "", epath.Path(tmp_path) / "r.jsonl")
+  page = (tmp_path / "r.html").read_text()
+  assert page.count("data.path") == 1 and "All cells have data.path=novels." in page
 
 
 def test_a_table_before_anything_is_done(planned, tmp_path):
   results = Results(epath.Path(tmp_path) / "r.jsonl", planned, SWEEP.metric)
   table = rows(SWEEP, planned, results)
-  assert [row[6] for row in table[1:]] == ["-", "-", "-"]
-  assert table[2][7:9] == ("- of base", "too few seeds")
+  assert [row[4:9] for row in table[1:]] == [("-", "-", "-", "0", "-")] * 3
+  assert table[2][9:13] == ("-", "-", "too few seeds", "base")
   assert picture(SWEEP, results).startswith(b"\x89PNG")
 
 
