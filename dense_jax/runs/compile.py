@@ -6,6 +6,7 @@ chip's memory a program takes and which operations it executes, but not how long
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import re
 import time
@@ -75,6 +76,8 @@ class Figures:
 
   Attributes:
     compile_seconds: the time that lowering and compiling took.
+    compile_cpu_seconds: the processor time of it, of all threads and of the compiler's own
+      processes. On a machine that does other work too, it says more than the time.
     memory: the use of a chip's memory.
     cost: operations, bytes, launches and collectives; None means that the compiler refused the
       program.
@@ -85,6 +88,7 @@ class Figures:
   """
 
   compile_seconds: float
+  compile_cpu_seconds: float
   memory: Memory
   cost: Cost | None
   bound: Bound | None
@@ -123,6 +127,7 @@ class CompiledProgram(Figures):
         "fits": self.fits,
         "chips": self.chips,
         "compile_seconds": round(self.compile_seconds, 1),
+        "compile_cpu_seconds": round(self.compile_cpu_seconds, 1),
         "hbm": dataclasses.asdict(self.memory),
         "flops": cost and cost.flops,
         "matmul_flops": cost and cost.matmul_flops,
@@ -199,7 +204,7 @@ def _compile(
 ) -> Figures:
   """Lowers and compiles a program whose arguments are on the mesh, which is of the topology."""
   chip = topology_chip(topology)
-  begin = time.monotonic()
+  begin, cpu_begin = time.monotonic(), _cpu_seconds()
   say("lowering")
   known = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
   with resolver.compiling_for("gpu" if chip.is_gpu else "tpu"), known:
@@ -209,8 +214,9 @@ def _compile(
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     memory = Memory(None, None, None, _refused(error), chip.memory)
-    return Figures(time.monotonic() - begin, memory, None, None, None, "", [])
-  seconds = time.monotonic() - begin
+    took = time.monotonic() - begin, _cpu_seconds() - cpu_begin
+    return Figures(*took, memory, None, None, None, "", [])
+  took = time.monotonic() - begin, _cpu_seconds() - cpu_begin
   stats = compiled.memory_analysis()
   memory = Memory(
       stats.argument_size_in_bytes, stats.temp_size_in_bytes, stats.output_size_in_bytes,
@@ -219,7 +225,12 @@ def _compile(
   say("reading")
   items, note = _items(compiled.as_text())
   cost = total(items)
-  return Figures(seconds, memory, cost, bound(cost, chip), estimate(cost, chip), note, items)
+  return Figures(*took, memory, cost, bound(cost, chip), estimate(cost, chip), note, items)
+
+
+def _cpu_seconds() -> float:
+  """Returns the processor time so far of this process and of those that it has waited for."""
+  return sum(os.times()[:4])
 
 
 def with_vocab(config: ExperimentConfig) -> ExperimentConfig:

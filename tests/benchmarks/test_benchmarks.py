@@ -87,6 +87,7 @@ def test_compile_time(tmp_path):
   record, _ = run("compile_time", tmp_path, "--quick")
   figures = record["results"]["mamba2 base"]
   assert figures["ratio"] > 0 and figures["trace 8"] > 0 and figures["compile 4"] > 0
+  assert figures["cpu_ratio"] == figures["cpu 8"] / figures["cpu 4"]
 
 
 @pytest.mark.slow

@@ -74,9 +74,9 @@ def test_a_train_step_for_four_chips(tmp_path):
   assert status == 0, err
   report = json.loads(file.read_text())
   assert set(report) == {
-      "fits", "chips", "compile_seconds", "hbm", "flops", "matmul_flops", "transcendentals",
-      "bytes_accessed", "launches", "collectives", "bound", "estimate", "note", "program",
-      "topology", "mesh", "versions", "config",
+      "fits", "chips", "compile_seconds", "compile_cpu_seconds", "hbm", "flops", "matmul_flops",
+      "transcendentals", "bytes_accessed", "launches", "collectives", "bound", "estimate", "note",
+      "program", "topology", "mesh", "versions", "config",
   }
   assert set(report["hbm"]) == {"arguments", "temporaries", "outputs", "peak", "capacity"}
   assert (report["fits"], report["chips"], report["note"]) == (True, 4, "")
