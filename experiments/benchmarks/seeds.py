@@ -10,6 +10,8 @@ Measured  a train step of one seed, and one of 2 and of 3 seeds whose states, ba
           process, so that whatever else the machine does hits both alike and little. A ratio is of
           tokens/s of all seeds together, the median over pairs
 Bar       1.1: below it, seeds side by side by vmap are not worth a second way to train
+Found     gau_retnet 0.71 and 0.66 (experiments/results/seeds_2026-11-27.json; mamba2 was not
+          measured at that size): a sweep trains one seed a process
 """
 
 import os
