@@ -135,11 +135,12 @@ class Sweep:
     `:debug` has to set all keys that make runs long; overrides of the cells stay.
     """
     last = self.cells[-1]
-    needed = {last.name, self.base, self.base_of(last).name}
+    base = self.base_of(last).name
+    needed = {last.name, base}
     needed |= {last.match.cell} if last.match else set()
     cells = tuple(cell for cell in self.cells if cell.name in needed)
     return dataclasses.replace(
-        self, experiment=f"{self.experiment}:debug", cells=cells, seeds=self.seeds[:1],
+        self, experiment=f"{self.experiment}:debug", cells=cells, base=base, seeds=self.seeds[:1],
         more_seeds=(),
     )
 

@@ -35,7 +35,8 @@ def test_one_run(runs):
   content = page.read_text()
   assert page.name == "report.html" and content.startswith("<!doctype html>")
   for part in ("Report on base", "3.2500", "1.500", "<td>200</td>", "1,024",
-               "bits</th></tr></thead>", "<td>1.683</td>", "further figures</th><th>value</th>", "<td>64</td>",
+               "bits</th></tr></thead>", "<td>1.683</td>",
+               "further figures</th><th>value</th>", "<td>64</td>",
                '<span class="more">prompt</span> &lt;b&gt;continued&lt;/b&gt;',
                "model.dense.depth"):
     assert part in content
