@@ -136,12 +136,14 @@ class Sweep:
     that make runs long; overrides of the cells stay.
     """
     last = self.cells[-1]
-    needed = {last.name, self.base, self.base_of(last).name}
+    base = self.base_of(last).name
+    needed = {last.name, base}
     needed |= {last.match.cell} if last.match else set()
     cells = tuple(cell for cell in self.cells if cell.name in needed)
     joint = "-" if ":" in self.experiment else ":"
     return dataclasses.replace(
-        self, experiment=f"{self.experiment}{joint}debug", cells=cells, seeds=self.seeds[:1],
+        self, experiment=f"{self.experiment}{joint}debug", cells=cells, base=base,
+        seeds=self.seeds[:1],
         more_seeds=(),
     )
 

@@ -61,3 +61,14 @@ def test_every_sweep_of_the_project_loads(file, argument, monkeypatch):
   monkeypatch.chdir(ROOT)
   sweep = load_sweep(f"{file}{argument}")
   assert sweep.question.endswith("?")
+
+
+def test_debug_keeps_the_last_cell_and_what_it_needs():
+  cells = (
+      Cell("a"), Cell("b"), Cell("c"),
+      Cell("d", base="c", match=Match("flops", "b")),
+  )
+  found = Sweep("x.py", cells, "a", seeds=(4, 5), more_seeds=(6,)).debug()
+  assert [cell.name for cell in found.cells] == ["b", "c", "d"]
+  assert (found.experiment, found.base, found.seeds, found.more_seeds) == (
+      "x.py:debug", "c", (4,), ())
