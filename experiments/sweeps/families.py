@@ -2,7 +2,7 @@
 
 Command   dense-jax sweep experiments/sweeps/families.py --workdir runs/sweeps/families --jobs 2
 Hardware  two CPU cores
-Expected  experiments/results/evidence_families.md
+Expected  not run yet; docs/evidence.md has what was
 """
 
 from dense_jax.experiment import check_argument

@@ -2,7 +2,7 @@
 
 Command   dense-jax sweep experiments/sweeps/lti.py --workdir runs/sweeps/lti --jobs 2
 Hardware  two CPU cores
-Expected  experiments/results/evidence_lti.md
+Expected  not run yet; docs/evidence.md has what was
 """
 
 from dense_jax.experiment import check_argument
