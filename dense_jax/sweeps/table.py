@@ -173,7 +173,7 @@ def picture(sweep: Sweep, results: Results) -> bytes:
   axes.axvline(0, color="gray", linewidth=1)
   axes.set_yticks(places, names)
   axes.set_ylim(max(len(names), 1) - 0.5, -0.5)  # The first cell on top.
-  axes.set_xlabel(f"{sweep.metric} less that of the base (bars: two standard errors)")
+  axes.set_xlabel(f"{sweep.metric} less that of its base\n(bars: two standard errors)")
   axes.grid(alpha=0.3)
   image = io.BytesIO()
   figure.savefig(image, dpi=120)
