@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dense_jax.analysis.representations import (
+    Features,
     cosine_similarity,
     effective_rank,
     gaussian_information,
@@ -107,7 +108,7 @@ def look_into(
       np.asarray(_gradients(model, rows[0], jax.random.key(seed), cut=cut)) for cut in (False, True)
   )
   joined = {
-      kind: [np.concatenate(parts) for parts in zip(*of_rows, strict=True)]
+      kind: [Features(np.concatenate(parts)) for parts in zip(*of_rows, strict=True)]
       for kind, of_rows in taken.items() if of_rows[0]
   }
   return Seen(
@@ -119,17 +120,17 @@ def look_into(
           for i, layer in enumerate(metrics[0])
       ],
       loss_at=sum(losses) / np.maximum(sum(targets), 1),
-      samples=len(joined["residual"][0]),
+      samples=len(joined["residual"][0].x_SF),
   )
 
 
-def _similarities(layers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-  """Compares all pairs of layers; each is [S, F]."""
+def _similarities(layers: Sequence[Features]) -> dict[str, np.ndarray]:
+  """Compares all pairs of layers."""
   figures = {
       "cosine": cosine_similarity, "cka": linear_cka, "information": gaussian_information,
-      "probe": lambda x_SF, y_SG: probe_recovery(y_SG, x_SF),
+      "probe": lambda x, y: probe_recovery(y, x),
   }
-  same_width = len({x.shape[1] for x in layers}) == 1
+  same_width = len({x.x_SF.shape[1] for x in layers}) == 1
   return {
       name: np.array([[figure(x, y) for y in layers] for x in layers])
       for name, figure in figures.items() if name != "cosine" or same_width

@@ -1,10 +1,12 @@
 """Figures of representations: similarity, information, rank, and what a linear probe recovers.
 
-Functions take float matrices x_SF of S samples (tokens) and F features (the numbers of a layer's
-state or residual stream at that token), and compute in float64 on the host. F may be far larger
-than S: what is computed of features alone goes through the S x S matrix of inner products.
+All compute in float64 on the host. The numbers of a layer's state are far more than the tokens
+that are looked at, so that all but the cosine goes through the S x S matrix of inner products,
+which `Features` computes once for all pairs of layers.
 """
 
+import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -14,17 +16,65 @@ Matrix = np.ndarray
 _PENALTIES = np.logspace(-6, 3, 10)
 
 
-def cosine_similarity(x_SF: Matrix, y_SF: Matrix) -> float:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+  """A representation: S samples (tokens) with F features (the numbers of a state, for example).
+
+  Attributes:
+    x_SF: the features.
+  """
+
+  x_SF: Matrix
+
+  @functools.cached_property
+  def float64_SF(self) -> Matrix:
+    """The features in float64."""
+    return np.asarray(self.x_SF, dtype=np.float64)
+
+  @functools.cached_property
+  def gram_SS(self) -> Matrix:
+    """Inner products of the samples, centred."""
+    x_SF = self.float64_SF - self.float64_SF.mean(axis=0)
+    return x_SF @ x_SF.T
+
+  @functools.cached_property
+  def spectrum(self) -> tuple[Matrix, Matrix]:
+    """Singular values of the centred samples, the largest first, and their left vectors [S, K].
+
+    Values that the rounding of inner products hides, below about 1e-6 of the largest, are left out.
+    """
+    squares, u_SS = np.linalg.eigh(self.gram_SS)
+    largest = max(squares[-1], 0.0)
+    kept = squares > largest * len(squares) * np.finfo(float).eps
+    return np.sqrt(squares[kept][::-1]), u_SS[:, kept][:, ::-1]
+
+  @functools.cached_property
+  def half_gram_SS(self) -> Matrix:
+    """Inner products of the samples less the mean of their first half."""
+    half = len(self.gram_SS) // 2
+    to_mean_S = self.gram_SS[:half].mean(axis=0)
+    return self.gram_SS - to_mean_S - to_mean_S[:, None] + to_mean_S[:half].mean()
+
+  @functools.cached_property
+  def half_spectrum(self) -> tuple[Matrix, Matrix]:
+    """Eigenvalues and eigenvectors of the inner products of the first half."""
+    half = len(self.gram_SS) // 2
+    values, vectors = np.linalg.eigh(self.half_gram_SS[:half, :half])
+    return np.maximum(values, 0), vectors
+
+
+def cosine_similarity(x: Features, y: Features) -> float:
   """Returns the mean over samples of the cosine of the angle between x and y.
 
   It depends on which feature is which, and is near zero for unrelated layouts of the features.
   """
-  x_SF, y_SF = _float64(x_SF), _float64(y_SF)
+  x_SF, y_SF = x.float64_SF, y.float64_SF
   norms = np.linalg.norm(x_SF, axis=1) * np.linalg.norm(y_SF, axis=1)
-  return float(np.mean(np.sum(x_SF * y_SF, axis=1) / np.maximum(norms, np.finfo(float).tiny)))
+  products = np.einsum("sf,sf->s", x_SF, y_SF)
+  return float(np.mean(products / np.maximum(norms, np.finfo(float).tiny)))
 
 
-def linear_cka(x_SF: Matrix, y_SG: Matrix) -> float:
+def linear_cka(x: Features, y: Features) -> float:
   """Returns the linear centred kernel alignment (arXiv 1905.00414), debiased, at most 1.
 
       CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)),   K = x x^T, L = y y^T
@@ -33,18 +83,9 @@ def linear_cka(x_SF: Matrix, y_SG: Matrix) -> float:
   the mean, also where there are more features than samples: the plain estimator tends to 1 there.
   It may be slightly negative. Identical features give 1, also after rotations and scaling.
   """
-  k_SS, l_SS = _gram(x_SF), _gram(y_SG)
+  k_SS, l_SS = (each.gram_SS - np.diag(np.diag(each.gram_SS)) for each in (x, y))
   norm = math.sqrt(max(_hsic(k_SS, k_SS), 0) * max(_hsic(l_SS, l_SS), 0))
   return _hsic(k_SS, l_SS) / norm if norm else math.nan
-
-
-def _gram(x_SF: Matrix) -> Matrix:
-  """Returns the inner products of centred samples, with zeros on the diagonal."""
-  x_SF = _float64(x_SF)
-  x_SF = x_SF - x_SF.mean(axis=0)
-  gram_SS = x_SF @ x_SF.T
-  np.fill_diagonal(gram_SS, 0)
-  return gram_SS
 
 
 def _hsic(k_SS: Matrix, l_SS: Matrix) -> float:
@@ -55,23 +96,21 @@ def _hsic(k_SS: Matrix, l_SS: Matrix) -> float:
   return float((np.sum(k_SS * l_SS) + sums - crossed) / (count * (count - 3)))
 
 
-def effective_rank(x_SF: Matrix) -> float:
+def effective_rank(x: Features) -> float:
   """Returns the effective rank: exp of the entropy of the normalised singular values.
 
       exp(-sum_i p_i log p_i),   p_i = s_i / sum_j s_j        (Roy and Vetterli, EUSIPCO 2007)
 
   of the centred samples: r for r equal singular values, less if they differ. It is at most S - 1.
   """
-  x_SF = _float64(x_SF)
-  values = np.linalg.svd(x_SF - x_SF.mean(axis=0), compute_uv=False)
-  total = values.sum()
-  if not total:
+  values, _ = x.spectrum
+  if not len(values):
     return 0.0
-  shares = values[values > total * np.finfo(float).eps] / total
+  shares = values / values.sum()
   return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
-def gaussian_information(x_SF: Matrix, y_SG: Matrix, components: int = 8) -> float:
+def gaussian_information(x: Features, y: Features, components: int = 8) -> float:
   """Estimates the mutual information of two representations in nats, as if they were Gaussian.
 
       I = -1/2 sum_k log(1 - rho_k^2) - k^2 / (2 S)
@@ -87,24 +126,18 @@ def gaussian_information(x_SF: Matrix, y_SG: Matrix, components: int = 8) -> flo
   Raises:
     ValueError: there are fewer than four samples for a component.
   """
-  samples = len(x_SF)
-  count = min(components, np.shape(x_SF)[1], np.shape(y_SG)[1])
+  samples = len(x.x_SF)
+  count = min(components, x.x_SF.shape[1], y.x_SF.shape[1])
   if samples < 4 * count:
     raise ValueError(f"{samples} samples are too few for {count} components")
-  u_SK, v_SK = _whitened(x_SF, count), _whitened(y_SG, count)
+  (_, u_SK), (_, v_SK) = x.spectrum, y.spectrum
+  u_SK, v_SK = u_SK[:, :count], v_SK[:, :count]
   rho = np.linalg.svd(u_SK.T @ v_SK, compute_uv=False)
   lost = np.maximum(1 - rho**2, np.finfo(float).eps)
   return float(-0.5 * np.sum(np.log(lost)) - u_SK.shape[1] * v_SK.shape[1] / (2 * samples))
 
 
-def _whitened(x_SF: Matrix, count: int) -> Matrix:
-  """Returns orthonormal columns that span the first principal components, at most `count`."""
-  x_SF = _float64(x_SF)
-  u_SK, values, _ = np.linalg.svd(x_SF - x_SF.mean(axis=0), full_matrices=False)
-  return u_SK[:, : min(count, int(np.sum(values > values[0] * 1e-10)))]
-
-
-def probe_recovery(x_SF: Matrix, y_SG: Matrix) -> float:
+def probe_recovery(x: Features, y: Features) -> float:
   """Returns how much of y a linear map of x recovers on samples that it was not fitted to: R^2.
 
       R^2 = 1 - |y - W x|^2 / |y - mean(y)|^2
@@ -115,30 +148,27 @@ def probe_recovery(x_SF: Matrix, y_SG: Matrix) -> float:
   negative.
 
   Args:
-    x_SF: what is given, such as the states of a deep layer.
-    y_SG: what is to be recovered, such as those of a shallow one.
+    x: what is given, such as the states of a deep layer.
+    y: what is to be recovered, such as those of a shallow one.
   """
-  half = len(x_SF) // 2
-  x_SF, y_SG = _float64(x_SF), _float64(y_SG)
-  x_SF, y_SG = x_SF - x_SF[:half].mean(axis=0), y_SG - y_SG[:half].mean(axis=0)
-  # K = Q diag(v) Q^T: the fit of a penalty p is Q diag(v / (v + p)) Q^T y.
-  values_S, q_SS = np.linalg.eigh(x_SF[:half] @ x_SF[:half].T)
-  values_S = np.maximum(values_S, 0)
-  rotated_SG = q_SS.T @ y_SG[:half]
-  best: tuple[float, Matrix] | None = None
+  half = len(x.x_SF) // 2
+  # K = Q diag(v) Q^T: a penalty p fits Q diag(v / (v + p)) Q^T y, and predicts
+  # x' x^T Q diag(1 / (v + p)) Q^T y elsewhere. y enters by its inner products alone.
+  values_S, q_SS = x.half_spectrum
+  y_SS = y.half_gram_SS
+  rotated_SS = q_SS.T @ y_SS[:half, :half] @ q_SS
+  best = math.inf, 0.0
   for penalty in _PENALTIES * max(values_S.mean(), np.finfo(float).tiny):
-    kept_S = values_S / (values_S + penalty)
-    leverage_S = (q_SS**2) @ kept_S + 1 / half  # 1 / half is that of the mean.
-    missed_SG = (y_SG[:half] - q_SS @ (kept_S[:, None] * rotated_SG)) / (
-        1 - np.minimum(leverage_S, 1 - 1e-9))[:, None]
-    error = float(np.sum(missed_SG**2))
-    if best is None or error < best[0]:
-      best = error, q_SS @ (rotated_SG / (values_S + penalty)[:, None])
-  assert best is not None
-  left = np.sum((y_SG[half:] - (x_SF[half:] @ x_SF[:half].T) @ best[1]) ** 2)
-  whole = np.sum((y_SG[half:] - y_SG[half:].mean(axis=0)) ** 2)
+    leverage_S = (q_SS**2) @ (values_S / (values_S + penalty)) + 1 / half  # 1 / half: the mean's.
+    missed_SS = q_SS * (penalty / (values_S + penalty))
+    squares_S = np.einsum("st,st->s", missed_SS @ rotated_SS, missed_SS)
+    error = float(np.sum(squares_S / (1 - np.minimum(leverage_S, 1 - 1e-9)) ** 2))
+    best = min(best, (error, penalty))
+  map_SS = (x.half_gram_SS[half:, :half] @ q_SS / (values_S + best[1])) @ q_SS.T
+  left = (
+      np.trace(y_SS[half:, half:]) - 2 * np.sum(map_SS * y_SS[half:, :half])
+      + np.sum((map_SS @ y_SS[:half, :half]) * map_SS)
+  )
+  rest_SS = y_SS[half:, half:]
+  whole = np.trace(rest_SS) - rest_SS.sum() / len(rest_SS)
   return float(1 - left / whole) if whole else math.nan
-
-
-def _float64(x: Matrix) -> Matrix:
-  return np.asarray(x, dtype=np.float64)

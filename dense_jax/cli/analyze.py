@@ -29,8 +29,8 @@ def main(arguments: Sequence[str]) -> int:
                        help="rows of a batch (default 4)")
   command.add_argument("--length", type=int, default=0, metavar="T",
                        help="tokens of a row; left out, as in training")
-  command.add_argument("--samples", type=int, default=2048, metavar="N",
-                       help="tokens to take states at, at least 64 (default 2048)")
+  command.add_argument("--samples", type=int, default=1024, metavar="N",
+                       help="tokens to take states at, at least 64 (default 1024)")
   options = command.parse_args(arguments)
   for name, low in (("batches", 1), ("batch_size", 1), ("length", 0), ("samples", 64)):
     if getattr(options, name) < low:

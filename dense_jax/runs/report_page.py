@@ -101,9 +101,7 @@ def write_page(
 
 def _hardware() -> str:
   """Names the device and the processor of this machine."""
-  cores = f"{platform.machine()} with {os.cpu_count()} cores"
-  device = jax.devices()[0]
-  return cores if device.platform == "cpu" else f"{device.device_kind}, {cores}"
+  return f"{jax.devices()[0].device_kind}, {platform.machine()} with {os.cpu_count()} cores"
 
 
 def _figures(shown: Sequence[_Shown]) -> list[tuple[str, ...]]:
