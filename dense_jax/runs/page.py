@@ -20,7 +20,8 @@ td.words:not(:first-child) { white-space: normal }
 tbody tr:hover { background: #f6f8fa }
 p, pre { overflow-wrap: anywhere }
 pre { background: #f6f8fa; padding: .8rem; white-space: pre-wrap }
-img { max-width: 100%; vertical-align: top } nav a { margin-right: 1rem } .more { color: #59636e }
+img { max-width: 100%; vertical-align: top } .more { color: #59636e }
+nav { display: flex; flex-wrap: wrap; column-gap: 1rem }
 """
 
 # A number, its standard error and its unit; a dash or nothing where there is none.

@@ -65,7 +65,8 @@ def test_the_ratio_of_two_steps_times(tmp_path):
 
 @pytest.mark.slow
 def test_the_ratio_measured_in_another_process(tmp_path):
-  cells = Cell("wide", {"model.width": 256, "train.batch_size": 8}), Cell("narrow")
+  rows = {"train.batch_size": 8}  # One for each of the eight devices that tests have.
+  cells = Cell("wide", {"model.width": 256} | rows), Cell("narrow", rows)
   found = planned(tmp_path, *cells)
   assert time_ratio(found["wide"].config, found["narrow"].config) > 1
 
