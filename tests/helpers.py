@@ -13,6 +13,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
+# Of a subprocess that computes at toy size: compiling is most of the time, so that it is done
+# without optimisation, and once for programs that tests share.
+TOY_ENVIRONMENT = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
+
 # One row a dtype of the computation. A test that does not pass is mended, never its row.
 TOLERANCE = {
     "float32": {"rtol": 1e-4, "atol": 1e-5},

@@ -38,6 +38,21 @@ class Features:
     return x_SF @ x_SF.T
 
   @functools.cached_property
+  def norms_S(self) -> Matrix:
+    """The samples' lengths."""
+    return np.linalg.norm(self.float64_SF, axis=1)
+
+  @functools.cached_property
+  def kernel_SS(self) -> Matrix:
+    """Inner products of the samples, centred, with zeros on the diagonal."""
+    return self.gram_SS - np.diag(np.diag(self.gram_SS))
+
+  @functools.cached_property
+  def own_hsic(self) -> float:
+    """HSIC with itself, at least 0."""
+    return max(_hsic(self.kernel_SS, self.kernel_SS), 0)
+
+  @functools.cached_property
   def spectrum(self) -> tuple[Matrix, Matrix]:
     """Singular values of the centred samples, the largest first, and their left vectors [S, K].
 
@@ -68,10 +83,9 @@ def cosine_similarity(x: Features, y: Features) -> float:
 
   It depends on which feature is which, and is near zero for unrelated layouts of the features.
   """
-  x_SF, y_SF = x.float64_SF, y.float64_SF
-  norms = np.linalg.norm(x_SF, axis=1) * np.linalg.norm(y_SF, axis=1)
-  products = np.einsum("sf,sf->s", x_SF, y_SF)
-  return float(np.mean(products / np.maximum(norms, np.finfo(float).tiny)))
+  norms_S = x.norms_S * y.norms_S
+  products_S = np.einsum("sf,sf->s", x.float64_SF, y.float64_SF)
+  return float(np.mean(products_S / np.maximum(norms_S, np.finfo(float).tiny)))
 
 
 def linear_cka(x: Features, y: Features) -> float:
@@ -83,9 +97,8 @@ def linear_cka(x: Features, y: Features) -> float:
   the mean, also where there are more features than samples: the plain estimator tends to 1 there.
   It may be slightly negative. Identical features give 1, also after rotations and scaling.
   """
-  k_SS, l_SS = (each.gram_SS - np.diag(np.diag(each.gram_SS)) for each in (x, y))
-  norm = math.sqrt(max(_hsic(k_SS, k_SS), 0) * max(_hsic(l_SS, l_SS), 0))
-  return _hsic(k_SS, l_SS) / norm if norm else math.nan
+  norm = math.sqrt(x.own_hsic * y.own_hsic)
+  return _hsic(x.kernel_SS, y.kernel_SS) / norm if norm else math.nan
 
 
 def _hsic(k_SS: Matrix, l_SS: Matrix) -> float:

@@ -236,10 +236,13 @@ def _cpu_seconds() -> float:
 def with_vocab(config: ExperimentConfig) -> ExperimentConfig:
   """Returns the configuration with the vocabulary size that its tokenizer will have."""
   kind, task = config.data.tokenizer, config.data.task
-  sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
-  own = len(names(resolve(task))) if task.exists else sizes.get(kind, 0)
-  if not task.exists and prepared.is_prepared(config.data):
+  if task.exists:
+    own = len(names(resolve(task)))
+  elif prepared.is_prepared(config.data):
     own = prepared.vocab_size(config.data)
+  else:
+    sizes = {"bytes": ByteTokenizer.vocab_size, "train": config.data.vocab_size}
+    own = sizes.get(kind, 0)
   size = config.model.vocab_size or own
   if not size:
     raise invalid("config.model.vocab_size", 0, f"the number of pieces of the tokenizer {kind}")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 
@@ -23,20 +22,12 @@ from experiments.benchmarks import (
     tpu_matrix,
 )
 from tests.builders import model_config
-from tests.helpers import ROOT, tpu_compiler_environment
+from tests.helpers import ROOT, TOY_ENVIRONMENT, tpu_compiler_environment
 
 FIELDS = {"date", "hardware", "versions", "command", "note", "results"}
-# Figures at toy size mean nothing, so compile without optimisation, and use a compilation cache.
-ENVIRONMENT = {
-    **os.environ,
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}
 
 
-def run(module: str, folder, *arguments: str, environment=ENVIRONMENT) -> tuple[dict, str]:
+def run(module: str, folder, *arguments: str, environment=TOY_ENVIRONMENT) -> tuple[dict, str]:
   """Runs a benchmark; returns its record and its output."""
   file = folder / "results.json"
   done = subprocess.run(

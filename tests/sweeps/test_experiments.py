@@ -1,7 +1,6 @@
 """Every sweep of `experiments/sweeps/` runs to its end, as a smoke test of tiny models."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import pytest
 from dense_jax.cli import sweep as command
 from dense_jax.sweeps import running
 from dense_jax.sweeps.definition import load_sweep
-from tests.helpers import ROOT, write_text
+from tests.helpers import ROOT, TOY_ENVIRONMENT, write_text
 
 FILES = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
 # What a launcher does, in one process: its runs by the printed commands, then the table of them.
@@ -26,13 +25,6 @@ for command in commands.getvalue().splitlines():
   assert not train.main(arguments)
 sys.exit(sweep.main(sys.argv[1:]))
 """
-# Compiling is most of the time: no optimisation, and programs that sweeps share only once.
-ENVIRONMENT = {
-    **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}
 
 
 @pytest.mark.slow
@@ -48,7 +40,7 @@ def test_debug_runs_to_its_end_once(file, tmp_path, monkeypatch, capsys):
     arguments += [f"--config.data.path={text}", f"--config.data.cache_dir={text}/.cache",
                   "--config.data.heldout_every=2"]
   done = subprocess.run(
-      [sys.executable, "-c", LAUNCH, *arguments], cwd=ROOT, env=ENVIRONMENT, timeout=600,
+      [sys.executable, "-c", LAUNCH, *arguments], cwd=ROOT, env=TOY_ENVIRONMENT, timeout=600,
       capture_output=True, text=True, check=False,
   )
   assert done.returncode == 0, done.stderr[-4000:]
