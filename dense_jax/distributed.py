@@ -28,6 +28,21 @@ _GOODBYE_SECONDS = 5.0
 _MESSAGE_BYTES = 4096
 # At the end the processes wait for each other, one of which may still be writing.
 _SHUTDOWN_SECONDS = 3600
+_THREADS_PER_DEVICE = 8
+
+
+def reserve_threads() -> None:
+  """Gives simulated devices of a CPU the threads that their collectives need.
+
+  Must be called before anything asks jax for its devices. XLA's CPU client has one thread a
+  device, unless this host has more cores. Devices may come to independent collectives in different
+  orders: each then holds a thread while it waits for the others, none is left for those, and XLA
+  ends the process after 40 s. PJRT_NPROC, if set, is kept.
+  """
+  flags = os.environ.get("XLA_FLAGS", "")
+  count = re.search(r"--xla_force_host_platform_device_count=(\d+)", flags)
+  if count:
+    os.environ.setdefault("PJRT_NPROC", str(_THREADS_PER_DEVICE * int(count[1])))
 
 
 def initialize(

@@ -10,6 +10,13 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
+from dense_jax import distributed
+
+distributed.reserve_threads()
+jax.devices()
+# Only this process has eight devices; a test's subprocess reserves threads for its own.
+os.environ.pop("PJRT_NPROC")
+
 # A rank that broadcasts silently is a wrong axis more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,5 +1,7 @@
 """How a process learns of the others; no other process is needed for that."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -24,6 +26,24 @@ def joined(monkeypatch):
   for name in PLACE:
     monkeypatch.delenv(name, raising=False)
   return calls
+
+
+@pytest.mark.parametrize(("flags", "set_before", "expected"), [
+    ("--xla_dump_to=x --xla_force_host_platform_device_count=4", None, "32"),
+    ("--xla_force_host_platform_device_count=4", "5", "5"),
+    ("--xla_dump_to=x", None, None),
+    (None, None, None),
+])
+def test_simulated_devices_have_threads_for_several_collectives_each(
+    flags, set_before, expected, monkeypatch
+):
+  for name, value in {"XLA_FLAGS": flags, "PJRT_NPROC": set_before}.items():
+    monkeypatch.delenv(name, raising=False)
+    if value is not None:
+      monkeypatch.setenv(name, value)
+  distributed.reserve_threads()
+  assert os.environ.get("PJRT_NPROC") == expected
+  os.environ.pop("PJRT_NPROC", None)
 
 
 def test_one_process_stays_alone(joined):

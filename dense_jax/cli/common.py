@@ -124,6 +124,7 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   sys.unraisablehook, threading.excepthook = _say_unraisable, _say_of_thread
   keep_compiled_programs()
+  distributed.reserve_threads()
   with Interrupt() as interrupt:
     status, said = _outcome(main)
     # A request that comes now changes neither what is printed nor the status.
