@@ -2,7 +2,7 @@
 
 Command   dense-jax sweep experiments/sweeps/price.py --workdir runs/sweeps/price --jobs 2
 Hardware  two CPU cores
-Expected  not run yet; docs/evidence.md has what was
+Expected  a base that trains for the time of m = 2 is 0.24 nats better (docs/evidence.md)
 """
 
 from dense_jax.experiment import check_argument
