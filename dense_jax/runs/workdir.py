@@ -16,6 +16,7 @@ from dense_jax.errors import InputError
 from dense_jax.files import PARTIALS, is_remote, parse_json, write_atomically
 from dense_jax.runs import resume
 from dense_jax.training.checkpoint import saved_steps
+from dense_jax.training.events import EVENTS_FILE
 from dense_jax.training.lock import LOCK_FILE
 from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 
@@ -30,8 +31,8 @@ _LOG = logging.getLogger(__name__)
 # Names that file systems and killed processes leave in a folder that is otherwise empty.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
-_FILES = (experiment.CONFIG_FILE, DATA_FILE, INIT_FILE, METRICS_FILE, PLOT_FILE, REPORT_FILE,
-          PAGE_FILE)
+_FILES = (experiment.CONFIG_FILE, DATA_FILE, INIT_FILE, METRICS_FILE, EVENTS_FILE, PLOT_FILE,
+          REPORT_FILE, PAGE_FILE)
 _FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 
 
