@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from dense_jax import experiment
-from dense_jax.config import ExperimentConfig, defaults, invalid
+from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data import identity
 from dense_jax.data.pipeline import Datasets
 from dense_jax.errors import InputError
@@ -33,6 +33,8 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
 _FILES = (experiment.CONFIG_FILE, DATA_FILE, INIT_FILE, METRICS_FILE, EVENTS_FILE, PLOT_FILE,
           REPORT_FILE, PAGE_FILE)
+# Groups of keys that every run's config.json has, those of earlier versions too.
+_GROUPS = {"model", "data", "optimizer", "train", "mesh"}
 _FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 
 
@@ -82,7 +84,7 @@ def holds_run(workdir: epath.Path) -> bool:
     config = parse_json(file.read_bytes())
   except ValueError:
     return True  # A run's, but damaged.
-  return isinstance(config, dict) and defaults(ExperimentConfig).keys() <= config.keys()
+  return isinstance(config, dict) and config.keys() >= _GROUPS
 
 
 def _is_leftover(entry: epath.Path) -> bool:

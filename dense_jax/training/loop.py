@@ -63,7 +63,7 @@ def train(
     *,
     steps: int,
     hooks: Sequence[Hook],
-    on_metrics: Callable[[int, Metrics], None],
+    on_metrics: Callable[[int, Metrics], bool],
     interrupt: Interrupt,
     meanwhile: Callable[[], str] = lambda: "ended between two steps",
 ) -> TrainState:
@@ -76,13 +76,14 @@ def train(
     steps: the total number of updates, including those that are already done.
     hooks: called in order, after their steps.
     on_metrics: called for each step, one step late: fetching a step's metrics while the
-      next one runs does not hold up the device.
+      next one runs does not hold up the device. Whether it returns true must be the same in all
+      processes; training then ends at once, without hooks.
     interrupt: checked after each step; several processes stop after the same one. Until the
       first step is done there is nothing to save, and a request is obeyed at once.
     meanwhile: returns a sentence that says what is saved, if a second request ends the process.
 
   Returns:
-    The state after the last update.
+    The state after the last step.
 
   Raises:
     InputError: the first step does not fit the devices' memory.
@@ -101,8 +102,8 @@ def train(
       else:
         state, metrics = trainer.step_at(step + 1)(state, batch)
     step += 1
-    if pending:
-      on_metrics(*pending)
+    if pending and on_metrics(*pending):
+      return state
     pending = (step, metrics)
     # Checked only here: after a signal during a hook, one more step runs, and is saved as well.
     stop = agreement(bool(interrupt.requested))
@@ -112,7 +113,8 @@ def train(
         if (hook.if_interrupted if interrupted else step == steps or not step % hook.every)
     ]
     if due or interrupted or step == steps:
-      on_metrics(*pending)
+      if on_metrics(*pending):
+        return state
       pending = None
     for hook in due:
       hook.run(Moment(step, state, interrupted))
