@@ -30,10 +30,11 @@ from dense_jax.config.model import ModelConfig
 from dense_jax.config.optimizer import OptimizerConfig
 from dense_jax.config.task import TaskConfig
 from dense_jax.config.train import TrainConfig
+from dense_jax.config.watch import WatchConfig
 
 __all__ = [
   "LARGEST", "LARGEST_SEED", "DataConfig", "DenseConfig", "EvalConfig", "ExperimentConfig",
   "GuardConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "TaskConfig", "TrainConfig",
-  "build", "choice", "defaults", "field_types", "flag", "group", "integer", "invalid", "number",
-  "text", "unknown_key",
+  "WatchConfig", "build", "choice", "defaults", "field_types", "flag", "group", "integer",
+  "invalid", "number", "text", "unknown_key",
 ]

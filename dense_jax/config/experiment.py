@@ -10,6 +10,7 @@ from dense_jax.config.mesh import MeshConfig
 from dense_jax.config.model import ModelConfig
 from dense_jax.config.optimizer import OptimizerConfig
 from dense_jax.config.train import TrainConfig
+from dense_jax.config.watch import WatchConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ExperimentConfig:
   train: TrainConfig = group(TrainConfig, help="the training run")
   guard: GuardConfig = group(
       GuardConfig, help="steps that would harm the run, and are skipped")
+  watch: WatchConfig = group(
+      WatchConfig, help="what is said about a run while it trains, beside its numbers")
   eval: EvalConfig = group(EvalConfig, help="tasks that are scored during training")
   mesh: MeshConfig = group(
       MeshConfig, help="devices by axis; one size may be -1, which takes the devices that are left")

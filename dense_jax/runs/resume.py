@@ -49,7 +49,7 @@ CHANGES = {
     r"train\.(accumulate|loss_chunk|eval_batches|keep_last|keep_best|.*_every)": Change.FREELY,
     r"guard\.(skip|sigmas|window|in_a_row)": Change.ASKED,
     r"guard\.returns": Change.FREELY,
-    r"eval\..*": Change.FREELY,
+    r"(watch|eval)\..*": Change.FREELY,
     r"mesh\..*": Change.FREELY,
 }
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -31,13 +32,16 @@ from dense_jax.runs.formatting import parameter_table
 from dense_jax.runs.guarding import Guarding, with_fresh_count
 from dense_jax.runs.initial import Beginning, InitFrom, beginning
 from dense_jax.runs.kernels import check_kernels
+from dense_jax.runs.life import Life
 from dense_jax.runs.memory import check_memory
-from dense_jax.runs.recording import Recorder
+from dense_jax.runs.profiling import Profile
+from dense_jax.runs.recording import CHECKPOINT_SECONDS, Recorder
 from dense_jax.training.checkpoint import Checkpoints, check_name
 from dense_jax.training.lock import RunLock
-from dense_jax.training.loop import Hook, Logger, Moment, checkpoint_hook, train
+from dense_jax.training.loop import DataWait, Hook, Logger, Moment, checkpoint_hook, train
 from dense_jax.training.metrics import Progress
 from dense_jax.training.step import Metrics, Trainer, TrainState
+from dense_jax.training.wandb_writer import check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,8 @@ def train_run(
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")
   resume.check_allowed(config, allow_change)
+  check_wandb(config.watch.wandb)
+  profile = Profile(folder, config.watch)
   evaluators = with_standard(evaluators, config)
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.only_first_prints())
@@ -142,25 +148,35 @@ def train_run(
     if step < config.train.steps:  # Else the run stays what it was trained with.
       distributed.by_first(lambda: folders.begin(folder, config, data, init))
     print(_span(step, config.train.steps, folder), flush=True)
+    stack.enter_context(contextlib.closing(profile))
+    life = Life(folder, step, config.train.steps, config.watch.hang_seconds)
+    if step < config.train.steps:
+      stack.enter_context(life)
     while True:
       with contextlib.ExitStack() as attempt:
         guarding.begin(state)
-        recorder = attempt.enter_context(contextlib.closing(Recorder(folder, step)))
+        recorder = attempt.enter_context(contextlib.closing(Recorder(folder, step, config)))
         progress = attempt.enter_context(contextlib.closing(Progress(step, config.train.steps)))
+        data_wait = DataWait()
         logger = Logger(
             recorder, progress, every=config.train.log_every, first_step=step,
-            steps=config.train.steps,
+            steps=config.train.steps, data_wait=data_wait,
             tokens_per_step=config.train.batch_size * config.data.seq_len,
         )
         evaluations = Evaluations(evaluators, config, data, trainer, recorder, progress, logger)
         if not step and init:
           evaluations.heldout_loss(Moment(step, state, False))  # To compare later ones with.
-        saving = _saving_hook(config, checkpoints, batches, recorder, evaluations, lock, guarding)
+        saving = _saving_hook(
+            config, checkpoints, batches, recorder, evaluations, lock, guarding, logger
+        )
         state = train(
             trainer, state, batches, steps=config.train.steps,
-            hooks=[*evaluations.hooks(), *hooks, saving],
-            on_metrics=_watching(lock, logger, guarding), interrupt=interrupt,
-            meanwhile=lambda: _saved_at_once(folder),
+            hooks=[
+                *(life.during("evaluating", hook) for hook in evaluations.hooks()), *hooks,
+                *profile.hooks(), life.during("saving", saving),
+            ],
+            on_metrics=_watching(lock, logger, guarding, life), interrupt=interrupt,
+            data_wait=data_wait, meanwhile=lambda: _saved_at_once(folder),
         )
         checkpoints.wait()
       if not guarding.wants_return:
@@ -170,10 +186,10 @@ def train_run(
       state, init = _start(trainer, checkpoints, batches, config, mesh, begun)
       state = with_fresh_count(state)
       step = int(state.step)
-    step = int(state.step)
-  interrupted = ""
-  if step < config.train.steps:
-    interrupted = interrupt.requested or "a signal to another process"
+    step, interrupted = int(state.step), ""
+    if step < config.train.steps:
+      interrupted = interrupt.requested or "a signal to another process"
+      life.interrupted(interrupted)
   return RunResult(folder, config, step, interrupted, recorder.newest)
 
 
@@ -288,6 +304,7 @@ def _saved_at_once(folder: epath.Path) -> str:
 def _saving_hook(
     config: ExperimentConfig, checkpoints: Checkpoints, batches: PassingOver, recorder: Recorder,
     evaluations: Evaluations, lock: RunLock | None, guarding: Guarding,
+    logger: Logger,
 ) -> Hook:
   """Makes the hook that saves, ranked by held-out loss, while the folder is still the run's."""
 
@@ -304,14 +321,20 @@ def _saving_hook(
   )
 
   def save(moment: Moment) -> None:
-    if not guarding.holds_off(moment):
-      hook.run(moment)
+    if guarding.holds_off(moment):
+      return
+    heldout_loss(moment)  # Before the clock, which is that of saving; the hook takes it from here.
+    logger.pause()
+    began = time.perf_counter()
+    hook.run(moment)
+    recorder.write(moment.step, {CHECKPOINT_SECONDS: time.perf_counter() - began})
+    logger.resume()
 
   return dataclasses.replace(hook, run=save)
 
 
 def _watching(
-    lock: RunLock | None, logger: Logger, guarding: Guarding
+    lock: RunLock | None, logger: Logger, guarding: Guarding, life: Life
 ) -> Callable[[int, Metrics], bool]:
   """Makes a callback that logs each step, and says whether the run has to go back.
 
@@ -321,6 +344,7 @@ def _watching(
   def on_metrics(step: int, metrics: Metrics) -> bool:
     if lock and lock.lost:
       lock.check()
+    life.beat(step)
     logger(step, metrics)
     return guarding.look(step, metrics)
 

@@ -226,5 +226,5 @@ def test_a_spike_is_skipped_and_a_resumed_run_decides_alike(config, tmp_path, mo
 
 def test_a_damaged_record_of_what_was_passed_over_is_named(config, tmp_path):
   passes_over(config, tmp_path / "run", {}, "x")
-  with pytest.raises(InputError, match=r"passed_over\.json is not valid: expected what a run wrote"):
+  with pytest.raises(InputError, match=r"passed_over\.json is not valid: expected what a run"):
     runs.train_run(config, tmp_path / "run")
