@@ -46,11 +46,7 @@ class _Returns:
 
 
 class Guarding:
-  """Watches what a run's guard skips, and takes the run back.
-
-  Attributes:
-    wants_return: whether so many steps were skipped in a row that the run has to go back.
-  """
+  """Watches what a run's guard skips, and takes the run back."""
 
   def __init__(
       self, workdir: epath.Path, config: ExperimentConfig, batches: PassingOver,
@@ -72,7 +68,6 @@ class Guarding:
     self._identity = {key: value for key, value in batches.get_state().items() if key != "step"}
     self._returns = _Returns()
     self._skipped = 0
-    self.wants_return = False
     self._read()
     distributed.check_same({f"--workdir ({PASSED_FILE})": batches.spans})
 
@@ -103,7 +98,6 @@ class Guarding:
   def begin(self, state: TrainState) -> None:
     """Takes note of what was skipped before a state to go on from."""
     self._skipped = 0 if state.guard is None else int(state.guard.skipped)
-    self.wants_return = False
 
   def look(self, step: int, metrics: Metrics) -> bool:
     """Reads what was skipped, after a step that is logged or saved; records and says it.
@@ -113,32 +107,37 @@ class Guarding:
       metrics: its metrics.
 
     Returns:
-      `wants_return`.
+      Whether so many were skipped in a row that the run has to go back.
     """
-    train, most = self._config.train, self._config.guard.in_a_row
+    train = self._config.train
     if SKIPPED not in metrics or (
         step % train.log_every and step % train.checkpoint_every and step != train.steps
     ):
       return False
     skipped, in_a_row = int(metrics[SKIPPED]), int(metrics[IN_A_ROW])
     if skipped > self._skipped:
-      text = f"{skipped - self._skipped} steps were skipped up to step {step}" + (
-          f", the last {in_a_row} of them in a row" if in_a_row else ""
-      )
-      self._record(step, "skipped", f"{text} (loss {float(metrics['loss']):.4g}, "
-                                    f"gradient norm {float(metrics['grad_norm']):.4g})")
+      row = f", {in_a_row} in a row by now" if in_a_row else ""
+      self._record(step, "skipped", f"skipped {skipped - self._skipped} of the last steps{row} "
+                   f"(loss {float(metrics['loss']):.4g}, "
+                   f"gradient norm {float(metrics['grad_norm']):.4g})")
     self._skipped = skipped
-    self.wants_return = in_a_row >= most
-    return self.wants_return
+    return in_a_row >= self._config.guard.in_a_row
+
+  def must_return(self, state: TrainState) -> bool:
+    """Returns whether a run has to go back, when training has ended with this state."""
+    guard = state.guard
+    return guard is not None and int(guard.in_a_row) >= self._config.guard.in_a_row
 
   def holds_off(self, moment: Moment) -> bool:
     """Returns whether no checkpoint is to be saved, as steps are just being skipped.
 
-    The newest checkpoint is what the run goes back to, and has to be one of before.
+    The newest checkpoint is what the run goes back to, and has to be one of before. If the run ends
+    here, the steps until now are worth more than that, unless it has to go back anyway.
     """
-    guard = moment.state.guard
+    if moment.state.guard is None:
+      return False
     ends = moment.interrupted or moment.step == self._config.train.steps
-    return guard is not None and not ends and int(guard.in_a_row) > 0
+    return self.must_return(moment.state) or (not ends and int(moment.state.guard.in_a_row) > 0)
 
   def go_back(self, state: TrainState, trainer: Trainer, target: int) -> None:
     """Passes over the batches since a checkpoint, for a run that is to go on from there.

@@ -179,7 +179,7 @@ def train_run(
             data_wait=data_wait, meanwhile=lambda: _saved_at_once(folder),
         )
         checkpoints.wait()
-      if not guarding.wants_return:
+      if not guarding.must_return(state):
         break
       guarding.go_back(state, trainer, checkpoints.latest or 0)
       del state  # Before there is a second one.

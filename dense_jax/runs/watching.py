@@ -130,10 +130,10 @@ class Look:
 
   def _skipped(self) -> str:
     count = self._count("returned")
-    skipped = self.newest.get(SKIPPED)
+    skipped = self._number(SKIPPED, ",.0f")
     return _listed(
-        "" if skipped is None else f"{skipped:.0f} steps",
-        f"{count} returns, after which batches are passed over ({PASSED_FILE})" if count else "",
+        skipped and f"steps: {skipped}",
+        f"returns to a checkpoint: {count} ({PASSED_FILE})" if count else "",
     )
 
   def _memory(self) -> str:

@@ -83,7 +83,7 @@ def test_a_skipped_batch_leaves_the_run_that_never_saw_it(config, tmp_path, monk
   result = runs.train_run(config, tmp_path / "run")
   assert result.metrics["skipped_steps"] == 2 and result.metrics["skipped_in_a_row"] == 0
   assert [step for step, loss in column(tmp_path / "run", "loss").items() if np.isnan(loss)] == [3]
-  said = "step 3  1 steps were skipped up to step 3, the last 1 of them in a row (loss nan"
+  said = "step 3  skipped 1 of the last steps, 1 in a row by now (loss nan, gradient norm nan)"
   assert said in capsys.readouterr().out
   assert kinds(tmp_path / "run").count("skipped") == 2
   rates = column(tmp_path / "run", "learning_rate")

@@ -57,7 +57,7 @@ def test_a_run_that_trains(folder, capsys):
       "loss        2.5000, held-out 2.7500, gradient norm 0.5",
       "speed       400 tokens/s, MFU 40.0%, waits for data 1.2% of the time",
       "time        38 s left, goodput 75.0%",  # 60 steps of 256 tokens.
-      "skipped     3 steps, 1 returns, after which batches are passed over (passed_over.json)",
+      "skipped     steps: 3, returns to a checkpoint: 1 (passed_over.json)",
       "memory      host 2 GB",
       "checkpoint  step 30, training stood still for 0.25 s",
       "heartbeat   3 s ago, process 7 on here",
