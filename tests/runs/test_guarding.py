@@ -89,7 +89,6 @@ def test_a_skipped_batch_leaves_the_run_that_never_saw_it(config, tmp_path, monk
   rates = column(tmp_path / "run", "learning_rate")
   assert rates[4] == rates[3] and rates[7] == rates[6]  # The schedule stands still.
   # The same updates, from batches 0, 1, 3, 4, 6, 7, 8, 9.
-  monkeypatch.undo()
   shorter = changed(config, train={"steps": 8})
   passes_over(shorter, tmp_path / "without", identity(tmp_path / "run"), (2, 3), (5, 6))
   runs.train_run(shorter, tmp_path / "without")
@@ -109,7 +108,6 @@ def test_it_goes_back_and_ends_as_a_run_that_passed_over_the_window(
   assert json.loads((workdir / "passed_over.json").read_text())["spans"] == [[4, 8]]
   assert list(column(workdir, "loss")) == list(range(1, STEPS + 1))
   assert kinds(workdir).count("returned") == 1
-  monkeypatch.undo()
   # A run of the same folder, anew: the file alone says what is passed over.
   passes_over(config, tmp_path / "without", identity(workdir), (4, 8))
   runs.train_run(config, tmp_path / "without")

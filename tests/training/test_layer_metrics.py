@@ -1,5 +1,6 @@
 """Metrics of layers: their values, in every way of running, and no cost when not asked for."""
 
+import dataclasses
 import functools
 
 import jax

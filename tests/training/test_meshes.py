@@ -1,5 +1,6 @@
 """Every mesh of eight devices trains as one device does, even if it splits a row's tokens."""
 
+import dataclasses
 import functools
 import itertools
 
