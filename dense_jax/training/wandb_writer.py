@@ -63,4 +63,4 @@ class WandbWriter:
 
   def close(self) -> None:
     """Sends what is left."""
-    self._run.finish(quiet=True)
+    self._run.finish()
