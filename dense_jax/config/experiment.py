@@ -27,7 +27,7 @@ class ExperimentConfig:
   guard: GuardConfig = group(
       GuardConfig, help="steps that would harm the run, and are skipped")
   watch: WatchConfig = group(
-      WatchConfig, help="what is said about a run while it trains, beside its numbers")
+      WatchConfig, help="signs of a run while it trains, beside its numbers")
   eval: EvalConfig = group(EvalConfig, help="tasks that are scored during training")
   mesh: MeshConfig = group(
       MeshConfig, help="devices by axis; one size may be -1, which takes the devices that are left")

@@ -31,5 +31,5 @@ class GuardConfig:
 
   @property
   def is_on(self) -> bool:
-    """Whether any step may be skipped."""
+    """True if any step may be skipped."""
     return self.skip != "none"

@@ -1,4 +1,4 @@
-"""What is said about a run while it trains, beside its numbers: `config.watch`."""
+"""Signs of a run while it trains, beside its numbers: `config.watch`."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from dense_jax.config.fields import integer, invalid, text
 
 @dataclasses.dataclass(frozen=True)
 class WatchConfig:
-  """What is said about a run while it trains, beside its numbers (docs/reliability.md)."""
+  """Signs of a run while it trains, beside its numbers (docs/reliability.md)."""
 
   hang_seconds: int = integer(
       1800, 0, help="seconds without a step after which the stacks of all threads are written into "

@@ -47,7 +47,7 @@ class PassingOver(Iterator[Batch]):
 
   @property
   def spans(self) -> list[Span]:
-    """What is passed over, in order; no two spans touch."""
+    """The batches that are passed over, in order; no two spans touch."""
     return list(self._spans)
 
   def number(self, step: int) -> int:

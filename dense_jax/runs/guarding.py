@@ -1,4 +1,4 @@
-"""What a run does about steps that its guard skips: it goes back, or stops with a diagnosis.
+"""Takes a run back whose guard skips one step after the other, or stops it with a diagnosis.
 
 The guard (`dense_jax.training.guard`) decides on the device about each step. Here the host reads
 its counts where it reads the loss anyway. After `guard.in_a_row` skipped steps the run goes back to

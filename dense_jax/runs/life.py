@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-  """What a run said last.
+  """The last sign of life of a run.
 
   Attributes:
     time: when it said so, in seconds since 1970.

@@ -29,7 +29,7 @@ _RECENT = 20
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  """What can be seen of a run at one time.
+  """The state of a run, seen from outside at one time.
 
   Attributes:
     time: when it was looked at, in seconds since 1970.
@@ -55,23 +55,23 @@ class Look:
 
   @property
   def has_ended(self) -> bool:
-    """Whether no process trains, as it has said, or as all steps are done."""
+    """True if no process trains, as it has said, or as all steps are done."""
     return self.step == self.steps if self.heartbeat is None else self.heartbeat.doing == ENDED
 
   @property
   def is_silent(self) -> bool:
-    """Whether the run has not said for long that it trains, nor that it has ended."""
+    """True if the run has not said for long that it trains, nor that it has ended."""
     beat = self.heartbeat
     return beat is not None and not self.has_ended and self.time - beat.time > _SILENT_SECONDS
 
   @property
   def is_well(self) -> bool:
-    """Whether all steps are done, or a process trains."""
+    """True if all steps are done, or a process trains."""
     return self.step == self.steps or not (self.has_ended or self.is_silent)
 
   @property
   def doing(self) -> str:
-    """What the run is doing, or how it ended, in words."""
+    """The words that say what the run is doing, or how it ended."""
     beat = self.heartbeat
     if beat is None:
       return "done" if self.step == self.steps else "has not begun to train"

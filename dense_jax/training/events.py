@@ -1,4 +1,4 @@
-"""What happened to a run, beside its numbers: events.jsonl, one JSON object a line.
+"""A run's events, beside its numbers: events.jsonl, one JSON object a line.
 
 A line has `time` (seconds since 1970), `step` (steps done), `kind` (one of `KINDS`) and `text` (a
 sentence for people). Lines are only ever appended: a run that goes back, or resumes from an
