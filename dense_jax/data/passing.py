@@ -23,6 +23,9 @@ class Batches(Protocol):
   def set_state(self, state: dict[str, Any]) -> None:
     """Moves to a position that `get_state` returned."""
 
+  def go_to(self, step: int) -> None:
+    """Moves to the batch of this number."""
+
   def close(self) -> None:
     """Stops what prepares batches."""
 
@@ -52,26 +55,32 @@ class PassingOver(Iterator[Batch]):
 
   def number(self, step: int) -> int:
     """Returns the number of a step's batch among all batches."""
-    number = step
-    for first, end in self._spans:
-      if number >= first:
-        number += end - first
-    return number
+    return _number(step, self._spans)
 
   def pass_over(self, spans: Sequence[Span]) -> None:
-    """Passes over more batches, from the next `set_state` on."""
+    """Passes over more batches, also where it stands."""
     self._spans = _joined([*self._spans, *spans])
+
+  def go_to(self, step: int) -> None:
+    """Moves to the batch of a step."""
+    self._step = step
+    self._follow()
+
+  def _follow(self) -> None:
+    """Moves to the batch of the next step, if something before it is passed over."""
+    number = self.number(self._step)
+    if self._batches.get_state()["step"] != number:
+      self._batches.go_to(number)
 
   def __next__(self) -> Batch:
     """Returns the next step's batch."""
-    position = self._batches.get_state()
-    if position["step"] != self.number(self._step):
-      self._batches.set_state({**position, "step": self.number(self._step)})
+    self._follow()
     self._step += 1
     return next(self._batches)
 
   def get_state(self) -> dict[str, Any]:
     """Returns the position: the next step, what is passed over, and what identifies the batches."""
+    self._follow()
     position = {**self._batches.get_state(), "step": self._step}
     return {**position, _PASSED_OVER: self._spans} if self._spans else position
 
@@ -82,13 +91,23 @@ class PassingOver(Iterator[Batch]):
       InputError: the position belongs to other batches.
     """
     position = dict(state)
-    self.pass_over([(first, end) for first, end in position.pop(_PASSED_OVER, [])])
-    self._step = position["step"]
-    self._batches.set_state({**position, "step": self.number(self._step)})
+    spans = [(first, end) for first, end in position.pop(_PASSED_OVER, [])]
+    self._batches.set_state({**position, "step": _number(position["step"], spans)})
+    self.pass_over(spans)
+    self.go_to(position["step"])
 
   def close(self) -> None:
     """Stops what prepares batches."""
     self._batches.close()
+
+
+def _number(step: int, spans: Sequence[Span]) -> int:
+  """Returns the number of a step's batch; the spans are in order, and none touches another."""
+  number = step
+  for first, end in spans:
+    if number >= first:
+      number += end - first
+  return number
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:

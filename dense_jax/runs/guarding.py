@@ -173,7 +173,7 @@ class Guarding:
     """Finds out where numbers go wrong, writes it down, and raises `DivergedError`."""
     self._say("looking for the layer in which numbers go wrong")
     number = self._batches.number(begin)
-    self._batches.set_state({**self._batches.get_state(), "step": begin})
+    self._batches.go_to(begin)
     found = diagnose(trainer.inside(state.params, trainer.put(next(self._batches))))
     where = f"not finite first: {found.first}"
     content = {"step": begin, "batch": number, **dataclasses.asdict(found)}

@@ -13,17 +13,21 @@ class Numbers:
   def __init__(self):
     self.step, self.moves = 0, 0
 
+  def go_to(self, step):
+    self.step = step
+    self.moves += 1
+
   def __next__(self):
     self.step += 1
     return self.step - 1
 
   def get_state(self):
-    return {"step": self.step, "config.seed": 7}
+    return {"step": self.step, "config.seed": 7, "number": self.step}
 
   def set_state(self, state):
     assert state["config.seed"] == 7 and "passed_over" not in state
+    assert state["number"] == state["step"]  # It is a position that was returned.
     self.step = state["step"]
-    self.moves += 1
 
   def close(self):
     pass
@@ -44,10 +48,11 @@ def test_the_batches_of_the_steps(spans, expected):
   batches = PassingOver(Numbers(), spans)
   assert take(batches, 7) == expected
   assert [batches.number(step) for step in range(7)] == expected
-  for step in range(7):  # From any position, with what a checkpoint's JSON says.
-    position = json.loads(json.dumps({**batches.get_state(), "step": step}))
+  for step in range(8):  # From any position, with what a checkpoint's JSON says.
+    whole = PassingOver(Numbers(), spans)
+    take(whole, step)
     resumed = PassingOver(Numbers())
-    resumed.set_state(position)
+    resumed.set_state(json.loads(json.dumps(whole.get_state())))
     assert take(resumed, 7 - step) == expected[step:]
     assert resumed.spans == batches.spans
 
@@ -63,7 +68,7 @@ def test_a_position_of_before_gives_what_is_passed_over_now():
   batches = PassingOver(Numbers())
   take(batches, 2)
   saved = batches.get_state()
-  assert saved == {"step": 2, "config.seed": 7}
+  assert saved == {"step": 2, "config.seed": 7, "number": 2}
   take(batches, 4)
   batches.pass_over([(2, 6)])
   batches.set_state(saved)
