@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -14,6 +15,7 @@ from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.events import read_events
 from dense_jax.training.loop import Hook
 from tests import faulty
+from tests.builders import COMPILER_OPTIONS
 from tests.helpers import write_text
 
 STEPS = 10
@@ -29,12 +31,17 @@ def config(text):
   """Returns ten steps with a checkpoint after every fourth; three skipped in a row lead back."""
   return experiment.load("experiments/smoke.py:debug", [
       ("data.path", str(text)), ("data.cache_dir", f"{text}/.cache"), ("data.heldout_every", "2"),
-      ("data.seq_len", "32"), ("train.batch_size", "4"), ("model.width", "16"),
+      ("data.seq_len", "32"), ("train.batch_size", "8"), ("model.width", "16"),
       ("model.layers", "2"), ("model.family", "gau_retnet"), ("model.dense.depth", "0"),
       ("train.steps", str(STEPS)), ("train.checkpoint_every", "4"), ("train.log_every", "1"),
       ("train.eval_every", "100"), ("train.keep_best", "0"), ("optimizer.schedule_steps", "10"),
       ("guard.in_a_row", "3"), ("guard.returns", "2"),
   ])
+
+
+@pytest.fixture(autouse=True)
+def compiles_fast(monkeypatch):
+  monkeypatch.setattr("dense_jax.ops.resolver.training_options", lambda: COMPILER_OPTIONS)
 
 
 def changed(config, **groups):
@@ -78,6 +85,7 @@ def identity(workdir):
           if name not in ("step", "guard", "passed_over")}
 
 
+@pytest.mark.slow
 def test_a_skipped_batch_leaves_the_run_that_never_saw_it(config, tmp_path, monkeypatch, capsys):
   faulty.install(monkeypatch, {2: "nan", 5: "inf gradient"})
   result = runs.train_run(config, tmp_path / "run")
@@ -115,6 +123,7 @@ def test_it_goes_back_and_ends_as_a_run_that_passed_over_the_window(
   assert column(tmp_path / "without", "loss") == column(workdir, "loss")
 
 
+@pytest.mark.slow
 def test_the_course_does_not_depend_on_how_often_the_host_looks(config, tmp_path, monkeypatch):
   faulty.install(monkeypatch, {4: "nan", 5: "nan", 6: "nan"})
   seldom = changed(config, train={"log_every": 10, "checkpoint_every": 4})
@@ -126,6 +135,7 @@ def test_the_course_does_not_depend_on_how_often_the_host_looks(config, tmp_path
   assert params(tmp_path / "often") == params(tmp_path / "seldom")
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_return_changes_nothing(config, tmp_path, monkeypatch):
   faulty.install(monkeypatch, {5: "nan", 6: "nan", 7: "nan"})
   runs.train_run(config, tmp_path / "whole")
@@ -144,6 +154,7 @@ def test_a_kill_after_the_return_changes_nothing(config, tmp_path, monkeypatch):
   assert column(tmp_path / "run", "loss") == column(tmp_path / "whole", "loss")
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_it_begins_again(config, tmp_path, monkeypatch):
   faulty.install(monkeypatch, {0: "nan", 1: "nan", 2: "nan"})
   runs.train_run(config, tmp_path / "run")
@@ -159,6 +170,7 @@ def test_before_the_first_checkpoint_it_begins_again(config, tmp_path, monkeypat
   assert params(folder) == params(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_made_of_a_state_that_is_just_skipping(config, tmp_path, monkeypatch):
   faulty.install(monkeypatch, {6: "nan", 7: "nan", 8: "nan"})
   runs.train_run(config, tmp_path / "run")
@@ -188,8 +200,9 @@ def test_after_so_many_returns_it_stops_and_says_where(config, tmp_path, monkeyp
   assert kinds(workdir).count("returned") == 4
 
 
-def test_the_first_layer_that_overflows_is_named(config, tmp_path):
-  """Nothing is injected: a parameter of the second layer is far too large."""
+@pytest.mark.slow
+def test_the_first_layer_whose_numbers_go_wrong_is_named(config, tmp_path):
+  """Nothing is injected: a parameter of the second layer is infinite."""
   workdir = tmp_path / "run"
   quick = changed(config, guard={"returns": 0})
 
@@ -197,7 +210,7 @@ def test_the_first_layer_that_overflows_is_named(config, tmp_path):
     if moment.step == 5:
       name = "stack.scanned_layers.0.mixer.out_proj.kernel"  # Of both layers.
       leaf = moment.state.params[name]
-      moment.state.params[name] = jax.device_put(leaf.at[1].multiply(1e38), leaf.sharding)
+      moment.state.params[name] = jax.device_put(leaf.at[1].set(jnp.inf), leaf.sharding)
 
   with pytest.raises(DivergedError, match=r"not finite first: the activations of layer 1 \("):
     runs.train_run(quick, workdir, hooks=[Hook(1, spoil)])
@@ -207,6 +220,7 @@ def test_the_first_layer_that_overflows_is_named(config, tmp_path):
   assert found["activations"][1]["residual_rms"] is None
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_a_resumed_run_decides_alike(config, tmp_path, monkeypatch):
   guard = {"skip": "spikes", "window": 8, "sigmas": 20.0}
   config = changed(config, guard=guard, train={"steps": 16, "checkpoint_every": 5})
