@@ -181,7 +181,8 @@ def look(workdir: epath.Path) -> Look:
 
 def duration(seconds: float) -> str:
   """Formats a duration, such as "3 d 4 h", "12 min 5 s" or "7 s"."""
-  left, parts = round(max(seconds, 0)), []
+  left = round(max(seconds, 0))
+  parts: list[str] = []
   for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
     count, left = divmod(left, size)
     if count or (unit == "s" and not parts):

@@ -141,7 +141,9 @@ def from_json(shapes: GuardState | None, values: Mapping[str, Any]) -> GuardStat
     figures_FW, count = np.asarray(values.get("figures", ()), np.float32), values.get("count", 0)
     if figures_FW.shape != shape:
       figures_FW, count = np.zeros(shape, np.float32), 0
-    recent = Recent(np.int32(count), figures_FW)
-  skipped, in_a_row = (np.int32(values.get(name, 0)) for name in ("skipped", "in_a_row"))
-  state: Any = GuardState(skipped, in_a_row, recent)  # Numpy's, until they are placed.
+    window: Any = (np.int32(count), figures_FW)
+    recent = Recent(*window)
+  # Numpy's numbers, until they are placed.
+  counts: Any = [np.int32(values.get(name, 0)) for name in ("skipped", "in_a_row")]
+  state = GuardState(*counts, recent)
   return jax.tree.map(lambda leaf, placed: jax.device_put(leaf, placed.sharding), state, shapes)

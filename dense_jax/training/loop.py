@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -40,7 +40,7 @@ class DataWait:
   def __init__(self) -> None:
     self.seconds = 0.0
 
-  def next(self, batches: Iterator[Batch], under_way: Metrics) -> Batch:
+  def next(self, batches: Iterator[Batch], under_way: Mapping[str, Any]) -> Batch:
     """Returns the next batch.
 
     Args:
