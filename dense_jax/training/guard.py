@@ -136,14 +136,15 @@ def from_json(shapes: GuardState | None, values: Mapping[str, Any]) -> GuardStat
   if shapes is None:
     return None
   recent = None
+  # Any: the fields are annotated as jax arrays, and these are numpy's until they are placed.
+  count: Any = np.int32(values.get("count", 0))
+  figures_FW: Any = np.asarray(values.get("figures", ()), np.float32)
   if shapes.recent is not None:
     shape = shapes.recent.figures_FW.shape
-    figures_FW, count = np.asarray(values.get("figures", ()), np.float32), values.get("count", 0)
     if figures_FW.shape != shape:
-      figures_FW, count = np.zeros(shape, np.float32), 0
-    window: Any = (np.int32(count), figures_FW)
-    recent = Recent(*window)
-  # Numpy's numbers, until they are placed.
-  counts: Any = [np.int32(values.get(name, 0)) for name in ("skipped", "in_a_row")]
-  state = GuardState(*counts, recent)
+      count, figures_FW = np.int32(0), np.zeros(shape, np.float32)
+    recent = Recent(count, figures_FW)
+  skipped: Any = np.int32(values.get("skipped", 0))
+  in_a_row: Any = np.int32(values.get("in_a_row", 0))
+  state = GuardState(skipped, in_a_row, recent)
   return jax.tree.map(lambda leaf, placed: jax.device_put(leaf, placed.sharding), state, shapes)
