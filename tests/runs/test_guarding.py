@@ -178,6 +178,7 @@ def test_no_checkpoint_is_made_of_a_state_that_is_just_skipping(config, tmp_path
   assert spans == [[4, 9]]  # Not from step 8 on.
 
 
+@pytest.mark.slow
 def test_after_so_many_returns_it_stops_and_says_where(config, tmp_path, monkeypatch, capsys):
   faulty.install(monkeypatch, {number: "nan" for number in range(5, 40)})
   workdir = tmp_path / "run"
