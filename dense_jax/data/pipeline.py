@@ -271,8 +271,12 @@ class TrainBatches(Iterator[Batch]):
       if state.get(field) != value:
         wanted = "the same text and tokenizer, of fingerprint " if field == "config.data" else ""
         raise invalid(field, value, f"{wanted}{state.get(field)!r}, with which the run began")
+    self.go_to(state["step"])
+
+  def go_to(self, step: int) -> None:
+    """Moves to the batch of a step."""
     self.close()
-    self._start(state["step"])
+    self._start(step)
 
   def close(self) -> None:
     """Stops the threads that prepare batches, and waits up to 10 s for the batch under way."""

@@ -6,7 +6,7 @@ Every key matches exactly one row of one table, `CHANGES`:
 |---|---|---|
 | never | the seed, model, data, batch size | the model, or the order of the batches |
 | freely | implementation, memory, mesh, logging, intervals, places | the rounding, or less |
-| when asked | the optimizer, its schedule, the number of steps, the loss, averages | the course |
+| when asked | the optimizer, its schedule, the steps, the loss, averages, the guard | the course |
 
 To ask means to name a key with `--allow-change`. `train.steps` and `optimizer.schedule_steps` need
 this only if they change the learning rate of a step that is still to be done.
@@ -47,9 +47,15 @@ CHANGES = {
     r"train\.batch_size": Change.NEVER,
     r"train\.(steps|z_loss|ema)": Change.ASKED,
     r"train\.(accumulate|loss_chunk|eval_batches|keep_last|keep_best|.*_every)": Change.FREELY,
-    r"eval\..*": Change.FREELY,
+    r"guard\.(skip|sigmas|window|in_a_row)": Change.ASKED,
+    r"guard\.returns": Change.FREELY,
+    r"(watch|eval)\..*": Change.FREELY,
     r"mesh\..*": Change.FREELY,
 }
+
+# Patterns of keys that came after results were recorded by the course that they belong to. At its
+# default such a key changes nothing, and is left out of the course, so that records stay valid.
+LATER = (r"guard\..*",)
 
 
 def classify(key: str) -> Change:
@@ -71,6 +77,19 @@ def classify(key: str) -> Change:
 def keys(config: ExperimentConfig) -> dict[str, Any]:
   """Returns all values of a configuration by their dotted keys, without "config."."""
   return _flat(defaults(config), "")
+
+
+def course(config: ExperimentConfig) -> dict[str, Any]:
+  """Returns all values that determine what a run computes, by key, but for the seed and the text.
+
+  Keys that came later (`LATER`) are among them only with another value than their default.
+  """
+  usual = keys(ExperimentConfig())
+  return {
+      key: value for key, value in keys(config).items()
+      if key != "seed" and classify(key) is not Change.FREELY
+      and not (value == usual.get(key) and any(re.fullmatch(later, key) for later in LATER))
+  }
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
