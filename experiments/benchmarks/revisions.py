@@ -38,7 +38,7 @@ PARTS = ("mixer", "rows", "long", "dense", "decode")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is timed: `kind` is a request of `revision_worker.py`."""
+  """A step to time; `kind` is a request of `revision_worker.py`."""
 
   name: str
   kind: str
