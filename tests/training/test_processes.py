@@ -38,14 +38,16 @@ def text(tmp_path_factory):
   return write_text(tmp_path_factory.mktemp("text"))
 
 
-def start(processes, text, workdir, *more, devices=8, faults=""):
+def start(
+    processes, text, workdir, *more, devices=8, faults="", module="dense_jax.cli.train"
+):
   """Starts the training command in several processes, with so many devices together.
 
   Faults are those of `tests/faulty.py`.
   """
   command = [
       sys.executable, "-m", *(["tests.faulty", faults] if faults else []),
-      "dense_jax.cli.train", "--config", "experiments/smoke.py:debug",
+      module, "--config", "experiments/smoke.py:debug",
       "--workdir", str(workdir), *SETTINGS, f"--config.data.path={text}",
       f"--config.data.cache_dir={text}/.cache", *more,
   ]
@@ -55,6 +57,7 @@ def start(processes, text, workdir, *more, devices=8, faults=""):
       cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
       env=os.environ | {
           "XLA_FLAGS": "--xla_backend_optimization_level=0",
+          "RECORDED_ROWS": str(workdir.parent / "rows"),
           "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       },
@@ -224,3 +227,45 @@ def test_what_differs_between_processes_is_named(text, tmp_path):
     )
   assert "Traceback" not in err
   assert not workdir.exists()
+
+
+def recorded_rows(workdir):
+  """Returns step -> the digests of its batch's rows, sorted, of all processes together."""
+  starts = {}
+  for file in (workdir.parent / "rows").iterdir():
+    start = file.name.partition("-")[0]  # Of all processes of one start.
+    for line in file.read_text().splitlines():
+      step, rows = json.loads(line)
+      starts.setdefault((step, start), []).extend(rows)
+  steps = {}
+  for (step, _), rows in starts.items():
+    assert steps.setdefault(step, sorted(rows)) == sorted(rows)  # Also where a step is done again.
+  return steps
+
+
+def test_eight_devices_in_two_processes_then_four_in_one_see_the_same_batches(text, tmp_path):
+  record = {"module": "tests.training.record_rows"}
+  whole, workdir = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+  for folder in (whole, workdir):
+    (folder.parent / "rows").mkdir(parents=True)
+  status, _, err = run(1, text, whole, **record)
+  assert status == 0, err
+
+  process = start(2, text, workdir, **record)
+  pids(process)
+  wait_for_step(process, workdir, 4)
+  process.send_signal(signal.SIGTERM)
+  status, out, err = finish(process)
+  assert status == 1, err
+  assert "2 processes x 4 devices" in out
+  status, out, err = run(1, text, workdir, devices=4, **record)
+  assert status == 0, err
+  assert "devices: 4 x cpu" in out
+  (step,) = re.findall(rf"from step (\d+) to {STEPS}", out)
+  assert 4 <= int(step) < STEPS
+
+  rows = recorded_rows(whole)
+  assert recorded_rows(workdir) == rows
+  assert rows.keys() == set(range(STEPS)) and all(len(batch) == 8 for batch in rows.values())
+  assert len({row for batch in rows.values() for row in batch}) > STEPS
+  assert_same_run(workdir, whole)
