@@ -197,6 +197,20 @@ def any_process(value: bool) -> bool:
   return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
 
 
+def notified_of_preemption(step: int) -> bool:
+  """Returns whether the cluster has announced that it takes machines away, and this is the step.
+
+  jax's preemption service passes one machine's notice on, and picks a step that all processes have
+  yet to reach. All of them must call this once for each step, in order.
+  """
+  if not jax.distributed.is_initialized():
+    return False
+  try:
+    return multihost_utils.reached_preemption_sync_point(step)
+  except RuntimeError:  # The service is turned off (jax_enable_preemption_service).
+    return False
+
+
 def by_first(action: Callable[[], None]) -> None:
   """Runs `action` in the first process, while the others wait for it.
 
@@ -221,7 +235,7 @@ def by_first(action: Callable[[], None]) -> None:
 
 
 class Agreement:
-  """Tells every process, at the same call, whether any process has said yes.
+  """Tells every process, at the same call, the highest number that any process has said.
 
   Each call is one all-reduce of a number, queued on the devices behind the step that was sent
   before it. To avoid waiting for the devices, a call returns the result of the call before; only
@@ -232,22 +246,22 @@ class Agreement:
     self._before: Array | None = None
     if jax.process_count() > 1:
       mesh = Mesh(np.asarray(jax.devices()), ("device",))
-      self._flags = NamedSharding(mesh, PartitionSpec("device"))
-      self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+      self._numbers = NamedSharding(mesh, PartitionSpec("device"))
+      self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-  def __call__(self, flag: bool) -> bool:
-    """Contributes `flag`, and returns whether any flag of the call before was true.
+  def __call__(self, number: int) -> int:
+    """Contributes an int32 `number`, and returns the highest number of the call before.
 
     The first call, and every call of a single process, returns its own result.
     """
     if jax.process_count() == 1:
-      return flag
-    own = np.asarray([flag], np.int32)
-    now = self._any(
-        jax.make_array_from_callback((jax.device_count(),), self._flags, lambda _: own)
+      return number
+    own = np.asarray([number], np.int32)
+    now = self._highest(
+        jax.make_array_from_callback((jax.device_count(),), self._numbers, lambda _: own)
     )
     before, self._before = self._before, now
-    return bool(now if before is None else before)
+    return int(now if before is None else before)
 
 
 def end(status: int) -> NoReturn:

@@ -56,6 +56,20 @@ def test_one_process_stays_alone(joined):
   np.testing.assert_array_equal(distributed.to_host(jax.numpy.arange(3)), np.arange(3))
 
 
+def test_a_preemption_is_heard_of_in_a_job_of_several_processes(monkeypatch):
+  service = distributed.multihost_utils
+  monkeypatch.setattr(service, "reached_preemption_sync_point", lambda step: step == 3)
+  assert not any(distributed.notified_of_preemption(step) for step in range(5))
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  assert [step for step in range(5) if distributed.notified_of_preemption(step)] == [3]
+
+  def disabled(step):
+    raise RuntimeError("Preemption sync manager has not been initialized.")
+
+  monkeypatch.setattr(service, "reached_preemption_sync_point", disabled)
+  assert not distributed.notified_of_preemption(3)
+
+
 def test_explicit_arguments_need_no_detection(joined):
   distributed.initialize("10.0.0.1:1234", 4, 3)
   ((args, options),) = joined

@@ -30,8 +30,13 @@ class TrainConfig:
       16, 0, help="held-out batches of an evaluation during training; 0 means all")
   checkpoint_every: int = integer(
       500, 1, help="steps between checkpoints; the last step is saved")
+  checkpoint_minutes: float = number(
+      0.0, 0, help="also save once so many minutes have passed since the last save, as steps of "
+      "unknown length may lie far apart; 0 means never")
   keep_last: int = integer(2, 1, help="newest checkpoints that are kept")
   keep_best: int = integer(1, 0, help="checkpoints of the lowest held-out loss that are kept")
+  keep_every: int = integer(
+      0, 0, help="keep the checkpoints whose step is a multiple of this besides; 0 means none")
 
   def __post_init__(self) -> None:
     if self.batch_size % self.accumulate:

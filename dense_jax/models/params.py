@@ -99,6 +99,13 @@ def init_params(config: ModelConfig, key: Array) -> Params:
   return get_params(LanguageModel(config, rngs=nnx.Rngs(key)))
 
 
+def is_stacked(path: tuple[Any, ...]) -> bool:
+  """Returns whether a path of jax.tree_util leads to a parameter of several layers, [R, ...]."""
+  names = (getattr(key, "key", None) for key in path)
+  found = (_SCANNED.fullmatch(name) for name in names if isinstance(name, str))
+  return any(match and match[1] == "scanned_layers" for match in found)
+
+
 def by_layer(config: ModelConfig, tree: PyTree, *, split: Split | None = None) -> PyTree:
   """Gives each layer its own entry, in every dict of parameters that a tree holds.
 

@@ -20,11 +20,13 @@ from dense_jax.runs.restoring import LoadedModel, Run, load_folder, restore
 from dense_jax.runs.scoring import Score, evaluate_run, heldout_rows
 from dense_jax.runs.tasks import evaluate_tasks
 from dense_jax.runs.training import RunResult, train_run
+from dense_jax.runs.verifying import Verdict, verify
 from dense_jax.training.loop import Hook, Moment
 
 __all__ = [
     "CompiledProgram", "Evaluator", "HeldOutLoss", "Hook", "InitFrom", "LoadedModel", "Moment",
-    "Published", "Report", "Run", "RunResult", "Score", "Snapshot", "average_checkpoints",
-    "base_config", "compile_program", "evaluate_run", "evaluate_tasks", "heldout_rows",
-    "load_folder", "make_run", "publish", "restore", "train_run", "write_report",
+    "Published", "Report", "Run", "RunResult", "Score", "Snapshot", "Verdict",
+    "average_checkpoints", "base_config", "compile_program", "evaluate_run", "evaluate_tasks",
+    "heldout_rows", "load_folder", "make_run", "publish", "restore", "train_run", "verify",
+    "write_report",
 ]

@@ -13,7 +13,7 @@ from dense_jax.files import make_path
 from dense_jax.models.params import with_params
 from dense_jax.runs.restoring import Run, restore
 from dense_jax.runs.workdir import CHECKPOINTS
-from dense_jax.training.checkpoint import saved_steps
+from dense_jax.training.stored import saved_steps
 
 
 def average_checkpoints(workdir: str | os.PathLike[str], count: int) -> tuple[Run, list[int]]:

@@ -22,8 +22,10 @@ from dense_jax.models.warm_start import new_parameters
 from dense_jax.runs import publishing
 from dense_jax.runs import workdir as folders
 from dense_jax.runs.restoring import LoadedModel, describe, load_folder
-from dense_jax.training.checkpoint import Checkpoints, check_name, saved_steps
+from dense_jax.training.checkpoint import check_name
+from dense_jax.training.checkpoint_reader import CheckpointReader
 from dense_jax.training.step import placed_shapes
+from dense_jax.training.stored import saved_steps
 from dense_jax.types import Params
 
 FLAG = "--init-from"
@@ -75,13 +77,10 @@ class Source:
           name: _placed(np.asarray(leaf), shapes[name])
           for name, leaf in self.loaded.params.items()
       }
-    checkpoints = Checkpoints(self.folder / folders.CHECKPOINTS, self.model, read_only=True)
-    try:
-      step, params, weights = checkpoints.restore_params(
-          shapes, self.init.checkpoint, self.init.weights
-      )
-    finally:
-      checkpoints.close()
+    checkpoints = CheckpointReader(self.folder / folders.CHECKPOINTS, self.model)
+    step, params, weights = checkpoints.restore_params(
+        shapes, self.init.checkpoint, self.init.weights
+    )
     return describe(step, weights, self.init.path), params
 
   def record(self, name: str, target: ModelConfig) -> dict[str, Any]:

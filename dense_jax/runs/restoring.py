@@ -16,7 +16,10 @@ from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.runs.kernels import check_kernels
 from dense_jax.runs.workdir import CHECKPOINTS, TOKENIZER
-from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on, saved_steps
+from dense_jax.training.checkpoint import check_name
+from dense_jax.training.checkpoint_reader import CheckpointReader
+from dense_jax.training.host_arrays import placed_on
+from dense_jax.training.stored import saved_steps
 from dense_jax.types import Params
 
 
@@ -71,7 +74,7 @@ def restore(
     runs_model: false if only the parameters are wanted, so that no kernel is tried out.
 
   Raises:
-    InputError: there is no such run or checkpoint, or no average in it.
+    InputError: there is no such run or checkpoint, no average in it, or it is damaged.
   """
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")
@@ -82,11 +85,8 @@ def restore(
     check_kernels(config.model, strict=strict)
   model = abstract_model(config.model)
   shapes = placed_on(get_params(model), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-  checkpoints = Checkpoints(folder / CHECKPOINTS, config.model, read_only=True)
-  try:
-    step, params, weights = checkpoints.restore_params(shapes, checkpoint, weights)
-  finally:
-    checkpoints.close()
+  checkpoints = CheckpointReader(folder / CHECKPOINTS, config.model)
+  step, params, weights = checkpoints.restore_params(shapes, checkpoint, weights)
   tokenizer = load_saved_tokenizer(folder / TOKENIZER)
   return Run(
       describe(step, weights, workdir), tokenizer, with_params(model, params), params, config, step,

@@ -46,7 +46,8 @@ CHANGES = {
     r"optimizer\..*": Change.ASKED,
     r"train\.batch_size": Change.NEVER,
     r"train\.(steps|z_loss|ema)": Change.ASKED,
-    r"train\.(accumulate|loss_chunk|eval_batches|keep_last|keep_best|.*_every)": Change.FREELY,
+    r"train\.(accumulate|loss_chunk|eval_batches|checkpoint_minutes|keep_last|keep_best|.*_every)":
+        Change.FREELY,
     r"guard\.(skip|sigmas|window|in_a_row)": Change.ASKED,
     r"guard\.returns": Change.FREELY,
     r"(watch|eval)\..*": Change.FREELY,

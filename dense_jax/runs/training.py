@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import os
 import sys
 import time
@@ -36,12 +38,15 @@ from dense_jax.runs.life import Life
 from dense_jax.runs.memory import check_memory
 from dense_jax.runs.profiling import Profile
 from dense_jax.runs.recording import CHECKPOINT_SECONDS, Recorder
-from dense_jax.training.checkpoint import Checkpoints, check_name
+from dense_jax.training.checkpoint import Checkpoints, check_name, clear_uncommitted
+from dense_jax.training.events import record_event
 from dense_jax.training.lock import RunLock
 from dense_jax.training.loop import DataWait, Hook, Logger, Moment, checkpoint_hook, train
 from dense_jax.training.metrics import Progress
 from dense_jax.training.step import Metrics, Trainer, TrainState
 from dense_jax.training.wandb_writer import check_wandb
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +143,11 @@ def train_run(
         data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
     ))))
     guarding = Guarding(folder, config, batches, _say)
+    tell = functools.partial(_tell, folder)
+    distributed.by_first(lambda: clear_uncommitted(folder / folders.CHECKPOINTS, tell))
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
-        folder / folders.CHECKPOINTS, config.model,
-        keep_last=config.train.keep_last, keep_best=config.train.keep_best,
+        folder / folders.CHECKPOINTS, config.model, keep_last=config.train.keep_last,
+        keep_best=config.train.keep_best, keep_every=config.train.keep_every, tell=tell,
     )))
     distributed.check_same({"--workdir (its newest checkpoint)": checkpoints.latest})
     state, init = _start(trainer, checkpoints, batches, config, mesh, begun)
@@ -177,8 +184,12 @@ def train_run(
             ],
             on_metrics=_watching(lock, logger, guarding, life), interrupt=interrupt,
             data_wait=data_wait, meanwhile=lambda: _saved_at_once(folder),
+            wants_save=lambda: checkpoints.wants_save(config.train.checkpoint_minutes),
         )
-        checkpoints.wait()
+        step = int(state.step)
+        # Saving raises an error once too many saves have failed.
+        while not checkpoints.is_saved() and not guarding.must_return(state):
+          saving.run(Moment(step, state, step < config.train.steps))
       if not guarding.must_return(state):
         break
       guarding.go_back(state, trainer, checkpoints.latest or 0)
@@ -191,6 +202,13 @@ def train_run(
       interrupted = interrupt.requested or "a signal to another process"
       life.interrupted(interrupted)
   return RunResult(folder, config, step, interrupted, recorder.newest)
+
+
+def _tell(workdir: epath.Path, step: int, kind: str, text: str) -> None:
+  """Warns of what happened to a checkpoint, and records it."""
+  _LOG.warning("%s", text)
+  with contextlib.suppress(OSError):  # Of a full disk, which the run itself will meet.
+    record_event(workdir, step, kind, text)
 
 
 def _say(text: str) -> None:
@@ -279,7 +297,7 @@ def _start(
   model to begin with, or with fresh ones.
   """
   if checkpoints.latest is not None:
-    state, position = checkpoints.restore(trainer.state_shapes, checkpoints.latest)
+    state, position = checkpoints.restore_newest(trainer.state_shapes)
     batches.set_state(position)
     return state, begun.record if begun else None
   if begun is None or begun.source is None:
@@ -311,8 +329,9 @@ def _saving_hook(
   def heldout_loss(moment: Moment) -> float | None:
     if lock:
       lock.check()
-    # An interrupted run has no time to score.
-    if moment.interrupted or not config.train.keep_best:
+    # An interrupted run has no time to score, and a checkpoint in between no rank.
+    in_between = moment.step % config.train.checkpoint_every and moment.step < config.train.steps
+    if moment.interrupted or in_between or not config.train.keep_best:
       return None
     return evaluations.heldout_loss(moment)
 

@@ -13,11 +13,11 @@ from dense_jax.runs.guarding import PASSED_FILE
 from dense_jax.runs.life import ENDED, Heartbeat, read_heartbeat
 from dense_jax.runs.recording import CHECKPOINT_SECONDS, DEVICE_MEMORY, GOODPUT, HOST_MEMORY, MFU
 from dense_jax.runs.workdir import CHECKPOINTS
-from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.events import Event, read_events
 from dense_jax.training.guard import SKIPPED
 from dense_jax.training.loop import DATA_WAIT, SPEED
 from dense_jax.training.metrics import read_metrics
+from dense_jax.training.stored import saved_steps
 
 _BAR = 30
 # A heartbeat comes every 10 s, in a bucket every 30 s; evaluations and saves may take longer.

@@ -15,10 +15,10 @@ from dense_jax.data.pipeline import Datasets
 from dense_jax.errors import InputError
 from dense_jax.files import PARTIALS, is_remote, parse_json, write_atomically
 from dense_jax.runs import resume
-from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.events import EVENTS_FILE
 from dense_jax.training.lock import LOCK_FILE
 from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
+from dense_jax.training.stored import saved_steps
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"

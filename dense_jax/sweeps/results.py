@@ -15,8 +15,8 @@ from dense_jax.runs import resume
 from dense_jax.runs.recording import OF_MACHINE
 from dense_jax.runs.workdir import CHECKPOINTS, DATA_FILE
 from dense_jax.sweeps.budgets import PlannedCell
-from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.metrics import read_metrics
+from dense_jax.training.stored import saved_steps
 
 
 @dataclasses.dataclass(frozen=True)

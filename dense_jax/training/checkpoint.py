@@ -3,52 +3,46 @@
 A checkpoint holds the parameters of each layer, and their moments, under `layers.<N>.<rest>`
 (`dense_jax.models.params.by_layer`). It does not record how layers were scanned, so a run may
 resume with another `block_layers`. A run with `train.ema` also saves the average of its parameters,
-in the same form. Stacked arrays are split on the way from the devices to the
-memory of their hosts, and stacked on the way back, so that no device holds a second copy of the
-state.
+in the same form. Digests of all arrays are saved with it (`dense_jax.training.proof`), and compared
+when it is restored.
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dense_jax import distributed
 from dense_jax.config import ModelConfig, invalid
-from dense_jax.errors import InputError
-from dense_jax.files import is_remote, parse_json
-from dense_jax.models.params import (
-    as_scanned,
-    by_layer,
-    row_sharding,
-    split_rows,
-    stack_rows,
-    stacked_sharding,
-)
-from dense_jax.training import guard
+from dense_jax.files import is_remote
+from dense_jax.models.params import by_layer
+from dense_jax.training import guard, stored
+from dense_jax.training.checkpoint_reader import CheckpointReader, ranking_loss, state_items
+from dense_jax.training.host_arrays import to_hosts
+from dense_jax.training.proof import Proof, digest_json, prove
 from dense_jax.training.step import TrainState
-from dense_jax.types import Params, PyTree
+from dense_jax.training.stored import HELDOUT_LOSS, DamagedError, Stored, saved_steps
 
-T = TypeVar("T")
-
-HELDOUT_LOSS = "heldout_loss"
-# The name of the average in a checkpoint, and of the choice to take it.
-_EMA = "ema"
-# The name of the guard's state beside the data's position.
-_GUARD = "guard"
-# The most attempts to read, in case a run saves and deletes faster than this process reads.
-_MOST_TRIED = 20
+# After a save has failed, another one is begun so many seconds after the first, second and third
+# one began. The fourth is not begun: the run stops.
+_RETRY_SECONDS = (0.0, 10.0, 60.0)
+# The most times, 0.1 s apart, that what a failed save left is removed.
+_MOST_REMOVED = 50
+# Old checkpoints are renamed into this folder before they are deleted, so that a kill leaves none
+# that lacks some of its files.
+_DELETED = "deleted"
 _LOG = logging.getLogger(__name__)
 
 
@@ -70,97 +64,125 @@ def check_name(folder: epath.Path, field: str) -> None:
     )
 
 
-def saved_steps(folder: epath.Path) -> list[int]:
-  """Returns the steps of the complete checkpoints in a folder, in order; changes nothing there."""
-  if not folder.is_dir():
-    return []
-  return sorted(ocp.utils.checkpoint_steps(folder))
-
-
 def _loss(metrics: Mapping[str, float]) -> float:
-  """Returns the loss that ranks a checkpoint: infinite, and so last, if it is not finite."""
-  loss = metrics[HELDOUT_LOSS]
-  return loss if math.isfinite(loss) else math.inf
+  """Returns the loss that ranks a checkpoint."""
+  return metrics[HELDOUT_LOSS]
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager, which opens checkpoints even if a held-out loss among them is unreadable."""
+  """Orbax's manager, which takes the losses that rank checkpoints from where they are proven."""
 
   def metrics(self, step: int) -> Mapping[str, float] | None:
     """Returns the metrics saved with a step; None means that none can be read."""
+    loss = ranking_loss(Stored(self.directory, step))
+    return None if loss is None else {HELDOUT_LOSS: loss}
+
+
+def _warn(step: int, kind: str, text: str) -> None:
+  del step, kind
+  _LOG.warning("%s", text)
+
+
+def clear_uncommitted(folder: epath.Path, tell: Callable[[int, str, str], None] = _warn) -> None:
+  """Sets aside checkpoints whose commit file is damaged, for orbax would open none beside them.
+
+  Called by one process, before `Checkpoints` opens the folder to write. Each is told as
+  "set aside".
+
+  Raises:
+    DamagedError: no other checkpoint is left, so that nothing is changed.
+  """
+  damaged: dict[int, DamagedError] = {}
+  steps = saved_steps(folder)
+  for step in steps:
     try:
-      metrics = super().metrics(step)
-      if metrics is not None:
-        _loss(metrics)
-      return metrics
-    except (OSError, KeyError, TypeError, ValueError) as error:
-      _LOG.warning("the held-out loss of checkpoint %d cannot be read, and ranks nothing (%s)",
-                   step, error)
-      return None
+      Stored(folder, step).check_commit()
+    except DamagedError as error:
+      damaged[step] = error
+  if damaged and len(damaged) == len(steps):
+    raise _none_left(folder, damaged)
+  for step, why in damaged.items():
+    place = stored.set_aside(Stored(folder, step))
+    tell(step, "set aside", f"{why}. It was set aside as {place}")
 
 
-def _manager(
-    folder: epath.Path, keep_last: int, keep_best: int, read_only: bool
-) -> ocp.CheckpointManager:
-  preserve: list[Any] = [policies.LatestN(keep_last)]
-  if keep_best:
+def _none_left(folder: epath.Path, damaged: Mapping[int, DamagedError]) -> DamagedError:
+  """Makes the error of a run that has no checkpoint to go on from."""
+  why = "\n".join(f"  {error}" for _, error in sorted(damaged.items()))
+  workdir = folder.parent
+  return DamagedError(
+      f"no checkpoint in {folder} can be gone on from:\n{why}\nNothing was changed there. Expected "
+      "at least one whole checkpoint: put one back from a copy and check it with\n"
+      f"  python -m dense_jax.cli.verify --workdir {workdir}\n"
+      f"or begin again in another folder, as with --workdir {workdir}-again"
+  )
+
+
+def _manager(folder: epath.Path, last: int, best: int, every: int) -> ocp.CheckpointManager:
+  preserve: list[Any] = [policies.LatestN(last)]
+  if best:
     preserve.append(
         policies.BestN(
             get_metric_fn=_loss,
             reverse=True,  # The lowest loss is the best.
-            n=keep_best,
+            n=best,
             keep_checkpoints_without_metrics=False,
         )
     )
+  if every:
+    preserve.append(policies.EveryNSteps(every))
   options = ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(preserve),
       best_fn=_loss,
       best_mode="min",
       enable_async_checkpointing=True,
-      cleanup_tmp_directories=not read_only,
-      read_only=read_only,
+      cleanup_tmp_directories=True,
+      todelete_subdir=_DELETED,
   )
   return _Manager(folder, options=options)
 
 
-def _retried(action: Callable[[], T]) -> T:
-  """Returns the action's result; repeats it if another process deleted a file that it needs."""
-  for _ in range(_MOST_TRIED):
-    with contextlib.suppress(FileNotFoundError):
-      return action()
-  return action()
-
-
-class Checkpoints:
+class Checkpoints(CheckpointReader):
   """A run's checkpoints, saved asynchronously; each one is complete or absent.
 
-  The newest `keep_last` and the best `keep_best`, by held-out loss, are kept.
+  The newest `keep_last`, the best `keep_best`, by held-out loss, and those of every `keep_every`-th
+  step are kept.
 
   Args:
     folder: where the checkpoints are or will be.
     model: the model's configuration, which says how its layers are scanned now.
     keep_last: the number of newest checkpoints to keep.
     keep_best: the number of best checkpoints to keep besides.
-    read_only: changes nothing in the folder.
+    keep_every: keeps each checkpoint whose step is a multiple of it besides; 0 means none.
+    tell: called with steps done, what happened ("save failed" or "set aside") and a sentence for
+      people.
   """
 
   def __init__(
       self, folder: epath.Path, model: ModelConfig, *, keep_last: int = 1, keep_best: int = 0,
-      read_only: bool = False,
+      keep_every: int = 0, tell: Callable[[int, str, str], None] = _warn,
   ) -> None:
-    self._folder = folder if is_remote(folder) else folder.absolute()
-    self._model = model
-    self._manager = _retried(lambda: _manager(self._folder, keep_last, keep_best, read_only))
+    super().__init__(folder, model)
+    self._open = functools.partial(_manager, self._folder, keep_last, keep_best, keep_every)
+    self._manager = self._open()
+    self._tell = tell
+    self._under_way = False
+    self._saved, self._step = time.monotonic(), 0
+    self._error: Exception | None = None
+    self._failures = 0
+    self._deleter: threading.Thread | None = None
+    self._empty_deleted()
 
-  @property
-  def latest(self) -> int | None:
-    """The newest checkpoint's step; None means that there is no checkpoint."""
-    return self._manager.latest_step()
+  def steps(self) -> list[int]:
+    """Returns the steps of the checkpoints, in order, with the one that is being saved."""
+    return sorted(self._manager.all_steps())
 
   def save(
       self, state: TrainState, step: int, data: Mapping[str, Any], heldout_loss: float | None
   ) -> bool:
     """Starts saving; the state's values are copied before it returns.
+
+    If the save before failed, what it left is removed first.
 
     Args:
       state: the state after `step` updates.
@@ -170,162 +192,156 @@ class Checkpoints:
         checkpoint whose loss is not finite is not ranked.
 
     Returns:
-      True if the step is saved or will be. False if a number of the state is not finite: no later
-      step would be better, and this checkpoint would take the place of a good one.
+      True if the step is saved, or will be unless the save fails (see `wants_save`). False if a
+      number of the state is not finite: no later step would be better, and this checkpoint would
+      take the place of a good one.
+
+    Raises:
+      Exception: the save before failed, and so did those before it; or one of several processes
+        failed.
     """
-    if self._manager.latest_step() == step:
+    self._recover()
+    self._saved, self._step = time.monotonic(), step
+    if self.latest == step:
       return True
-    if not distributed.to_host(_all_finite((state.params, state.opt_state, state.ema))):
+    arrays, infinite = prove(state_items(state), self._model)
+    if infinite:
       return False
     if state.guard is not None:
-      data = {**data, _GUARD: guard.as_json(state.guard)}
-    state = by_layer(self._model, state, split=_to_hosts)
+      data = {**data, stored.GUARD: guard.as_json(state.guard)}
     ranked = heldout_loss is not None and math.isfinite(heldout_loss)
-    self._manager.save(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave({"step": state.step, "optimizer": state.opt_state}),
-            data=ocp.args.JsonSave(dict(data)),
-            **({} if state.ema is None else {_EMA: ocp.args.StandardSave(state.ema)}),
-        ),
-        metrics={HELDOUT_LOSS: heldout_loss} if ranked else None,
-        force=True,
-    )
+    proof = Proof(step, arrays, digest_json(data), heldout_loss if ranked else None)
+    items = state_items(by_layer(self._model, state, split=to_hosts))
+    try:
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(**{
+              **{item: ocp.args.StandardSave(tree) for item, tree in items.items()},
+              stored.DATA: ocp.args.JsonSave(dict(data)),
+              stored.DIGESTS: ocp.args.JsonSave(proof.to_json()),
+          }),
+          metrics={HELDOUT_LOSS: heldout_loss} if ranked else None,
+          force=True,
+      )
+      self._under_way = True
+    except OSError as error:
+      if jax.process_count() > 1:  # The others wait for this one inside orbax.
+        raise
+      self._fail(error)
     return True
 
-  def restore(self, shapes: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """Restores a step; returns its state, placed as `shapes` says, and the data's position.
+  def wants_save(self, minutes: float) -> bool:
+    """Returns whether this process wants to save before that is due; never waits.
 
-    If `shapes` has an average of the parameters and the checkpoint has none, the average begins
-    with the parameters. An average for which `shapes` has no place is not read. The same holds for
-    the guard, whose state begins with nothing skipped.
-
-    Raises:
-      InputError: a part of the checkpoint is missing, damaged or of another form.
+    It does if the last save has failed, which is told at once, or was begun so many minutes ago;
+    0 minutes mean never.
     """
-    state, data = self._restore(dataclasses.replace(shapes, guard=None), step)
-    judged = guard.from_json(shapes.guard, data.pop(_GUARD, {}))
-    return dataclasses.replace(state, guard=judged), data
+    if self._under_way and not self._manager.is_saving_in_progress():
+      self._settle()
+    now = time.monotonic()
+    if self._error is not None:
+      return now - self._saved >= _RETRY_SECONDS[self._failures]
+    return not self._under_way and 0 < 60 * minutes <= now - self._saved
 
-  def _restore(self, shapes: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-    """Restores everything but the guard; see `restore`."""
-    layers = _on_hosts(by_layer(self._model, shapes))
-    has_ema = shapes.ema is not None and self._has_ema(step)
-    restored = self._read(
-        step,
-        ocp.args.Composite(
-            params=ocp.args.StandardRestore(layers.params),
-            optimizer=ocp.args.StandardRestore(
-                {"step": layers.step, "optimizer": layers.opt_state}
-            ),
-            data=ocp.args.JsonRestore(),
-            **({_EMA: ocp.args.StandardRestore(layers.ema)} if has_ema else {}),
-        ),
-    )
-    rest = restored["optimizer"]
-    ema = restored[_EMA] if has_ema else None
-    state = TrainState(rest["step"], restored["params"], rest["optimizer"], ema)
-    if shapes.ema is None or has_ema:
-      return self._join(state, shapes), restored["data"]
-    state = self._join(state, dataclasses.replace(shapes, ema=None))
-    began = dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.params))
-    return began, restored["data"]
+  def is_saved(self) -> bool:
+    """Waits for the last save; returns whether it succeeded, in all processes."""
+    self._settle()
+    return not distributed.any_process(self._error is not None)
 
-  def _has_ema(self, step: int) -> bool:
-    """Returns whether a checkpoint was saved with an average, which may be damaged now."""
-    folder = self._folder / str(step)
+  def _settle(self) -> None:
+    """Waits for the save that is under way, and keeps its error."""
+    if not self._under_way:
+      return
+    self._under_way = False
     try:
-      saved = parse_json((folder / "_CHECKPOINT_METADATA").read_bytes())
-      return _EMA in saved["item_handlers"]
-    except (OSError, KeyError, TypeError, ValueError):  # Damaged.
-      return (folder / _EMA).is_dir()
+      self._manager.wait_until_finished()
+    except Exception as error:  # Whatever the storage raises.
+      self._fail(error)
+    else:
+      self._failures = 0
+      self._empty_deleted()
 
-  def _join(self, tree: PyTree, shapes: PyTree) -> PyTree:
-    """Converts entries by layer to the form of the model, placed as `shapes` says."""
-    scanned = as_scanned(self._model, tree, stack=_to_devices)
-    return jax.device_put(scanned, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+  def _fail(self, error: Exception) -> None:
+    self._error = error
+    steps = saved_steps(self._folder)
+    newest = f"the newest is of step {steps[-1]}" if steps else "there is none"
+    self._tell(
+        self._step, "save failed", f"the checkpoint of step {self._step} could not be saved, and "
+        f"another save is tried; {newest} ({stored.first_line(error)})"
+    )
 
-  def restore_params(
-      self, shapes: Params, which: str, weights: str = "raw"
-  ) -> tuple[int, Params, str]:
-    """Restores the parameters alone, for evaluation and sampling.
-
-    A run that is training may delete a checkpoint while it is read, and one may be damaged.
-    "latest" and "best" then take the next that can be read, and log which.
-
-    Args:
-      shapes: the parameters' shapes and shardings.
-      which: "latest", "best" (the lowest finite held-out loss) or a step's number.
-      weights: "raw" for the parameters that were trained, "ema" for their average, or "auto" for
-        the average if the checkpoint has one.
-
-    Returns:
-      The step, the parameters, and "raw" or "ema".
+  def _recover(self) -> None:
+    """Waits for the save before; if it failed, removes what it left, so that another may begin.
 
     Raises:
-      InputError: there is no such checkpoint, none that can be read, or no average in it.
+      Exception: too many saves have failed, one after the other.
     """
-    layers = ocp.args.StandardRestore(_on_hosts(by_layer(self._model, shapes)))
-    failed: dict[int, InputError] = {}
-    while len(failed) < _MOST_TRIED:
-      candidates = [step for step in self._candidates(which) if step not in failed]
-      if not candidates:
-        break
-      step = candidates[0]
-      has_ema = weights != "raw" and self._has_ema(step)
-      if weights == _EMA and not has_ema:
-        raise invalid("--weights", weights, f"raw or no value: checkpoint {step} in {self._folder} "
-                      "has no average of parameters, as config.train.ema was 0")
-      item = _EMA if has_ema else "params"
+    self._settle()
+    if not distributed.any_process(self._error is not None):
+      return
+    error, self._error = self._error, None
+    self._failures += 1
+    # Of several processes, those that did not fail may still wait for one that did, inside orbax.
+    if self._failures >= len(_RETRY_SECONDS) or jax.process_count() > 1:
+      raise error or OSError("another process could not save its part of a checkpoint: see there")
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    self._remove_unfinished()
+    self._manager = self._open()
+
+  def _remove_unfinished(self) -> None:
+    """Removes what a failed save left, also what its threads still write, for some seconds."""
+    for _ in range(_MOST_REMOVED):
+      unfinished = [*self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*")]
+      if is_remote(self._folder) or not unfinished:
+        return
+      for place in unfinished:
+        shutil.rmtree(place, ignore_errors=True)
+      time.sleep(0.1)
+
+  def _empty_deleted(self) -> None:
+    """Deletes, in a thread, the checkpoints that are to be deleted; not their folder.
+
+    A save that ends just now may rename another one into it.
+    """
+    folder = self._folder / _DELETED
+    if is_remote(folder) or not distributed.is_first() or not folder.is_dir():
+      return
+    if self._deleter is None or not self._deleter.is_alive():
+      self._deleter = threading.Thread(target=_empty, args=(folder,), name="checkpoint deleter")
+      self._deleter.start()
+
+  def restore_newest(self, shapes: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Restores the newest whole checkpoint, in every process the same; see `restore`.
+
+    Newer ones that are damaged are named in a warning, and set aside beside the folder.
+
+    Raises:
+      UnfitError: the newest whole checkpoint is of another model or optimizer.
+      DamagedError: no checkpoint is whole; nothing is changed.
+    """
+    self._recover()
+    damaged: dict[int, DamagedError] = {}
+    for step in sorted(self.steps(), reverse=True):
       try:
-        params = self._read(step, ocp.args.Composite(**{item: layers}))[item]
-      except InputError as error:
-        failed[step] = error
-        _retried(self._manager.reload)  # Another process may have saved and deleted meanwhile.
+        restored = self.restore(shapes, step)
+      except DamagedError as error:
+        # Without its traceback, which would keep the arrays that were read.
+        damaged[step] = DamagedError(str(error), error.what)
         continue
-      for why_not in failed.values():
-        _LOG.warning("%s; checkpoint %d is taken", why_not, step)
-      return step, self._join(params, shapes), _EMA if has_ema else "raw"
-    if failed:
-      raise [*failed.values()][-1]
-    steps = self._manager.all_steps()
-    known = ", ".join(map(str, sorted(steps))) or "(there are none)"
-    why = ": none of them has a finite held-out loss" if which == "best" and steps else ""
-    raise InputError(
-        f"checkpoint {which!r} is not in {self._folder}: expected latest, best or one of "
-        f"the steps {known}{why}"
+      for other, why in damaged.items():
+        distributed.by_first(functools.partial(self._set_aside, other, why, step))
+      if damaged:
+        self._manager.reload()
+      return restored
+    raise _none_left(self._folder, damaged)
+
+  def _set_aside(self, step: int, error: DamagedError, instead: int) -> None:
+    place = stored.set_aside(Stored(self._folder, step))
+    self._tell(
+        instead, "set aside", f"{error}. It was set aside as {place}; the run goes on from step "
+        f"{instead}, and does {step - instead} steps again"
     )
-
-  def _candidates(self, which: str) -> list[int]:
-    """Returns the steps that `which` (see `restore_params`) can mean, the first choice first."""
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    if which == "latest":
-      return steps
-    if which != "best":
-      return [step for step in steps if str(step) == which]
-    ranks = {step: self._rank(step) for step in steps}
-    # `sorted` is stable: of equal losses, the newest comes first.
-    return sorted((step for step in steps if ranks[step] < math.inf), key=ranks.__getitem__)
-
-  def _rank(self, step: int) -> float:
-    """Returns the held-out loss of a checkpoint; infinity if it has no finite one."""
-    metrics = self._manager.metrics(step)
-    return math.inf if metrics is None else _loss(metrics)
-
-  def _read(self, step: int, arguments: Any) -> Any:
-    try:
-      return self._manager.restore(step, args=arguments)
-    except jax.errors.JaxRuntimeError:  # A device's error, such as a lack of memory.
-      raise
-    except Exception as error:  # Orbax has no class for errors of reading.
-      reason = str(error).strip().partition("\n")[0][:200]
-      raise InputError(
-          f"checkpoint {step} in {self._folder} cannot be read: it is damaged, was deleted just "
-          f"now, or is of another model ({reason}). Others there: "
-          f"{', '.join(str(s) for s in saved_steps(self._folder) if s != step) or 'none'} (without "
-          "this one's folder, training goes on from the newest of them)"
-      ) from error
 
   def wait(self) -> None:
     """Waits for the last save.
@@ -333,7 +349,9 @@ class Checkpoints:
     Raises:
       Exception: the save failed.
     """
-    self._manager.wait_until_finished()
+    self._settle()
+    if self._error is not None:
+      raise self._error
 
   def close(self) -> None:
     """Waits for the last save and ends the threads, even if the save failed."""
@@ -341,55 +359,13 @@ class Checkpoints:
       self.wait()
     finally:
       self._manager.close()
+      if self._deleter is not None:
+        self._deleter.join()
+        _empty(self._folder / _DELETED)
+        with contextlib.suppress(OSError):
+          (self._folder / _DELETED).rmdir()
 
 
-@jax.jit
-def _all_finite(tree: PyTree) -> jax.Array:
-  """Returns a bool scalar: true if all floating-point numbers are finite."""
-  finite = [
-      jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)
-      if jnp.issubdtype(leaf.dtype, jnp.floating)
-  ]
-  return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
-
-
-_HOST = "pinned_host"
-
-
-def _to_hosts(leaf: jax.Array, rows: int) -> Sequence[jax.Array]:
-  """Splits an array [R, ...] into R arrays with the sharding of a row, in the hosts' memory."""
-  return _splitter(rows, row_sharding(leaf.sharding).with_memory_kind(_HOST))(leaf)
-
-
-def _to_devices(leaves: Sequence[jax.Array]) -> jax.Array:
-  """Inverts `_to_hosts`."""
-  placed = stacked_sharding(leaves[0].sharding)
-  return _stacker(placed.with_memory_kind("device"))(leaves)
-
-
-# Cached, so that each shape and sharding is compiled once instead of once per leaf.
-@functools.cache
-def _splitter(rows: int, placed: jax.sharding.Sharding) -> Callable[..., Sequence[jax.Array]]:
-  return jax.jit(functools.partial(split_rows, rows=rows), out_shardings=placed)
-
-
-@functools.cache
-def _stacker(placed: jax.sharding.Sharding) -> Callable[..., jax.Array]:
-  return jax.jit(stack_rows, out_shardings=placed)
-
-
-def _on_hosts(shapes: PyTree) -> PyTree:
-  """Returns the same shapes and shardings in the memory of the devices' hosts."""
-  return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST)
-      ),
-      shapes,
-  )
-
-
-def placed_on(params: Params, device: jax.sharding.Sharding) -> Params:
-  """Returns the shapes of `params`, to be restored onto `device`."""
-  return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), params
-  )
+def _empty(folder: epath.Path) -> None:
+  for entry in folder.iterdir() if folder.is_dir() else ():
+    shutil.rmtree(entry, ignore_errors=True)

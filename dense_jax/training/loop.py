@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
+from dense_jax import distributed
 from dense_jax.batch import Batch
 from dense_jax.distributed import Agreement
 from dense_jax.errors import InputError
@@ -18,6 +19,8 @@ from dense_jax.training.step import Metrics, Trainer, TrainState, has_layers
 # Names in the records of a training step: tokens per second; the share of the time that the devices
 # waited for data; seconds of training since the record before.
 SPEED, DATA_WAIT, TRAIN_SECONDS = "tokens_per_second", "data_wait", "train_seconds"
+# What a process asks for after a step; the highest number of all processes is obeyed.
+_SAVE, _STOP = 1, 2
 
 
 class Batches(Protocol):
@@ -77,11 +80,13 @@ class Hook:
     every: steps between calls.
     run: the function.
     if_interrupted: whether to call it also after the last step of a run that was interrupted.
+    saves: whether it saves the state, and so is also called when a save is wanted in between.
   """
 
   every: int
   run: Callable[[Moment], None]
   if_interrupted: bool = True
+  saves: bool = False
 
 
 def train(
@@ -95,6 +100,7 @@ def train(
     interrupt: Interrupt,
     data_wait: DataWait,
     meanwhile: Callable[[], str] = lambda: "ended between two steps",
+    wants_save: Callable[[], bool] = lambda: False,
 ) -> TrainState:
   """Trains up to `steps` updates, or until interrupted.
 
@@ -107,10 +113,13 @@ def train(
     on_metrics: called for each step, one step late: fetching a step's metrics while the
       next one runs does not hold up the device. Whether it returns true must be the same in all
       processes; training then ends at once, without hooks.
-    interrupt: checked after each step; several processes stop after the same one. Until the
-      first step is done there is nothing to save, and a request is obeyed at once.
+    interrupt: checked after each step, as is the cluster's notice of a preemption; several
+      processes stop after the same step. Until the first one is done there is nothing to save, and
+      a request is obeyed at once.
     data_wait: adds up the time that is spent waiting for batches.
     meanwhile: returns a sentence that says what is saved, if a second request ends the process.
+    wants_save: returns whether this process wants the state to be saved before that is due, for
+      example because the last save failed; asked after each step. All processes then save.
 
   Returns:
     The state after the last step.
@@ -122,7 +131,7 @@ def train(
   first = step = int(state.step)
   pending: tuple[int, Metrics] | None = None
   agreement = Agreement()
-  stop = agreement(bool(interrupt.requested))
+  stop = agreement(_STOP if interrupt.requested else 0) == _STOP
   while step < steps and not stop:
     batch = trainer.put(data_wait.next(batches, pending[1] if pending else {}))
     with jax.transfer_guard("disallow"):
@@ -136,11 +145,13 @@ def train(
       return state
     pending = (step, metrics)
     # Checked only here: after a signal during a hook, one more step runs, and is saved as well.
-    stop = agreement(bool(interrupt.requested))
+    wanted = agreement(_STOP if interrupt.requested else _SAVE if wants_save() else 0)
+    stop = distributed.notified_of_preemption(step) or wanted == _STOP
     interrupted = stop and step < steps
     due = [
         hook for hook in hooks
         if (hook.if_interrupted if interrupted else step == steps or not step % hook.every)
+        or (hook.saves and wanted == _SAVE)
     ]
     if due or interrupted or step == steps:
       if on_metrics(*pending):
@@ -251,4 +262,4 @@ def checkpoint_hook(
           "(config.optimizer.clip_norm)"
       )
 
-  return Hook(every, save)
+  return Hook(every, save, saves=True)

@@ -18,9 +18,11 @@ from dense_jax.config import ExperimentConfig, ModelConfig, defaults
 from dense_jax.errors import InputError
 from dense_jax.interrupt import Interrupt, Stopped
 from dense_jax.training import lock
-from dense_jax.training.checkpoint import Checkpoints, saved_steps
+from dense_jax.training.checkpoint import Checkpoints
+from dense_jax.training.checkpoint_reader import CheckpointReader
 from dense_jax.training.metrics import MetricsWriter
 from dense_jax.training.step import TrainState
+from dense_jax.training.stored import saved_steps
 from tests.cli.test_train import ENVIRONMENT, TRAIN, arguments, run
 from tests.helpers import ROOT, write_text
 
@@ -212,11 +214,10 @@ def test_an_unreadable_heldout_loss_ranks_nothing_and_keeps_nothing_from_being_r
   checkpoints.close()
   [file] = folder.glob("2/metrics/metrics")
   file.write_bytes(damaged)
-  checkpoints = Checkpoints(folder, MODEL, read_only=True)
+  checkpoints = CheckpointReader(folder, MODEL)
   for which, step in (("latest", 2), ("best", 1), ("2", 2)):
     found, params, _ = checkpoints.restore_params(params, which)
     assert (found, params["w"].tolist()) == (step, [step, step])
-  checkpoints.close()
   # The next run goes on beside it.
   checkpoints = Checkpoints(folder, MODEL, keep_last=1, keep_best=1)
   checkpoints.save(TrainState(jnp.int32(3), params, {}), 3, {}, 4.0)
@@ -275,7 +276,7 @@ def test_a_reader_that_is_slower_than_the_writer_takes_what_is_there_then(tmp_pa
     writer.wait()
 
   save(1)
-  reader = Checkpoints(folder, MODEL, read_only=True)
+  reader = CheckpointReader(folder, MODEL)
   read, tried = reader._read, []
 
   def read_late(step, arguments):
@@ -288,7 +289,6 @@ def test_a_reader_that_is_slower_than_the_writer_takes_what_is_there_then(tmp_pa
   assert reader.restore_params(params, "latest")[0] == 4
   assert tried == [1, 2, 3, 4]
   writer.close()
-  reader.close()
 
 
 @pytest.mark.parametrize(("rest", "is_kept"), [

@@ -11,9 +11,9 @@ from etils import epath
 
 from dense_jax import experiment, runs
 from dense_jax.errors import DivergedError, InputError
-from dense_jax.training.checkpoint import saved_steps
 from dense_jax.training.events import read_events
 from dense_jax.training.loop import Hook
+from dense_jax.training.stored import saved_steps
 from tests import faulty
 from tests.builders import COMPILER_OPTIONS
 from tests.helpers import write_text

@@ -19,11 +19,12 @@ from dense_jax.cli import analyze
 from dense_jax.errors import InputError
 from dense_jax.interrupt import Stopped
 from dense_jax.models.params import with_params
-from dense_jax.training.checkpoint import Checkpoints, saved_steps
+from dense_jax.training.checkpoint import Checkpoints
 from dense_jax.training.events import read_events
 from dense_jax.training.loop import Hook
 from dense_jax.training.optimizer import learning_rate
 from dense_jax.training.step import Trainer
+from dense_jax.training.stored import saved_steps
 from tests.builders import random_like
 from tests.helpers import ROOT, write_text
 

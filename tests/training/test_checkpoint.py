@@ -10,16 +10,21 @@ from etils import epath
 
 from dense_jax.config import ModelConfig
 from dense_jax.errors import InputError
-from dense_jax.training.checkpoint import Checkpoints, check_name, placed_on, saved_steps
+from dense_jax.training.checkpoint import Checkpoints, check_name
+from dense_jax.training.checkpoint_reader import CheckpointReader
+from dense_jax.training.host_arrays import placed_on
 from dense_jax.training.step import TrainState
+from dense_jax.training.stored import saved_steps
 
 NAN, INF = math.nan, math.inf
 MODEL = ModelConfig()  # Most states here have no layers.
 
 
 def state(value, moment=1.0):
+  step = int(value) if math.isfinite(value) else 0
   return TrainState(
-      jnp.zeros((), jnp.int32), {"w": jnp.full(3, float(value))}, {"m": jnp.full(3, float(moment))}
+      jnp.asarray(step, jnp.int32), {"w": jnp.full(3, float(value))},
+      {"m": jnp.full(3, float(moment))},
   )
 
 
@@ -29,9 +34,8 @@ def on_device(tree):
 
 def read(folder, which):
   """Returns the step, which is also the value of the parameters."""
-  checkpoints = Checkpoints(epath.Path(folder), MODEL, read_only=True)
+  checkpoints = CheckpointReader(epath.Path(folder), MODEL)
   step, params, _ = checkpoints.restore_params(on_device(state(0).params), which)
-  checkpoints.close()
   assert params["w"].tolist() == [step] * 3
   return step
 

@@ -13,6 +13,7 @@ from dense_jax.errors import InputError
 from dense_jax.sharding import make_mesh
 from dense_jax.training import step as steps
 from dense_jax.training.checkpoint import Checkpoints
+from dense_jax.training.checkpoint_reader import CheckpointReader
 from dense_jax.training.step import Trainer, TrainState
 from tests.builders import COMPILER_OPTIONS, model_config, packed, random_batch
 from tests.helpers import TOLERANCE
@@ -86,9 +87,8 @@ def test_it_is_sharded_as_the_parameters_are():
 def test_a_run_goes_on_with_the_same_bits(trained):
   folder, states = trained
   trainer = make_trainer(config())
-  checkpoints = Checkpoints(folder, config().model, read_only=True)
+  checkpoints = CheckpointReader(folder, config().model)
   state, position = checkpoints.restore(trainer.state_shapes, 2)
-  checkpoints.close()
   assert position == {"step": 2}
   after, _ = run(trainer, state, (2, 3))
   for actual, expected in zip(after, states[3:], strict=True):
@@ -98,13 +98,12 @@ def test_a_run_goes_on_with_the_same_bits(trained):
 def test_evaluation_takes_the_average_or_what_it_is_asked_for(trained):
   folder, states = trained
   shapes = make_trainer(config(mesh=MeshConfig(data=8))).state_shapes.params
-  checkpoints = Checkpoints(folder, config().model, read_only=True)
+  checkpoints = CheckpointReader(folder, config().model)
   for weights, expected, used in (("raw", states[2].params, "raw"), ("ema", states[2].ema, "ema"),
                                   ("auto", states[2].ema, "ema")):
     step, params, which = checkpoints.restore_params(shapes, "latest", weights)
     assert (step, which) == (2, used)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), expected)
-  checkpoints.close()
   assert states[2].weights is states[2].ema
   assert any(np.any(states[2].ema[name] != states[2].params[name]) for name in shapes)
 
@@ -122,7 +121,7 @@ def test_without_it_nothing_is_there(tmp_path, monkeypatch):
   assert checkpoints.save(trainer.init(0), 1, {}, None)
   checkpoints.wait()
   assert sorted(part.name for part in (tmp_path / "1").iterdir() if part.is_dir()) == [
-      "data", "optimizer", "params"]
+      "data", "digests", "optimizer", "params"]
   with pytest.raises(InputError, match=r"--weights = 'ema' is not valid: expected raw or no value"):
     checkpoints.restore_params(shapes.params, "latest", "ema")
   assert checkpoints.restore_params(shapes.params, "latest", "auto")[2] == "raw"
@@ -137,9 +136,8 @@ def test_without_it_nothing_is_there(tmp_path, monkeypatch):
 
 def test_turned_off_it_is_gone(trained):
   folder, states = trained
-  checkpoints = Checkpoints(folder, config().model, read_only=True)
+  checkpoints = CheckpointReader(folder, config().model)
   state, _ = checkpoints.restore(make_trainer(config(ema=0.0)).state_shapes, 2)
-  checkpoints.close()
   assert state.ema is None
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), states[2].params)
 
@@ -148,12 +146,11 @@ def test_a_damaged_average_is_refused_and_not_begun_again(trained, tmp_path):
   folder, _ = trained
   copy = epath.Path(shutil.copytree(folder, tmp_path / "copy"))
   shutil.rmtree(copy / "2" / "ema")
-  checkpoints = Checkpoints(copy, config().model, read_only=True)
+  checkpoints = CheckpointReader(copy, config().model)
   with pytest.raises(InputError, match=r"checkpoint 2 in .* cannot be read"):
     checkpoints.restore(make_trainer(config()).state_shapes, 2)
   with pytest.raises(InputError, match=r"checkpoint 2 in .* cannot be read"):
     checkpoints.restore_params(make_trainer(config()).state_shapes.params, "latest", "auto")
-  checkpoints.close()
 
 
 def test_an_average_that_is_not_finite_is_not_saved(tmp_path):

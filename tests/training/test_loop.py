@@ -6,6 +6,7 @@ import itertools
 import jax.numpy as jnp
 import pytest
 
+from dense_jax import distributed
 from dense_jax.interrupt import Interrupt
 from dense_jax.training.loop import DataWait, Hook, Logger, train
 from dense_jax.training.step import TrainState
@@ -28,11 +29,13 @@ class Counter:
     return lambda state, batch: (dataclasses.replace(state, step=state.step + 1), {})
 
 
-def _run(steps, hooks, interrupt, on_metrics=lambda step, metrics: None, trainer=None, first=0):
+def _run(
+    steps, hooks, interrupt, on_metrics=lambda step, metrics: None, trainer=None, first=0, **more
+):
   state = TrainState(first, {}, jnp.zeros(()))
   return train(
       trainer or Counter(), state, itertools.repeat(None), steps=steps, hooks=hooks,
-      on_metrics=on_metrics, interrupt=interrupt, data_wait=DataWait(),
+      on_metrics=on_metrics, interrupt=interrupt, data_wait=DataWait(), **more,
   ).step
 
 
@@ -73,6 +76,28 @@ def test_who_is_asked_saves_before_it_stops(asked_in, stops_at):
   assert _run(9, [asking, evaluate, save], interrupt, on_metrics) == stops_at
   assert saves == [(stops_at, True)]
   assert [step for step, _ in evaluations] == list(range(1, stops_at))
+
+
+def test_a_save_that_is_wanted_in_between_is_one_of_the_hooks_that_save():
+  saves, save = _recorder(3, saves=True)
+  others, other = _recorder(3)
+  asked = iter([False, True, True, True, False, False, False])
+  assert _run(7, [save, other], Interrupt(), wants_save=lambda: next(asked)) == 7
+  assert [step for step, _ in saves] == [2, 3, 4, 6, 7]
+  assert [step for step, _ in others] == [3, 6, 7]
+
+
+def test_a_clusters_notice_of_a_preemption_saves_and_stops(monkeypatch):
+  notified = []
+
+  def notice(step):
+    notified.append(step)
+    return step == 4
+
+  monkeypatch.setattr(distributed, "notified_of_preemption", notice)
+  saves, save = _recorder(100, saves=True)
+  assert _run(9, [save], Interrupt()) == 4
+  assert saves == [(4, True)] and notified == [1, 2, 3, 4]
 
 
 def test_each_step_is_asked_for_by_its_number():

@@ -11,6 +11,7 @@ from dense_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConf
 from dense_jax.models.params import by_layer
 from dense_jax.sharding import make_mesh
 from dense_jax.training.checkpoint import Checkpoints
+from dense_jax.training.checkpoint_reader import CheckpointReader
 from dense_jax.training.step import Trainer
 from tests.builders import COMPILER_OPTIONS, model_config, packed, random_batch
 from tests.helpers import TOLERANCE, assert_trees_close
@@ -56,10 +57,9 @@ def _save(folder, model: ModelConfig, state):
 
 
 def _restore(folder, model: ModelConfig, shapes):
-  checkpoints = Checkpoints(epath.Path(folder), model, read_only=True)
+  checkpoints = CheckpointReader(epath.Path(folder), model)
   state, position = checkpoints.restore(shapes, 1)
   step, params, _ = checkpoints.restore_params(shapes.params, "latest")
-  checkpoints.close()
   assert (position, step) == ({"row": 7}, 1)
   assert_trees_close(jax.device_get(params), jax.device_get(state.params), scale=0.0)
   return state
