@@ -6,7 +6,7 @@ Every key matches exactly one row of one table, `CHANGES`:
 |---|---|---|
 | never | the seed, model, data, batch size | the model, or the order of the batches |
 | freely | implementation, memory, mesh, logging, intervals, places | the rounding, or less |
-| when asked | the optimizer, its schedule, the number of steps, the loss, averages | the course |
+| when asked | the optimizer, its schedule, the steps, the loss, averages, mixtures | the course |
 
 To ask means to name a key with `--allow-change`. `train.steps` and `optimizer.schedule_steps` need
 this only if they change the learning rate of a step that is still to be done.
@@ -39,8 +39,9 @@ CHANGES = {
     r"model\.(family|vocab_size|width|layers|tie_embeddings|norm_eps|dtype)": Change.NEVER,
     r"model\.(dense|mixer)\..*": Change.NEVER,
     r"model\.(implementation|chunk|remat|block_layers|state_dtype)": Change.FREELY,
-    r"data\.(heldout_every|format|template|seq_len|vocab_size)": Change.NEVER,
-    r"data\.(path|heldout_path|tokenizer|cache_dir)": Change.FREELY,
+    r"data\.(heldout_every|format|template|seq_len|packing|vocab_size)": Change.NEVER,
+    r"data\.(path|heldout_path|tokenizer|cache_dir|workers)": Change.FREELY,
+    r"data\.mixture": Change.ASKED,  # Of steps to come alone: `TrainBatches.set_state` sees to it.
     r"data\.task\.(name|vocab_size|size|depth|passkey_depth|seed|heldout)": Change.NEVER,
     r"data\.task\.eval_(lengths|depths)": Change.FREELY,
     r"optimizer\..*": Change.ASKED,
@@ -50,6 +51,10 @@ CHANGES = {
     r"eval\..*": Change.FREELY,
     r"mesh\..*": Change.FREELY,
 }
+
+# Patterns of keys that came after results were recorded by the course that they belong to. At its
+# default such a key changes nothing, and is left out of the course, so that records stay valid.
+LATER = (r"data\.(mixture|packing)",)
 
 
 def classify(key: str) -> Change:
@@ -71,6 +76,19 @@ def classify(key: str) -> Change:
 def keys(config: ExperimentConfig) -> dict[str, Any]:
   """Returns all values of a configuration by their dotted keys, without "config."."""
   return _flat(defaults(config), "")
+
+
+def course(config: ExperimentConfig) -> dict[str, Any]:
+  """Returns all values that determine what a run computes, by key, but for the seed and the text.
+
+  Keys that came later (`LATER`) are among them only with another value than their default.
+  """
+  usual = keys(ExperimentConfig())
+  return {
+      key: value for key, value in keys(config).items()
+      if key != "seed" and classify(key) is not Change.FREELY
+      and not (value == usual.get(key) and any(re.fullmatch(later, key) for later in LATER))
+  }
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

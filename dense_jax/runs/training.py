@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from dense_jax import distributed, sharding
 from dense_jax.config import ExperimentConfig, invalid
-from dense_jax.data.pipeline import Datasets, TrainBatches, load_datasets
+from dense_jax.data.batches import TrainBatches
+from dense_jax.data.pipeline import Datasets, load_datasets
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.evaluation.evaluators import Evaluator
 from dense_jax.files import make_path
@@ -125,7 +126,8 @@ def train_run(
     distributed.check_same({"the configuration": config, "config.data": data.fingerprint})
     distributed.by_first(lambda: folders.check_data(folder, data))
     batches = stack.enter_context(contextlib.closing(TrainBatches(
-        data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
+        data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows,
+        mixtures=config.data.mixtures(), workers=config.data.workers,
     )))
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
         folder / folders.CHECKPOINTS, config.model,

@@ -53,11 +53,8 @@ class PlannedCell:
 
   @property
   def course(self) -> dict[str, object]:
-    """All values that determine what a run computes, by key, but for the seed and the text."""
-    return {
-        key: value for key, value in resume.keys(self.config).items()
-        if key != "seed" and resume.classify(key) is not resume.Change.FREELY
-    }
+    """All values that determine what a run computes; see `resume.course`."""
+    return resume.course(self.config)
 
 
 def plan(

@@ -66,10 +66,8 @@ def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | No
       name: value for record in records if record["step"] == steps
       for name, value in record.items() if not name.startswith("layers/")
   }
-  differing = [
-      key for key, value in resume.keys(config).items()
-      if key in planned.course and planned.course[key] != value
-  ]
+  wanted, had = planned.course, resume.course(config)
+  differing = [key for key in wanted | had if wanted.get(key) != had.get(key)]
   if differing or config.seed != seed:
     raise InputError(
         f"{workdir} holds a run with other values of {', '.join(differing) or 'seed'} than the "
