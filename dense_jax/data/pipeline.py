@@ -8,7 +8,7 @@ from typing import Any
 
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data import prepared
-from dense_jax.data.best_fit import best_fit
+from dense_jax.data.best_fit import BestFitRows, best_fit
 from dense_jax.data.cache import digest
 from dense_jax.data.id_tokenizer import IdTokenizer
 from dense_jax.data.packing import build_store
@@ -197,13 +197,14 @@ def rows_to_train(config: DataConfig, store: RowStore) -> RowStore:
   return best_fit(store, config.seq_len, config.cache_dir)
 
 
-def padding(store: RowStore, seq_len: int) -> float:
-  """Returns the share of padding in the rows of a text, of which only best fit has any to speak of.
+def without_target(store: RowStore, seq_len: int) -> float | None:
+  """Returns the share of places in the rows of a text that have no target; None of a task.
 
-  Inputs that have no target, the last tokens of documents, count as none.
+  In rows of a stream these are the last tokens of documents; in packed ones they are padding.
   """
-  targets = sum(part.num_targets for part in _counted(store))
-  return 1 - targets / (store.num_windows(seq_len) * seq_len)
+  if not isinstance(store, TokenStore | JoinedRows | BestFitRows):
+    return None
+  return 1 - store.num_targets / (store.num_windows(seq_len) * seq_len)
 
 
 def _warn_of_cut_examples(config: DataConfig, *stores: RowStore) -> None:

@@ -85,9 +85,14 @@ class JoinedRows(Generic[PartT]):
     return sum(part.num_bytes for part in self.parts.values())
 
   @property
+  def num_targets(self) -> int:
+    """See `TextRows.num_targets`."""
+    return sum(part.num_targets for part in self.parts.values())
+
+  @property
   def targets_per_byte(self) -> float | None:
     """See `RowStore.targets_per_byte`; that of all parts together."""
-    return sum(part.num_targets for part in self.parts.values()) / self.num_bytes
+    return self.num_targets / self.num_bytes
 
   def num_windows(self, seq_len: int) -> int:
     """Returns the number of rows of all parts."""

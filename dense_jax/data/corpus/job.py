@@ -6,9 +6,11 @@ by one process, which also writes; as many processes as there are cores encode.
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,12 +38,13 @@ from dense_jax.data.corpus.manifest import (
     MANIFEST,
     SHARDS,
     STARTS,
+    STARTS_ENDS,
     TOKENIZER,
     Manifest,
     read_manifest,
 )
 from dense_jax.data.corpus.seen import Seen
-from dense_jax.data.corpus.shards import read_index
+from dense_jax.data.corpus.shards import INDEX_DTYPE, read_index
 from dense_jax.data.corpus.workers import EncoderPool
 from dense_jax.data.finding import readable
 from dense_jax.data.tokenizer import Tokenizer, load_named_tokenizer, load_saved_tokenizer
@@ -52,6 +55,7 @@ from dense_jax.files import (
     make_path,
     parse_json,
     read_object,
+    sync,
     try_lock,
     whole_folder,
     write_atomically,
@@ -321,7 +325,7 @@ def finish(job: Job, tokenizer: Tokenizer, results: Sequence[FileResult]) -> Man
   manifest = Manifest(
       tokenizer.fingerprint, tokenizer.vocab_size, dataclasses.asdict(job.settings),
       [result.source for result in results],
-      [shard for result in results for shard in result.shards],
+      [shard for result in results for shard in result.shards], {},
   )
   streams = manifest.streams
   if "heldout" not in streams:
@@ -329,21 +333,32 @@ def finish(job: Job, tokenizer: Tokenizer, results: Sequence[FileResult]) -> Man
                   "files (--heldout): no document was held out")
   if len(streams) < 2:
     raise invalid("--input", job.inputs, "files with text to train on; all of it is held out")
+  starts: dict[str, str] = {}
   with _named_errors(job.folder):
-    if not (job.folder / STARTS).is_dir():
-      with whole_folder(job.folder / STARTS) as partial:
-        for name, shards in streams.items():
-          _write_starts(partial, name, (read_index(job.folder / SHARDS, s) for s in shards))
+    shutil.rmtree(job.folder / STARTS, ignore_errors=True)
+    with whole_folder(job.folder / STARTS) as partial:
+      for name, shards in streams.items():
+        indexes = (read_index(job.folder / SHARDS, shard) for shard in shards)
+        starts |= _write_starts(partial, name, indexes)
+    manifest = dataclasses.replace(manifest, starts=starts)
     manifest.write(job.folder)
   return manifest
 
 
-def _write_starts(folder: Path, name: str, indexes: Iterator[np.ndarray]) -> None:
+def _write_starts(folder: Path, name: str, indexes: Iterator[np.ndarray]) -> dict[str, str]:
+  """Writes the two files of a stream; returns their names and SHA-256."""
+  files = [folder / (name + end) for end in STARTS_ENDS]
+  hashes = [hashlib.sha256() for _ in files]
   start = 0
-  with (folder / f"{name}.starts").open("wb") as starts, \
-      (folder / f"{name}.bytes").open("wb") as sizes:
+  with files[0].open("wb") as starts, files[1].open("wb") as sizes:
     for index in indexes:
-      ends = start + np.cumsum(index[:, 0], dtype="<i8")
-      starts.write((ends - index[:, 0]).astype("<i8").tobytes())
-      sizes.write(np.ascontiguousarray(index[:, 1], "<i8").tobytes())
+      ends = start + np.cumsum(index[:, 0], dtype=INDEX_DTYPE)
       start = int(ends[-1])
+      columns = (ends - index[:, 0], index[:, 1])
+      for file, total, column in zip((starts, sizes), hashes, columns, strict=True):
+        content = column.astype(INDEX_DTYPE).tobytes()
+        file.write(content)
+        total.update(content)
+  for file in files:
+    sync(file)
+  return {file.name: total.hexdigest() for file, total in zip(files, hashes, strict=True)}

@@ -23,6 +23,8 @@ from dense_jax.files import read_object, write_atomically
 
 MANIFEST, JOB = "manifest.json", "job.json"
 TOKENIZER, SHARDS, STARTS = "tokenizer", "shards", "starts"
+# Of each stream: the first id of each document, and the bytes of its text.
+STARTS_ENDS = (".starts", ".bytes")
 # Increases whenever documents are laid out differently.
 FORMAT = 1
 _VALID = "the manifest of a corpus that prepare wrote"
@@ -63,6 +65,7 @@ class Manifest:
     settings: how files were read and documents were chosen, as JSON values.
     sources: the input files, in order.
     shards: all shards, in order.
+    starts: name of each file in the folder of starts -> SHA-256 of its content.
   """
 
   tokenizer: str
@@ -70,6 +73,7 @@ class Manifest:
   settings: Mapping[str, Any]
   sources: Sequence[Source]
   shards: Sequence[Shard]
+  starts: Mapping[str, str]
 
   @property
   def streams(self) -> dict[str, tuple[Shard, ...]]:
@@ -105,9 +109,16 @@ class Manifest:
     values = {
         "format": FORMAT, "order": self.order, "tokenizer": self.tokenizer,
         "vocab_size": self.vocab_size, "settings": dict(self.settings),
-        "sources": [dataclasses.asdict(source) for source in self.sources], "streams": streams,
+        "starts": dict(self.starts), "streams": streams,
+        "sources": [dataclasses.asdict(source) for source in self.sources],
     }
-    write_atomically(folder / MANIFEST, (json.dumps(values, indent=1) + "\n").encode())
+    content = json.dumps({"check": _check(values), **values}, indent=1) + "\n"
+    write_atomically(folder / MANIFEST, content.encode())
+
+
+def _check(values: Mapping[str, Any]) -> str:
+  """Returns the digest of a manifest's values, by which a damaged one is known."""
+  return digest("manifest", json.dumps(values, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -115,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
 
   Raises:
     InputError: it cannot be read, is another version's, or is damaged: a value is not of its kind,
-      a shard's name is a path, or the digest of the order is not that of the shards.
+      a shard's name is a path, or a digest is not that of what it is of.
   """
   file = folder / MANIFEST
   values = read_object(file, _VALID)
@@ -123,6 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
     raise InputError(f"{file}: format = {values.get('format')!r} is not valid: expected {FORMAT}, "
                      "which this version of the program reads")
   try:
+    if values.pop("check", None) != _check(values):
+      raise ValueError("its values are not those of its check")
     manifest = Manifest(
         _typed(values, "tokenizer", str), _typed(values, "vocab_size", int),
         _typed(values, "settings", dict),
@@ -132,6 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
             for stream in _typed(values, "streams", dict).values()
             for shard in _typed(stream, "shards", list)
         ],
+        {name: _typed(values["starts"], name, str) for name in _typed(values, "starts", dict)},
     )
     for shard in manifest.shards:
       if PurePosixPath(shard.name).name != shard.name or not NAME.fullmatch(shard.part):
@@ -140,6 +154,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"the shard {shard.name} is empty")
     if manifest.vocab_size < 1 or not {"heldout"} < {*manifest.streams}:
       raise ValueError("it has no training text, or none that is held out")
+    if {*manifest.starts} != {name + end for name in manifest.streams for end in STARTS_ENDS}:
+      raise ValueError("its starts are not those of its streams")
     if manifest.order != values.get("order"):
       raise ValueError("its shards are not those of its order")
   except (KeyError, TypeError, ValueError) as error:
