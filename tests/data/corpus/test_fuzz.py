@@ -63,7 +63,8 @@ def _opens_only(folder):
   finally:
     opened = _OPENED.pop()
   own = os.path.realpath(folder)
-  libraries = tuple(os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, "/proc", "/dev"))
+  others = (sys.prefix, sys.base_prefix, "/proc", "/dev")
+  libraries = tuple(os.path.realpath(path) for path in others)
   strange = [
       path for path in map(os.path.realpath, opened)
       if not path.startswith((own, *libraries)) and not path.endswith((".py", ".pyc"))
@@ -270,7 +271,8 @@ def test_tokenized_folders(tmp_path, data):
     found = pipeline.load_datasets(config)
     prepared.write(folder, config, found.tokenizer, found.train, found.heldout,
                    identity.describe(found))
-  names = ["tokenized.json", "train/meta.json", "heldout/meta.json", "tokenizer/tokenizer_config.json"]
+  names = ["tokenized.json", "train/meta.json", "heldout/meta.json",
+           "tokenizer/tokenizer_config.json"]
   file = folder / data.draw(st.sampled_from(names))
   content = file.read_bytes()
   values = json.loads(content)
