@@ -15,7 +15,7 @@ from dense_jax.data.corpus import beam, job, workers
 from dense_jax.data.corpus.documents import Reading
 from dense_jax.data.corpus.files import Input, Settings
 from dense_jax.data.corpus.manifest import Manifest
-from dense_jax.files import make_path, read_object
+from dense_jax.files import is_remote, make_path, read_object
 from dense_jax.outputs import check_file
 from dense_jax.runs.formatting import scaled, table
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--workers", type=int, default=0, metavar="N", help="processes that "
                        "encode; left out, one for each core")
   command.add_argument("--beam", default=None, metavar="FLAGS", help="prepare the files by an "
-                       "Apache Beam pipeline with these flags, such as '--runner=DirectRunner'")
+                       "Apache Beam pipeline with these flags: --beam='--runner=DirectRunner'")
   options = command.parse_args([*arguments])
   for name, least in (("heldout_every", 2), ("most_bad", 0), ("workers", 0)):
     if getattr(options, name) < least:
@@ -63,10 +63,13 @@ def main(arguments: Sequence[str]) -> int:
   parts = {}
   if options.parts:
     parts = read_object(Path(make_path(options.parts, "--parts")), "an object of parts' names")
-  check_file(f"{options.output.rstrip('/')}/{job.LOCK}", "--output")
+  folder = make_path(options.output, "--output")
+  if is_remote(folder):
+    raise invalid("--output", options.output, "a folder on this machine")
+  check_file(str(folder / job.LOCK), "--output")
   wanted = job.Job(
       inputs=options.input, heldout=options.heldout, tokenizer=options.tokenizer,
-      folder=Path(make_path(options.output, "--output")),
+      folder=Path(folder),
       settings=Settings(
           Reading(options.column, options.part_field, parts),
           0 if options.heldout else options.heldout_every, options.deduplicate,

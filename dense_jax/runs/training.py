@@ -230,10 +230,10 @@ def _say_what_rows(config: ExperimentConfig, rows: RowStore) -> None:
   idle = without_target(rows, config.data.seq_len)
   if idle is None:
     return
-  what = "padding" if config.data.packing == "best_fit" else "last tokens of documents"
+  what = "padding" if config.data.packing == "best_fit" else "of them without a target"
+  mixture = f" | mixture: {config.data.mixture}" if config.data.mixture else ""
   print(f"rows: {rows.num_windows(config.data.seq_len):,} of {config.data.seq_len:,} tokens, "
-        f"{idle:.2%} {what}" + f" | mixture: {config.data.mixture}" * bool(config.data.mixture),
-        flush=True)
+        f"{idle:.2%} {what}{mixture}", flush=True)
 
 
 def _take_lock(stack: contextlib.ExitStack, folder: epath.Path) -> RunLock | None:

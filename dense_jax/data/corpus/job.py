@@ -51,7 +51,7 @@ from dense_jax.data.tokenizer import Tokenizer, load_named_tokenizer, load_saved
 from dense_jax.data.tokenizer_training import train_sentencepiece
 from dense_jax.errors import InputError
 from dense_jax.files import (
-    is_remote,
+    PARTIALS,
     make_path,
     parse_json,
     read_object,
@@ -137,15 +137,13 @@ def opened(job: Job, files: Sequence[Input]) -> Iterator[None]:
   Raises:
     InputError: the folder holds something else, or another job, or another process works on it.
   """
-  if is_remote(job.folder):
-    raise invalid("--output", str(job.folder), "a folder on this machine")
   held = {entry.name for entry in job.folder.iterdir()} if job.folder.is_dir() else set()
-  if held - {LOCK} and JOB not in held:
+  others = {name for name in held if not name.startswith(".")}
+  if others and JOB not in held:
     raise invalid("--output", str(job.folder), "a new or empty folder, or one of the same job; it "
-                  f"holds {min(held - {LOCK})}")
+                  f"holds {min(others)}")
   with _named_errors(job.folder):
-    for name in (SHARDS, RESULTS):
-      (job.folder / name).mkdir(parents=True, exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     lock = (job.folder / LOCK).open("ab")
   with lock:
     if try_lock(lock) is False:
@@ -159,15 +157,16 @@ def opened(job: Job, files: Sequence[Input]) -> Iterator[None]:
             "--output", str(job.folder), "a new folder, or the options and files that this one "
             f"was begun with; others are: {', '.join(different)}",
         )
-    else:
-      with _named_errors(job.folder):
+    folders = [job.folder / name for name in (SHARDS, RESULTS)]
+    with _named_errors(job.folder):
+      if not (job.folder / JOB).is_file():  # It comes first: it says whose the folder is.
         write_atomically(job.folder / JOB, (json.dumps(wanted, indent=1) + "\n").encode())
-    for left in itertools.chain(*(
-        folder.glob(".*.partial") for folder in (job.folder, job.folder / SHARDS,
-                                                 job.folder / RESULTS)
-    )):
-      if left.is_file():
-        left.unlink()
+      for folder in folders:
+        folder.mkdir(exist_ok=True)
+      for left in itertools.chain.from_iterable(
+          folder.glob(PARTIALS) for folder in (job.folder, *folders)
+      ):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     yield
 
 

@@ -63,7 +63,10 @@ class ShardWriter:
     self._path = folder / name
     self._of = {"name": name, "part": part, "heldout": heldout}
     self._partials = [temporary_beside(self._path), temporary_beside(self._path)]
-    self._writer = array_record_module.ArrayRecordWriter(str(self._partials[0]), _WRITER_OPTIONS)
+    with _as_os_error():
+      self._writer = array_record_module.ArrayRecordWriter(
+          str(self._partials[0]), _WRITER_OPTIONS
+      )
     self._index = self._partials[1].open("wb")
     self._block_bytes = BLOCK * dtype.itemsize
     self._itemsize = dtype.itemsize
@@ -72,7 +75,11 @@ class ShardWriter:
     self._documents = self._tokens = self._text_bytes = 0
 
   def add(self, ids: bytes, text_bytes: int) -> None:
-    """Adds a document: its ids, of the shard's type, and the size of its text."""
+    """Adds a document: its ids, of the shard's type, and the size of its text.
+
+    Raises:
+      OSError: the files cannot be written.
+    """
     entry = np.array([len(ids) // self._itemsize, text_bytes], INDEX_DTYPE).tobytes()
     self._index.write(entry)
     self._content.update(entry)
@@ -82,15 +89,21 @@ class ShardWriter:
     self._text_bytes += text_bytes
     self._waiting += ids
     whole = len(self._waiting) // self._block_bytes * self._block_bytes
-    for low in range(0, whole, self._block_bytes):
-      self._writer.write(bytes(self._waiting[low : low + self._block_bytes]))
+    with _as_os_error():
+      for low in range(0, whole, self._block_bytes):
+        self._writer.write(bytes(self._waiting[low : low + self._block_bytes]))
     del self._waiting[:whole]
 
   def finish(self) -> Shard:
-    """Writes what is left, and gives both files their names; returns what the shard is."""
-    if self._waiting:
-      self._writer.write(bytes(self._waiting))
-    self._writer.close()
+    """Writes what is left, and gives both files their names; returns what the shard is.
+
+    Raises:
+      OSError: the files cannot be written.
+    """
+    with _as_os_error():
+      if self._waiting:
+        self._writer.write(bytes(self._waiting))
+      self._writer.close()
     self._index.close()
     for partial in self._partials:
       sync(partial)
@@ -105,12 +118,23 @@ class ShardWriter:
     )
 
   def abandon(self) -> None:
-    """Removes what was written."""
-    with contextlib.suppress(Exception):  # Of a full disk, which is why it is abandoned.
+    """Removes what was written, unless it is finished."""
+    # Both write what they hold, to a disk that may be full: perhaps that is why it is abandoned.
+    with contextlib.suppress(OSError), _as_os_error():
       self._writer.close()
-    self._index.close()
+    with contextlib.suppress(OSError):
+      self._index.close()
     for partial in self._partials:
       partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+  """Turns the library's errors of writing, which have no class of their own, into OSError."""
+  try:
+    yield
+  except (RuntimeError, ValueError) as error:
+    raise OSError(str(error)) from error
 
 
 def read_index(folder: Path, shard: Shard) -> np.ndarray:

@@ -362,13 +362,13 @@ def test_beam(tmp_path):
   pytest.importorskip("apache_beam")
   text = write_corpus(tmp_path / "text")
   run(text, tmp_path / "whole", "--heldout-every", "4")
-  run(text, tmp_path / "out", "--heldout-every", "4", "--beam", "--runner=DirectRunner")
+  run(text, tmp_path / "out", "--heldout-every", "4", "--beam=--runner=DirectRunner")
   assert _files(tmp_path / "whole") == _files(tmp_path / "out")
   with pytest.raises(InputError, match=r"^--deduplicate = True .*nothing with --beam"):
-    run(text, tmp_path / "other", "--deduplicate", "--beam", "--runner=DirectRunner")
+    run(text, tmp_path / "other", "--deduplicate", "--beam=--runner=DirectRunner")
 
 
 def test_beam_without_its_package_names_the_extra(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   with pytest.raises(InputError, match=r"pip install -e '\.\[beam\]'"):
-    run(write_corpus(tmp_path / "text"), tmp_path / "out", "--beam", "--runner=DirectRunner")
+    run(write_corpus(tmp_path / "text"), tmp_path / "out", "--beam=--runner=DirectRunner")
