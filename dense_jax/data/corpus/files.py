@@ -14,7 +14,7 @@ from dense_jax.config import invalid
 from dense_jax.data.corpus.documents import Reading, read_documents
 from dense_jax.data.corpus.manifest import SHARDS, Source, from_json
 from dense_jax.data.corpus.seen import HASH_BYTES, Seen, content_hash
-from dense_jax.data.corpus.shards import Shard, ShardWriter
+from dense_jax.data.corpus.shards import Shard, ShardWriter, shard_name
 from dense_jax.data.digests import digest_files, stamp_of
 from dense_jax.errors import InputError
 from dense_jax.files import read_object, sync, temporary_beside, write_atomically
@@ -188,9 +188,8 @@ class FileWriter:
 
   def _writer(self, held: bool, part: str) -> ShardWriter:
     if (held, part) not in self._writers:
-      name = f"{'heldout' if held else 'train'}-{part}-{self._file.number:06d}.array_record"
       self._writers[held, part] = ShardWriter(
-          self._folder / SHARDS, name, part, held, self._dtype
+          self._folder / SHARDS, shard_name(held, part, self._file.number), part, held, self._dtype
       )
     return self._writers[held, part]
 

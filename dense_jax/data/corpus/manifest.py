@@ -12,10 +12,9 @@ A stream is what is read in a row: the documents of one part to train on, or all
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from dense_jax.config.mixture import NAME
 from dense_jax.data.cache import digest
 from dense_jax.data.corpus.shards import Shard
 from dense_jax.errors import InputError
@@ -126,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
 
   Raises:
     InputError: it cannot be read, is another version's, or is damaged: a value is not of its kind,
-      a shard's name is a path, or a digest is not that of what it is of.
+      or a digest is not that of what it is of.
   """
   file = folder / MANIFEST
   values = read_object(file, _VALID)
@@ -147,11 +146,6 @@ def read_manifest(folder: Path) -> Manifest:
         ],
         {name: _typed(values["starts"], name, str) for name in _typed(values, "starts", dict)},
     )
-    for shard in manifest.shards:
-      if PurePosixPath(shard.name).name != shard.name or not NAME.fullmatch(shard.part):
-        raise ValueError(f"{shard.name!r} of {shard.part!r} is no shard's name")
-      if min(shard.documents, shard.tokens, shard.text_bytes, shard.file_bytes) < 1:
-        raise ValueError(f"the shard {shard.name} is empty")
     if manifest.vocab_size < 1 or not {"heldout"} < {*manifest.streams}:
       raise ValueError("it has no training text, or none that is held out")
     if {*manifest.starts} != {name + end for name in manifest.streams for end in STARTS_ENDS}:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
+from dense_jax.config.mixture import NAME
 from dense_jax.errors import InputError
 from dense_jax.files import sync, temporary_beside
 
@@ -28,6 +30,7 @@ INDEX_DTYPE = np.dtype("<i8")
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _MOST_OPEN = 64
+_NAME = re.compile(rf"(train|heldout)-{NAME.pattern}-\d{{6,9}}\.array_record")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,18 @@ class Shard:
   file_bytes: int
   sha256: str
   content: str
+
+  def __post_init__(self) -> None:
+    # A damaged manifest must not lead out of the folder.
+    if not _NAME.fullmatch(self.name) or not NAME.fullmatch(self.part):
+      raise ValueError(f"{self.name!r} of {self.part!r} is no shard's name")
+    if min(self.documents, self.tokens, self.text_bytes, self.file_bytes) < 1:
+      raise ValueError(f"the shard {self.name} is empty")
+
+
+def shard_name(heldout: bool, part: str, number: int) -> str:
+  """Returns the name of the shard of an input file's documents of one part and side."""
+  return f"{'heldout' if heldout else 'train'}-{part}-{number:06d}.array_record"
 
 
 class ShardWriter:
