@@ -205,8 +205,12 @@ class TrainBatches(Iterator[Batch]):
           f"the run in --workdir had its rows in the order {state['order']!r}, and this program "
           f"has them in {self._order!r}: {_GO_ON}"
       )
+    self.go_to(state["step"])
+
+  def go_to(self, step: int) -> None:
+    """Moves to the batch of a step."""
     self.close()
-    self._start(state["step"])
+    self._start(step)
 
   def close(self) -> None:
     """Stops the threads and processes that prepare batches.
