@@ -15,10 +15,10 @@ from dense_jax.experiment import check_argument, default_config
 
 # Task -> its keys and the length of rows; further lengths are scored at the end.
 TASKS: dict[str, tuple[dict[str, Any], int]] = {
-    "mqar": ({"vocab_size": 64, "size": 8, "eval_lengths": "96,192,384"}, 48),
+    "mqar": ({"vocab_size": 64, "size": 4, "eval_lengths": "48,96,192"}, 24),
     "copying": ({"size": 8, "eval_lengths": "256"}, 64),
     "induction": ({"eval_lengths": "128,256,512"}, 64),
-    "passkey": ({"eval_lengths": "256,512", "eval_depths": "0,0.5,1"}, 128),
+    "passkey": ({"eval_lengths": "256,512,1024", "eval_depths": "0,0.5,1"}, 128),
     "listops": ({"size": 5, "depth": 5}, 128),
     "parity": ({"eval_lengths": "64,128"}, 32),
     "dyck": ({"eval_lengths": "128,256"}, 64),

@@ -23,6 +23,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -119,16 +120,16 @@ class Rival:
     return {"seconds": seconds / (prompts.shape[1] - 1 + count)}
 
 
-def main() -> None:
-  """Answers until standard input ends."""
+def serve(make: Callable[[], Any]) -> None:
+  """Answers requests by the methods of what `make` makes, until standard input ends."""
   answers = sys.stdout
   sys.stdout = sys.stderr  # Whatever libraries print must not get between answers.
-  rival: Rival | None = None
+  server: Any = None
   for line in sys.stdin:
     request = json.loads(line)
     try:
-      rival = rival or Rival()
-      answer = getattr(rival, request.pop("do"))(**request)
+      server = server or make()
+      answer = getattr(server, request.pop("do"))(**request)
     except Exception as error:  # Told to the other process, which says what failed.
       answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer), file=answers, flush=True)
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  serve(Rival)

@@ -12,6 +12,8 @@ FAMILIES: dict[str, dict[str, int]] = {
     "gau_retnet": {},
     "mamba2": {"model.mixer.state_size": 32, "model.mixer.head_dim": 32},
 }
+# The cells are many, so that they are small: six layers, half of the others' tokens.
+SMALL = {"model.layers": 6, "train.steps": 1200}
 # Name -> what differs from m = 2 with the defaults.
 PARTS: dict[str, dict[str, str | bool]] = {
     "state": {},
@@ -31,9 +33,10 @@ PARTS: dict[str, dict[str, str | bool]] = {
 
 def get_sweep(arg: str = "") -> Sweep:
   """Returns the sweep; `:debug` is a smoke test of it."""
+  debug = check_argument(arg, "debug")
   cells = []
   for family, options in FAMILIES.items():
-    shape = {"model.family": family, **options}
+    shape = {"model.family": family, **({} if debug else SMALL), **options}
     cells.append(Cell(family, shape))
     for name, part in PARTS.items():
       dense = {f"model.dense.{key}": value for key, value in part.items()}
@@ -43,4 +46,4 @@ def get_sweep(arg: str = "") -> Sweep:
       "experiments/evidence.py", tuple(cells), "gau_retnet", more_seeds=(3, 4),
       question="Which transition, fusion, injection and gate of a dense connection help?",
   )
-  return sweep.debug() if check_argument(arg, "debug") else sweep
+  return sweep.debug() if debug else sweep

@@ -19,6 +19,7 @@ from experiments.benchmarks import (
     gpu_case,
     gpu_tables,
     registers,
+    revisions,
     tpu_matrix,
 )
 from tests.builders import model_config
@@ -54,6 +55,27 @@ def test_cpu(tmp_path):
   decoded = results["dense"]["decode mamba2 state, m = 2 B 6"]
   assert decoded["by_bytes"] == pytest.approx(decoded["dense_bytes"] / decoded["base_bytes"])
   assert "| mamba2 | state, m = 2 |" in output
+
+
+@pytest.mark.slow
+def test_revisions(tmp_path):
+  record, output = run("revisions", tmp_path, "--before", "HEAD", "--quick")
+  assert [name.partition(":")[0] for name in record["results"]] == list(revisions.PARTS)
+  assert all(figures["ratio"] > 0 < figures["tokens_per_second"]
+             for figures in record["results"].values())
+  assert f"before: {record['before']}" in output and len(record["before"]) == 40
+
+
+def test_cases_beside_an_older_revision_have_names_of_their_own():
+  for part in revisions.PARTS:
+    names = [case.name for case in revisions.cases(part)]
+    assert len(names) == len(set(names)) >= 4
+
+
+def test_a_revision_that_is_not_there_is_named(capsys):
+  with pytest.raises(SystemExit):
+    revisions.main(["--before", "no-such-revision"])
+  assert "--before 'no-such-revision' is not valid: expected a revision" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from dense_jax.errors import InputError
-from experiments.benchmarks import common, cpu, cpu_rivals, torch_client
+from experiments.benchmarks import common, cpu, cpu_rivals, torch_client, worker
 from experiments.benchmarks.torch_client import MODELLING_FILE, SCRIPT, Rivals, TorchRival
 from tests.builders import model_config, random_model
 
@@ -102,7 +102,7 @@ def test_a_rival_that_fails_is_an_error_that_says_how(model, rivals, fails, mess
 
 
 def test_a_rival_that_does_not_end_is_killed(model, rivals, monkeypatch):
-  monkeypatch.setattr(torch_client, "_END_SECONDS", 0.1)
+  monkeypatch.setattr(worker, "_END_SECONDS", 0.1)
   start = time.monotonic()
   with TorchRival(rivals(FAILING + "time.sleep(600)"), model, code=""):
     pass
