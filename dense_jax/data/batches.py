@@ -7,6 +7,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from dense_jax.batch import Batch, Segments
 from dense_jax.config import invalid
@@ -137,6 +138,8 @@ class TrainBatches(Iterator[Batch]):
     self._step = step
     batches = grain.MapDataset.source(self._source)[step:].to_iter_dataset(_READ_OPTIONS)
     if self._workers:
+      if not flags.FLAGS.is_parsed():  # grain asks for flags of its own; no command here has them.
+        flags.FLAGS.mark_as_parsed()
       batches = batches.mp_prefetch(grain.MultiprocessingOptions(
           num_workers=self._workers, per_worker_buffer_size=_WORKER_BUFFER
       ))
