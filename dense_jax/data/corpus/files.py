@@ -17,7 +17,7 @@ from dense_jax.data.corpus.seen import HASH_BYTES, Seen, content_hash
 from dense_jax.data.corpus.shards import Shard, ShardWriter, shard_name
 from dense_jax.data.digests import digest_files, stamp_of
 from dense_jax.errors import InputError
-from dense_jax.files import read_object, sync, temporary_beside, write_atomically
+from dense_jax.files import is_remote, read_object, sync, temporary_beside, write_atomically
 
 RESULTS = "files"
 _GROUP_CHARACTERS = 1 << 20
@@ -112,7 +112,7 @@ def read_groups(
   Raises:
     InputError: the file cannot be read, or changed meanwhile.
   """
-  path = _path(file)
+  path = input_path(file)
   stamp = _stamp(path, file)
   counts = dict.fromkeys(("documents", "bad", "duplicates", "empty"), 0)
 
@@ -156,8 +156,9 @@ def _empty(stamp: list[int]) -> Group:
   return Group([], [], [], [], [], None, stamp)
 
 
-def _path(file: Input) -> Any:
-  return epath.Path(file.path)
+def input_path(file: Input) -> Any:
+  """Returns where a file is, here or in a bucket."""
+  return epath.Path(file.path) if is_remote(file.path) else Path(file.path)
 
 
 def _stamp(path: Any, file: Input) -> list[int]:
@@ -246,7 +247,7 @@ def finished(folder: Path, file: Input, settings: Settings) -> FileResult | None
     raise InputError(
         f"{path} is damaged ({error}): remove it, and the file that it tells of is prepared again"
     ) from error
-  if result.source.name != file.name or result.stamp != _stamp(_path(file), file):
+  if result.source.name != file.name or result.stamp != _stamp(input_path(file), file):
     raise invalid(
         file.field, file.name, f"{result.source.name} as it was when it was prepared. Remove "
         f"{path}, and it is prepared again"

@@ -30,6 +30,7 @@ from dense_jax.data.corpus.files import (
     Settings,
     finished,
     hashes_file,
+    input_path,
     read_groups,
 )
 from dense_jax.data.corpus.manifest import (
@@ -52,7 +53,6 @@ from dense_jax.data.tokenizer_training import train_sentencepiece
 from dense_jax.errors import InputError
 from dense_jax.files import (
     PARTIALS,
-    make_path,
     parse_json,
     read_object,
     sync,
@@ -211,7 +211,7 @@ def _sample(job: Job, files: Sequence[Input]) -> Iterator[str]:
   for file in trained[:: -(-len(trained) // _SAMPLED_FILES)]:
     left = _SAMPLED_CHARACTERS
     for _, text in read_documents(
-        Path(make_path(file.path, file.field)), file.field, job.settings.reading, lambda *_: None
+        input_path(file), file.field, job.settings.reading, lambda *_: None
     ):
       yield text[:left]
       left -= len(text)

@@ -40,7 +40,7 @@ KINDS = {
                  "allow_whitespace_only_pieces": False, "byte_fallback": False},
     "llama": {"add_dummy_prefix": True, "split_by_whitespace": True, "split_digits": True},
     "symbols": {"user_defined_symbols": ["<sep>", "fox jumps"], "byte_fallback": False,
-                "character_coverage": 0.9},
+                "character_coverage": 0.98},
     "suffix": {"treat_whitespace_as_suffix": True, "split_by_whitespace": True,
                "add_dummy_prefix": True},
     "unigram": {"model_type": "unigram", "split_by_whitespace": True},
@@ -49,9 +49,8 @@ KINDS = {
 
 def _train(kind: str) -> bytes:
   model = io.BytesIO()
-  options = {**TRAINER_OPTIONS, "vocab_size": 420 if kind != "symbols" else 200, **KINDS[kind]}
-  if not options["byte_fallback"]:
-    options["vocab_size"] = 200
+  options = {**TRAINER_OPTIONS, **KINDS[kind]}
+  options["vocab_size"] = 360 if options["byte_fallback"] else 200
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(LINES), model_writer=model, num_threads=1, **options
   )
