@@ -89,17 +89,14 @@ def main(arguments: Sequence[str]) -> int:
       bar.set_postfix_str(file.name[-40:], refresh=False)
       bar.update(size)
 
-    manifest = job.prepare(wanted, progress)
+    manifest, peak = job.prepare(wanted, progress)
   print(_described(manifest))
   seconds = time.perf_counter() - begun
   if done:
-    own, childs = (
-        resource.getrusage(who).ru_maxrss * 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"\n{scaled(done, 'B')} of text in {seconds:.1f} s, {done / seconds / 1e6:.2f} MB/s by "
           f"{wanted.workers} workers; peak memory (RSS): {scaled(own, 'B')}, and "
-          f"{scaled(childs, 'B')} of a worker")
+          f"{scaled(peak, 'B')} of a worker")
   print(f"\ntrain with  --config.data.path={wanted.folder}")
   return 0
 

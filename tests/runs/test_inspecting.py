@@ -37,7 +37,7 @@ def test_text_and_picture(arguments, tmp_path, capsys):
     assert line[5] == f"{store.num_windows(64):,}"
   assert "the batch of step 6: 4 rows of 64 tokens" in out
   assert "mixture: Books3 3, Github 1, Pile-CC 0" in out
-  assert "row 0" in out and "row 1" not in out and "document " in out
+  assert "\nrow 0\n" in out and "\nrow 1\n" not in out and "line " in out
   picture = matplotlib.image.imread(image)
   assert picture.ndim == 3 and np.ptp(picture) > 0.5
 

@@ -219,12 +219,15 @@ def _sample(job: Job, files: Sequence[Input]) -> Iterator[str]:
         break
 
 
-def prepare(job: Job, progress: Callable[[Input, int], None]) -> Manifest:
+def prepare(job: Job, progress: Callable[[Input, int], None]) -> tuple[Manifest, int]:
   """Prepares a corpus, or the rest of it.
 
   Args:
     job: what to do.
     progress: called with a file and the bytes of its text that were newly done.
+
+  Returns:
+    The manifest, and the most memory that a process has had that encoded; 0 if none was needed.
 
   Raises:
     InputError: an input cannot be read, too many lines are bad, or the folder cannot be written.
@@ -232,16 +235,18 @@ def prepare(job: Job, progress: Callable[[Input, int], None]) -> Manifest:
   files = job.files()
   with opened(job, files):
     if (job.folder / MANIFEST).is_file():
-      return read_manifest(job.folder)
+      return read_manifest(job.folder), 0
     tokenizer = tokenizer_of(job, files)
     done = _done(job, files)
     left = [file for file in files if file.number not in done]
+    peak = 0
     if left:
       pool = EncoderPool(job.folder / TOKENIZER, job.workers)
       with contextlib.closing(pool):
         results = run_files(job, left, [*done.values()], pool, tokenizer, progress)
         done |= {file.number: result for file, result in zip(left, results, strict=True)}
-    return finish(job, tokenizer, [done[file.number] for file in files])
+        peak = pool.peak_memory()
+    return finish(job, tokenizer, [done[file.number] for file in files]), peak
 
 
 def _done(job: Job, files: Sequence[Input]) -> dict[int, FileResult]:

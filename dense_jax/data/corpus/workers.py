@@ -8,9 +8,11 @@ pool: its children would import the whole program again, and outlive a parent th
 
 import collections
 import concurrent.futures
+import contextlib
 import os
 import pickle
 import queue
+import re
 import signal
 import struct
 import subprocess
@@ -97,6 +99,16 @@ class EncoderPool:
     if isinstance(answer, str):
       raise RuntimeError(f"a process that encodes failed: {answer}")
     return answer
+
+  def peak_memory(self) -> int:
+    """Returns the most memory (RSS, in bytes) that a process has had; 0 where none can tell."""
+    peaks = [0]
+    for process in self._processes:
+      # Not getrusage of children, which counts what this process had when it started them.
+      with contextlib.suppress(OSError):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peaks += [int(kilobytes) << 10 for kilobytes in re.findall(r"VmHWM:\s*(\d+) kB", status)]
+    return max(peaks)
 
   def close(self) -> None:
     """Ends the processes."""
