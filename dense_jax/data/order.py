@@ -54,7 +54,7 @@ class Phase:
 
 
 class Order:
-  """Which row of which part stands at a place."""
+  """Tells which row of which part stands at each place."""
 
   def __init__(self, sizes: Mapping[str, int], seed: int, phases: Sequence[Phase]) -> None:
     """Prepares the schedules of the phases, in memory of 6 bytes for each unit of their shares.
@@ -170,7 +170,7 @@ def _network(
 
 
 class _Schedule:
-  """Which part has each place of a phase; it repeats after as many places as there are shares."""
+  """A phase's mixture, place by place; it repeats after as many places as there are shares."""
 
   def __init__(self, shares: Sequence[int]) -> None:
     common = math.gcd(*shares)

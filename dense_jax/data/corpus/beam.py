@@ -63,7 +63,7 @@ def run_pipeline(job: Job, flags: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-  """What a worker needs to prepare any file.
+  """A job as it goes to a worker, which may prepare any file.
 
   Attributes:
     job: the job.

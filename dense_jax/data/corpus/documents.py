@@ -21,7 +21,7 @@ OnBad = Callable[[str, str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How documents are read.
+  """Rules by which documents are read.
 
   Attributes:
     column: the key of a .jsonl's object, or the column of a .parquet, that has the text.

@@ -26,7 +26,7 @@ _GROUP_DOCUMENTS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What the shards of a file depend on, besides its content and the tokenizer.
+  """Options on which the shards of a file depend, besides its content and the tokenizer.
 
   Attributes:
     reading: how its documents are read.
@@ -85,7 +85,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class FileResult:
-  """What has become of an input file.
+  """An input file that is done, and its shards.
 
   Attributes:
     source: the file.

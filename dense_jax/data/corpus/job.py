@@ -79,7 +79,7 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What a person asks for.
+  """A corpus that is to be prepared.
 
   Attributes:
     inputs: a file, directory or glob, of the text.

@@ -1,4 +1,4 @@
-"""What a folder of a corpus says of itself.
+"""The manifest of a corpus, and what else lies in its folder.
 
     manifest.json       written last: a folder with one is whole
     tokenizer/          the tokenizer

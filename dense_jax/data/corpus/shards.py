@@ -35,7 +35,7 @@ _NAME = re.compile(rf"(train|heldout)-{NAME.pattern}-\d{{6,9}}\.array_record")
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """What a manifest says of a shard.
+  """A shard, as the manifest describes it.
 
   Attributes:
     name: the file's name in the folder of shards; the index has that name and ".index".

@@ -30,7 +30,7 @@ _AHEAD = 3
 
 
 class HasTexts(Protocol):
-  """What is encoded at a time."""
+  """A group of texts that are encoded together."""
 
   texts: Sequence[str]
 
