@@ -31,7 +31,9 @@ def describe_stores(config: ExperimentConfig, data: Datasets) -> str:
   length = config.data.seq_len
   rows = rows_to_train(config.data, data.train)
   packed: dict[str, RowStore] = dict(rows.parts) if isinstance(rows, JoinedRows) else {"": rows}
-  lines = [("rows of", "documents", "tokens", "bytes/token", "rows", "without target")]
+  lines: list[tuple[str, ...]] = [
+      ("rows of", "documents", "tokens", "bytes/token", "rows", "without target")
+  ]
   texts = text_parts(data.train)
   for name, part in packed.items():
     what = "the whole" if not name else f"part {name}"

@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -25,7 +25,6 @@ from dense_jax.data.corpus.files import (
     RESULTS,
     FileResult,
     FileWriter,
-    Group,
     Input,
     Settings,
     finished,
@@ -46,7 +45,7 @@ from dense_jax.data.corpus.manifest import (
 )
 from dense_jax.data.corpus.seen import Seen
 from dense_jax.data.corpus.shards import INDEX_DTYPE, read_index
-from dense_jax.data.corpus.workers import EncoderPool
+from dense_jax.data.corpus.workers import EncoderPool, InlineEncoder
 from dense_jax.data.finding import readable
 from dense_jax.data.tokenizer import Tokenizer, load_named_tokenizer, load_saved_tokenizer
 from dense_jax.data.tokenizer_training import train_sentencepiece
@@ -67,14 +66,6 @@ _TRAIN = "train:"
 _SAMPLED_FILES, _SAMPLED_CHARACTERS = 64, 1 << 24
 _SHOWN_BAD = 20
 _LOG = logging.getLogger(__name__)
-
-
-class Encoder(Protocol):
-  """Encodes groups in order: an `EncoderPool` or an `InlineEncoder`."""
-
-  def map(self, groups: Iterator[Group]) -> Iterator[tuple[Group, list[bytes]]]:
-    """Yields each group with its documents' ids."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +252,9 @@ def _done(job: Job, files: Sequence[Input]) -> dict[int, FileResult]:
 
 
 def run_files(
-    job: Job, files: Sequence[Input], done: Sequence[FileResult], encoder: Encoder,
-    tokenizer: Tokenizer, progress: Callable[[Input, int], None],
+    job: Job, files: Sequence[Input], done: Sequence[FileResult],
+    encoder: EncoderPool | InlineEncoder, tokenizer: Tokenizer,
+    progress: Callable[[Input, int], None],
 ) -> Iterator[FileResult]:
   """Prepares files one after the other; yields the result of each.
 
@@ -363,6 +355,6 @@ def _write_starts(folder: Path, name: str, indexes: Iterator[np.ndarray]) -> dic
         content = column.astype(INDEX_DTYPE).tobytes()
         file.write(content)
         total.update(content)
-  for file in files:
-    sync(file)
-  return {file.name: total.hexdigest() for file, total in zip(files, hashes, strict=True)}
+  for path in files:
+    sync(path)
+  return {path.name: total.hexdigest() for path, total in zip(files, hashes, strict=True)}

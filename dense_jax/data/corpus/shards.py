@@ -76,7 +76,7 @@ class ShardWriter:
   def __init__(self, folder: Path, name: str, part: str, heldout: bool, dtype: np.dtype) -> None:
     """Begins a shard in a folder that exists."""
     self._path = folder / name
-    self._of = {"name": name, "part": part, "heldout": heldout}
+    self._part, self._heldout = part, heldout
     self._partials = [temporary_beside(self._path), temporary_beside(self._path)]
     with _as_os_error():
       self._writer = array_record_module.ArrayRecordWriter(
@@ -128,8 +128,8 @@ class ShardWriter:
     os.replace(self._partials[1], self._path.with_name(self._path.name + INDEX))
     os.replace(self._partials[0], self._path)
     return Shard(
-        **self._of, documents=self._documents, tokens=self._tokens, text_bytes=self._text_bytes,
-        file_bytes=size, sha256=sha256, content=self._content.hexdigest()[:32],
+        self._path.name, self._part, self._heldout, self._documents, self._tokens,
+        self._text_bytes, size, sha256, self._content.hexdigest()[:32],
     )
 
   def abandon(self) -> None:

@@ -17,25 +17,17 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO
 
 from dense_jax.data.corpus.encoding import DocumentEncoder
+from dense_jax.data.corpus.files import Group
 from dense_jax.data.tokenizer import load_saved_tokenizer
 
 _SIZE = struct.Struct("<Q")
 # Groups of texts that are under way for each worker, so that none of them waits.
 _AHEAD = 3
-
-
-class HasTexts(Protocol):
-  """A group of texts that are encoded together."""
-
-  texts: Sequence[str]
-
-
-GroupT = TypeVar("GroupT", bound=HasTexts)
 
 
 def usable_cores() -> int:
@@ -67,13 +59,13 @@ class EncoderPool:
       self._idle.put(process)
     self._threads = concurrent.futures.ThreadPoolExecutor(workers)
 
-  def map(self, groups: Iterable[GroupT]) -> Iterator[tuple[GroupT, list[bytes]]]:
+  def map(self, groups: Iterator[Group]) -> Iterator[tuple[Group, list[bytes]]]:
     """Yields each group with its documents' ids, in order; few groups are in memory at a time.
 
     Raises:
       RuntimeError: a process has died.
     """
-    waiting: collections.deque[tuple[GroupT, concurrent.futures.Future[list[bytes]]]]
+    waiting: collections.deque[tuple[Group, concurrent.futures.Future[list[bytes]]]]
     waiting = collections.deque()
     for group in groups:
       waiting.append((group, self._threads.submit(self._encode, group.texts)))
@@ -126,7 +118,7 @@ class InlineEncoder:
     """Takes a `DocumentEncoder`."""
     self._encode = encode
 
-  def map(self, groups: Iterable[GroupT]) -> Iterator[tuple[GroupT, list[bytes]]]:
+  def map(self, groups: Iterator[Group]) -> Iterator[tuple[Group, list[bytes]]]:
     """Yields each group with its documents' ids."""
     for group in groups:
       yield group, self._encode(group.texts)
