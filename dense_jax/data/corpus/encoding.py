@@ -20,8 +20,10 @@ from dense_jax.data.tokenizer import Tokenizer
 
 # Characters that are cut at a time, which bounds the memory that a long document takes.
 _WINDOW = 1 << 20
-# Chunks that are remembered, of some 150 bytes each; then all are forgotten.
+# Chunks that are remembered, of some 150 bytes each, before all are forgotten. A longer one hardly
+# comes again: of a model whose pieces span words, most are sentences.
 _MOST_KNOWN = 1 << 19
+_LONGEST_KNOWN = 40
 _BPE = 2
 # A NormalizerSpec (field 3 of a ModelProto) that changes nothing: its name is "identity", and its
 # table of characters and its three options are empty. Appended to a model, it replaces the model's.
@@ -122,6 +124,9 @@ class _Chunks:
     for chunk, ids in zip(new, self._processor.encode(new, num_threads=1), strict=True):
       known[chunk] = np.asarray(ids, self._dtype).tobytes()
     encoded = b"".join([known[chunk] for chunk in chunks])
+    for chunk in new:
+      if len(chunk) > _LONGEST_KNOWN:
+        del known[chunk]
     if len(known) > _MOST_KNOWN:
       known.clear()
     return encoded
