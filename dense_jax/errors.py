@@ -1,4 +1,4 @@
-"""`InputError`, the one exception for wrong user input, and the hint that its messages share."""
+"""`InputError`, the one exception for wrong user input, its hint; and `DivergedError`."""
 
 import difflib
 from collections.abc import Collection
@@ -9,6 +9,14 @@ class InputError(ValueError):
 
   The message names the field, its value and what would be valid. Every command prints it without a
   traceback and exits with status 2.
+  """
+
+
+class DivergedError(RuntimeError):
+  """A run that cannot go on by itself, because its numbers go wrong again and again.
+
+  The message says where. Every command prints it without a traceback and exits with status 3, on
+  which no launcher starts the run again.
   """
 
 

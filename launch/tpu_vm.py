@@ -42,10 +42,14 @@ _LOG_LINES = 40
 class _Outcome(enum.Enum):
   FINISHED = "all steps are done"
   BAD_INPUT = "the input is not valid"
+  DIVERGED = "the run stopped, as its numbers go wrong again and again"
   FAILED = "training failed"
   PREEMPTED = "the resource was preempted"
   DELETED = "the resource was deleted"
 
+
+# Statuses of a worker that another start would end with again.
+_FINAL = {2: _Outcome.BAD_INPUT, common.DIVERGED: _Outcome.DIVERGED}
 
 def _gone(state: str) -> _Outcome:
   """Returns the outcome of a resource that is gone; one that was deleted is not requested again."""
@@ -154,8 +158,9 @@ def _watch(resource: QueuedResource, work: job.Job) -> _Outcome:
       resource.runner.say(f"{error}; asking again")
       continue
     failed_polls = 0
-    if "2" in statuses:
-      return _Outcome.BAD_INPUT
+    for status, outcome in _FINAL.items():
+      if str(status) in statuses:
+        return outcome
     if all(status == "0" for status in statuses):
       return _Outcome.FINISHED
     if any(status not in (workers.RUNNING, "0") for status in statuses):
@@ -166,7 +171,7 @@ def _watch(resource: QueuedResource, work: job.Job) -> _Outcome:
 def _train(
     resource: QueuedResource, capacity: Capacity, work: job.Job, max_restarts: int, keep: bool
 ) -> int:
-  """Runs the subcommand `train`; returns 0 if all steps are done, 2 on bad input, else 1."""
+  """Runs the subcommand `train`; returns 0 if all steps are done, a status of `_FINAL`, or 1."""
   for restarts in range(max_restarts + 1):
     if restarts:
       resource.runner.say(f"restart {restarts} of at most {max_restarts}")
@@ -182,11 +187,12 @@ def _train(
     resource.runner.say(outcome.value)
     if outcome not in (_Outcome.FAILED, _Outcome.PREEMPTED):
       break
-  if outcome in (_Outcome.BAD_INPUT, _Outcome.FAILED):
+  if outcome in (*_FINAL.values(), _Outcome.FAILED):
     resource.logs(_LOG_LINES, worker="0", follow=False)
   if not keep and outcome != _Outcome.DELETED:
     resource.delete()
-  return {_Outcome.FINISHED: 0, _Outcome.BAD_INPUT: 2}.get(outcome, 1)
+  statuses = {outcome: status for status, outcome in _FINAL.items()}
+  return statuses.get(outcome, 0 if outcome == _Outcome.FINISHED else 1)
 
 
 def _subcommand(name: str, resource: QueuedResource) -> str:

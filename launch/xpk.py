@@ -7,7 +7,8 @@
 
 xpk (https://github.com/AI-Hypercomputer/xpk) writes the JobSet. This launcher sets the options
 that training needs: workers that fail or are preempted are restarted and resume from the newest
-checkpoint, bad input (status 2) ends the job, and a worker that is evicted has time to save.
+checkpoint, bad input (status 2) and numbers that go wrong (status 3) end the job, and a worker that
+is evicted has time to save.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from dense_jax.errors import InputError
 from launch import commands, job
 
 # By default xpk restarts after status 42 and after 127-255, which covers all signals. Status 1
-# means that training failed or was interrupted. Status 2 is bad input, which would fail again.
+# means that training failed or was interrupted. Statuses 2 and 3, bad input and a run whose numbers
+# go wrong, would come again.
 _RESTART_ON = "1"
 
 

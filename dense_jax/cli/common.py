@@ -18,13 +18,15 @@ import jax
 from dense_jax import distributed, runs
 from dense_jax.cli import CONSOLE_COMMAND, is_console_command
 from dense_jax.config import ExperimentConfig, invalid
-from dense_jax.errors import InputError
+from dense_jax.errors import DivergedError, InputError
 from dense_jax.interrupt import Interrupt, Output, Stopped
 from dense_jax.runs import resume
 from dense_jax.runs.formatting import printable
 
 _LATEST, _AUTO = "latest", "auto"
 COMPILED = "~/.cache/dense_jax/compiled"
+# The status of a run that cannot go on by itself; launchers start no run again that ends with it.
+DIVERGED = 3
 _DISK_ERRORS = frozenset({
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG
 })
@@ -113,7 +115,9 @@ def keep_compiled_programs() -> None:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-  """Runs a command and ends the process with its status; 2 on bad input, 1 on any other error.
+  """Runs a command and ends the process with its status.
+
+  The status is 2 on bad input, 3 if a run cannot go on (`DivergedError`), and 1 on any other error.
 
   A signal or a closed output ends the process with a sentence instead of a traceback. If there are
   several processes, each says which one it is.
@@ -164,6 +168,8 @@ def _outcome(main: Callable[[Sequence[str]], int]) -> tuple[int, str]:
     return status, ""
   except InputError as error:
     return 2, f"{name()}error: {printable(str(error))}"
+  except DivergedError as error:
+    return DIVERGED, f"{name()}error: {printable(str(error))}"
   except KeyboardInterrupt as stopped:
     return 1, f"\n{name()}{stopped or 'ended'}"
   except Exception as error:

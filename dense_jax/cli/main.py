@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "trains a model, or goes on with a run",
     "evaluate": "scores a model on held-out text, or on tasks from local files",
     "report": "shows a finished run: a table beside baselines, samples, the plot of its losses",
+    "watch": "shows a run in the terminal: how far it is, how it does, what happened",
     "generate": "continues prompts, a file of them, or a conversation",
     "convert": "writes a run as a Hugging Face style folder, and makes a run of such a folder",
     "tokenize": "tokenizes a text into a folder, for machines that do not have the text",

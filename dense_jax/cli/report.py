@@ -8,8 +8,9 @@ from dense_jax.config import invalid
 
 _EPILOG = """
 Runs on one device, at any time after the run's first checkpoint, also while it trains. Writes
-loss.png, report.md and report.html, one page that needs no network, into the run's folder. The page
-shows the figures of `dense-jax analyze` too, if that ran before.
+loss.png, report.md and report.html, one page that needs no network, into the run's folder. Both say
+what happened to the run: starts, kills, skipped steps, returns. The page shows the figures of
+`dense-jax analyze` too, if that ran before.
 """
 
 

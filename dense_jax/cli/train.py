@@ -25,6 +25,8 @@ connections, and begins with the same function. Without --config the configurati
 run in --workdir or, before it has a checkpoint, that of the model to begin with.
 A signal (Ctrl-C, SIGTERM, a closed terminal) saves and ends with status 1; a second one, a second
 later or more, ends at once.
+Steps that are not finite are skipped; a run that goes back for them in vain ends with status 3, on
+which launchers do not start it again (docs/reliability.md).
 Of several processes all run this command, with one --workdir that all of them can write to.
 """
 

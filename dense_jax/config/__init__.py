@@ -24,14 +24,17 @@ from dense_jax.config.fields import (
   text,
   unknown_key,
 )
+from dense_jax.config.guard import GuardConfig
 from dense_jax.config.mesh import MeshConfig
 from dense_jax.config.model import ModelConfig
 from dense_jax.config.optimizer import OptimizerConfig
 from dense_jax.config.task import TaskConfig
 from dense_jax.config.train import TrainConfig
+from dense_jax.config.watch import WatchConfig
 
 __all__ = [
   "LARGEST", "LARGEST_SEED", "DataConfig", "DenseConfig", "EvalConfig", "ExperimentConfig",
-  "MeshConfig", "ModelConfig", "OptimizerConfig", "TaskConfig", "TrainConfig", "build", "choice",
-  "defaults", "field_types", "flag", "group", "integer", "invalid", "number", "text", "unknown_key",
+  "GuardConfig", "MeshConfig", "ModelConfig", "OptimizerConfig", "TaskConfig", "TrainConfig",
+  "WatchConfig", "build", "choice", "defaults", "field_types", "flag", "group", "integer",
+  "invalid", "number", "text", "unknown_key",
 ]

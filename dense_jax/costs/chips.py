@@ -65,6 +65,21 @@ CHIPS = {
 }
 
 
+# Names that jax gives to TPUs -> theirs here. A GPU's name has its own as a word.
+_TPU_KINDS = {
+    "tpu v4": "v4", "tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v5": "v5p", "tpu v5p": "v5p",
+    "tpu v6 lite": "v6e", "tpu v6e": "v6e",
+}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+  """Returns the figures of a device, named as jax does ("NVIDIA H100 80GB HBM3"), if known."""
+  kind = device_kind.lower()
+  if kind in _TPU_KINDS:
+    return CHIPS[_TPU_KINDS[kind]]
+  return next((CHIPS[word] for word in kind.split() if word in CHIPS and CHIPS[word].is_gpu), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bound:
   """Lower bounds on the seconds that a program takes, one for each resource.

@@ -22,14 +22,18 @@ from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.outputs import check_file
+from dense_jax.runs import history
 from dense_jax.runs.formatting import printable, table
 from dense_jax.runs.plot import plot_loss
-from dense_jax.runs.recording import DEVICE_MEMORY, HOST_MEMORY
+from dense_jax.runs.recording import DEVICE_MEMORY, GOODPUT, HOST_MEMORY, MFU
 from dense_jax.runs.report_page import write_page
 from dense_jax.runs.restoring import Run, restore
 from dense_jax.runs.scoring import Score, score_heldout
 from dense_jax.runs.task_report import task_rows, task_samples
 from dense_jax.runs.workdir import REPORT_FILE, holds_run
+from dense_jax.training.events import read_events
+from dense_jax.training.guard import SKIPPED
+from dense_jax.training.loop import DATA_WAIT
 from dense_jax.training.metrics import read_metrics
 
 # The most bytes of training text, and of held-out text, that the baselines read.
@@ -107,6 +111,10 @@ def write_report(
   indented = "".join(f"    {line}\n" for line in report.text.splitlines())
   title = f"# Step {run.step} of {config.train.steps}"
   content = f"{title}\n\n{indented}\n![training and held-out loss]({report.plot.name})\n"
+  events = read_events(folder)
+  if events:
+    lines = "".join(f"    {'  '.join(row).strip()}\n" for row in history.rows(events)[1:])
+    content += f"\n## What happened\n\n{history.summary(events)}\n\n{lines}"
   write_atomically(report.file, content.encode(errors="replace"))
   if not math.isfinite(score.held_out.loss):
     _LOG.warning("the loss is not finite: lower the learning rate")
@@ -127,7 +135,7 @@ def _figures(
     rows = comparison(score, _beginning(train), _beginning(heldout), name)
     store = heldout_text(data, run.tokenizer)
     continued = samples(run.model, store, run.tokenizer, seed=config.seed)
-  return [*rows, *resources(score, metrics)], continued
+  return [*rows, *resources(score, metrics), *reliability(metrics)], continued
 
 
 def _beginning(documents: Iterable[str]) -> bytes:
@@ -187,6 +195,22 @@ def resources(
     if sizes:
       rows.append((what, f"{max(sizes) / 2**20:,.0f} MiB"))
   return rows
+
+
+def reliability(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
+  """Returns rows of the table about what was skipped and lost, of a run that recorded it.
+
+  Args:
+    metrics: the run's records, from `read_metrics`.
+  """
+  newest: dict[str, float] = {}
+  for record in metrics:
+    newest |= record
+  shown = [
+      (SKIPPED, "skipped steps", ",.0f"), (MFU, "model FLOPs utilization", ".1%"),
+      (DATA_WAIT, "waiting for data", ".1%"), (GOODPUT, "goodput", ".1%"),
+  ]
+  return [(what, f"{newest[name]:{form}}") for name, what, form in shown if name in newest]
 
 
 def samples(

@@ -16,11 +16,12 @@ from dense_jax import experiment
 from dense_jax.config import ExperimentConfig
 from dense_jax.files import write_atomically
 from dense_jax.models.params import abstract_model, count_params, get_params
-from dense_jax.runs import resume
+from dense_jax.runs import history, resume
 from dense_jax.runs.page import Page
 from dense_jax.runs.plot import draw_losses
 from dense_jax.runs.recording import DEVICE_MEMORY, HOST_MEMORY
 from dense_jax.runs.workdir import PAGE_FILE
+from dense_jax.training.events import read_events
 from dense_jax.training.metrics import read_metrics
 
 ANALYSIS_PLOT = "analysis.png"
@@ -76,6 +77,11 @@ def write_page(
   page.section("Curves")
   page.picture(_losses(shown), "training and held-out loss by step")
   page.picture(_speeds(shown), "tokens per second by step")
+  events = read_events(workdir)
+  if events:
+    page.section("What happened")
+    page.text(history.summary(events))
+    page.table(history.rows(events))
   if len(shown) > 1:
     page.section("Differences")
     page.table(_differences(shown))

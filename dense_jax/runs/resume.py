@@ -6,7 +6,7 @@ Every key matches exactly one row of one table, `CHANGES`:
 |---|---|---|
 | never | the seed, model, data, batch size | the model, or the order of the batches |
 | freely | implementation, memory, mesh, logging, intervals, places | the rounding, or less |
-| when asked | the optimizer, its schedule, the steps, the loss, averages, mixtures | the course |
+| when asked | optimizer and its schedule, steps, loss, averages, guard, mixtures | the course |
 
 To ask means to name a key with `--allow-change`. `train.steps` and `optimizer.schedule_steps` need
 this only if they change the learning rate of a step that is still to be done.
@@ -48,13 +48,15 @@ CHANGES = {
     r"train\.batch_size": Change.NEVER,
     r"train\.(steps|z_loss|ema)": Change.ASKED,
     r"train\.(accumulate|loss_chunk|eval_batches|keep_last|keep_best|.*_every)": Change.FREELY,
-    r"eval\..*": Change.FREELY,
+    r"guard\.(skip|sigmas|window|in_a_row)": Change.ASKED,
+    r"guard\.returns": Change.FREELY,
+    r"(watch|eval)\..*": Change.FREELY,
     r"mesh\..*": Change.FREELY,
 }
 
 # Patterns of keys that came after results were recorded by the course that they belong to. At its
 # default such a key changes nothing, and is left out of the course, so that records stay valid.
-LATER = (r"data\.(mixture|packing)",)
+LATER = (r"guard\..*", r"data\.(mixture|packing)")
 
 
 def classify(key: str) -> Change:

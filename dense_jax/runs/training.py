@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from dense_jax import distributed, sharding
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.batches import TrainBatches
+from dense_jax.data.passing import PassingOver
 from dense_jax.data.pipeline import Datasets, load_datasets, rows_to_train, without_target
 from dense_jax.data.row_store import RowStore
 from dense_jax.data.tokenizer import Tokenizer
@@ -29,15 +31,19 @@ from dense_jax.runs import resume
 from dense_jax.runs import workdir as folders
 from dense_jax.runs.evaluating import Evaluations, with_standard
 from dense_jax.runs.formatting import parameter_table
+from dense_jax.runs.guarding import Guarding, with_fresh_count
 from dense_jax.runs.initial import Beginning, InitFrom, beginning
 from dense_jax.runs.kernels import check_kernels
+from dense_jax.runs.life import Life
 from dense_jax.runs.memory import check_memory
-from dense_jax.runs.recording import Recorder
+from dense_jax.runs.profiling import Profile
+from dense_jax.runs.recording import CHECKPOINT_SECONDS, Recorder
 from dense_jax.training.checkpoint import Checkpoints, check_name
 from dense_jax.training.lock import RunLock
-from dense_jax.training.loop import Hook, Logger, Moment, checkpoint_hook, train
+from dense_jax.training.loop import DataWait, Hook, Logger, Moment, checkpoint_hook, train
 from dense_jax.training.metrics import Progress
 from dense_jax.training.step import Metrics, Trainer, TrainState
+from dense_jax.training.wandb_writer import check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +106,16 @@ def train_run(
     InputError: the configuration, the data or the folder are not valid, or do not fit each other
       (the error names field, value and what is valid); the state is no longer finite; or the
       folder has vanished.
+    DivergedError: steps were skipped one after the other, and going back did not help
+      (`dense_jax.runs.guarding`).
     Stopped: (a KeyboardInterrupt) a request to end came before the first step was done, or a
       second request came.
   """
   folder = make_path(os.fspath(workdir), "--workdir")
   check_name(folder, "--workdir")
   resume.check_allowed(config, allow_change)
+  check_wandb(config.watch.wandb)
+  profile = Profile(folder, config.watch)
   evaluators = with_standard(evaluators, config)
   with contextlib.ExitStack() as stack:
     stack.enter_context(distributed.only_first_prints())
@@ -128,10 +138,11 @@ def train_run(
     distributed.by_first(lambda: folders.check_data(folder, data))
     rows = rows_to_train(config.data, data.train)
     _say_what_rows(config, rows)
-    batches = stack.enter_context(contextlib.closing(TrainBatches(
+    batches = stack.enter_context(contextlib.closing(PassingOver(TrainBatches(
         rows, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows,
         mixtures=config.data.mixtures(), workers=config.data.workers,
-    )))
+    ))))
+    guarding = Guarding(folder, config, batches, _say)
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(
         folder / folders.CHECKPOINTS, config.model,
         keep_last=config.train.keep_last, keep_best=config.train.keep_best,
@@ -142,30 +153,55 @@ def train_run(
     if step < config.train.steps:  # Else the run stays what it was trained with.
       distributed.by_first(lambda: folders.begin(folder, config, data, init))
     print(_span(step, config.train.steps, folder), flush=True)
-    recorder = stack.enter_context(contextlib.closing(Recorder(folder, step)))
-    progress = stack.enter_context(contextlib.closing(Progress(step, config.train.steps)))
-    logger = Logger(
-        recorder, progress, every=config.train.log_every, first_step=step,
-        steps=config.train.steps, tokens_per_step=config.train.batch_size * config.data.seq_len,
-    )
-    evaluations = Evaluations(evaluators, config, data, trainer, recorder, progress, logger)
-    if not step and init:
-      evaluations.heldout_loss(Moment(step, state, False))  # To compare later ones with.
-    state = train(
-        trainer, state, batches, steps=config.train.steps,
-        hooks=[
-            *evaluations.hooks(), *hooks,
-            _saving_hook(config, checkpoints, batches, recorder, evaluations, lock),
-        ],
-        on_metrics=_watching(lock, logger), interrupt=interrupt,
-        meanwhile=lambda: _saved_at_once(folder),
-    )
-    checkpoints.wait()
-    step = int(state.step)
-  interrupted = ""
-  if step < config.train.steps:
-    interrupted = interrupt.requested or "a signal to another process"
+    stack.enter_context(contextlib.closing(profile))
+    life = Life(folder, step, config.train.steps, config.watch.hang_seconds)
+    if step < config.train.steps:
+      stack.enter_context(life)
+    while True:
+      with contextlib.ExitStack() as attempt:
+        guarding.begin(state)
+        recorder = attempt.enter_context(contextlib.closing(Recorder(folder, step, config)))
+        progress = attempt.enter_context(contextlib.closing(Progress(step, config.train.steps)))
+        data_wait = DataWait()
+        logger = Logger(
+            recorder, progress, every=config.train.log_every, first_step=step,
+            steps=config.train.steps, data_wait=data_wait,
+            tokens_per_step=config.train.batch_size * config.data.seq_len,
+        )
+        evaluations = Evaluations(evaluators, config, data, trainer, recorder, progress, logger)
+        if not step and init:
+          evaluations.heldout_loss(Moment(step, state, False))  # To compare later ones with.
+        saving = _saving_hook(
+            config, checkpoints, batches, recorder, evaluations, lock, guarding, logger
+        )
+        state = train(
+            trainer, state, batches, steps=config.train.steps,
+            hooks=[
+                *(life.during("evaluating", hook) for hook in evaluations.hooks()), *hooks,
+                *profile.hooks(), life.during("saving", saving),
+            ],
+            on_metrics=_watching(lock, logger, guarding, life), interrupt=interrupt,
+            data_wait=data_wait, meanwhile=lambda: _saved_at_once(folder),
+        )
+        checkpoints.wait()
+      if not guarding.must_return(state):
+        break
+      guarding.go_back(state, trainer, checkpoints.latest or 0)
+      del state  # Before there is a second one.
+      state, init = _start(trainer, checkpoints, batches, config, mesh, begun)
+      state = with_fresh_count(state)
+      step = int(state.step)
+    step, interrupted = int(state.step), ""
+    if step < config.train.steps:
+      interrupted = interrupt.requested or "a signal to another process"
+      life.interrupted(interrupted)
   return RunResult(folder, config, step, interrupted, recorder.newest)
+
+
+def _say(text: str) -> None:
+  """Prints a line above the progress bar."""
+  tqdm.tqdm.write(text)
+  sys.stdout.flush()
 
 
 def _span(step: int, steps: int, folder: epath.Path) -> str:
@@ -249,7 +285,7 @@ def _take_lock(stack: contextlib.ExitStack, folder: epath.Path) -> RunLock | Non
 
 
 def _start(
-    trainer: Trainer, checkpoints: Checkpoints, batches: TrainBatches, config: ExperimentConfig,
+    trainer: Trainer, checkpoints: Checkpoints, batches: PassingOver, config: ExperimentConfig,
     mesh: Mesh, begun: Beginning | None,
 ) -> tuple[TrainState, dict[str, Any] | None]:
   """Returns the state to go on from, and what init.json says.
@@ -281,8 +317,9 @@ def _saved_at_once(folder: epath.Path) -> str:
 
 
 def _saving_hook(
-    config: ExperimentConfig, checkpoints: Checkpoints, batches: TrainBatches, recorder: Recorder,
-    evaluations: Evaluations, lock: RunLock | None,
+    config: ExperimentConfig, checkpoints: Checkpoints, batches: PassingOver, recorder: Recorder,
+    evaluations: Evaluations, lock: RunLock | None, guarding: Guarding,
+    logger: Logger,
 ) -> Hook:
   """Makes the hook that saves, ranked by held-out loss, while the folder is still the run's."""
 
@@ -294,17 +331,36 @@ def _saving_hook(
       return None
     return evaluations.heldout_loss(moment)
 
-  return checkpoint_hook(
+  hook = checkpoint_hook(
       checkpoints, batches, recorder, config.train.checkpoint_every, heldout_loss
   )
 
+  def save(moment: Moment) -> None:
+    if guarding.holds_off(moment):
+      return
+    heldout_loss(moment)  # Before the clock, which is that of saving; the hook takes it from here.
+    logger.pause()
+    began = time.perf_counter()
+    hook.run(moment)
+    recorder.write(moment.step, {CHECKPOINT_SECONDS: time.perf_counter() - began})
+    logger.resume()
 
-def _watching(lock: RunLock | None, logger: Logger) -> Callable[[int, Metrics], None]:
-  """Makes a callback that logs each step, and raises once the folder is lost."""
+  return dataclasses.replace(hook, run=save)
 
-  def on_metrics(step: int, metrics: Metrics) -> None:
+
+def _watching(
+    lock: RunLock | None, logger: Logger, guarding: Guarding, life: Life
+) -> Callable[[int, Metrics], bool]:
+  """Makes a callback that logs each step, and says whether the run has to go back.
+
+  It raises once the folder is lost.
+  """
+
+  def on_metrics(step: int, metrics: Metrics) -> bool:
     if lock and lock.lost:
       lock.check()
+    life.beat(step)
     logger(step, metrics)
+    return guarding.look(step, metrics)
 
   return on_metrics

@@ -9,13 +9,14 @@ from typing import Any
 from etils import epath
 
 from dense_jax import experiment
-from dense_jax.config import ExperimentConfig, defaults, invalid
+from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data import identity
 from dense_jax.data.pipeline import Datasets
 from dense_jax.errors import InputError
 from dense_jax.files import PARTIALS, is_remote, parse_json, write_atomically
 from dense_jax.runs import resume
 from dense_jax.training.checkpoint import saved_steps
+from dense_jax.training.events import EVENTS_FILE
 from dense_jax.training.lock import LOCK_FILE
 from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
 
@@ -30,8 +31,10 @@ _LOG = logging.getLogger(__name__)
 # Names that file systems and killed processes leave in a folder that is otherwise empty.
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NOBODYS = re.compile(rf"\..*|lost\+found|{re.escape(LOCK_FILE)}")
-_FILES = (experiment.CONFIG_FILE, DATA_FILE, INIT_FILE, METRICS_FILE, PLOT_FILE, REPORT_FILE,
-          PAGE_FILE)
+_FILES = (experiment.CONFIG_FILE, DATA_FILE, INIT_FILE, METRICS_FILE, EVENTS_FILE, PLOT_FILE,
+          REPORT_FILE, PAGE_FILE)
+# Groups of keys that every run's config.json has, those of earlier versions too.
+_GROUPS = {"model", "data", "optimizer", "train", "mesh"}
 _FOLDERS = (CHECKPOINTS, TOKENIZER, EVENTS_FOLDER)
 
 
@@ -81,7 +84,7 @@ def holds_run(workdir: epath.Path) -> bool:
     config = parse_json(file.read_bytes())
   except ValueError:
     return True  # A run's, but damaged.
-  return isinstance(config, dict) and defaults(ExperimentConfig).keys() <= config.keys()
+  return isinstance(config, dict) and config.keys() >= _GROUPS
 
 
 def _is_leftover(entry: epath.Path) -> bool:

@@ -12,6 +12,7 @@ from dense_jax.data.cache import digest
 from dense_jax.errors import InputError
 from dense_jax.files import parse_json, write_atomically
 from dense_jax.runs import resume
+from dense_jax.runs.recording import OF_MACHINE
 from dense_jax.runs.workdir import CHECKPOINTS, DATA_FILE
 from dense_jax.sweeps.budgets import PlannedCell
 from dense_jax.training.checkpoint import saved_steps
@@ -75,8 +76,8 @@ def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | No
     )
   data = parse_json((workdir / DATA_FILE).read_bytes())["fingerprint"]
   speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-  metrics = {name: value for name, value in last.items() if name not in (
-      "step", "tokens_per_second", "peak_memory_bytes", "peak_device_memory_bytes")}
+  metrics = {name: value for name, value in last.items()
+             if name != "step" and name not in OF_MACHINE}
   return Result(
       planned.cell.name, seed, course_digest(planned), data, planned.parameters, planned.tokens,
       planned.flops, statistics.median(speeds), metrics,

@@ -36,6 +36,7 @@ from dense_jax.models.params import (
     stack_rows,
     stacked_sharding,
 )
+from dense_jax.training import guard
 from dense_jax.training.step import TrainState
 from dense_jax.types import Params, PyTree
 
@@ -44,6 +45,8 @@ T = TypeVar("T")
 HELDOUT_LOSS = "heldout_loss"
 # The name of the average in a checkpoint, and of the choice to take it.
 _EMA = "ema"
+# The name of the guard's state beside the data's position.
+_GUARD = "guard"
 # The most attempts to read, in case a run saves and deletes faster than this process reads.
 _MOST_TRIED = 20
 _LOG = logging.getLogger(__name__)
@@ -174,6 +177,8 @@ class Checkpoints:
       return True
     if not distributed.to_host(_all_finite((state.params, state.opt_state, state.ema))):
       return False
+    if state.guard is not None:
+      data = {**data, _GUARD: guard.as_json(state.guard)}
     state = by_layer(self._model, state, split=_to_hosts)
     ranked = heldout_loss is not None and math.isfinite(heldout_loss)
     self._manager.save(
@@ -193,11 +198,18 @@ class Checkpoints:
     """Restores a step; returns its state, placed as `shapes` says, and the data's position.
 
     If `shapes` has an average of the parameters and the checkpoint has none, the average begins
-    with the parameters. An average for which `shapes` has no place is not read.
+    with the parameters. An average for which `shapes` has no place is not read. The same holds for
+    the guard, whose state begins with nothing skipped.
 
     Raises:
       InputError: a part of the checkpoint is missing, damaged or of another form.
     """
+    state, data = self._restore(dataclasses.replace(shapes, guard=None), step)
+    judged = guard.from_json(shapes.guard, data.pop(_GUARD, {}))
+    return dataclasses.replace(state, guard=judged), data
+
+  def _restore(self, shapes: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+    """Restores everything but the guard; see `restore`."""
     layers = _on_hosts(by_layer(self._model, shapes))
     has_ema = shapes.ema is not None and self._has_ema(step)
     restored = self._read(

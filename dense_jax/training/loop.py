@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -15,6 +15,10 @@ from dense_jax.training.checkpoint import Checkpoints
 from dense_jax.training.metrics import MetricsWriter, Progress
 from dense_jax.training.step import Metrics, Trainer, TrainState, has_layers
 
+# Names in the records of a training step: tokens per second; the share of the time that the devices
+# waited for data; seconds of training since the record before.
+SPEED, DATA_WAIT, TRAIN_SECONDS = "tokens_per_second", "data_wait", "train_seconds"
+
 
 class Batches(Protocol):
   """An iterator of batches that knows its position."""
@@ -24,6 +28,30 @@ class Batches(Protocol):
 
   def get_state(self) -> dict[str, Any]:
     """Returns the position, as JSON values."""
+
+
+class DataWait:
+  """Adds up the time for which the devices had nothing to do but to wait for the next batch.
+
+  Attributes:
+    seconds: that time so far. A wait that ended before the step under way did cost nothing.
+  """
+
+  def __init__(self) -> None:
+    self.seconds = 0.0
+
+  def next(self, batches: Iterator[Batch], under_way: Mapping[str, Any]) -> Batch:
+    """Returns the next batch.
+
+    Args:
+      batches: the batches.
+      under_way: the metrics of the step that was sent to the devices last.
+    """
+    began = time.perf_counter()
+    batch = next(batches)
+    if all(value.is_ready() for value in under_way.values()):
+      self.seconds += time.perf_counter() - began
+    return batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +91,9 @@ def train(
     *,
     steps: int,
     hooks: Sequence[Hook],
-    on_metrics: Callable[[int, Metrics], None],
+    on_metrics: Callable[[int, Metrics], bool],
     interrupt: Interrupt,
+    data_wait: DataWait,
     meanwhile: Callable[[], str] = lambda: "ended between two steps",
 ) -> TrainState:
   """Trains up to `steps` updates, or until interrupted.
@@ -76,13 +105,15 @@ def train(
     steps: the total number of updates, including those that are already done.
     hooks: called in order, after their steps.
     on_metrics: called for each step, one step late: fetching a step's metrics while the
-      next one runs does not hold up the device.
+      next one runs does not hold up the device. Whether it returns true must be the same in all
+      processes; training then ends at once, without hooks.
     interrupt: checked after each step; several processes stop after the same one. Until the
       first step is done there is nothing to save, and a request is obeyed at once.
+    data_wait: adds up the time that is spent waiting for batches.
     meanwhile: returns a sentence that says what is saved, if a second request ends the process.
 
   Returns:
-    The state after the last update.
+    The state after the last step.
 
   Raises:
     InputError: the first step does not fit the devices' memory.
@@ -93,7 +124,7 @@ def train(
   agreement = Agreement()
   stop = agreement(bool(interrupt.requested))
   while step < steps and not stop:
-    batch = trainer.put(next(batches))
+    batch = trainer.put(data_wait.next(batches, pending[1] if pending else {}))
     with jax.transfer_guard("disallow"):
       if step == first:
         state, metrics = _first_step(trainer, state, batch, step + 1)
@@ -101,8 +132,8 @@ def train(
       else:
         state, metrics = trainer.step_at(step + 1)(state, batch)
     step += 1
-    if pending:
-      on_metrics(*pending)
+    if pending and on_metrics(*pending):
+      return state
     pending = (step, metrics)
     # Checked only here: after a signal during a hook, one more step runs, and is saved as well.
     stop = agreement(bool(interrupt.requested))
@@ -112,7 +143,8 @@ def train(
         if (hook.if_interrupted if interrupted else step == steps or not step % hook.every)
     ]
     if due or interrupted or step == steps:
-      on_metrics(*pending)
+      if on_metrics(*pending):
+        return state
       pending = None
     for hook in due:
       hook.run(Moment(step, state, interrupted))
@@ -145,13 +177,14 @@ class Logger:
 
   def __init__(
       self, writer: MetricsWriter, progress: Progress, *, every: int, first_step: int,
-      steps: int, tokens_per_step: int,
+      steps: int, tokens_per_step: int, data_wait: DataWait,
   ) -> None:
     self._writer, self._progress = writer, progress
     self._every, self._steps = every, steps
     self._tokens = tokens_per_step
     self._first = first_step + 1
     self._step, self._time = first_step, time.perf_counter()
+    self._data_wait, self._waited = data_wait, data_wait.seconds
     self._newest: Metrics = {}
 
   def pause(self) -> None:
@@ -176,12 +209,18 @@ class Logger:
       if step == self._first:  # It includes compilation, so the clock starts after it.
         jax.block_until_ready(metrics)
         self._step, self._time = step, time.perf_counter()
+        self._waited = self._data_wait.seconds
       return
     values = _floats(metrics)
-    now = time.perf_counter()
-    rate = (step - self._step) * self._tokens / max(now - self._time, 1e-9)
-    self._step, self._time = step, now
-    self._writer.write(step, {**values, "tokens_per_second": rate})
+    now, waited = time.perf_counter(), self._data_wait.seconds
+    seconds = max(now - self._time, 1e-9)
+    rate = (step - self._step) * self._tokens / seconds
+    values |= {
+        SPEED: rate, DATA_WAIT: (waited - self._waited) / seconds,
+        TRAIN_SECONDS: 0.0 if step == self._first else seconds,
+    }
+    self._step, self._time, self._waited = step, now, waited
+    self._writer.write(step, values)
     left = (self._steps - step) * self._tokens / rate
     self._progress.log(step, values["loss"], rate, left)
 

@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import IO
+from collections.abc import Mapping, Sequence
+from typing import IO, Protocol
 
 import tqdm
 from etils import epath
@@ -52,19 +52,36 @@ def _record(line: bytes) -> dict[str, float] | None:
   return record if all(type(value) in (int, float) for value in record.values()) else None
 
 
+class Writer(Protocol):
+  """Anything that takes a run's records."""
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Takes one record."""
+
+  def flush(self) -> None:
+    """Hands all records over."""
+
+  def close(self) -> None:
+    """Hands all records over, and takes no more."""
+
+
 class MetricsWriter:
-  """Appends to metrics.jsonl and to TensorBoard's events.
+  """Appends to metrics.jsonl, to TensorBoard's events, and to other writers.
 
   A run that resumes from a checkpoint drops the lines of later steps, which it will write again.
   """
 
-  def __init__(self, workdir: epath.Path, first_step: int, *, enabled: bool = True) -> None:
+  def __init__(
+      self, workdir: epath.Path, first_step: int, *, enabled: bool = True,
+      also: Sequence[Writer] = (),
+  ) -> None:
     """Opens both files; a metrics.jsonl with damaged lines is kept under another name.
 
     Args:
       workdir: the run's folder.
       first_step: the step from which the run starts or resumes; lines of later steps are dropped.
       enabled: false makes all methods do nothing: of several processes, only one writes.
+      also: other writers, which are this one's from now on.
     """
     self._enabled = enabled
     if not enabled:
@@ -80,26 +97,29 @@ class MetricsWriter:
       )
     kept = [record for record in records if record["step"] <= first_step]
     self._lines = _open_lines(file, "".join(json.dumps(line) + "\n" for line in kept))
-    self._events = _Events(workdir / EVENTS_FOLDER, first_step)
+    self._writers: list[Writer] = [_Events(workdir / EVENTS_FOLDER, first_step), *also]
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one record; floats keep all their digits."""
     if not self._enabled:
       return
     self._lines.write(json.dumps({"step": step, **values}) + "\n")
-    self._events.write(step, values)
+    for writer in self._writers:
+      writer.write(step, values)
 
   def flush(self) -> None:
     """Hands all records over to the file system or the bucket."""
     if self._enabled:
       self._lines.flush()
-      self._events.flush()
+      for writer in self._writers:
+        writer.flush()
 
   def close(self) -> None:
-    """Flushes and closes both files."""
+    """Flushes and closes both files, and the other writers."""
     if self._enabled:
       self._lines.close()
-      self._events.close()
+      for writer in self._writers:
+        writer.close()
 
 
 def _unused(file: epath.Path) -> epath.Path:

@@ -25,6 +25,8 @@ from dense_jax.models.params import (
 )
 from dense_jax.models.warm_start import warm_start
 from dense_jax.ops import resolver
+from dense_jax.training import guard as guards
+from dense_jax.training.guard import GuardState
 from dense_jax.training.optimizer import learning_rate, make_optimizer
 from dense_jax.types import Array, Params, PyTree
 
@@ -39,21 +41,42 @@ class TrainState:
   """The state that a step changes.
 
   Attributes:
-    step: int32 scalar, updates done.
+    step: int32 scalar, steps done: updates, and steps that the guard has skipped.
     params: parameters by name, float32.
     opt_state: the state of the optax optimizer.
     ema: the exponential moving average of the parameters, float32, if `train.ema` is above 0.
+    guard: the state by which steps are judged, if `guard.skip` is not none.
   """
 
   step: Array
   params: Params
   opt_state: PyTree
   ema: Params | None = None
+  guard: GuardState | None = None
 
   @property
   def weights(self) -> Params:
     """The parameters that evaluation takes: the average, if there is one."""
     return self.params if self.ema is None else self.ema
+
+  @property
+  def updates(self) -> Array:
+    """Int32 scalar, updates done. Without a guard it is `step`; the optimizer counts them too."""
+    return self.step if self.guard is None else self.opt_state[-1].count
+
+
+class Inside(NamedTuple):
+  """The numbers of one batch, none of which changes anything.
+
+  Attributes:
+    loss: the cross-entropy, in mean nats per target.
+    aux: each layer's metrics, from the first layer on.
+    gradient_norms: the norm of each parameter's gradient, by its name by layer.
+  """
+
+  loss: Array
+  aux: list[Aux]
+  gradient_norms: dict[str, Array]
 
 
 class _Gradients(NamedTuple):
@@ -173,9 +196,11 @@ class Trainer:
     model: the abstract model.
     state_shapes: the state's shapes, dtypes and shardings.
     train_step: (state, batch) -> (state, metrics); donates the state. The metrics are float32
-      scalars: loss (mean nats per target), grad_norm, learning_rate, targets.
+      scalars: loss (mean nats per target), grad_norm, learning_rate, targets; and those of the
+      guard (`dense_jax.training.guard`).
     measured_step: the same update, with the metrics of each layer in addition, named
       `layers/<N>/<name>`: what layers record (`dense_jax.layers.metrics`), and gradient_norm.
+    inside: (params, batch) -> `Inside`, to find out what went wrong with a batch.
   """
 
   def __init__(self, config: ExperimentConfig, mesh: Mesh) -> None:
@@ -198,7 +223,9 @@ class Trainer:
 
     def begin(params: Params) -> TrainState:
       ema = jax.tree.map(jnp.copy, params) if train.ema else None
-      return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+      return TrainState(
+          jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, guards.begin(config.guard)
+      )
 
     def step(state: TrainState, batch: Batch, measure: bool) -> tuple[TrainState, Metrics]:
       with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Kernels ask for it.
@@ -209,7 +236,7 @@ class Trainer:
       metrics = {
           "loss": loss,
           "grad_norm": optax.global_norm(gradients),
-          "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+          "learning_rate": jnp.asarray(schedule(state.updates), jnp.float32),
           "targets": targets,
       }
       if measure:
@@ -217,8 +244,15 @@ class Trainer:
       params = optax.apply_updates(state.params, updates)
       ema = state.ema
       if ema is not None:
-        ema = _averaged(ema, params, train.ema, state.step + 1)
-      return TrainState(state.step + 1, params, opt_state, ema), metrics
+        ema = _averaged(ema, params, train.ema, state.updates + 1)
+      if state.guard is None:
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+      taken, guard = guards.judge(config.guard, state.guard, loss, metrics["grad_norm"])
+      params, opt_state, ema = guards.keep(
+          taken, (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+      )
+      after = TrainState(state.step + 1, params, opt_state, ema, guard)
+      return after, metrics | guards.metrics(guard)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     opt_shardings = optax.tree_map_params(
@@ -230,7 +264,10 @@ class Trainer:
     )
     placed: Any = everywhere  # Shardings stand where the dataclass is annotated with arrays.
     ema_shardings = cast(Params, by_name) if train.ema else None
-    shardings = TrainState(placed, cast(Params, by_name), opt_shardings, ema_shardings)
+    guard_shardings = jax.tree.map(lambda _: everywhere, abstract.guard)
+    shardings = TrainState(
+        placed, cast(Params, by_name), opt_shardings, ema_shardings, guard_shardings
+    )
     self.state_shapes: TrainState = jax.tree.map(
         lambda leaf, sharded: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharded),
         abstract,
@@ -262,6 +299,17 @@ class Trainer:
     )
     self.train_step: Step = compiled(train_step)
     self.measured_step: Step = compiled(measured_step)
+
+    def inside(params: Params, batch: Batch) -> Inside:
+      with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = _gradients(self.model, params, batch, config, measure=True)
+      norms = jax.tree.map(jnp.linalg.norm, by_layer(config.model, found.gradients))
+      return Inside(found.loss, found.aux, norms)
+
+    self.inside = jax.jit(
+        inside, in_shardings=(by_name, self._batch_sharding), out_shardings=everywhere,
+        compiler_options=resolver.training_options(),
+    )
 
   def step_at(self, step: int) -> Step:
     """Returns the function for update number `step`, counted from 1."""

@@ -14,7 +14,7 @@ import jax
 
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig, ModelConfig
-from dense_jax.costs.chips import CHIPS
+from dense_jax.costs.chips import find_chip
 from dense_jax.models.flops import train_flops
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
@@ -65,10 +65,8 @@ def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str)
     tokens_per_second: the measured speed of training.
     device_kind: jax's name of the device, such as "NVIDIA H200".
   """
-  for name, chip in CHIPS.items():
-    if name in device_kind.lower().split():
-      return train_flops(config) * tokens_per_second / chip.flops
-  return None
+  chip = find_chip(device_kind)
+  return train_flops(config) * tokens_per_second / chip.flops if chip else None
 
 
 def train(settings: ExperimentConfig) -> dict[str, Any]:

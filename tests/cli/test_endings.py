@@ -148,12 +148,21 @@ DIVERGES = ["--config.optimizer.learning_rate=1e3", "--config.train.keep_last=1"
             "--allow-change=optimizer.learning_rate,train.steps"]
 
 
-def test_a_state_that_is_not_finite_stops_training_and_costs_nothing(text, tmp_path):
+@pytest.mark.parametrize(("guard", "ends_with"), [
+    pytest.param(["skip=none"], 2, id="without a guard", marks=pytest.mark.slow),
+    pytest.param(["in_a_row=2", "returns=1"], 3, id="with a guard"),
+])
+def test_numbers_that_are_not_finite_stop_training_and_cost_nothing(
+    text, tmp_path, guard, ends_with
+):
   workdir = tmp_path / "run"
-  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.train.steps=2"))
+  guarded = [f"--config.guard.{key}" for key in guard]
+  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.train.steps=2", *guarded))
   assert status == 0, err
-  status, _, err = run(TRAIN, *arguments(text, workdir, "--config.train.steps=8", *DIVERGES))
-  assert status == 2, err
+  status, _, err = run(
+      TRAIN, *arguments(text, workdir, "--config.train.steps=12", *DIVERGES, *guarded)
+  )
+  assert status == ends_with, err
   assert "not finite" in err and "config.optimizer.learning_rate" in err
   assert "Traceback" not in err
   saved = {int(path.name) for path in (workdir / "checkpoints").iterdir()}

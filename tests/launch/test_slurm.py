@@ -62,7 +62,8 @@ def test_tasks_train_with_the_scripts_arguments(job):
 
 
 @pytest.mark.parametrize(("status", "state", "restarts", "queued"), [
-    (0, "RUNNING", 0, False), (2, "RUNNING", 0, False), (1, "RUNNING", 0, True),
+    (0, "RUNNING", 0, False), (2, "RUNNING", 0, False), (3, "RUNNING", 0, False),
+    (1, "RUNNING", 0, True),
     (137, "RUNNING", 9, True), (134, "RUNNING", 10, False), (1, "CANCELLED", 0, False),
     (1, "COMPLETING", 0, False),
 ])

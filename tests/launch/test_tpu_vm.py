@@ -117,9 +117,10 @@ def test_restarts_have_an_end_and_the_log_is_shown(cloud, capfd):
   assert capfd.readouterr().out.count("training on") == 4  # Two starts, on two workers.
 
 
-def test_bad_input_is_not_started_again(cloud):
-  cloud.trains("2", second=("hang",))
-  assert train() == 2
+@pytest.mark.parametrize("status", [2, 3])
+def test_bad_input_and_numbers_that_go_wrong_are_not_started_again(cloud, status):
+  cloud.trains(str(status), second=("hang",))
+  assert train() == status
   assert cloud.verbs == ["create", "scp", "delete"]
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 import yaml
 
+from dense_jax.cli import common
 from dense_jax.errors import InputError
 from launch import xpk
 from launch.commands import CommandError
@@ -70,7 +71,7 @@ def test_manifest_has_slices_hosts_chips_and_restarts(manifest, capfd):
   restarted = set(rule["onExitCodes"]["values"])
   # An interruption or a crash, an abort, a kill and SIGTERM restart the job; bad input does not.
   assert {1, 128 + signal.SIGABRT, 128 + signal.SIGKILL, 128 + signal.SIGTERM} < restarted
-  assert not {0, 2} & restarted
+  assert not {0, 2, common.DIVERGED} & restarted
 
   assert pod(jobset)["terminationGracePeriodSeconds"] == 240
   assert pod(jobset)["nodeSelector"] == {

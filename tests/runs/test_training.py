@@ -20,6 +20,7 @@ from dense_jax.errors import InputError
 from dense_jax.interrupt import Stopped
 from dense_jax.models.params import with_params
 from dense_jax.training.checkpoint import Checkpoints, saved_steps
+from dense_jax.training.events import read_events
 from dense_jax.training.loop import Hook
 from dense_jax.training.optimizer import learning_rate
 from dense_jax.training.step import Trainer
@@ -161,6 +162,29 @@ def test_evaluators_that_do_not_fit_are_named(config, tmp_path, evaluators, mess
   with pytest.raises(InputError, match=message):
     runs.train_run(config, tmp_path / "run", evaluators=evaluators)
   assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_that_it_lives_what_it_costs_and_how_it_ended(config, tmp_path):
+  workdir = tmp_path / "run"
+  runs.train_run(config, workdir, hooks=[ask(1)])
+  runs.train_run(config, workdir)
+  events = [(event.step, event.kind) for event in read_events(epath.Path(workdir))]
+  assert events == [(0, "start"), (2, "interrupted"), (2, "start"), (4, "end")]
+  assert json.loads((workdir / "heartbeat.json").read_text())["doing"] == "ended"
+  for name, highest in (("data_wait", 1), ("goodput", 1), ("checkpoint_seconds", 60)):
+    values = column(workdir, name)
+    assert list(values)[-1] == 4 and all(0 <= value <= highest for value in values.values()), name
+  seconds = list(column(workdir, "train_seconds").values())
+  assert seconds == sorted(seconds) and seconds[-1] > 0
+  runs.train_run(config, workdir)  # Nothing is left to do, and so nothing has happened.
+  assert len(read_events(epath.Path(workdir))) == 4
+
+
+@pytest.mark.slow
+def test_chosen_steps_are_profiled(config, tmp_path):
+  watched = changed(config, watch={"profile_from": 2, "profile_steps": 2})
+  runs.train_run(watched, tmp_path / "run")
+  assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def test_an_error_in_a_hook_leaves_nothing_open(config, tmp_path):

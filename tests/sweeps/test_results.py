@@ -8,8 +8,8 @@ from etils import epath
 
 from dense_jax.errors import InputError
 from dense_jax.sweeps.budgets import plan
-from dense_jax.sweeps.definition import Cell, Sweep
-from dense_jax.sweeps.results import Result, Results, course_digest
+from dense_jax.sweeps.definition import Cell, Sweep, load_sweep
+from dense_jax.sweeps.results import Result, Results, course_digest, read_results
 from dense_jax.sweeps.statistics import Estimate, difference, undecided
 from dense_jax.sweeps.table import markdown, picture, rows, write_all
 from tests.helpers import ROOT
@@ -41,6 +41,22 @@ def full(planned, tmp_path):
     for seed, loss in enumerate(losses):
       results.add(result(planned, name, seed, loss))
   return results
+
+
+def test_results_that_were_recorded_before_a_key_existed_stay_valid(tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  record = epath.Path("experiments/results/evidence_sources.jsonl")
+  known = {result.cell: result.course for _, result in read_results(record)}
+  cells = [each for each in plan(load_sweep("experiments/sweeps/sources.py"), epath.Path(tmp_path))
+           if each.cell.name in known]
+  assert len(cells) > 3
+  for each in cells:
+    assert course_digest(each) == known[each.cell.name], each.cell.name
+  guard = dataclasses.replace(cells[0].config.guard, skip="none")
+  other = dataclasses.replace(cells[0].config, guard=guard)
+  changed = dataclasses.replace(cells[0], config=other)
+  assert course_digest(changed) != course_digest(cells[0])
+  assert changed.course == cells[0].course | {"guard.skip": "none"}
 
 
 def test_means_errors_and_differences_by_hand(full):

@@ -115,7 +115,8 @@ def test_without_it_nothing_is_there(tmp_path, monkeypatch):
   shapes = trainer.state_shapes
   assert shapes.ema is None and shapes.weights is shapes.params
   moments = 2 * len(shapes.params) + 2  # Two counts: of Adam, and of the schedule.
-  assert len(jax.tree.leaves(shapes)) == 1 + len(shapes.params) + moments
+  counts = 1 + len(jax.tree.leaves(shapes.guard))  # Of steps, and of skipped ones.
+  assert len(jax.tree.leaves(shapes)) == counts + len(shapes.params) + moments
   trainer.train_step.lower(shapes, trainer.batch_shapes(8, T))  # Calls no `_averaged`.
   checkpoints = Checkpoints(epath.Path(tmp_path), config().model)
   assert checkpoints.save(trainer.init(0), 1, {}, None)

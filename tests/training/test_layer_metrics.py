@@ -1,5 +1,6 @@
 """Metrics of layers: their values, in every way of running, and no cost when not asked for."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,7 @@ from dense_jax.models.params import (
     with_params,
 )
 from dense_jax.sharding import make_mesh
-from dense_jax.training.step import Trainer, TrainState
+from dense_jax.training.step import Trainer
 from tests.builders import (
     COMPILER_OPTIONS,
     fast_jit,
@@ -58,7 +59,7 @@ def _params():
 def _state(trainer, config):
   shapes = trainer.state_shapes
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  state = TrainState(zeros.step, as_scanned(config.model, _params()), zeros.opt_state)
+  state = dataclasses.replace(zeros, params=as_scanned(config.model, _params()))
   return jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), state, shapes)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dense_jax.interrupt import Interrupt
-from dense_jax.training.loop import Hook, Logger, train
+from dense_jax.training.loop import DataWait, Hook, Logger, train
 from dense_jax.training.step import TrainState
 
 
@@ -32,7 +32,7 @@ def _run(steps, hooks, interrupt, on_metrics=lambda step, metrics: None, trainer
   state = TrainState(first, {}, jnp.zeros(()))
   return train(
       trainer or Counter(), state, itertools.repeat(None), steps=steps, hooks=hooks,
-      on_metrics=on_metrics, interrupt=interrupt,
+      on_metrics=on_metrics, interrupt=interrupt, data_wait=DataWait(),
   ).step
 
 
@@ -99,13 +99,15 @@ class Lines:
 
 def test_steps_whose_layers_were_measured_are_written_whenever_it_logs():
   lines = Lines()
-  logger = Logger(lines, lines, every=4, first_step=0, steps=7, tokens_per_step=1)
+  logger = Logger(
+      lines, lines, every=4, first_step=0, steps=7, tokens_per_step=1, data_wait=DataWait()
+  )
   for step in range(1, 8):
     measured = {} if step % 2 else {"layers/0/residual_rms": jnp.ones(())}
     logger(step, {"loss": jnp.ones(())} | measured)
-  with_layers = ["layers/0/residual_rms", "loss"]
+  with_layers, speeds = ["layers/0/residual_rms", "loss"], ["tokens_per_second", "train_seconds"]
   assert lines.written == [
-      (2, with_layers), (4, [*with_layers, "tokens_per_second"]), (6, with_layers),
-      (7, ["loss", "tokens_per_second"]),
+      (2, with_layers), (4, ["data_wait", *with_layers, *speeds]), (6, with_layers),
+      (7, ["data_wait", "loss", *speeds]),
   ]
   assert lines.logged == [4, 7]

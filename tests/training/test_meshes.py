@@ -1,5 +1,6 @@
 """Every mesh of eight devices trains as one device does, even if it splits a row's tokens."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -17,7 +18,7 @@ from dense_jax.config import (
 from dense_jax.costs.hlo import program_cost
 from dense_jax.errors import InputError
 from dense_jax.sharding import make_mesh
-from dense_jax.training.step import Trainer, TrainState
+from dense_jax.training.step import Trainer
 from tests.builders import (
   COMPILER_OPTIONS,
   FAMILIES,
@@ -75,7 +76,7 @@ def after_a_step(settings):
   trainer = make_trainer(settings)
   shapes = trainer.state_shapes
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  state = TrainState(zeros.step, random_params(settings.model), zeros.opt_state)
+  state = dataclasses.replace(zeros, params=random_params(settings.model))
   state = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), state, shapes)
   batch = trainer.put(jax.tree.map(np.asarray, random_batch(packed(ROWS, time=T), 0)))
   step = trainer.train_step.lower(state, batch).compile(compiler_options=COMPILER_OPTIONS)

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from dense_jax.runs.recording import OF_MACHINE
 from tests.helpers import ROOT, write_text
 
 pytestmark = pytest.mark.slow
@@ -37,10 +38,14 @@ def text(tmp_path_factory):
   return write_text(tmp_path_factory.mktemp("text"))
 
 
-def start(processes, text, workdir, *more, devices=8):
-  """Starts the training command in several processes, with so many devices together."""
+def start(processes, text, workdir, *more, devices=8, faults=""):
+  """Starts the training command in several processes, with so many devices together.
+
+  Faults are those of `tests/faulty.py`.
+  """
   command = [
-      sys.executable, "-m", "dense_jax.cli.train", "--config", "experiments/smoke.py:debug",
+      sys.executable, "-m", *(["tests.faulty", faults] if faults else []),
+      "dense_jax.cli.train", "--config", "experiments/smoke.py:debug",
       "--workdir", str(workdir), *SETTINGS, f"--config.data.path={text}",
       f"--config.data.cache_dir={text}/.cache", *more,
   ]
@@ -76,11 +81,10 @@ def pids(process):
 
 def lines(workdir):
   read = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [
-      {key: value for key, value in line.items()
-       if key not in ("tokens_per_second", "peak_memory_bytes")}
-      for line in read
+  learned = [
+      {key: value for key, value in line.items() if key not in OF_MACHINE} for line in read
   ]
+  return [line for line in learned if line.keys() != {"step"}]
 
 
 def assert_same_run(workdir, expected):
@@ -169,6 +173,32 @@ def test_a_killed_process_stops_the_job_which_goes_on_from_a_whole_step(
   (step,) = re.findall(rf"from step (\d+) to {STEPS}", out)
   assert 4 <= int(step) < STEPS
   assert_same_run(workdir, alone)
+
+
+GUARDED = ["--config.guard.in_a_row=3", "--config.guard.returns=1",
+           "--config.train.checkpoint_every=4"]
+
+
+def test_two_processes_go_back_as_one(text, tmp_path):
+  folders = [tmp_path / "one", tmp_path / "two"]
+  for processes, folder in enumerate(folders, 1):
+    status, _, err = run(processes, text, folder, *GUARDED, faults="5:nan,6:nan,7:inf gradient")
+    assert status == 0, err
+    passed = json.loads((folder / "passed_over.json").read_text())
+    assert (passed["spans"], passed["step"], passed["returns"]) == ([[4, 8]], 4, 1)
+    assert (folder / "events.jsonl").read_text().count('"returned"') == 1
+  assert_same_run(*folders)
+
+
+def test_two_processes_stop_with_the_status_that_starts_none_again(text, tmp_path):
+  bad = ",".join(f"{number}:nan" for number in range(5, 20))
+  status, _, err = run(2, text, tmp_path / "run", *GUARDED, faults=bad)
+  assert status == 3, err
+  for number in (0, 1):
+    assert f"process {number} of 2: error: the run stops after 3 skipped steps in a row" in err
+  assert "Traceback" not in err
+  found = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
+  assert found["first"] == "the loss, although the activations of all layers are finite"
 
 
 def test_what_differs_between_processes_is_named(text, tmp_path):

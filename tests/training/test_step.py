@@ -12,7 +12,7 @@ from dense_jax.config import ExperimentConfig, MeshConfig, OptimizerConfig, Trai
 from dense_jax.errors import InputError
 from dense_jax.models.params import abstract_model, get_params, with_params
 from dense_jax.sharding import make_mesh
-from dense_jax.training.step import Trainer, TrainState
+from dense_jax.training.step import Trainer
 from tests.builders import (
   COMPILER_OPTIONS,
   fast_jit,
@@ -61,7 +61,7 @@ def _start(trainer, config):
   """Returns a first state with perturbed parameters, placed as the trainer places them."""
   shapes = trainer.state_shapes
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  state = TrainState(zeros.step, random_params(config.model), zeros.opt_state)
+  state = dataclasses.replace(zeros, params=random_params(config.model))
   return jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), state, shapes)
 
 
@@ -172,7 +172,8 @@ def test_the_metrics_are_the_definitions():
   loss, gradients = direct(random_params(config.model))
   norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in gradients.values()))
   expected = {"loss": loss, "grad_norm": norm, "learning_rate": 1.0,
-              "targets": float(np.sum(batch.loss_mask_BT))}
+              "targets": float(np.sum(batch.loss_mask_BT)),
+              "skipped_steps": 0.0, "skipped_in_a_row": 0.0}
   assert_trees_close(metrics[0], expected)
   assert 0 < metrics[0]["targets"] < batch.tokens_BT.size
   assert metrics[1]["loss"] != metrics[0]["loss"]
