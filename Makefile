@@ -93,8 +93,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-extras: $(VENV)/.installed-dev
-	@echo "installing the extras hf, eval and wandb into $(VENV) (once) ..."
-	@$(PIP) -e '.[hf,eval,wandb]'
+	@echo "installing the extras hf, eval, parquet and wandb into $(VENV) (once) ..."
+	@$(PIP) -e '.[hf,eval,parquet,wandb]'
 	@touch $@
 
 # The version that the installed jax asks for in its own extra "tpu".

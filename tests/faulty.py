@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dense_jax.data.pipeline import TrainBatches
+from dense_jax.data.batches import TrainBatches
 from dense_jax.training import step
 
 # Kind -> factors of the loss and of all gradients. Ten times the loss is far more than ten standard
@@ -40,11 +40,11 @@ def install(monkeypatch: pytest.MonkeyPatch, faults: Mapping[int, str]) -> None:
   known: dict[int, str] = {}  # By the batch's checksum, known before a step is traced.
   init, gradients = TrainBatches.__init__, step._gradients
 
-  def init_and_look(self, store, seq_len, batch_size, seed, start_step=0, rows=None):
-    init(self, store, seq_len, batch_size, seed, start_step, rows)
+  def init_and_look(self, store, seq_len, batch_size, seed, start_step=0, rows=None, **options):
+    init(self, store, seq_len, batch_size, seed, start_step, rows, **options)
     for number, kind in faults.items():
       whole = object.__new__(TrainBatches)
-      init(whole, store, seq_len, batch_size, seed, number)
+      init(whole, store, seq_len, batch_size, seed, number, **options)
       known[int(_checksum(np.asarray(next(whole).tokens_BT)))] = kind
       whole.close()
 

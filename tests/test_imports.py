@@ -61,7 +61,7 @@ ONLY_IN = {"ml_collections": ("dense_jax/experiment.py", "dense_jax/cli/", "expe
 
 # Imported inside the functions that need them, so that the rest runs without them.
 OPTIONAL = {"lm_eval", "torch", "safetensors", "zstandard", "matplotlib", "tensorboardX",
-            "tokenizers", "wandb"}
+            "tokenizers", "apache_beam", "pyarrow", "wandb"}
 
 # What tells one platform from another, and the only places that ask.
 PLATFORM_NAMES = {"default_backend", "platform"}

@@ -16,6 +16,8 @@ COMMANDS = {
     "generate": "continues prompts, a file of them, or a conversation",
     "convert": "writes a run as a Hugging Face style folder, and makes a run of such a folder",
     "tokenize": "tokenizes a text into a folder, for machines that do not have the text",
+    "prepare": "tokenizes a corpus into shards, in constant memory; goes on after a kill",
+    "inspect_data": "shows documents, rows and the batch of a step, as text and as a picture",
     "sweep": "trains many variants of an experiment, and compares them in one table",
     "analyze": "looks into a run: what its layers share, what is lost with depth",
     "compile": "compiles a run's program for a TPU topology, without a TPU: does it fit?",

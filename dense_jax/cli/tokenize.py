@@ -46,7 +46,8 @@ def main(arguments: Sequence[str]) -> int:
                  disable=not sys.stderr.isatty()) as bar:
     found = load_datasets(data, lambda done: bar.update(max(done - bar.n, 0)))
   train, heldout = found.train, found.heldout
-  assert isinstance(train, TokenStore) and isinstance(heldout, TokenStore)
+  if not isinstance(train, TokenStore) or not isinstance(heldout, TokenStore):
+    raise invalid("config.data.path", data.path, "text; this is a corpus, whose folder can travel")
   if options.tokens:
     try:
       train = train.first(options.tokens)

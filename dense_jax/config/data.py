@@ -3,10 +3,12 @@
 import dataclasses
 
 from dense_jax.config.fields import choice, group, integer, text
+from dense_jax.config.mixture import VALID as MIXTURE
+from dense_jax.config.mixture import Mixture, parse_mixtures
 from dense_jax.config.task import TaskConfig
 
 _TEXT = "a file, directory or glob of .txt, .jsonl, .jsonl.gz, .jsonl.zst"
-_TOKENIZED = "a folder that `dense-jax tokenize` wrote"
+_TOKENIZED = "a folder that `dense-jax tokenize` or `dense-jax prepare` wrote"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,17 @@ class DataConfig:
       "User: and Assistant:, instruction ### Instruction: and ### Response:, chatml ChatML's "
       "tokens; or a text of your own, such as 'Q: {prompt}\\nA:'")
   seq_len: int = integer(256, 1, help="T: tokens of a row")
+  packing: str = choice(
+      "stream", "stream", "best_fit",
+      help="how documents fill the rows to train on: stream cuts one stream of all documents into "
+      "rows; best_fit keeps documents whole where they fit into a row, and pads. Held-out rows "
+      "are those of stream")
+  mixture: str = text(
+      "", MIXTURE, help="shares of the parts of a corpus that `dense-jax prepare` wrote, in rows, "
+      "and from which steps on they hold; empty takes each row of the whole corpus once an epoch")
+  workers: int = integer(
+      0, 0, 256, help="processes that read and pack rows ahead of training; 0 means a thread of "
+      "the training process. The batches are the same")
   tokenizer: str = text(
       "train", "train, bytes, the path of a SentencePiece .model file or of a tokenizer.json, or a "
       "folder that holds one",
@@ -54,3 +67,11 @@ class DataConfig:
       help="where trained tokenizers, tokenized text and digests of text files are kept between "
       "runs")
   task: TaskConfig = group(TaskConfig, help="a synthetic task in the place of text; docs/data.md")
+
+  def mixtures(self) -> tuple[Mixture, ...]:
+    """Returns the mixtures that `mixture` spells, by increasing step; () for an empty text.
+
+    Raises:
+      InputError: it is not valid.
+    """
+    return parse_mixtures(self.mixture)

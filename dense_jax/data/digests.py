@@ -75,7 +75,7 @@ class _KeptDigests:
     """Returns the digest of one file, from the cache if possible."""
     real = os.fspath(file) if is_remote(file) else os.path.realpath(file)
     folder, name = os.path.split(real)
-    stamp = _stamp(file)
+    stamp = stamp_of(file)
     known = self._read(folder)
     if stamp and (name, stamp) in known:
       return FileDigest(stamp[0], known[name, stamp])
@@ -84,7 +84,7 @@ class _KeptDigests:
       computed = FileDigest(
           sha256=hashlib.file_digest(handle, "sha256").hexdigest(), size=handle.tell()
       )
-    if stamp and stamp[1] < now - _TICK_NS and stamp == _stamp(file):
+    if stamp and stamp[1] < now - _TICK_NS and stamp == stamp_of(file):
       known[name, stamp] = computed.sha256
       self._write(folder, name, stamp, computed.sha256)
     return computed
@@ -123,7 +123,7 @@ class _KeptDigests:
           raise
 
 
-def _stamp(file: Path) -> Stamp | None:
+def stamp_of(file: Path) -> Stamp | None:
   """Returns the size in bytes and the times of modification and status change in ns.
 
   For a file in a bucket there is only the first of the times; None means that it has none.

@@ -21,7 +21,6 @@ from dense_jax.config import invalid
 from dense_jax.files import is_remote, make_path
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-_VALID_PATH = f'"stdlib", or a file, directory or glob of {", ".join(SUFFIXES)}'
 
 
 @functools.cache
@@ -47,14 +46,17 @@ def file_key(file: Path) -> object:
   return status.st_dev, status.st_ino
 
 
-def find_files(path: str, field: str) -> tuple[Path, list[Path]]:
+def find_files(
+    path: str, field: str, suffixes: tuple[str, ...] = SUFFIXES
+) -> tuple[Path, list[Path]]:
   """Finds the text files of a path.
 
   Args:
-    path: a file; a directory, searched recursively for files with one of `SUFFIXES`; or a glob,
+    path: a file; a directory, searched recursively for files with one of `suffixes`; or a glob,
       in which `**` matches any number of directories. A gs://BUCKET/... path may be any of the
       three, but may not use `**`.
     field: the config field the path is from, for error messages.
+    suffixes: of the files to find.
 
   Returns:
     The root directory, relative to which the files are named, and the files, in no particular
@@ -65,24 +67,29 @@ def find_files(path: str, field: str) -> tuple[Path, list[Path]]:
       directory cannot be read.
   """
   place = make_path(path, field)
+  valid = f"a file, directory or glob of {', '.join(suffixes)}"
+  valid = f'"stdlib", or {valid}' if suffixes == SUFFIXES else valid
   try:
-    root, files = _find_remote(place, field) if is_remote(place) else _find_local(Path(place))
+    if is_remote(place):
+      root, files = _find_remote(place, field, suffixes)
+    else:
+      root, files = _find_local(Path(place), suffixes)
   except OSError as error:
-    raise invalid(field, path, f"{_VALID_PATH} that can be read ({error})") from error
+    raise invalid(field, path, f"{valid} that can be read ({error})") from error
   if not files:
-    raise invalid(field, path, f"{_VALID_PATH}; no such file was found")
+    raise invalid(field, path, f"{valid}; no such file was found")
   for file in files:
-    if not file.name.endswith(SUFFIXES):
-      raise invalid(field, path, f"{_VALID_PATH}; {readable(file.name)} has another suffix")
+    if not file.name.endswith(suffixes):
+      raise invalid(field, path, f"{valid}; {readable(file.name)} has another suffix")
   return root, files
 
 
-def _find_local(place: Path) -> tuple[Path, list[Path]]:
+def _find_local(place: Path, suffixes: tuple[str, ...]) -> tuple[Path, list[Path]]:
   if place.is_file():
     return place.parent, [place]
   if place.is_dir():
     entries = [entry for folder in _walk([place]) for entry in _entries(folder)]
-    return place, _real_files(place, [e for e in entries if e.name.endswith(SUFFIXES)])
+    return place, _real_files(place, [e for e in entries if e.name.endswith(suffixes)])
   parts = place.parts
   fixed = next((i for i, part in enumerate(parts) if _is_pattern(part)), len(parts))
   root = Path(*parts[:fixed])
@@ -157,7 +164,9 @@ def _real_files(root: Path, entries: Iterable[Path]) -> list[Path]:
   ]
 
 
-def _find_remote(place: epath.Path, field: str) -> tuple[epath.Path, list[epath.Path]]:
+def _find_remote(
+    place: epath.Path, field: str, suffixes: tuple[str, ...]
+) -> tuple[epath.Path, list[epath.Path]]:
   if "**" in str(place):
     raise invalid(field, str(place), "a glob without ** where the files are in a bucket")
   root = place
@@ -170,7 +179,7 @@ def _find_remote(place: epath.Path, field: str) -> tuple[epath.Path, list[epath.
         if file.is_file() and not _is_hidden(file.relative_to(root).parts, pattern.parts)
     ]
   if place.is_dir():
-    return place, [f for f in _remote_files(place) if f.name.endswith(SUFFIXES)]
+    return place, [f for f in _remote_files(place) if f.name.endswith(suffixes)]
   return place.parent, [place] if place.is_file() else []
 
 

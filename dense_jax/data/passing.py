@@ -12,7 +12,7 @@ _PASSED_OVER = "passed_over"
 
 
 class Batches(Protocol):
-  """An iterator of all batches, which moves to any of them; see `pipeline.TrainBatches`."""
+  """An iterator of all batches, which moves to any of them; see `batches.TrainBatches`."""
 
   def __next__(self) -> Batch:
     """Returns the next batch."""

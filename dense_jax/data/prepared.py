@@ -7,7 +7,7 @@
     train/, heldout/    the two token stores (`dense_jax.data.packing`)
 
 Rows and fingerprints are those of the text itself, so that a run may begin on the one and go on
-with the other.
+with the other. A corpus that `dense-jax prepare` wrote (`dense_jax.data.corpus`) is read here too.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ from etils import epath
 
 from dense_jax.config import DataConfig, invalid
 from dense_jax.data.cache import digest
+from dense_jax.data.corpus.opening import Corpus, is_corpus
 from dense_jax.data.packing import open_store, save_store
+from dense_jax.data.row_store import JoinedRows
 from dense_jax.data.token_store import TokenStore
 from dense_jax.data.tokenizer import Tokenizer, load_named_tokenizer
 from dense_jax.errors import InputError
@@ -33,6 +35,8 @@ _PARTS = ("train", "heldout")
 # Keys of tokenized.json that a run's data.json lacks: each part's fingerprint, what is equal in all
 # configurations that may read the folder, and the number of ids.
 _STORES, _LAYOUT, _VOCABULARY = "stores", "layout", "vocab_size"
+# The layout of a corpus, which holds no examples.
+_TEXT = {"format": "text"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +45,27 @@ class Prepared:
 
   Attributes:
     tokenizer: the tokenizer.
-    train, heldout: the two stores.
+    train, heldout: the two stores; that to train on has the parts of a corpus.
     description: what `dense_jax.data.identity.describe` says of them.
   """
 
   tokenizer: Tokenizer
-  train: TokenStore
+  train: TokenStore | JoinedRows[TokenStore]
   heldout: TokenStore
   description: Mapping[str, Any]
 
 
 def is_prepared(config: DataConfig) -> bool:
-  """Returns whether `config.path` is a folder of tokenized text."""
-  return not is_remote(config.path) and _file(config).is_file()
+  """Returns whether `config.path` is a folder of tokenized text, or of a corpus."""
+  return not is_remote(config.path) and (
+      _file(config).is_file() or is_corpus(_file(config).parent)
+  )
 
 
 def vocab_size(config: DataConfig) -> int:
-  """Returns the number of the tokenizer's ids, of a folder of tokenized text."""
+  """Returns the number of the tokenizer's ids, of a folder of tokenized text, or of a corpus."""
+  if is_corpus(_file(config).parent):
+    return Corpus(_file(config).parent).manifest.vocab_size
   return int(_described(config)[_VOCABULARY])
 
 
@@ -79,21 +87,24 @@ def _layout(config: DataConfig) -> dict[str, str]:
 
 
 def read(config: DataConfig) -> Prepared:
-  """Opens a folder of tokenized text.
+  """Opens a folder of tokenized text, or of a corpus.
 
   Raises:
     InputError: the folder is damaged, or the configuration wants other held-out text or another
       layout of examples than the folder has.
   """
-  described = _described(config)
+  corpus = Corpus(_file(config).parent) if is_corpus(_file(config).parent) else None
+  described = {_LAYOUT: _TEXT} if corpus else _described(config)
   if config.heldout_path:
     raise invalid("config.data.heldout_path", config.heldout_path,
                   "empty: the tokenized text in config.data.path has a held-out part")
   for key, value in _layout(config).items():
-    if described[_LAYOUT].get(key) != value:
+    if described[_LAYOUT].get(key, value) != value:
       raise invalid(f"config.data.{key}", value,
                     f"{described[_LAYOUT].get(key)!r}, by which the text in config.data.path was "
                     "tokenized")
+  if corpus:
+    return Prepared(corpus.tokenizer, corpus.train, corpus.heldout, corpus.describe())
   folder = _file(config).parent
   tokenizer = load_named_tokenizer(
       dataclasses.replace(config, tokenizer=str(folder / _TOKENIZER))

@@ -58,12 +58,13 @@ def read_texts(file: Path, field: str) -> Iterator[tuple[str, str]]:
   if file.suffix not in (".txt", ".py"):
     yield from read_lines(file, field, 'a JSON object with a string "text"', _text_of)
     return
-  with _named_errors(file, field), file.open("rb") as raw:
+  with named_errors(file, field), file.open("rb") as raw:
     yield "", _whole_text(raw, file, field)
 
 
 def read_lines(
-    file: Path, field: str, valid: str, take: Callable[[Any], ValueT]
+    file: Path, field: str, valid: str, take: Callable[[Any], ValueT],
+    on_bad: Callable[[str, str], None] | None = None,
 ) -> Iterator[tuple[str, ValueT]]:
   """Yields (":" and the line's number, value) for each line of a .jsonl that is not blank.
 
@@ -73,11 +74,13 @@ def read_lines(
     valid: says what every line has to be.
     take: makes the value of a line's parsed JSON, whose numbers are all floats; raises ValueError
       with the reason if the JSON is something else.
+    on_bad: called with ":" and the number of each line that is not what it has to be, and with the
+      reason; the line is then passed over. None means that it is an error.
 
   Raises:
     InputError: see `read_texts`; a line is not what it has to be.
   """
-  with _named_errors(file, field), file.open("rb") as raw:
+  with named_errors(file, field), file.open("rb") as raw:
     lines = _Lines(file, _as_utf8(_decompressed(raw, file.suffix)), field)
     for number, line in enumerate(io.BufferedReader(lines, _CHUNK_BYTES), 1):
       line = line.removeprefix(codecs.BOM_UTF8)
@@ -86,6 +89,9 @@ def read_lines(
       try:
         value = take(_parse(line))
       except ValueError as error:
+        if on_bad is not None:
+          on_bad(f":{number}", str(error) or f"it is not {valid}")
+          continue
         why = f" ({error})" if str(error) else ""
         raise invalid(
             field, str(file), f"{valid} in every line; line {number} is {line[:60]!r}{why}"
@@ -94,7 +100,7 @@ def read_lines(
 
 
 @contextlib.contextmanager
-def _named_errors(file: Path, field: str) -> Iterator[None]:
+def named_errors(file: Path, field: str) -> Iterator[None]:
   """Turns what goes wrong in reading the file into an InputError."""
   try:
     yield

@@ -1,8 +1,12 @@
 """Rows by their number, of a text or of a synthetic task, of which batches are made."""
 
-from typing import Protocol
+import dataclasses
+from collections.abc import Mapping
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
+
+from dense_jax.data.cache import digest
 
 
 class RowStore(Protocol):
@@ -45,3 +49,60 @@ class RowStore(Protocol):
       IndexError: there is no such row.
     """
     ...
+
+
+class TextRows(RowStore, Protocol):
+  """Rows of text, whose targets are counted."""
+
+  @property
+  def num_targets(self) -> int:
+    """Number of predicted tokens over all rows."""
+    ...
+
+
+PartT = TypeVar("PartT", bound=TextRows, covariant=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedRows(Generic[PartT]):
+  """The rows of several text stores, one store after the other, as a `RowStore`.
+
+  Attributes:
+    parts: name -> store.
+  """
+
+  parts: Mapping[str, PartT]
+
+  @property
+  def fingerprint(self) -> str:
+    """Hex digest of the parts' names and fingerprints."""
+    pairs = ((name, part.fingerprint) for name, part in self.parts.items())
+    return digest("parts", *(text for pair in pairs for text in pair))
+
+  @property
+  def num_bytes(self) -> int:
+    """See `RowStore.num_bytes`."""
+    return sum(part.num_bytes for part in self.parts.values())
+
+  @property
+  def num_targets(self) -> int:
+    """See `TextRows.num_targets`."""
+    return sum(part.num_targets for part in self.parts.values())
+
+  @property
+  def targets_per_byte(self) -> float | None:
+    """See `RowStore.targets_per_byte`; that of all parts together."""
+    return self.num_targets / self.num_bytes
+
+  def num_windows(self, seq_len: int) -> int:
+    """Returns the number of rows of all parts."""
+    return sum(part.num_windows(seq_len) for part in self.parts.values())
+
+  def row(self, index: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Returns row `index`; see `RowStore.row`."""
+    for part in self.parts.values():
+      count = part.num_windows(seq_len)
+      if 0 <= index < count:
+        return part.row(index, seq_len)
+      index -= count
+    raise IndexError(f"there is no row {index} beyond the last one")

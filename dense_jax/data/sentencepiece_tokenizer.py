@@ -17,8 +17,9 @@ SPACE_MARK = "\u2581"
 class SentencePieceTokenizer:
   """A SentencePiece model that has an eos piece; `model` holds its serialised form.
 
-  If the model has no bos piece, eos is a document's first token too. Decoding restores the text
-  exactly for models of `train_sentencepiece`; other models may normalise the text.
+  If the model has no bos piece, eos is a document's first token too. `mark_ids` are the ids that
+  stand for the space mark where a text has it, or [] where the model itself encodes it. Decoding
+  restores the text exactly for models of `train_sentencepiece`; other models may normalise it.
   """
 
   def __init__(self, model: bytes, *, add_bos: bool = True) -> None:
@@ -44,7 +45,7 @@ class SentencePieceTokenizer:
     bos_id: int = self._processor.bos_id()
     self.bos_id = self.eos_id if bos_id < 0 else bos_id
     self.fingerprint = digest(hashlib.sha256(model).digest())
-    self._mark_ids = self._find_mark_ids()
+    self.mark_ids = self._find_mark_ids()
 
   def _find_mark_ids(self) -> list[int]:
     """Returns the byte ids that spell the space mark, if that makes the model lossless; else [].
@@ -62,17 +63,17 @@ class SentencePieceTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of the text's pieces."""
-    parts = text.split(SPACE_MARK) if self._mark_ids else [text]
+    parts = text.split(SPACE_MARK) if self.mark_ids else [text]
     first, *rest = self._encode(parts)
     for ids in rest:
-      first += self._mark_ids + ids
+      first += self.mark_ids + ids
     return first
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of each text's pieces, computed on all cores."""
     batch = self._encode(texts)
     for index, text in enumerate(texts):
-      if self._mark_ids and SPACE_MARK in text:
+      if self.mark_ids and SPACE_MARK in text:
         batch[index] = self.encode(text)
     return batch
 

@@ -16,10 +16,33 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
 from dense_jax.data.cache import digest
+
+
+class Stream(Protocol):
+  """Ids that are read in slices: an array, or `ShardedTokens`."""
+
+  @property
+  def dtype(self) -> np.dtype:
+    """uint16 or uint32."""
+    ...
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, place: slice) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mapped:
+  """A memory-mapped array, as it goes to another process."""
+
+  file: Any
+  dtype: np.dtype
+  shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +59,26 @@ class TokenStore:
       its eos; None for plain text.
   """
 
-  tokens: np.ndarray
+  tokens: Stream
   starts: np.ndarray
   document_bytes: np.ndarray
   fingerprint: str
   responses: np.ndarray | None = None
+
+  def __getstate__(self) -> dict[str, Any]:
+    # Another process maps the files again. Only the beginnings of mapped arrays are taken here, so
+    # that each is found again by its shape.
+    return {
+        key: _Mapped(value.filename, value.dtype, value.shape)
+        if isinstance(value, np.memmap) and value.filename is not None else value
+        for key, value in self.__dict__.items()
+    }
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    for key, value in state.items():
+      if isinstance(value, _Mapped):
+        value = np.memmap(value.file, value.dtype, mode="r", shape=value.shape)
+      object.__setattr__(self, key, value)
 
   @property
   def num_tokens(self) -> int:

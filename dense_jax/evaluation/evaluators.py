@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from dense_jax.batch import Batch
 from dense_jax.config import ExperimentConfig
-from dense_jax.data.pipeline import Datasets, heldout_batches
+from dense_jax.data.batches import heldout_batches
+from dense_jax.data.pipeline import Datasets
 from dense_jax.evaluation.perplexity import HeldOut, Scorer
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.types import Params

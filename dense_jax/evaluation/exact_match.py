@@ -10,7 +10,7 @@ import numpy as np
 from dense_jax import distributed, sharding
 from dense_jax.batch import Batch
 from dense_jax.config import DataConfig
-from dense_jax.data.pipeline import heldout_batches
+from dense_jax.data.batches import heldout_batches
 from dense_jax.data.synthetic.store import heldout_rows
 from dense_jax.evaluation.evaluators import Evaluator, Snapshot
 from dense_jax.models.language_model import LanguageModel

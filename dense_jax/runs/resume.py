@@ -6,7 +6,7 @@ Every key matches exactly one row of one table, `CHANGES`:
 |---|---|---|
 | never | the seed, model, data, batch size | the model, or the order of the batches |
 | freely | implementation, memory, mesh, logging, intervals, places | the rounding, or less |
-| when asked | the optimizer, its schedule, the steps, the loss, averages, the guard | the course |
+| when asked | optimizer and its schedule, steps, loss, averages, guard, mixtures | the course |
 
 To ask means to name a key with `--allow-change`. `train.steps` and `optimizer.schedule_steps` need
 this only if they change the learning rate of a step that is still to be done.
@@ -39,8 +39,9 @@ CHANGES = {
     r"model\.(family|vocab_size|width|layers|tie_embeddings|norm_eps|dtype)": Change.NEVER,
     r"model\.(dense|mixer)\..*": Change.NEVER,
     r"model\.(implementation|chunk|remat|block_layers|state_dtype)": Change.FREELY,
-    r"data\.(heldout_every|format|template|seq_len|vocab_size)": Change.NEVER,
-    r"data\.(path|heldout_path|tokenizer|cache_dir)": Change.FREELY,
+    r"data\.(heldout_every|format|template|seq_len|packing|vocab_size)": Change.NEVER,
+    r"data\.(path|heldout_path|tokenizer|cache_dir|workers)": Change.FREELY,
+    r"data\.mixture": Change.ASKED,  # Of steps to come alone: `TrainBatches.set_state` sees to it.
     r"data\.task\.(name|vocab_size|size|depth|passkey_depth|seed|heldout)": Change.NEVER,
     r"data\.task\.eval_(lengths|depths)": Change.FREELY,
     r"optimizer\..*": Change.ASKED,
@@ -56,7 +57,7 @@ CHANGES = {
 
 # Patterns of keys that came after results were recorded by the course that they belong to. At its
 # default such a key changes nothing, and is left out of the course, so that records stay valid.
-LATER = (r"guard\..*",)
+LATER = (r"guard\..*", r"data\.(mixture|packing)")
 
 
 def classify(key: str) -> Change:

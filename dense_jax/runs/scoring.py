@@ -10,8 +10,9 @@ import tqdm
 
 from dense_jax.batch import Batch
 from dense_jax.config import DataConfig, ModelConfig, TrainConfig, invalid
+from dense_jax.data.batches import heldout_batches
 from dense_jax.data.packing import build_store
-from dense_jax.data.pipeline import heldout_batches, heldout_store
+from dense_jax.data.pipeline import heldout_store
 from dense_jax.data.row_store import RowStore
 from dense_jax.data.sources import TextSource
 from dense_jax.evaluation.exact_match import AnswerCounter, count_answers, describe_shares

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from dense_jax.data.pipeline import heldout_batches
+from dense_jax.data.batches import heldout_batches
 from dense_jax.data.row_store import RowStore
 from dense_jax.evaluation.perplexity import fixed
 from dense_jax.runs.restoring import Run

@@ -17,8 +17,10 @@ from jax.sharding import Mesh
 
 from dense_jax import distributed, sharding
 from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.data.batches import TrainBatches
 from dense_jax.data.passing import PassingOver
-from dense_jax.data.pipeline import Datasets, TrainBatches, load_datasets
+from dense_jax.data.pipeline import Datasets, load_datasets, rows_to_train, without_target
+from dense_jax.data.row_store import RowStore
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.evaluation.evaluators import Evaluator
 from dense_jax.files import make_path
@@ -139,8 +141,11 @@ def train_run(
     # All processes have looked at the folder before the first one writes.
     distributed.check_same({"the configuration": config, "config.data": data.fingerprint})
     distributed.by_first(lambda: folders.check_data(folder, data))
+    rows = rows_to_train(config.data, data.train)
+    _say_what_rows(config, rows)
     batches = stack.enter_context(contextlib.closing(PassingOver(TrainBatches(
-        data.train, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows
+        rows, config.data.seq_len, config.train.batch_size, config.seed, rows=trainer.rows,
+        mixtures=config.data.mixtures(), workers=config.data.workers,
     ))))
     guarding = Guarding(folder, config, batches, _say)
     tell = functools.partial(_tell, folder)
@@ -273,6 +278,16 @@ def _say_what_runs(config: ExperimentConfig, mesh: Mesh, trainer: Trainer) -> No
       + f" | {form} states by: {implementation} | {config.model.dtype}"
   )
   print(parameter_table(get_params(trainer.model)), flush=True)
+
+
+def _say_what_rows(config: ExperimentConfig, rows: RowStore) -> None:
+  idle = without_target(rows, config.data.seq_len)
+  if idle is None:
+    return
+  what = "padding" if config.data.packing == "best_fit" else "of them without a target"
+  mixture = f" | mixture: {config.data.mixture}" if config.data.mixture else ""
+  print(f"rows: {rows.num_windows(config.data.seq_len):,} of {config.data.seq_len:,} tokens, "
+        f"{idle:.2%} {what}{mixture}", flush=True)
 
 
 def _take_lock(stack: contextlib.ExitStack, folder: epath.Path) -> RunLock | None:

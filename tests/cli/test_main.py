@@ -12,11 +12,12 @@ from tests.helpers import ROOT
 
 
 def test_every_command_is_listed_in_one_line(capsys):
+  width = max(map(len, main.COMMANDS))
   for arguments in ([], ["help"], ["-h"], ["--help"]):
     assert main.main(arguments) == 0
     out = capsys.readouterr().out
     for name, does in main.COMMANDS.items():
-      assert f"  {name.ljust(8)}  {does}\n" in out
+      assert f"  {name.ljust(width)}  {does}\n" in out
     assert all(len(line) <= 100 for line in out.splitlines())
 
 

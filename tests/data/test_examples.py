@@ -11,6 +11,7 @@ import zstandard
 
 from dense_jax.config import DataConfig
 from dense_jax.data import packing, pipeline, sources
+from dense_jax.data.batches import heldout_batches
 from dense_jax.data.templates import NAMED, parse_template
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.errors import InputError
@@ -168,7 +169,7 @@ def test_every_target_is_in_one_window_and_examples_stay_whole(tmp_path, seq_len
     expected[begin:end] = 1
   np.testing.assert_array_equal(seen, expected)
   assert seen.sum() == store.num_targets == sum(len(e["response"]) + 1 for e in examples)
-  batches = pipeline.heldout_batches(store, seq_len, 4)
+  batches = heldout_batches(store, seq_len, 4)
   assert sum(batch.loss_mask_BT.sum() for batch in batches) == store.num_targets
 
 
@@ -233,7 +234,7 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_responses_summed_by_hand():
     places = np.arange(prompt, len(row) - 1)
     expected -= float(log_p[index, places, row[places + 1]].sum())
 
-  batch = pipeline._stack(store, range(store.num_windows(16)), 16)
+  batch = next(heldout_batches(store, 16, store.num_windows(16)))
   assert batch.tokens_BT.shape == (2, 16) and (batch.segments.ids_BT == 2).any()
   total, nll, _ = fast_jit(
       lambda model, batch: model.summed_losses(batch, z_loss=0.0, chunk=8))(model, batch)

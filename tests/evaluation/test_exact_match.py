@@ -6,7 +6,8 @@ import pytest
 
 from dense_jax.batch import Batch, Segments
 from dense_jax.config import DataConfig, ExperimentConfig, MeshConfig, TaskConfig, TrainConfig
-from dense_jax.data.pipeline import heldout_batches, load_datasets
+from dense_jax.data.batches import heldout_batches
+from dense_jax.data.pipeline import load_datasets
 from dense_jax.evaluation.evaluators import HeldOutLoss, Snapshot
 from dense_jax.evaluation.exact_match import AnswerCounter, Answers, ExactMatch, count_answers
 from dense_jax.models.params import get_params

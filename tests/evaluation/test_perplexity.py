@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dense_jax.config import DataConfig, ExperimentConfig, TrainConfig
+from dense_jax.data.batches import heldout_batches
 from dense_jax.data.packing import TokenStore
-from dense_jax.data.pipeline import heldout_batches
 from dense_jax.evaluation.evaluators import HeldOutLoss, Snapshot
 from dense_jax.evaluation.perplexity import HeldOut, Scorer
 from dense_jax.models.params import abstract_model, get_params, with_params

@@ -12,7 +12,7 @@ from dense_jax.data.synthetic.row import NO_TARGET, Random, Row
 from dense_jax.data.synthetic.tasks import TASKS, check
 
 _FORMAT = 1  # Increase whenever rows are made or divided differently.
-# Rows of training before one comes again: the most that grain shuffles.
+# Rows of training before one comes again.
 _ENDLESS = 2**31 - 1
 _HELD_OUT_PART = 4
 _MOST_TRIES = 10_000

@@ -11,6 +11,7 @@ import pytest
 import dense_jax.types  # noqa: F401  # Registers batches with jax.
 from dense_jax.config import DataConfig, TaskConfig
 from dense_jax.data import identity, pipeline
+from dense_jax.data.batches import TrainBatches, heldout_batches
 from dense_jax.data.id_tokenizer import IdTokenizer
 from dense_jax.data.synthetic.store import TaskStore, heldout_rows
 from dense_jax.data.synthetic.tasks import TASKS, resolve
@@ -109,13 +110,13 @@ def test_too_few_rows_are_refused():
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_batches_are_a_function_of_seed_and_step(processes):
   store = _data("mqar", size=4).train
-  whole = pipeline.TrainBatches(store, T, 8, seed=5, start_step=3)
+  whole = TrainBatches(store, T, 8, seed=5, start_step=3)
   expected = [next(whole) for _ in range(2)]
   whole.close()
   parts = []
   for process in range(processes):
     low, size = process * 8 // processes, 8 // processes
-    batches = pipeline.TrainBatches(store, T, 8, 5, rows=slice(low, low + size))
+    batches = TrainBatches(store, T, 8, 5, rows=slice(low, low + size))
     for _ in range(3):
       next(batches)
     state = batches.get_state()
@@ -129,19 +130,19 @@ def test_batches_are_a_function_of_seed_and_step(processes):
 def test_seeds_train_on_other_rows_and_are_scored_on_the_same():
   data = _data("mqar", size=4)
   first, second = (
-      next(iter(pipeline.TrainBatches(data.train, T, 4, seed))) for seed in (0, 1)
+      next(iter(TrainBatches(data.train, T, 4, seed))) for seed in (0, 1)
   )
   assert not np.array_equal(first.tokens_BT, second.tokens_BT)
-  batches = list(pipeline.heldout_batches(data.heldout, T, 500))
+  batches = list(heldout_batches(data.heldout, T, 500))
   assert [batch.loss_mask_BT.any(axis=1).sum() for batch in batches] == [500, 500, 24]
 
 
 def test_a_position_in_another_task_is_refused():
   one, other = _data("mqar", size=4), _data("mqar", size=5)
   assert one.fingerprint != other.fingerprint
-  state = pipeline.TrainBatches(one.train, T, 4, 0).get_state()
+  state = TrainBatches(one.train, T, 4, 0).get_state()
   with pytest.raises(InputError, match=r"^config\.data = "):
-    pipeline.TrainBatches(other.train, T, 4, 0).set_state(state)
+    TrainBatches(other.train, T, 4, 0).set_state(state)
   longer = _data("mqar", size=4, eval_lengths="99")
   assert longer.fingerprint == one.fingerprint
   assert identity.describe(longer) == identity.describe(one)

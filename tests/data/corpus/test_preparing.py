@@ -1,0 +1,374 @@
+"""A corpus in shards: documents in order, what is left out, kills, and training's view of it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dense_jax.config import DataConfig
+from dense_jax.data import identity, pipeline, prepared
+from dense_jax.data.corpus.files import read_groups
+from dense_jax.data.corpus.manifest import read_manifest
+from dense_jax.data.corpus.opening import Corpus
+from dense_jax.data.corpus.shards import BLOCK
+from dense_jax.errors import InputError
+from tests.data.corpus.texts import DOCUMENTS, NAMES, lines, run, write_corpus
+from tests.helpers import ROOT
+
+T = 32
+
+
+def _files(folder):
+  return {
+      file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*")
+      if file.is_file() and file.name != ".lock"
+  }
+
+
+def _texts(corpus):
+  return {
+      name: [*part.texts(corpus.tokenizer.decode)]
+      for name, part in {**corpus.train.parts, "heldout": corpus.heldout}.items()
+  }
+
+
+def test_all_documents_are_there_in_order(tmp_path, capsys):
+  text = write_corpus(tmp_path / "text")
+  assert not run(text, tmp_path / "out", "--heldout-every", "4")
+  printed = capsys.readouterr().out
+  assert "MB/s by 1 workers" in printed and "3 files, 0 lines passed over" in printed
+  corpus = Corpus(tmp_path / "out")
+  found = _texts(corpus)
+  held = {*found["heldout"]}
+  assert 10 < len(held) < 60
+  assert found["text"] == [document for document in DOCUMENTS if document not in held]
+  assert found["heldout"] == [document for document in DOCUMENTS if document in held]
+  store = corpus.train.parts["text"]
+  ids = corpus.tokenizer.encode(found["text"][1])
+  begin = int(store.starts[1])
+  assert store.tokens[begin : begin + len(ids) + 2].tolist() == [256, *ids, 257]
+  assert store.num_bytes == sum(len(document.encode()) for document in found["text"])
+  manifest = read_manifest(tmp_path / "out")
+  assert [source.name for source in manifest.sources] == ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst"]
+  # Equal texts are on the same side, whatever files they are in.
+  shutil.rmtree(text)
+  text.mkdir()
+  (text / "x.jsonl").write_bytes(lines(DOCUMENTS[::-1]))
+  run(text, tmp_path / "other", "--heldout-every", "4")
+  assert {*_texts(Corpus(tmp_path / "other"))["heldout"]} == held
+
+
+def test_slices_across_blocks_and_shards(tmp_path):
+  text = tmp_path / "text"
+  text.mkdir()
+  sizes = [BLOCK - 2, 1, BLOCK * 2, 3 * BLOCK + 5, 10]
+  for number, size in enumerate(sizes):
+    (text / f"{number}.txt").write_text(chr(97 + number) * size)
+  (tmp_path / "held.txt").write_text("held out")
+  run(text, tmp_path / "out", "--heldout", str(tmp_path / "held.txt"))
+  corpus = Corpus(tmp_path / "out")
+  assert _texts(corpus)["heldout"] == ["held out"]
+  store = corpus.train.parts["text"]
+  whole = np.concatenate([[256, *[97 + number] * size, 257] for number, size in enumerate(sizes)])
+  assert len(store.tokens) == len(whole) and store.tokens.dtype == np.dtype("<u2")
+  random = np.random.default_rng(0)
+  places = [(0, len(whole)), (0, 0), (BLOCK - 1, BLOCK + 1), (len(whole) - 1, len(whole))]
+  places += [tuple(sorted(random.integers(0, len(whole) + 1, 2))) for _ in range(50)]
+  for low, high in places:
+    np.testing.assert_array_equal(store.tokens[low:high], whole[low:high])
+
+
+def test_a_run_reads_the_corpus_as_it_reads_text(tmp_path):
+  """One part in one stream has the rows that the text itself has."""
+  text = tmp_path / "text.jsonl"
+  text.write_bytes(lines(DOCUMENTS[8:]))
+  (tmp_path / "held.jsonl").write_bytes(lines(DOCUMENTS[:8]))
+  run(text, tmp_path / "out", "--heldout", str(tmp_path / "held.jsonl"), tokenizer="train:300")
+  config = DataConfig(path=str(tmp_path / "out"), seq_len=T, cache_dir=str(tmp_path / "cache"))
+  data = pipeline.load_datasets(config)
+  assert data.tokenizer.vocab_size == prepared.vocab_size(config) == 300
+  assert data.description == identity.describe(data)
+  of_text = pipeline.load_datasets(dataclasses.replace(
+      config, path=str(text), heldout_path=str(tmp_path / "held.jsonl"),
+      tokenizer=str(tmp_path / "out/tokenizer"),
+  ))
+  for part in ("train", "heldout"):
+    one, other = getattr(data, part), getattr(of_text, part)
+    assert (one.num_bytes, one.num_targets) == (other.num_bytes, other.num_targets)
+    assert one.num_windows(T) == other.num_windows(T)
+    for index in range(one.num_windows(T)):
+      for name, values in other.row(index, T).items():
+        np.testing.assert_array_equal(one.row(index, T)[name], values)
+  assert [[*texts] for texts in pipeline.texts(config, data.tokenizer)] == [
+      DOCUMENTS[8:], DOCUMENTS[:8]]
+  before = data.description | {"texts": ["other"], "fingerprint": "other"}
+  (line,) = identity.explain_difference(before, identity.describe(data))
+  assert "another part" in line
+
+
+def test_parts_by_a_field(tmp_path):
+  text = write_corpus(tmp_path / "text")
+  field = ("--part-field", "meta.pile_set_name", "--heldout-every", "4")
+  run(text, tmp_path / "own", *field)
+  assert {*Corpus(tmp_path / "own").train.parts} == {*NAMES}
+  (tmp_path / "parts.json").write_text('{"Pile-CC": "web", "*": "rest"}')
+  run(text, tmp_path / "out", *field, "--parts", str(tmp_path / "parts.json"))
+  corpus = Corpus(tmp_path / "out")
+  found = _texts(corpus)
+  held = {*found["heldout"]}
+  for name, remainders in (("web", (0,)), ("rest", (1, 2))):
+    assert found[name] == [
+        document for number, document in enumerate(DOCUMENTS)
+        if number % 3 in remainders and document not in held
+    ]
+  (tmp_path / "parts.json").write_text('{"Pile-CC": "web"}')
+  with pytest.raises(InputError, match="more than 5 lines are no documents; the last of them is "
+                     r"a\.jsonl:9: meta\.pile_set_name = 'Github' belongs to no part"):
+    run(text, tmp_path / "few", *field, "--parts", str(tmp_path / "parts.json"),
+        "--most-bad", "5")
+
+
+def test_bad_lines_are_counted_and_named(tmp_path, caplog):
+  text = tmp_path / "text"
+  text.mkdir()
+  bad = [b"{", b'{"text": 5}', b"[]", b'{"txt": "a"}', b"\xff\xfe", b'{"text": ""}', b"", b"  "]
+  (text / "a.jsonl").write_bytes(b"\n".join([*lines(DOCUMENTS[:20]).splitlines(), *bad]) + b"\n")
+  run(text, tmp_path / "out", "--heldout-every", "2")
+  (source,) = read_manifest(tmp_path / "out").sources
+  assert (source.documents, source.bad, source.empty, source.duplicates) == (20, 5, 1, 0)
+  assert "a.jsonl:21 is passed over: Expecting property name" in caplog.text
+  assert "a.jsonl:22 is passed over: it has no string 'text'" in caplog.text
+  with pytest.raises(InputError, match=r"more than 4 lines .* a\.jsonl:25: byte 1 is not UTF-8"):
+    run(text, tmp_path / "again", "--heldout-every", "2", "--most-bad", "4")
+
+
+def test_duplicates_are_left_out_in_all_files(tmp_path):
+  text = write_corpus(tmp_path / "text")
+  (text / "d.jsonl").write_bytes(lines([*DOCUMENTS[30:50], "new", "new"]))
+  run(text, tmp_path / "out", "--deduplicate", "--heldout-every", "4")
+  sources = read_manifest(tmp_path / "out").sources
+  assert [(source.documents, source.duplicates) for source in sources] == [
+      (40, 0), (40, 0), (40, 0), (1, 21)]
+  found = _texts(Corpus(tmp_path / "out"))
+  assert sorted([*found["text"], *found["heldout"]]) == sorted([*DOCUMENTS, "new"])
+  # A held-out file is read first, and what it has is not trained on.
+  (tmp_path / "held.jsonl").write_bytes(lines(DOCUMENTS[5:9]))
+  run(text, tmp_path / "held", "--deduplicate", "--heldout", str(tmp_path / "held.jsonl"))
+  found = _texts(Corpus(tmp_path / "held"))
+  assert found["heldout"] == DOCUMENTS[5:9] and not {*found["text"]} & {*DOCUMENTS[5:9]}
+
+
+def test_parquet(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  rows = [{"content": text, "meta": {"set": "web"}} for text in DOCUMENTS]
+  rows[3]["content"] = None
+  parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+  run(tmp_path / "a.parquet", tmp_path / "out", "--column", "content", "--part-field", "meta.set",
+      "--heldout-every", "4")
+  corpus = Corpus(tmp_path / "out")
+  assert corpus.manifest.sources[0].bad == 1
+  found = _texts(corpus)
+  assert {*found["web"], *found["heldout"]} == {*DOCUMENTS[:3], *DOCUMENTS[4:]}
+  (tmp_path / "b.parquet").write_bytes(b"PAR1 no table PAR1")
+  with pytest.raises(InputError, match=r"^--input = .*b\.parquet"):
+    run(tmp_path / "b.parquet", tmp_path / "other")
+
+
+def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  (tmp_path / "a.parquet").write_bytes(b"")
+  with pytest.raises(InputError, match=r"pip install -e '\.\[parquet\]'"):
+    run(tmp_path / "a.parquet", tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [[], ["--deduplicate"]])
+def test_a_job_that_failed_goes_on_and_ends_the_same(tmp_path, monkeypatch, options):
+  """It fails at every group once; each time the same command goes on."""
+  text = write_corpus(tmp_path / "text")
+  (text / "d.jsonl").write_bytes(lines(DOCUMENTS[30:50]))
+  monkeypatch.setattr("dense_jax.data.corpus.files._GROUP_DOCUMENTS", 11)
+  options = [*options, "--heldout-every", "4"]
+  run(text, tmp_path / "whole", *options)
+  failures = 0
+  for moment in range(1, 40):
+    calls = 0
+
+    def groups(*arguments, moment=moment):
+      nonlocal calls
+      for group in read_groups(*arguments):
+        calls += 1
+        if calls == moment:
+          raise KeyboardInterrupt
+        yield group
+
+    monkeypatch.setattr("dense_jax.data.corpus.job.read_groups", groups)
+    with contextlib.suppress(KeyboardInterrupt):
+      run(text, tmp_path / "broken", *options)
+      break
+    failures += 1
+  assert failures >= 4
+  whole, broken = _files(tmp_path / "whole"), _files(tmp_path / "broken")
+  assert whole.keys() == broken.keys()
+  assert [name for name in whole if whole[name] != broken[name]] == []
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_and_ends_the_same(tmp_path):
+  text = tmp_path / "text"
+  text.mkdir()
+  for number in range(12):
+    (text / f"{number:02d}.jsonl").write_bytes(
+        lines([f"{number} {document}" * 60 for document in DOCUMENTS])
+    )
+
+  def start(output):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dense_jax.cli.prepare", "--input", str(text), "--output",
+         str(tmp_path / output), "--tokenizer", "bytes", "--workers", "2", "--deduplicate"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True,
+    )
+
+  whole = start("whole")
+  assert "train with" in whole.communicate(timeout=300)[0] and not whole.returncode
+  kills = 0
+  for _ in range(60):
+    process = start("killed")
+    results = tmp_path / "killed/files"
+    before = len([*results.glob("*.json")]) if results.is_dir() else 0
+    while process.poll() is None:
+      if results.is_dir() and len([*results.glob("*.json")]) > before:
+        process.send_signal(signal.SIGKILL)
+        break
+      time.sleep(0.001)
+    process.communicate()
+    if process.returncode == 0:
+      break
+    kills += 1
+  assert process.returncode == 0 and kills >= 3
+  assert _files(tmp_path / "whole") == _files(tmp_path / "killed")
+
+
+def test_another_job_in_the_folder_is_refused(tmp_path):
+  text = write_corpus(tmp_path / "text")
+  run(text, tmp_path / "out", "--heldout-every", "4")
+  before = _files(tmp_path / "out")
+  run(text, tmp_path / "out", "--heldout-every", "4")  # There is nothing left to do.
+  for options, what in ((["--heldout-every", "5"], "settings"), (["--deduplicate"], "settings")):
+    with pytest.raises(InputError, match=rf"^--output = .* others are: {what}"):
+      run(text, tmp_path / "out", *options)
+  (text / "d.jsonl").write_bytes(lines(["more"]))
+  with pytest.raises(InputError, match=r"^--output = .* others are: files"):
+    run(text, tmp_path / "out", "--heldout-every", "4")
+  assert _files(tmp_path / "out") == before
+  with pytest.raises(InputError, match=r"^--output = .* it holds a\.jsonl"):
+    run(text, text)
+
+
+def test_an_input_that_changes_is_refused(tmp_path, monkeypatch):
+  text = write_corpus(tmp_path / "text")
+  run(text, tmp_path / "out", "--heldout-every", "4")
+  (tmp_path / "out/manifest.json").unlink()
+  (text / "a.jsonl").write_bytes(lines(DOCUMENTS[:39]))
+  with pytest.raises(InputError, match=r"--input = 'a\.jsonl' .* as it was when it was prepared"):
+    run(text, tmp_path / "out", "--heldout-every", "4")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--heldout-every", "1"], r"^--heldout-every = 1 .* >= 2"),
+    (["--heldout-every", "100000"], r"^--heldout-every = 100000 .*no document was held out"),
+    (["--heldout", "TEXT/a.jsonl"], r"^--heldout = .* not in --input as well, as .*a\.jsonl"),
+    (["--part-field", "meta.none"], r"it has no string 'meta\.none'"),
+    (["--parts", "TEXT/parts.json"], r"--parts = .*nothing without --part-field"),
+    (["--tokenizer", "train:x"], r"^--tokenizer = 'train:x' .*number of pieces"),
+    (["--tokenizer", "TEXT/none"], r"^config\.data\.tokenizer"),
+])
+def test_options_that_are_not_valid(tmp_path, options, message):
+  text = write_corpus(tmp_path / "text")
+  (text / "parts.json").write_text('{"a": "b"}')
+  options = [option.replace("TEXT", str(text)) for option in options]
+  with pytest.raises(InputError, match=message):
+    run(text, tmp_path / "out", "--most-bad", "10", *options)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "zeros"])
+def test_damage_is_named(tmp_path, damage):
+  """Of every file that training reads; a flip in a text's ids is found when they are read."""
+  text = write_corpus(tmp_path / "text")
+  run(text, tmp_path / "out", "--heldout-every", "4", tokenizer="train:300")
+  files = [file for file in _files(tmp_path / "out") if not file.startswith(("job", "files"))
+           and not file.endswith(".index") and "config" not in file]
+  assert len(files) >= 10
+  for name in files:
+    file = tmp_path / "out" / name
+    content = file.read_bytes()
+    changed = {
+        "truncate": content[: len(content) // 2], "zeros": bytes(len(content)), "delete": b"",
+        "flip": content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 16])
+        + content[len(content) // 2 + 1 :],
+    }[damage]
+    file.write_bytes(changed)
+    if damage == "delete":
+      file.unlink()
+    with contextlib.suppress(InputError):
+      corpus = Corpus(tmp_path / "out")
+      for part in (*corpus.train.parts.values(), corpus.heldout):
+        for index in range(part.num_windows(T)):
+          part.row(index, T)
+      raise AssertionError(f"{damage} of {name} was not found")
+    file.write_bytes(content)
+  Corpus(tmp_path / "out")
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+  text = write_corpus(tmp_path / "text")
+  run(text, tmp_path / "whole", "--heldout-every", "4")
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patched:
+    patched.setattr("dense_jax.data.corpus.shards.ShardWriter.add", full)
+    with pytest.raises(InputError, match=r"^--output = .*No space left on device\)\. What is done"):
+      run(text, tmp_path / "out", "--heldout-every", "4")
+  assert not [*(tmp_path / "out").rglob("*.partial")]
+  run(text, tmp_path / "out", "--heldout-every", "4")
+  assert _files(tmp_path / "out") == _files(tmp_path / "whole")
+
+
+def test_an_unfinished_corpus_is_not_trained_on(tmp_path):
+  text = write_corpus(tmp_path / "text")
+  run(text, tmp_path / "out", "--heldout-every", "4")
+  manifest = tmp_path / "out/manifest.json"
+  values = json.loads(manifest.read_text())
+  manifest.unlink()
+  config = DataConfig(path=str(tmp_path / "out"))
+  with pytest.raises(InputError, match=r"^config\.data\.path = .* expected a finished corpus"):
+    pipeline.load_datasets(config)
+  manifest.write_text(json.dumps(values | {"format": 2}))
+  with pytest.raises(InputError, match="format = 2 is not valid: expected 1"):
+    pipeline.load_datasets(config)
+
+
+def test_beam(tmp_path):
+  pytest.importorskip("apache_beam")
+  text = write_corpus(tmp_path / "text")
+  run(text, tmp_path / "whole", "--heldout-every", "4")
+  run(text, tmp_path / "out", "--heldout-every", "4", "--beam=--runner=DirectRunner")
+  assert _files(tmp_path / "whole") == _files(tmp_path / "out")
+  with pytest.raises(InputError, match=r"^--deduplicate = True .*nothing with --beam"):
+    run(text, tmp_path / "other", "--deduplicate", "--beam=--runner=DirectRunner")
+
+
+def test_beam_without_its_package_names_the_extra(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  with pytest.raises(InputError, match=r"pip install -e '\.\[beam\]'"):
+    run(write_corpus(tmp_path / "text"), tmp_path / "out", "--beam=--runner=DirectRunner")
