@@ -111,7 +111,7 @@ class Order:
   @property
   def digest(self) -> str:
     """Hex digest of the permutations, which differs wherever their definition or seed does."""
-    probes = []
+    probes: list[str | int | bytes] = []
     for name, size, key in zip(self._names, self._sizes.tolist(), self._keys, strict=True):
       for epoch in _PROBED_EPOCHS:
         place_N = np.arange(_PROBES, dtype=np.int64) * max(size // _PROBES, 1) % size
