@@ -166,8 +166,7 @@ def read_index(folder: Path, shard: Shard) -> np.ndarray:
   fits = index.size == 2 * shard.documents and bool((index >= 0).all())
   index = index.reshape(-1, 2) if fits else np.zeros((0, 2), INDEX_DTYPE)
   # In Python's integers, which a damaged index cannot make overflow.
-  columns: list[list[int]] = index.T.tolist()
-  sums = [sum(column) for column in columns]
+  sums = [sum(index[:, column].tolist()) for column in (0, 1)]
   if sums != [shard.tokens, shard.text_bytes] or (index[:, 0] < 2).any():
     raise InputError(
         f"{file} is damaged: expected {shard.documents:,} documents of {shard.tokens:,} ids, as "
