@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from etils import epath
 
 from dense_jax import experiment
+from dense_jax.data import order
 from dense_jax.data.cache import digest
 from dense_jax.errors import InputError
 from dense_jax.files import parse_json, write_atomically
@@ -27,7 +28,8 @@ class Result:
     cell: the cell's name.
     seed: the run's seed.
     course: digest of all settings that determine what the run computes, but for seed and text.
-    data: fingerprint of text and tokenizer.
+    data: fingerprint of text and tokenizer, and the version of the order of rows
+      (`dense_jax.data.order`); records from before that order was ours have the first alone.
     parameters, tokens, flops: as in `PlannedCell`.
     tokens_per_second: the median of the run's records.
     metrics: name -> the number after the last step.
@@ -74,13 +76,13 @@ def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | No
         f"{workdir} holds a run with other values of {', '.join(differing) or 'seed'} than the "
         f"sweep's cell {planned.cell.name!r}: expected another --workdir, or another cell's name"
     )
-  data = parse_json((workdir / DATA_FILE).read_bytes())["fingerprint"]
+  fingerprint = parse_json((workdir / DATA_FILE).read_bytes())["fingerprint"]
   speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
   metrics = {name: value for name, value in last.items()
              if name != "step" and name not in OF_MACHINE}
   return Result(
-      planned.cell.name, seed, course_digest(planned), data, planned.parameters, planned.tokens,
-      planned.flops, statistics.median(speeds), metrics,
+      planned.cell.name, seed, course_digest(planned), f"{fingerprint} order {order.VERSION}",
+      planned.parameters, planned.tokens, planned.flops, statistics.median(speeds), metrics,
   )
 
 
@@ -136,8 +138,9 @@ class Results:
     for other in self._lines.values():
       if other.data != result.data:
         raise InputError(
-            f"{self._file}: cell {result.cell!r} (seed {result.seed}) saw other text, or another "
-            f"tokenizer, than {other.cell!r} (seed {other.seed}): expected the same for all cells"
+            f"{self._file}: cell {result.cell!r} (seed {result.seed}) saw other text, another "
+            f"tokenizer or another order of rows than {other.cell!r} (seed {other.seed}): expected "
+            "the same for all cells"
         )
 
   def __contains__(self, key: tuple[str, int]) -> bool:
