@@ -92,7 +92,8 @@ def test_older_checkpoints_are_read_but_not_proven(workdir, capsys):
 def test_a_changed_digit_in_a_small_file_is_found(workdir, damaged, said):
   file = workdir / "checkpoints" / "4" / damaged
   text = file.read_text()
-  index = max(text.rfind(digit) for digit in "123456789")
+  # The first, for the last one of a number may be beyond its precision.
+  index = min(text.find(digit) for digit in "123456789" if digit in text)
   file.write_text(text[:index] + ("1" if text[index] != "1" else "2") + text[index + 1 :])
   [verdict] = runs.verify(workdir, "4")
   assert verdict.damage == said
