@@ -1,8 +1,9 @@
 """The fault campaign: puts faults into runs, and shows that they end as the unbroken run ends.
 
-    python -m tests.faults.campaign --short              # seconds: what `make test` runs
-    python -m tests.faults.campaign                      # minutes: what .ci/run runs
-    python -m tests.faults.campaign --scale 10 --seed 3  # an hour or so, by hand
+    python -m tests.faults.campaign --size short         # seconds: what `make test` runs
+    python -m tests.faults.campaign --size part          # minutes: what .ci/run runs
+    python -m tests.faults.campaign                      # more than a hundred kills, by hand
+    python -m tests.faults.campaign --scale 10 --seed 3  # an hour or two
 
 It prints a table, and writes it with --output; the status is 1 if a fault was not survived. All
 runs are tiny ones, in children of this process (`children.py`). What is random follows from --seed.
@@ -41,7 +42,11 @@ class Scale:
     return Scale(**{**values, "damage": self.damage})
 
 
-SHORT = Scale(1, 2, 0, 0, 0, 0, 0.06, 1, 0)
+SIZES = {
+    "short": Scale(1, 2, 0, 0, 0, 0, 0.06, 0, 0),
+    "part": Scale(8, 12, 1, 1, 1, 1, 0.3, 1, 1),
+    "whole": Scale(),
+}
 
 
 def run(scale: Scale, folder: pathlib.Path, seed: int, jobs: int) -> Iterator[Outcome]:
@@ -109,13 +114,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main(arguments: Sequence[str]) -> int:
   """Runs the campaign; returns 1 if a fault was not survived."""
   command = argparse.ArgumentParser(prog="python -m tests.faults.campaign")
-  command.add_argument("--short", action="store_true", help="a few of each kind")
-  command.add_argument("--scale", type=int, default=1, help="how many times the usual faults")
+  command.add_argument("--size", choices=SIZES, default="whole", help="how many of each kind")
+  command.add_argument("--scale", type=int, default=1, help="how many times as many")
   command.add_argument("--seed", type=int, default=0)
   command.add_argument("--jobs", type=int, default=2, help="trials side by side (default 2)")
   command.add_argument("--output", metavar="FILE", help="write the table there")
   options = command.parse_args(arguments)
-  scale = SHORT if options.short else Scale().times(options.scale)
+  scale = SIZES[options.size].times(options.scale)
   began = time.monotonic()
   outcomes = []
   with tempfile.TemporaryDirectory(prefix="faults-") as folder:
