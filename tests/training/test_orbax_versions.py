@@ -118,8 +118,9 @@ def test_versions_read_each_others_checkpoints(tmp_path, place, mode):
   run(oldest(), "restore:2", "save:3")
   run("newest", "restore:3")
   assert seen[oldest()] == oldest() != seen["newest"]
-  commits = [*(tmp_path / "checkpoints").glob("*/commit_success.txt")]
-  assert len(commits) == 3
+  commits = {file.parent.name for file in tmp_path.glob("checkpoints/*/commit_success.txt")}
+  # By rename the newest orbax writes one as well.
+  assert commits == ({"1", "2", "3"} if mode == "commit file" else {"2"})
   digests = json.loads((tmp_path / "checkpoints" / "1" / "digests" / "metadata").read_text())
   assert digests["arrays"].keys() == {
       "params/w", "params/b", "optimizer/step", "optimizer/optimizer/0/mu"}
