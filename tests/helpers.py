@@ -5,11 +5,15 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+
+from dense_jax import experiment
+from dense_jax.config import ExperimentConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -118,6 +122,17 @@ def write_text(folder: pathlib.Path) -> pathlib.Path:
     lines = [f"line {line} of file {index}: {line * 7919 % 1000}\n" for line in range(80)]
     (folder / f"{index}.txt").write_text("".join(lines))
   return folder
+
+
+def tiny_experiment(
+    text: pathlib.Path, overrides: Sequence[tuple[str, str]] = ()
+) -> ExperimentConfig:
+  """Returns smoke:debug on the documents of `write_text`, of a family that compiles fast."""
+  return experiment.load("experiments/smoke.py:debug", [
+      ("data.path", str(text)), ("data.cache_dir", f"{text}/.cache"), ("data.heldout_every", "2"),
+      ("data.seq_len", "32"), ("train.batch_size", "8"), ("model.width", "16"),
+      ("model.family", "gau_retnet"), *overrides,
+  ])
 
 
 def _difference(actual: np.ndarray, expected: np.ndarray, rtol: float, atol: float) -> str:

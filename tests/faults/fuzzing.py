@@ -161,35 +161,37 @@ class Watch:
 Target = Callable[[pathlib.Path], tuple[st.SearchStrategy[Any], Callable[[Any], None]]]
 
 
-def safetensors_headers(folder: pathlib.Path) -> tuple[st.SearchStrategy[Any], Callable]:
-  """A model's weights in a Hugging Face layout."""
-  from dense_jax.interop import load_hf, save_hf
+def _hugging_face_file(
+    folder: pathlib.Path, name: str, load: Callable[[str], object]
+) -> tuple[bytes, Callable[[bytes], None]]:
+  """Saves a model in a Hugging Face layout; returns a file of it, and what reads it changed."""
+  from dense_jax.interop import save_hf
   from tests.builders import model_config, random_model
 
   save_hf(random_model(model_config("mamba")), str(folder / "model"))
-  file = folder / "model" / "model.safetensors"
+  file = folder / "model" / name
 
   def read(content: bytes) -> None:
     file.write_bytes(content)
-    load_hf(str(folder / "model"))
+    load(str(folder / "model"))
 
-  return changed_header(file.read_bytes()), read
+  return file.read_bytes(), read
+
+
+def safetensors_headers(folder: pathlib.Path) -> tuple[st.SearchStrategy[Any], Callable]:
+  """A model's weights in a Hugging Face layout."""
+  from dense_jax.interop import load_hf
+
+  content, read = _hugging_face_file(folder, "model.safetensors", load_hf)
+  return changed_header(content), read
 
 
 def hugging_face_configs(folder: pathlib.Path) -> tuple[st.SearchStrategy[Any], Callable]:
   """The config.json of a Hugging Face layout."""
-  from dense_jax.interop import save_hf
   from dense_jax.interop.hugging_face import load_config
-  from tests.builders import model_config, random_model
 
-  save_hf(random_model(model_config("mamba")), str(folder / "model"))
-  file = folder / "model" / "config.json"
-
-  def read(content: bytes) -> None:
-    file.write_bytes(content)
-    load_config(str(folder / "model"))
-
-  return changed_file(file.read_bytes()), read
+  content, read = _hugging_face_file(folder, "config.json", load_config)
+  return changed_file(content), read
 
 
 def config_overrides(folder: pathlib.Path) -> tuple[st.SearchStrategy[Any], Callable]:

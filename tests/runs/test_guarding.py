@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dense_jax import experiment, runs
+from dense_jax import runs
 from dense_jax.errors import DivergedError, InputError
 from dense_jax.training.events import read_events
 from dense_jax.training.loop import Hook
 from dense_jax.training.stored import saved_steps
 from tests import faulty
 from tests.builders import COMPILER_OPTIONS
-from tests.helpers import write_text
+from tests.helpers import tiny_experiment, write_text
 
 STEPS = 10
 
@@ -29,10 +29,8 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(text):
   """Returns ten steps with a checkpoint after every fourth; three skipped in a row lead back."""
-  return experiment.load("experiments/smoke.py:debug", [
-      ("data.path", str(text)), ("data.cache_dir", f"{text}/.cache"), ("data.heldout_every", "2"),
-      ("data.seq_len", "32"), ("train.batch_size", "8"), ("model.width", "16"),
-      ("model.layers", "2"), ("model.family", "gau_retnet"), ("model.dense.depth", "0"),
+  return tiny_experiment(text, [
+      ("model.layers", "2"), ("model.dense.depth", "0"),
       ("train.steps", str(STEPS)), ("train.checkpoint_every", "4"), ("train.log_every", "1"),
       ("train.eval_every", "100"), ("train.keep_best", "0"), ("optimizer.schedule_steps", "10"),
       ("guard.in_a_row", "3"), ("guard.returns", "2"),

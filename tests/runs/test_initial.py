@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dense_jax import experiment, runs
+from dense_jax import runs
 from dense_jax.config import MeshConfig
 from dense_jax.errors import InputError
 from dense_jax.models.params import abstract_model, by_layer, get_params
@@ -17,7 +17,7 @@ from dense_jax.runs.initial import beginning, find_source
 from dense_jax.sharding import make_mesh
 from dense_jax.training.step import Trainer
 from tests.builders import random_params
-from tests.helpers import write_text
+from tests.helpers import tiny_experiment, write_text
 from tests.runs.test_publishing import make_workdir
 from tests.runs.test_training import changed, column
 
@@ -32,10 +32,8 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(text):
   """Two steps of smoke:debug of a family that compiles fast, m = 1, with an average."""
-  return experiment.load("experiments/smoke.py:debug", [
-      ("data.path", str(text)), ("data.cache_dir", f"{text}/.cache"), ("data.heldout_every", "2"),
-      ("data.seq_len", "32"), ("train.batch_size", "8"), ("model.width", "16"),
-      ("train.steps", "2"), ("train.ema", "0.5"), ("model.family", "gau_retnet"),
+  return tiny_experiment(text, [
+      ("train.steps", "2"), ("train.ema", "0.5"),
   ])
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dense_jax import experiment, runs, sharding
+from dense_jax import runs, sharding
 from dense_jax.cli import analyze
 from dense_jax.errors import InputError
 from dense_jax.interrupt import Stopped
@@ -26,7 +26,7 @@ from dense_jax.training.optimizer import learning_rate
 from dense_jax.training.step import Trainer
 from dense_jax.training.stored import saved_steps
 from tests.builders import random_like
-from tests.helpers import ROOT, write_text
+from tests.helpers import ROOT, tiny_experiment, write_text
 
 SCRIPT = """
 import sys
@@ -50,10 +50,8 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(text):
   """Returns four steps of a tiny model, each logged, with a checkpoint after every second one."""
-  return experiment.load("experiments/smoke.py:debug", [
-      ("data.path", str(text)), ("data.cache_dir", f"{text}/.cache"), ("data.heldout_every", "2"),
-      ("data.seq_len", "32"), ("train.batch_size", "8"), ("model.width", "16"),
-      ("model.layers", "2"), ("model.family", "gau_retnet"), ("model.dense.depth", "0"),
+  return tiny_experiment(text, [
+      ("model.layers", "2"), ("model.dense.depth", "0"),
   ])
 
 
