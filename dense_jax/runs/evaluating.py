@@ -1,9 +1,10 @@
 """Runs the evaluators of a training run, and records their numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.pipeline import Datasets
+from dense_jax.distributed import Agreement
 from dense_jax.errors import InputError
 from dense_jax.evaluation.evaluators import Evaluator, HeldOutLoss, Snapshot
 from dense_jax.evaluation.exact_match import ExactMatch
@@ -66,10 +67,27 @@ class Evaluations:
     """Returns one hook per evaluator; none is called when a run is interrupted."""
 
     def hook(evaluator: Evaluator) -> Hook:
-      every = evaluator.every or self._config.train.eval_every
-      return Hook(every, lambda moment: self._score(evaluator, moment), if_interrupted=False)
+      return Hook(
+          self._every(evaluator), lambda moment: self._score(evaluator, moment),
+          if_interrupted=False,
+      )
 
     return [hook(evaluator) for evaluator in self._evaluators]
+
+  def catch_up(self, moment: Moment, recorded: Collection[str]) -> None:
+    """Scores what an interruption, which has no time for it, left out at the step it ended with.
+
+    Args:
+      moment: the step from which the run goes on.
+      recorded: the names of the numbers that its records have of that step.
+    """
+    for evaluator in self._evaluators:
+      prefix = f"{evaluator.name}_"
+      is_missing = moment.step % self._every(evaluator) == 0 and not any(
+          name.startswith(prefix) for name in recorded
+      )
+      if Agreement()(is_missing):  # All processes score, also if one does not see the records.
+        self._score(evaluator, moment)
 
   def heldout_loss(self, moment: Moment) -> float | None:
     """Returns the held-out loss at a moment, in nats per token; computes it at most once."""
@@ -77,6 +95,9 @@ class Evaluations:
       if evaluator.name == HeldOutLoss.name:
         self._score(evaluator, moment)
     return self._heldout_loss
+
+  def _every(self, evaluator: Evaluator) -> int:
+    return evaluator.every or self._config.train.eval_every
 
   def _score(self, evaluator: Evaluator, moment: Moment) -> None:
     """Scores, records the numbers and prints a line, unless this step was scored already."""

@@ -39,6 +39,7 @@ class Recorder(MetricsWriter):
 
   Attributes:
     newest: name -> newest number, from this process or an earlier one of the run.
+    recorded: names of the numbers that were recorded of the first step by earlier processes.
   """
 
   def __init__(self, workdir: epath.Path, first_step: int, config: ExperimentConfig) -> None:
@@ -50,9 +51,12 @@ class Recorder(MetricsWriter):
       config: the run's configuration.
     """
     self.newest: dict[str, float] = {}
+    self.recorded: set[str] = set()
     for record in read_metrics(workdir):
       if record["step"] <= first_step:
         self._remember(record)
+      if record["step"] == first_step:
+        self.recorded |= record.keys()
     is_first = distributed.is_first()
     project = config.watch.wandb if is_first else ""
     also = [WandbWriter(workdir, project, config)] if project else []

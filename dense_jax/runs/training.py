@@ -178,6 +178,8 @@ def train_run(
         evaluations = Evaluations(evaluators, config, data, trainer, recorder, progress, logger)
         if not step and init:
           evaluations.heldout_loss(Moment(step, state, False))  # To compare later ones with.
+        if 0 < step < config.train.steps:
+          evaluations.catch_up(Moment(step, state, False), recorder.recorded)
         saving = _saving_hook(
             config, checkpoints, batches, recorder, evaluations, lock, guarding, logger
         )

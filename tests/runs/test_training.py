@@ -17,6 +17,7 @@ from etils import epath
 from dense_jax import runs, sharding
 from dense_jax.cli import analyze
 from dense_jax.errors import InputError
+from dense_jax.evaluation.evaluators import HeldOutLoss
 from dense_jax.interrupt import Stopped
 from dense_jax.models.params import with_params
 from dense_jax.training.checkpoint import Checkpoints
@@ -216,7 +217,26 @@ def test_a_signal_saves_and_returns_and_the_same_call_goes_on(config, tmp_path):
   # The step that was under way is done first.
   assert (result.interrupted, result.step) == ("SIGTERM", 2)
   assert runs.train_run(config, tmp_path / "run").interrupted == ""
-  assert column(tmp_path / "run", "loss") == column(tmp_path / "whole", "loss")
+  # Step 2 was to be scored: that is made up for before step 3.
+  for name in ("loss", "heldout_loss"):
+    assert column(tmp_path / "run", name) == column(tmp_path / "whole", name)
+    assert len(column(tmp_path / "whole", name)) == {"loss": 4, "heldout_loss": 2}[name]
+
+
+def test_what_was_scored_is_not_scored_again_where_a_run_goes_on(config, tmp_path):
+  scored = []
+
+  class Scored(HeldOutLoss):
+    def evaluate(self, snapshot):
+      scored.append(snapshot.step)
+      return super().evaluate(snapshot)
+
+  config = changed(config, optimizer={"schedule_steps": 4})
+  for steps in (2, 4):
+    runs.train_run(
+        changed(config, train={"steps": steps}), tmp_path / "run", evaluators=[Scored()]
+    )
+  assert scored == [2, 4]
 
 
 def test_a_second_signal_is_an_exception_and_not_the_end_of_the_process(config, tmp_path):
