@@ -35,6 +35,7 @@ class Scale:
   damage: float = 1.0
   whole_runs: int = 3
   disks: int = 2
+  numbers: int = 2
 
   def times(self, factor: int) -> "Scale":
     """Returns the scale with so many times the faults."""
@@ -43,15 +44,15 @@ class Scale:
 
 
 SIZES = {
-    "short": Scale(1, 2, 0, 0, 0, 0, 0.06, 0, 0),
-    "part": Scale(8, 12, 1, 1, 1, 1, 0.3, 1, 1),
+    "short": Scale(1, 2, 0, 0, 0, 0, 0.06, 0, 0, 0),
+    "part": Scale(8, 12, 1, 1, 1, 1, 0.3, 1, 1, 0),
     "whole": Scale(),
 }
 
 
 def run(scale: Scale, folder: pathlib.Path, seed: int, jobs: int) -> Iterator[Outcome]:
   """Yields the outcome of each trial."""
-  from tests.faults import children, damage, disks, kills
+  from tests.faults import children, damage, disks, kills, numbers
   from tests.faults.runs import STEPS, Base
 
   children.warm_up()
@@ -89,6 +90,8 @@ def run(scale: Scale, folder: pathlib.Path, seed: int, jobs: int) -> Iterator[Ou
     elif scale.disks:
       size = sum(file.stat().st_size for file in (unbroken / "checkpoints" / str(STEPS)).rglob("*"))
       yield from disks.trials(base, seed, scale.disks, size)
+      yield from numbers.full_in_prepare(base, seed, scale.disks)
+    yield from numbers.trials(base, seed, scale.numbers)
     if scale.process_kills:
       yield kills.of_two_processes(base, seed, scale.process_kills, 4 * timed.seconds)
 

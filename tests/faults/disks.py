@@ -38,7 +38,7 @@ def disk(place: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def _fill(place: pathlib.Path, left: int) -> pathlib.Path:
+def fill(place: pathlib.Path, left: int) -> pathlib.Path:
   """Fills a disk but for so many bytes; returns the file that does it."""
   ballast, free = place / ".ballast", os.statvfs(place)
   with open(ballast, "wb") as file:
@@ -63,7 +63,7 @@ def _full(base: Base, place: pathlib.Path, left: int) -> Trial:
     workdir = place / "run"
     [child] = yield [base.train(workdir, kill_at=80)]
     newest, logged = max(runs.saved(workdir), default=0), runs.done(workdir)
-    ballast = _fill(place, left)
+    ballast = fill(place, left)
     [child] = yield [base.train(workdir)]
     if child.status != 2 or "No space left on device" not in child.said:
       return Outcome(FULL, 1, runs.tail(child))
@@ -88,7 +88,7 @@ def _passing(base: Base, workdir: pathlib.Path, left: int) -> Trial:
     def during(child: Child) -> None:
       if not ballast and runs.saved(workdir):
         child.signal(signal.SIGSTOP)
-        ballast.append(_fill(place, left))
+        ballast.append(fill(place, left))
         child.signal(signal.SIGCONT)
       elif ballast and ballast[0].exists() and "could not be saved, and" in child.said:
         ballast[0].unlink()
@@ -141,7 +141,7 @@ def _read_only(base: Base, place: pathlib.Path) -> Trial:
 def _full_cache(base: Base, place: pathlib.Path, left: int) -> Trial:
   """The disk of the cache is full while the text is tokenized."""
   with disk(place, 2**20):
-    ballast = _fill(place, left)
+    ballast = fill(place, left)
     workdir = base.folder / f"{place.name}-run"
     cache = f"--config.data.cache_dir={place}/data"
     [child] = yield [base.train(workdir, cache)]

@@ -46,7 +46,7 @@ def chains(base: Base, seed: int, row: str, count: int, unbroken: Child) -> Iter
         faults.append({"kill_after": rng.uniform(0.1, 0.8) * unbroken.seconds})
       else:
         faults.append({"kill_at": rng.randrange(len(unbroken.operations) // 2)})
-    yield _chain(base, base.folder / f"chain-{row[-4:]}-{index}", row, faults)
+    yield chain(base, base.folder / f"chain-{row[-4:]}-{index}", row, faults)
 
 
 def moments(base: Base, seed: int, after_others: bool) -> Iterator[Trial]:
@@ -68,7 +68,7 @@ def moments(base: Base, seed: int, after_others: bool) -> Iterator[Trial]:
   for name, fault in faults.items():
     workdir = base.folder / f"moment-{int(after_others)}-{name.replace(' ', '-')}"
     before = [{"kill_at": rng.randrange(60, 160)}] if after_others else []
-    yield _chain(base, workdir, MOMENT, [*before, fault])
+    yield chain(base, workdir, MOMENT, [*before, fault])
 
 
 def in_evaluation() -> None:
@@ -86,11 +86,21 @@ def in_evaluation() -> None:
   HeldOutLoss.evaluate = killed
 
 
-def _chain(base: Base, workdir: pathlib.Path, row: str, faults: list[dict]) -> Trial:
-  """Kills one run again and again, and lets it end then; each start must lose nothing."""
+def chain(
+    base: Base, workdir: pathlib.Path, row: str, faults: list[dict], last: dict | None = None
+) -> Trial:
+  """Kills one run again and again, and lets it end then; each start must lose nothing.
+
+  Args:
+    base: the run.
+    workdir: its folder.
+    row: the row of the table.
+    faults: options of `Base.train`, for each start that is killed.
+    last: the options of the one that is not; None means none.
+  """
   lost: list[int] = []
   kills = 0
-  for fault in [*faults, {}]:
+  for fault in [*faults, last or {}]:
     before, logged = runs.saved(workdir), runs.done(workdir)
     [child] = yield [base.train(workdir, **fault)]
     killed = child.status == -signal.SIGKILL

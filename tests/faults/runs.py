@@ -1,6 +1,7 @@
 """A tiny run that faults are put into, and how to tell whether it is what it would have been."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import pathlib
@@ -45,6 +46,14 @@ class Base:
     write_text(self.text)
     self.losses: dict[int, float] = {}
     self.digests: dict[str, object] = {}
+    self._options: tuple[str, ...] = ()
+
+  def with_options(self, unbroken: pathlib.Path, *options: str) -> "Base":
+    """Returns a run with more options, which has to be equal to an unbroken one of these."""
+    other = copy.copy(self)
+    other._options = options
+    other.remember(unbroken)
+    return other
 
   def arguments(self, workdir: pathlib.Path, *more: str) -> tuple[str, ...]:
     """Returns the arguments of `train`."""
@@ -56,7 +65,7 @@ class Base:
         "--config.model.layers=2", "--config.model.dense.depth=0", "--config.train.batch_size=8",
         f"--config.train.steps={STEPS}", f"--config.train.checkpoint_every={EVERY}",
         "--config.train.keep_last=2", "--config.train.keep_best=1", "--config.train.log_every=1",
-        "--config.train.eval_every=4", "--config.train.eval_batches=1", *more,
+        "--config.train.eval_every=4", "--config.train.eval_batches=1", *self._options, *more,
     )
 
   def train(self, workdir: pathlib.Path, *more: str, before=None, **faults) -> Start:
@@ -69,7 +78,7 @@ class Base:
 
   def difference(self, workdir: pathlib.Path) -> str:
     """Says how a finished run differs from the unbroken one; "" if in no bit."""
-    if losses(workdir) != self.losses:
+    if repr(losses(workdir)) != repr(self.losses):  # NaN is equal to NaN here.
       return f"other losses: {losses(workdir)} instead of {self.losses}"
     if digests(workdir, STEPS) != self.digests:
       return "other parameters"
