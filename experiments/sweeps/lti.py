@@ -8,12 +8,17 @@ Expected  not run yet; docs/evidence.md has what was
 from dense_jax.experiment import check_argument
 from dense_jax.sweeps.definition import Cell, Sweep
 
+# A state of each channel and step is held for the dense connection, so that steps are dear: half of
+# the other sweeps' tokens.
+SMALL = {"model.mixer.state_size": 16, "model.layers": 6, "train.steps": 1200}
+
 
 def get_sweep(arg: str = "") -> Sweep:
   """Returns the sweep; `:debug` is a smoke test of it."""
+  debug = check_argument(arg, "debug")
   cells = []
   for family in ("s4d", "s4"):
-    shape = {"model.family": family, "model.mixer.state_size": 32, "model.layers": 6}
+    shape = {"model.family": family, **({} if debug else SMALL)}
     cells.append(Cell(family, shape))
     for depth in (1, 2):
       cells.append(Cell(f"{family} m={depth}", shape | {"model.dense.depth": depth}, base=family))
@@ -21,4 +26,4 @@ def get_sweep(arg: str = "") -> Sweep:
       "experiments/evidence.py", tuple(cells), "s4d", more_seeds=(3, 4),
       question="Do time-invariant models gain from dense connections?",
   )
-  return sweep.debug() if check_argument(arg, "debug") else sweep
+  return sweep.debug() if debug else sweep

@@ -1,6 +1,7 @@
 """What is seen of a model is what the model computes, and cutting cuts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ def test_gradients_between_layers_are_those_of_differences(seen_and_model):
   direction = jax.random.normal(jax.random.fold_in(jax.random.key(0), 2), shape)
   direction = direction / jnp.linalg.norm(direction)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def projected(layer, change):
     zeros = tuple(change if i == layer else jnp.zeros(shape) for i in range(4))
     with observing(Observer(added=zeros)) as observer:

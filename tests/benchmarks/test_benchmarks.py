@@ -88,7 +88,7 @@ def test_seeds(tmp_path):
   assert "| gau_retnet | 3 seeds |" in output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dense_overhead(tmp_path):
   record, _ = run("dense_overhead", tmp_path, "--quick", "--family", "mamba2")
   assert record["results"]["families"]["mamba2"]["added"] > 0
@@ -103,7 +103,7 @@ def test_compile_time(tmp_path):
   assert figures["cpu_ratio"] == figures["cpu 8"] / figures["cpu 4"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gpu_in_two_parts(tmp_path):
   first = ("--toy", "--only", "train/mamba2/base", "rival/mamba2")
   record, output = run("gpu", tmp_path, *first)
@@ -219,7 +219,7 @@ def test_bytes_of_a_decoding_step():
   assert cpu_dense.step_bytes(inputs, batch_size=5).shallow == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.tpu_compiler
 def test_a_sample_of_the_tpu_matrix(tmp_path):
   """Compiles a model of a published size with the real compiler, for a slice of 16 chips."""

@@ -64,13 +64,16 @@ def test_killed_at_any_moment(text, tmp_path, unbroken, moment):
   goes_on(text, workdir, unbroken)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "moment", "twice"), [
-    ("INT", "begin", False), ("TERM", "lock", False), ("HUP", "config", False),
-    ("TERM", "folder", False), ("INT", "first step", False), ("TERM", "first save", False),
-    ("QUIT", "later", False), ("TERM", "end", False),
-    ("TERM", "config", True), ("TERM", "first step", True), ("USR1", "first save", True),
-    ("INT", "later", True), ("HUP", "end", True),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("INT", "begin", False), ("HUP", "config", False), ("TERM", "first save", False),
+        ("QUIT", "later", False), ("TERM", "end", False), ("TERM", "first step", True),
+        ("INT", "later", True),
+    )),
+    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (
+        ("TERM", "lock", False), ("TERM", "folder", False), ("INT", "first step", False),
+        ("TERM", "config", True), ("USR1", "first save", True), ("HUP", "end", True),
+    )),
 ])
 def test_a_signal_at_any_moment_ends_with_a_true_sentence(
     text, tmp_path, unbroken, name, moment, twice

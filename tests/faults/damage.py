@@ -21,7 +21,7 @@ FLIPPED, CUT, ZEROS, DELETED = (
 )
 
 
-def _flip(file: pathlib.Path, rng: random.Random) -> None:
+def flip(file: pathlib.Path, rng: random.Random) -> None:
   content = bytearray(file.read_bytes())
   content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
   file.write_bytes(bytes(content))
@@ -46,7 +46,7 @@ def _delete(place: pathlib.Path, rng: random.Random) -> None:
 
 # Row -> (the damage, how often for each file of a whole campaign, whether to folders as well).
 KINDS: dict[str, tuple[Callable[[pathlib.Path, random.Random], None], int, bool]] = {
-    FLIPPED: (_flip, 8, False), CUT: (_cut, 2, False), ZEROS: (_zero, 2, False),
+    FLIPPED: (flip, 8, False), CUT: (_cut, 2, False), ZEROS: (_zero, 2, False),
     DELETED: (_delete, 1, True),
 }
 

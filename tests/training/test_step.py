@@ -249,7 +249,9 @@ def test_shapes_for_ahead_of_time_compilation_are_those_that_run():
   assert get_params(trainer.model).keys() == trainer.state_shapes.params.keys()
 
 
-@pytest.mark.parametrize("remat", ["minimal", "reads", "full"])
+@pytest.mark.parametrize("remat", [
+    "minimal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reads", "full")),
+])
 @pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("family", ["mamba2", "mamba"])
 def test_kernels_can_be_differentiated_where_layers_are_computed_again(
