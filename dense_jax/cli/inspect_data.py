@@ -9,7 +9,7 @@ import tqdm
 from dense_jax import experiment
 from dense_jax.cli import common, config_help
 from dense_jax.config import LARGEST, invalid
-from dense_jax.data.corpus.opening import Corpus
+from dense_jax.data.corpus.opening import Corpus, is_corpus
 from dense_jax.data.pipeline import load_datasets
 from dense_jax.files import make_path
 from dense_jax.outputs import check_file
@@ -38,12 +38,16 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 <= getattr(options, name) <= LARGEST:
       raise invalid(f"--{name}", getattr(options, name), f"an integer >= 0 and <= {LARGEST}")
   config = experiment.load(options.config, overrides)
+  corpus = Path(make_path(config.data.path, "config.data.path"))
+  if options.verify and not is_corpus(corpus):
+    raise invalid("config.data.path", config.data.path, "with --verify, a folder that "
+                  "`dense-jax prepare` wrote")
   image = check_file(options.image, "--image") if options.image else None
   with tqdm.tqdm(unit="B", unit_scale=True, desc="tokenizing", leave=False,
                  disable=not sys.stderr.isatty()) as bar:
     data = load_datasets(config.data, lambda done: bar.update(max(done - bar.n, 0)))
   if options.verify:
-    size = Corpus(Path(make_path(config.data.path, "config.data.path"))).verify()
+    size = Corpus(corpus).verify()
     print(f"all shards are as they were written: {scaled(size, 'B')}\n")
   print(describe_stores(config, data))
   batch, parts = batch_of(config, data, options.step)

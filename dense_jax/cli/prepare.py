@@ -78,7 +78,11 @@ def main(arguments: Sequence[str]) -> int:
   )
   begun = time.perf_counter()
   if options.beam is not None:
-    beam.run_pipeline(wanted, shlex.split(options.beam))
+    try:
+      flags = shlex.split(options.beam)
+    except ValueError as error:
+      raise invalid("--beam", options.beam, f"a pipeline's flags ({error})") from error
+    beam.run_pipeline(wanted, flags)
   done = 0
   with tqdm.tqdm(unit="B", unit_scale=True, desc="preparing", leave=False,
                  disable=not sys.stderr.isatty()) as bar:

@@ -27,8 +27,8 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--every", type=float, default=5.0, metavar="SECONDS",
                        help="seconds between two looks (default 5)")
   options = command.parse_args(arguments)
-  if not options.every > 0:
-    raise invalid("--every", options.every, "a number > 0")
+  if not 0 < options.every <= 86400:
+    raise invalid("--every", options.every, "a number > 0 and <= 86400")
   folder = make_path(options.workdir, "--workdir")
   over = _AGAIN if sys.stdout.isatty() and not options.once else ""
   while True:

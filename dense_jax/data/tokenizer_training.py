@@ -77,7 +77,9 @@ def _sample(texts: Iterable[str]) -> list[str]:
   return [chunk for chunk, _ in kept]
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, model_path: Path, field: str = "config.data.vocab_size"
+) -> None:
   """Trains a lossless tokenizer on a sample of the texts and writes it atomically.
 
   The same texts give the same model. The ids of unk, bos and eos are 0, 1 and 2, those of the
@@ -88,6 +90,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
     texts: the texts, read once to the end.
     vocab_size: the number of pieces, including the 259 above.
     model_path: the .model file to write; its folder must exist.
+    field: what `vocab_size` was given by, for error messages.
 
   Raises:
     InputError: the texts have too few different pieces, or too many characters, for
@@ -106,7 +109,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
       trainer.kill()
       raise
   if trainer.returncode == sentencepiece_training.REFUSED:
-    raise _training_error(vocab_size, answer.decode())
+    raise _training_error(field, vocab_size, answer.decode())
   if trainer.returncode:
     raise RuntimeError(
         f"the process that trains the tokenizer ended with status {trainer.returncode}"
@@ -114,7 +117,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_path: Path)
   write_atomically(model_path, answer)
 
 
-def _training_error(vocab_size: int, message: str) -> InputError:
+def _training_error(field: str, vocab_size: int, message: str) -> InputError:
   most = re.search(r"value <= (\d+)", message)
   least = re.search(r"\d+ vs (\d+)", message)
   if most:
@@ -123,4 +126,4 @@ def _training_error(vocab_size: int, message: str) -> InputError:
     valid = f"an integer >= {least[1]}, which holds this text's characters"
   else:
     valid = f"a size that SentencePiece can train on this text ({message})"
-  return invalid("config.data.vocab_size", vocab_size, valid)
+  return invalid(field, vocab_size, valid)

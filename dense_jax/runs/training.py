@@ -317,6 +317,7 @@ def _start(
     state, position = checkpoints.restore_newest(trainer.state_shapes)
     batches.set_state(position)
     return state, begun.record if begun else None
+  batches.go_to(0)  # A run that goes back has moved them.
   if begun is None or begun.source is None:
     return trainer.init(config.seed), None
   name, params = begun.source.load(mesh)

@@ -142,8 +142,12 @@ def test_a_train_step_for_four_gpus(tmp_path):
   assert (report["fits"], report["chips"], report["note"]) == (True, 4, "")
   assert 0 < report["hbm"]["arguments"] <= report["hbm"]["peak"] < 80e9
   assert {"all-gather", "all-reduce"} <= {each["kind"] for each in report["collectives"]}
-  # See the same for TPUs above. Here a product with few rows or columns may be no matmul.
-  assert 0.8 * 6 * 30720 * 64 < report["matmul_flops"] < 1.05 * 6 * 30720 * 64
+  # See the same for TPUs above. Here a product with few rows or columns may be no matmul; and the
+  # kernels pad ranks, which are 2 in a model as small as this, to the 16 that a matmul needs, and
+  # compute these products once more in the backward pass: 2 * 64 * 16 * 4 for each, in three layers
+  # for the step size, and in two for those of the other layer's states and of their gate.
+  padded = 2 * 64 * 16 * 4 * (3 + 2 * 2)
+  assert 0.8 * 6 * 30720 * 64 < report["matmul_flops"] < (1.05 * 6 * 30720 + padded) * 64
   assert report["launches"] > 100
   estimate = report["matmul_flops"] / 790e12, report["bytes_accessed"] / 3.0e12
   assert tuple(report["estimate"].values()) == pytest.approx(estimate)

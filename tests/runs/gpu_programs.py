@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu, triton
 
+from dense_jax.config import ModelConfig
 from dense_jax.models.params import abstract_model, get_params, with_params
+from dense_jax.models.registry import family
 from dense_jax.ops.kernel_cost import KernelCost
 from dense_jax.runs.compile import compile_function
 from dense_jax.types import Array
-from tests.builders import model_config
 
 TRIPS, ROWS, WIDTH = 5, 256, 128
 COST = KernelCost(
@@ -27,7 +28,10 @@ COST = KernelCost(
 
 def model(block_layers: int) -> dict[str, float]:
   """A model's forward pass; `block_layers` 0 scans its five layers, 5 unrolls them."""
-  made = abstract_model(model_config("mamba2", 0, "state", layers=5, block_layers=block_layers))
+  made = abstract_model(ModelConfig(
+      family="mamba2", vocab_size=11, width=16, layers=5, block_layers=block_layers,
+      mixer=family("mamba2").config(state_size=3, head_dim=8, groups=2),
+  ))
   tokens = jax.ShapeDtypeStruct((2, 12), jnp.int32)
   return cost(lambda params, tokens: with_params(made, params)(tokens), get_params(made), tokens)
 

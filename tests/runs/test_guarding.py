@@ -157,6 +157,10 @@ def test_before_the_first_checkpoint_it_begins_again(config, tmp_path, monkeypat
   faulty.install(monkeypatch, {0: "nan", 1: "nan", 2: "nan"})
   runs.train_run(config, tmp_path / "run")
   assert json.loads((tmp_path / "run" / "passed_over.json").read_text())["spans"] == [[0, 3]]
+  assert not any(verdict.damage for verdict in runs.verify(tmp_path / "run"))
+  passes_over(config, tmp_path / "without", identity(tmp_path / "run"), (0, 3))
+  runs.train_run(config, tmp_path / "without")
+  assert params(tmp_path / "without") == params(tmp_path / "run")
   # Another run that begins in the folder before its first checkpoint has batches of its own.
   folder = tmp_path / "run"
   for save in (folder / "checkpoints").iterdir():

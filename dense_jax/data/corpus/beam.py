@@ -22,6 +22,7 @@ from dense_jax.data.corpus.workers import InlineEncoder
 from dense_jax.data.tokenizer import load_saved_tokenizer
 from dense_jax.data.tokenizer_files import write_files
 from dense_jax.errors import InputError
+from dense_jax.files import temporary_beside
 
 
 def run_pipeline(job: Job, flags: Sequence[str]) -> None:
@@ -92,6 +93,7 @@ class _Task:
 
 def _move(made: Path, target: Any) -> None:
   """Copies a file beside its target, then renames it, so that it is there as a whole."""
-  partial = target.with_name(f".{target.name}.copied.partial")
+  # Of a name of its own: a worker that was given up may still be writing.
+  partial = temporary_beside(target)
   epath.Path(made).copy(partial, overwrite=True)
   partial.replace(target)

@@ -125,23 +125,23 @@ def _read_parquet(
   import pyarrow  # An optional dependency, needed for .parquet only.
   import pyarrow.parquet
 
-  columns = [reading.column]
-  if reading.part_field:
-    columns.append(reading.part_field.partition(".")[0])
+  # Of objects in objects, only what says the part: the rest may be anything.
+  columns = [reading.column, *filter(None, [reading.part_field])]
   number = 0
   try:
     with named_errors(file, field), file.open("rb") as raw:
       table = pyarrow.parquet.ParquetFile(raw)
-      for name in columns:
+      for name in (column.partition(".")[0] if column != reading.column else column
+                   for column in columns):
         if name not in table.schema_arrow.names:
           raise invalid(field, str(file), f"a file with a column {name!r}; it has "
                         f"{', '.join(table.schema_arrow.names)}")
       for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
-        for values in batch.to_pylist():
+        for row in range(batch.num_rows):
           number += 1
           try:
-            document = _document(values, reading)
-          except ValueError as error:
+            document = _document(batch.slice(row, 1).to_pylist()[0], reading)
+          except (ValueError, OverflowError) as error:
             on_bad(f":{number}", str(error))
             continue
           yield document

@@ -31,6 +31,7 @@ from dense_jax.data.corpus.files import (
     hashes_file,
     input_path,
     read_groups,
+    result_file,
 )
 from dense_jax.data.corpus.manifest import (
     FORMAT,
@@ -46,7 +47,7 @@ from dense_jax.data.corpus.manifest import (
 from dense_jax.data.corpus.seen import Seen
 from dense_jax.data.corpus.shards import INDEX_DTYPE, read_index
 from dense_jax.data.corpus.workers import EncoderPool, InlineEncoder
-from dense_jax.data.finding import readable
+from dense_jax.data.finding import file_key, readable
 from dense_jax.data.tokenizer import Tokenizer, load_named_tokenizer, load_saved_tokenizer
 from dense_jax.data.tokenizer_training import train_sentencepiece
 from dense_jax.errors import InputError
@@ -106,8 +107,9 @@ class Job:
       for file in files:
         name = readable(file.relative_to(root).as_posix())
         found.append(Input(len(found), str(file), name, field == "--heldout"))
-    held = {file.path for file in found if file.heldout}
-    twice = next((file.path for file in found if not file.heldout and file.path in held), None)
+    held = {file_key(input_path(file)) for file in found if file.heldout}
+    twice = next((file.path for file in found
+                  if not file.heldout and file_key(input_path(file)) in held), None)
     if twice:
       raise invalid("--heldout", self.heldout, f"files that are not in --input as well, as {twice}")
     return found
@@ -183,14 +185,16 @@ def tokenizer_of(job: Job, files: Sequence[Input]) -> Tokenizer:
     return load_saved_tokenizer(kept)
   number = job.tokenizer.removeprefix(_TRAIN)
   with _named_errors(job.folder), whole_folder(kept) as partial:
+    if job.tokenizer == "train":
+      raise invalid("--tokenizer", job.tokenizer, "train:N, with N the number of pieces")
     if number == job.tokenizer:
       tokenizer = load_named_tokenizer(DataConfig(tokenizer=job.tokenizer))
     else:
-      if not number.isdecimal():
-        raise invalid("--tokenizer", job.tokenizer, "train:N, with N the number of pieces")
+      if not (number.isdecimal() and len(number) < 10):
+        raise invalid("--tokenizer", job.tokenizer, "train:N, with N < 1e9 the number of pieces")
       # In a file of the partial folder, which replaces the folder `kept` when all is written.
       model = partial / "model"
-      train_sentencepiece(_sample(job, files), int(number), model)
+      train_sentencepiece(_sample(job, files), int(number), model, "--tokenizer")
       tokenizer = load_named_tokenizer(DataConfig(tokenizer=str(partial / "model")))
       model.unlink()
     tokenizer.save(epath.Path(partial))
@@ -225,10 +229,12 @@ def prepare(job: Job, progress: Callable[[Input, int], None]) -> tuple[Manifest,
   """
   files = job.files()
   with opened(job, files):
-    if (job.folder / MANIFEST).is_file():
-      return read_manifest(job.folder), 0
-    tokenizer = tokenizer_of(job, files)
     done = _done(job, files)
+    if (job.folder / MANIFEST).is_file() and len(done) == len(files):
+      return read_manifest(job.folder), 0
+    with _named_errors(job.folder):  # Some of it is done anew.
+      (job.folder / MANIFEST).unlink(missing_ok=True)
+    tokenizer = tokenizer_of(job, files)
     left = [file for file in files if file.number not in done]
     peak = 0
     if left:
@@ -237,6 +243,10 @@ def prepare(job: Job, progress: Callable[[Input, int], None]) -> tuple[Manifest,
         results = run_files(job, left, [*done.values()], pool, tokenizer, progress)
         done |= {file.number: result for file, result in zip(left, results, strict=True)}
         peak = pool.peak_memory()
+    bad = sum(result.source.bad for result in done.values())
+    if bad > job.most_bad:  # Of files that were not read in one process.
+      raise InputError(f"{bad:,} lines are no documents. Expected other files, or a larger "
+                       f"--most-bad than {job.most_bad:,}")
     return finish(job, tokenizer, [done[file.number] for file in files]), peak
 
 
@@ -247,7 +257,10 @@ def _done(job: Job, files: Sequence[Input]) -> dict[int, FileResult]:
     if result is not None:
       done[file.number] = result
     elif job.settings.deduplicate:
-      break  # What counts as new in a later file depends on this one.
+      # What counts as new in a later file depends on this one.
+      for later in files[file.number + 1 :]:
+        result_file(job.folder, later.number).unlink(missing_ok=True)
+      break
   return done
 
 
@@ -285,8 +298,8 @@ def run_files(
       try:
         result = None
         while result is None:
-          group, rows = next(encoded)
-          with _named_errors(job.folder):
+          with _named_errors(job.folder):  # Reading keeps what was seen there.
+            group, rows = next(encoded)
             writer.add(group, rows)
             result = writer.finish(group) if group.source else None
           progress(file, sum(group.sizes))
@@ -324,6 +337,8 @@ def finish(job: Job, tokenizer: Tokenizer, results: Sequence[FileResult]) -> Man
       [shard for result in results for shard in result.shards], {},
   )
   streams = manifest.streams
+  if "heldout" not in streams and job.heldout:
+    raise invalid("--heldout", job.heldout, "files with text")
   if "heldout" not in streams:
     raise invalid("--heldout-every", job.settings.heldout_every, "a smaller number, or held-out "
                   "files (--heldout): no document was held out")

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +166,38 @@ def read_index(folder: Path, shard: Shard) -> np.ndarray:
   fits = index.size == 2 * shard.documents and bool((index >= 0).all())
   index = index.reshape(-1, 2) if fits else np.zeros((0, 2), INDEX_DTYPE)
   # In Python's integers, which a damaged index cannot make overflow.
-  sums = [sum(index[:, column].tolist()) for column in (0, 1)]
+  sums = [
+      sum(sum(index[low : low + BLOCK, column].tolist()) for low in range(0, len(index), BLOCK))
+      for column in (0, 1)
+  ]
   if sums != [shard.tokens, shard.text_bytes] or (index[:, 0] < 2).any():
     raise InputError(
         f"{file} is damaged: expected {shard.documents:,} documents of {shard.tokens:,} ids, as "
         "the manifest says. Remove the folder and prepare it again"
     )
   return index
+
+
+class _OpenReaders:
+  """The readers of this process that were used last, each of which holds a file and a thread."""
+
+  def __init__(self) -> None:
+    self._readers: collections.OrderedDict[tuple[object, int], Any] = collections.OrderedDict()
+    self._lock = threading.Lock()
+
+  def read(self, key: tuple[object, int], file: Path, blocks: Iterable[int]) -> bytes:
+    """Returns blocks of a file, whose reader has this key."""
+    with self._lock:
+      reader = self._readers.pop(key, None) or array_record_module.ArrayRecordReader(
+          str(file), _READER_OPTIONS
+      )
+      self._readers[key] = reader  # The newest is the last.
+      while len(self._readers) > _MOST_OPEN:
+        self._readers.popitem(last=False)
+      return b"".join(reader.read([*blocks]))
+
+
+_OPEN = _OpenReaders()
 
 
 class ShardedTokens:
@@ -203,12 +228,10 @@ class ShardedTokens:
     self._forget()
 
   def _forget(self) -> None:
-    self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-    self._lock = threading.Lock()
+    self._own = object()  # Tells this object's readers from those of others.
 
   def __getstate__(self) -> dict[str, Any]:
-    # Another process opens files of its own.
-    return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock")}
+    return {name: value for name, value in self.__dict__.items() if name != "_own"}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
@@ -243,16 +266,12 @@ class ShardedTokens:
     shard = self._shards[number]
     file = self._folder / shard.name
     try:
-      with self._lock:
-        reader = self._readers.pop(number, None) or array_record_module.ArrayRecordReader(
-            str(file), _READER_OPTIONS
-        )
-        self._readers[number] = reader  # The newest is the last.
-        while len(self._readers) > _MOST_OPEN:
-          self._readers.popitem(last=False)
-        content = b"".join(reader.read([*range(first, last + 1)]))
+      content = _OPEN.read((self._own, number), file, range(first, last + 1))
     except Exception as error:  # The library has no class for errors of reading.
-      raise _damaged(file, str(error).partition("\n")[0][:200]) from error
+      why = str(error).partition("\n")[0][:200]
+      if re.search("Too many open files|Permission denied", why):
+        raise InputError(f"{file} cannot be read ({why})") from error
+      raise _damaged(file, why) from error
     wanted = min((last + 1) * BLOCK, shard.tokens) - first * BLOCK
     if len(content) != wanted * self.dtype.itemsize:
       raise _damaged(file, f"its blocks {first} to {last} have another size")

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from dense_jax.data.corpus.encoding import DocumentEncoder
 from dense_jax.data.corpus.files import Group
 from dense_jax.data.tokenizer import load_saved_tokenizer
+from dense_jax.errors import InputError
 
 _SIZE = struct.Struct("<Q")
 # Groups of texts that are under way for each worker, so that none of them waits.
@@ -63,7 +64,8 @@ class EncoderPool:
     """Yields each group with its documents' ids, in order; few groups are in memory at a time.
 
     Raises:
-      RuntimeError: a process has died.
+      InputError: a process has died.
+      RuntimeError: a process failed.
     """
     waiting: collections.deque[tuple[Group, concurrent.futures.Future[list[bytes]]]]
     waiting = collections.deque()
@@ -82,7 +84,7 @@ class EncoderPool:
       _write(process.stdin, [*texts])
       answer = _read(process.stdout)
     except (OSError, EOFError) as error:
-      raise RuntimeError(
+      raise InputError(
           f"a process that encodes has died (status {process.wait()}); perhaps memory ran out: "
           "fewer --workers need less. The same command goes on"
       ) from error
@@ -138,10 +140,13 @@ def _write(stream: Any, value: Any) -> None:
 
 def _read(stream: Any) -> Any:
   """Reads what the other end of a pipe to one's own parent or child has written."""
-  size = stream.read(_SIZE.size)
-  if len(size) < _SIZE.size:
+  head = stream.read(_SIZE.size)
+  if len(head) < _SIZE.size:
     raise EOFError
-  content = stream.read(*_SIZE.unpack(size))
+  (size,) = _SIZE.unpack(head)
+  content = stream.read(size)
+  if len(content) < size:
+    raise EOFError
   return pickle.loads(content)
 
 
@@ -160,7 +165,10 @@ def main(tokenizer_folder: str, source: BinaryIO, target: BinaryIO) -> None:
       answer: list[bytes] | str = encode(texts)
     except Exception as error:
       answer = f"{type(error).__name__}: {error}"
-    _write(target, answer)
+    try:
+      _write(target, answer)
+    except BrokenPipeError:  # The parent has gone.
+      return
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -183,6 +184,25 @@ def test_parquet(tmp_path):
     run(tmp_path / "b.parquet", tmp_path / "other")
 
 
+def test_a_bad_row_of_parquet_is_a_row(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  texts = [b"no utf-8 \xff" if number == 5 else text.encode()
+           for number, text in enumerate(DOCUMENTS)]
+  binary = pyarrow.array(texts, pyarrow.binary())
+  text = pyarrow.Array.from_buffers(pyarrow.string(), len(binary), binary.buffers())
+  # A year that Python does not have, beside what says the part.
+  when = pyarrow.array([2**60] * len(texts), pyarrow.timestamp("ms"))
+  part = pyarrow.array(["web"] * len(texts))
+  meta = pyarrow.StructArray.from_arrays([part, when], ["set", "when"])
+  parquet.write_table(pyarrow.table({"text": text, "meta": meta}), tmp_path / "a.parquet")
+  run(tmp_path / "a.parquet", tmp_path / "out", "--part-field", "meta.set", "--heldout-every", "4")
+  corpus = Corpus(tmp_path / "out")
+  assert corpus.manifest.sources[0].bad == 1
+  found = _texts(corpus)
+  assert {*found["web"], *found["heldout"]} == {*DOCUMENTS[:5], *DOCUMENTS[6:]}
+
+
 def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   (tmp_path / "a.parquet").write_bytes(b"")
@@ -273,13 +293,51 @@ def test_another_job_in_the_folder_is_refused(tmp_path):
     run(text, text)
 
 
-def test_an_input_that_changes_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_an_input_that_changes_is_refused(tmp_path, is_finished):
   text = write_corpus(tmp_path / "text")
   run(text, tmp_path / "out", "--heldout-every", "4")
-  (tmp_path / "out/manifest.json").unlink()
+  if not is_finished:
+    (tmp_path / "out/manifest.json").unlink()
   (text / "a.jsonl").write_bytes(lines(DOCUMENTS[:39]))
   with pytest.raises(InputError, match=r"--input = 'a\.jsonl' .* as it was when it was prepared"):
     run(text, tmp_path / "out", "--heldout-every", "4")
+  # As the message says.
+  (tmp_path / "out/files/000000.json").unlink()
+  run(text, tmp_path / "out", "--heldout-every", "4")
+  run(text, tmp_path / "fresh", "--heldout-every", "4")
+  assert _files(tmp_path / "out") == _files(tmp_path / "fresh")
+
+
+def test_what_follows_a_file_that_is_done_again_is_done_again(tmp_path, monkeypatch):
+  """With --deduplicate; also where the job fails between the two."""
+  text = tmp_path / "text"
+  text.mkdir()
+  for name in ("a", "b"):
+    (text / f"{name}.jsonl").write_bytes(lines([f"{name} {n}" for n in range(40)] + ["shared"]))
+  options = ["--deduplicate", "--heldout-every", "4"]
+  run(text, tmp_path / "out", *options)
+  (text / "a.jsonl").write_bytes(lines([f"a {n}" for n in range(40)]))
+  (tmp_path / "out/files/000000.json").unlink()
+
+  def fails_at_b(file, *rest):
+    if file.name == "b.jsonl":
+      raise KeyboardInterrupt
+    yield from read_groups(file, *rest)
+
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    patched.setattr("dense_jax.data.corpus.job.read_groups", fails_at_b)
+    run(text, tmp_path / "out", *options)
+  run(text, tmp_path / "out", *options)
+  run(text, tmp_path / "fresh", *options)
+  assert _files(tmp_path / "out") == _files(tmp_path / "fresh")
+
+
+def test_held_out_files_are_known_by_any_name(tmp_path):
+  text = write_corpus(tmp_path / "text")
+  (tmp_path / "held.jsonl").symlink_to(text / "a.jsonl")
+  with pytest.raises(InputError, match=r"^--heldout = .* not in --input as well"):
+    run(text, tmp_path / "out", "--heldout", str(tmp_path / "held.jsonl"))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -288,12 +346,18 @@ def test_an_input_that_changes_is_refused(tmp_path, monkeypatch):
     (["--heldout", "TEXT/a.jsonl"], r"^--heldout = .* not in --input as well, as .*a\.jsonl"),
     (["--part-field", "meta.none"], r"it has no string 'meta\.none'"),
     (["--parts", "TEXT/parts.json"], r"--parts = .*nothing without --part-field"),
+    (["--heldout", "TEXT/../empty.txt"], r"^--heldout = .* files with text"),
     (["--tokenizer", "train:x"], r"^--tokenizer = 'train:x' .*number of pieces"),
+    (["--tokenizer", f"train:{10**11}"], r"^--tokenizer = .*number of pieces"),
+    (["--tokenizer", "train:100"], r"^--tokenizer = 100 is not valid: expected an integer >= "),
+    (["--tokenizer", "train"], r"^--tokenizer = 'train' .*train:N"),
+    (["--beam=--runner='Direct"], r"^--beam = .*No closing quotation"),
     (["--tokenizer", "TEXT/none"], r"^config\.data\.tokenizer"),
 ])
 def test_options_that_are_not_valid(tmp_path, options, message):
   text = write_corpus(tmp_path / "text")
   (text / "parts.json").write_text('{"a": "b"}')
+  (tmp_path / "empty.txt").write_text("")
   options = [option.replace("TEXT", str(text)) for option in options]
   with pytest.raises(InputError, match=message):
     run(text, tmp_path / "out", "--most-bad", "10", *options)
@@ -328,6 +392,24 @@ def test_damage_is_named(tmp_path, damage):
   Corpus(tmp_path / "out")
 
 
+class FullBase:
+  """A connection to a database whose disk is full after a few documents."""
+
+  def __init__(self):
+    self._left = 20
+
+  def execute(self, *_):
+    self._left -= 1
+    if not self._left:
+      raise sqlite3.OperationalError("disk I/O error")
+    return self
+
+  rowcount = 1
+
+  def close(self):
+    pass
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
   text = write_corpus(tmp_path / "text")
   run(text, tmp_path / "whole", "--heldout-every", "4")
@@ -340,6 +422,10 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"^--output = .*No space left on device\)\. What is done"):
       run(text, tmp_path / "out", "--heldout-every", "4")
   assert not [*(tmp_path / "out").rglob("*.partial")]
+  with monkeypatch.context() as patched:  # Where documents are remembered, sqlite writes.
+    patched.setattr("dense_jax.data.corpus.seen.sqlite3.connect", lambda *_, **__: FullBase())
+    with pytest.raises(InputError, match=r"^--output = .*disk I/O error\)\. What is done"):
+      run(text, tmp_path / "same", "--heldout-every", "4", "--deduplicate")
   run(text, tmp_path / "out", "--heldout-every", "4")
   assert _files(tmp_path / "out") == _files(tmp_path / "whole")
 
