@@ -16,6 +16,7 @@ import re
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -171,6 +172,7 @@ class Checkpoints(CheckpointReader):
     self._error: Exception | None = None
     self._failures = 0
     self._deleter: threading.Thread | None = None
+    logging.getLogger("asyncio").addFilter(_is_news)
     self._empty_deleted()
 
   def steps(self) -> list[int]:
@@ -364,6 +366,13 @@ class Checkpoints(CheckpointReader):
         _empty(self._folder / _DELETED)
         with contextlib.suppress(OSError):
           (self._folder / _DELETED).rmdir()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Filters out what asyncio says of orbax's other writes when one has failed, which is told."""
+  error = record.exc_info[1] if record.exc_info else None
+  frames = traceback.walk_tb(error.__traceback__) if error else ()
+  return not any(ocp.__name__.partition(".")[0] in frame.f_code.co_filename for frame, _ in frames)
 
 
 def _empty(folder: epath.Path) -> None:

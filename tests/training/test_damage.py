@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import shutil
 
 import jax
@@ -303,3 +304,14 @@ def test_devices_do_not_matter(three):
     shapes = placed_on(state(0), jax.sharding.SingleDeviceSharding(device))
     restored, _ = CheckpointReader(epath.Path(three), MODEL).restore(shapes, 3)
     assert restored.params["w"].devices() == {device}
+
+
+def test_what_orbax_leaves_of_a_failed_save_is_not_told_as_well(tmp_path, caplog):
+  Checkpoints(tmp_path / "checkpoints", MODEL).close()
+  for package, is_told in (("orbax", False), ("others", True)):
+    code = compile("raise ValueError('no space')", f"/site-packages/{package}/write.py", "exec")
+    try:
+      exec(code)
+    except ValueError as error:
+      logging.getLogger("asyncio").error("never retrieved", exc_info=error)
+    assert ("no space" in caplog.text) == is_told
