@@ -93,7 +93,7 @@ def run(scale: Scale, folder: pathlib.Path, seed: int, jobs: int) -> Iterator[Ou
       yield from numbers.full_in_prepare(base, seed, scale.disks)
     yield from numbers.trials(base, seed, scale.numbers)
     if scale.process_kills:
-      yield kills.of_two_processes(base, seed, scale.process_kills, 4 * timed.seconds)
+      yield kills.of_two_processes(base, seed, scale.process_kills)
 
   for outcome in children.run_all(trials(), logs, jobs):
     yield from outcome if isinstance(outcome, list) else [outcome]

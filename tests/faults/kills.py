@@ -179,7 +179,7 @@ def _clock_jumps_back() -> None:
 PROCESSES = "kill -9 of one of two processes"
 
 
-def of_two_processes(base: Base, seed: int, count: int, seconds: float) -> Trial:
+def of_two_processes(base: Base, seed: int, count: int) -> Trial:
   """Kills one of two processes, again and again; the last start has one process, four devices.
 
   The sums over devices are made in another order then, so that losses are close, not equal.
@@ -194,9 +194,10 @@ def of_two_processes(base: Base, seed: int, count: int, seconds: float) -> Trial
       outcomes = yield [_one_of(base, workdir, 0, None)]
     else:
       port, victim = runs.free_port(), rng.randrange(2)
+      # Each start comes some steps further.
+      at = rng.uniform(turn, turn + 1) * STEPS / count
       outcomes = yield [
-          _one_of(base, workdir, number, port,
-                  rng.uniform(0.4, 1) * seconds if number == victim else None)
+          _one_of(base, workdir, number, port, at if number == victim else None)
           for number in range(2)
       ]
       kills += outcomes[victim].status == -signal.SIGKILL
@@ -213,14 +214,19 @@ def of_two_processes(base: Base, seed: int, count: int, seconds: float) -> Trial
       abs(found[step] - loss) < 1e-4 * abs(loss) for step, loss in base.losses.items()
   )
   wrong = "" if close else f"other losses: {found}"
-  return Outcome(PROCESSES, kills, wrong, tuple(lost))
+  return Outcome(PROCESSES, kills, wrong or ("" if kills else "none was killed"), tuple(lost))
 
 
 def _one_of(
     base: Base, workdir: pathlib.Path, number: int, port: int | None,
-    kill_after: float | None = None,
+    kill_at_step: float | None = None,
 ) -> Start:
   """Starts one of two processes, or the only one (no port), with four devices each."""
+
+  def during(child: Child) -> None:
+    if kill_at_step is not None and runs.done(workdir) > kill_at_step:
+      child.signal(signal.SIGKILL)
+
   together = () if port is None else (
       "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id", str(number)
   )
@@ -229,5 +235,5 @@ def _one_of(
           workdir, "--config.mesh.data=1", "--config.mesh.fsdp=-1", *together
       )),
       environment=(("XLA_FLAGS", "--xla_force_host_platform_device_count=4"),),
-      kill_after=kill_after,
+      during=during,
   )
