@@ -18,7 +18,7 @@ def get_sweep(arg: str = "") -> Sweep:
   debug = check_argument(arg, "debug")
   cells = []
   for family in ("s4d", "s4"):
-    shape = {"model.family": family, **({} if debug else SMALL)}
+    shape = {"model.family": family, **({"model.layers": 3} if debug else SMALL)}
     cells.append(Cell(family, shape))
     for depth in (1, 2):
       cells.append(Cell(f"{family} m={depth}", shape | {"model.dense.depth": depth}, base=family))
