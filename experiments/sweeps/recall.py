@@ -20,7 +20,8 @@ ATTENTION = {"model.family": "transformer", "model.layers": 3, "model.mixer.head
              "optimizer.learning_rate": 1e-3}
 TASKS = ("mqar", "copying", "induction", "passkey", "listops", "parity", "dyck")
 # Where nearly all learn the length of training, four times it tells them apart.
-LONGER = {"induction": "task_accuracy_256", "passkey": "task_accuracy_256"}
+LONGER = {"mqar": "task_accuracy_96", "induction": "task_accuracy_256",
+          "passkey": "task_accuracy_256"}
 
 
 def get_sweep(arg: str = "") -> Sweep:
