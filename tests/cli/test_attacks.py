@@ -47,7 +47,9 @@ def in_shell(redirections, module, *more):
   return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [
+    "2>&-", pytest.param("<&- >&- 2>&-", marks=pytest.mark.slow),
+])
 def test_a_run_without_streams_trains_and_writes_only_what_it_means(text, tmp_path, closed):
   workdir = tmp_path / "run"
   status, out, err = in_shell(closed, TRAIN, *arguments(text, workdir))
@@ -249,6 +251,7 @@ def test_a_refused_resume_changes_nothing(text, whole_run, change, message):
   assert contents(whole_run) == before
 
 
+@pytest.mark.slow
 def test_other_data_do_not_take_the_place_of_a_damaged_description(text, whole_run, tmp_path):
   workdir, other = tmp_path / "run", tmp_path / "text"
   shutil.copytree(whole_run, workdir)

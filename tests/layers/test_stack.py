@@ -132,7 +132,7 @@ def _apart(state, plan):
     *[pytest.param("gau_retnet", inject, depth, {"layers": 12, "reads": reads, "remat": remat,
                                                  "block_layers": block}, marks=marks)
       for inject, depth, reads, remat, block, marks in (
-          ("inputs", 1, "first", "minimal", 5, ()),
+          ("inputs", 1, "first", "minimal", 5, pytest.mark.slow),
           ("state", 3, "spread", "full", 0, pytest.mark.slow),
           ("state", 2, "first", "full", 3, pytest.mark.slow),
           ("state", 2, "first", "reads", 0, pytest.mark.slow),

@@ -39,6 +39,7 @@ def _losses(workdir):
   return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_rows_or_with_another_mixture_of_later_ones(
     config, tmp_path, capsys
 ):

@@ -125,6 +125,7 @@ def test_a_line_that_is_not_the_sweeps_is_named(full, planned, tmp_path, change,
     Results(epath.Path(file), planned, SWEEP.metric)
 
 
+@pytest.mark.slow
 def test_the_table_and_the_picture(full, planned, tmp_path):
   head, base, dense, wide = (dict(zip(rows(SWEEP, planned, full)[0], row, strict=True))
                              for row in rows(SWEEP, planned, full))

@@ -109,6 +109,7 @@ def test_a_run_that_fails_stops_no_other(sweep):
   assert any("dense, seed 0: failed" in line and "seed0.log" in line for line in said)
 
 
+@pytest.mark.slow
 def test_after_the_limit_no_run_starts_and_those_that_run_end(sweep):
   planned, folder, results = sweep
   said = []

@@ -36,3 +36,11 @@ def run(text: Path, output: Path, *options: str, tokenizer: str = "bytes") -> in
       "--input", str(text), "--output", str(output), "--tokenizer", tokenizer, "--workers", "1",
       *options,
   ])
+
+
+def files_of(folder):
+  """Returns path -> content of all files of a corpus but its lock."""
+  return {
+      file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*")
+      if file.is_file() and file.name != ".lock"
+  }
