@@ -11,6 +11,7 @@ from etils import epath
 
 from dense_jax.training.events import read_events
 from tests import faulty
+from tests.data.corpus.texts import files_of
 from tests.faults import disks, kills, runs
 from tests.faults.children import Child, Start, Trial, command
 from tests.faults.runs import EVERY, Base, Outcome
@@ -112,7 +113,7 @@ def _full(base: Base, place: pathlib.Path, share: float) -> Trial:
   [child] = yield [_prepare(base, whole)]
   if child.status:
     return Outcome(PREPARE, 1, runs.tail(child))
-  expected = _contents(whole)
+  expected = files_of(whole)
   with disks.disk(place, 8 * 2**20):
     ballast = disks.fill(place, int(share * sum(map(len, expected.values()))))
     [child] = yield [_prepare(base, place / "corpus")]
@@ -121,7 +122,7 @@ def _full(base: Base, place: pathlib.Path, share: float) -> Trial:
     ballast.unlink()
     [child] = yield [_prepare(base, place / "corpus")]
     wrong = runs.tail(child) if child.status else ""
-    if not wrong and _contents(place / "corpus") != expected:
+    if not wrong and files_of(place / "corpus") != expected:
       wrong = "other bytes"
     return Outcome(PREPARE, 1, wrong)
 
@@ -131,10 +132,3 @@ def _prepare(base: Base, output: pathlib.Path) -> Start:
       "prepare", "--input", str(base.text / "*"), "--tokenizer", "bytes", "--output", str(output),
       "--heldout-every", "2", "--workers", "1",
   ))
-
-
-def _contents(folder: pathlib.Path) -> dict[str, bytes]:
-  return {
-      str(file.relative_to(folder)): file.read_bytes()
-      for file in folder.rglob("*") if file.is_file() and file.name != ".lock"
-  }

@@ -127,12 +127,12 @@ def _read_parquet(
 
   # Of objects in objects, only what says the part: the rest may be anything.
   columns = [reading.column, *filter(None, [reading.part_field])]
+  outermost = [reading.column, *filter(None, [reading.part_field.partition(".")[0]])]
   number = 0
   try:
     with named_errors(file, field), file.open("rb") as raw:
       table = pyarrow.parquet.ParquetFile(raw)
-      for name in (column.partition(".")[0] if column != reading.column else column
-                   for column in columns):
+      for name in outermost:
         if name not in table.schema_arrow.names:
           raise invalid(field, str(file), f"a file with a column {name!r}; it has "
                         f"{', '.join(table.schema_arrow.names)}")
