@@ -102,6 +102,11 @@ def batch(settings: ExperimentConfig, documents: int) -> Batch:
   return Batch(tokens[:, :-1], tokens[:, 1:], mask, Segments(positions, ids))
 
 
+def make_trainer(settings: ExperimentConfig) -> Trainer:
+  """Makes the trainer of a configuration on one device."""
+  return Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
+
+
 class TrainStep:
   """A compiled train step with its state: forward, backward and AdamW, on one device.
 
@@ -113,7 +118,7 @@ class TrainStep:
 
   def __init__(self, settings: ExperimentConfig, *, documents: int = 1) -> None:
     """Compiles the step and runs it once."""
-    trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
+    trainer = make_trainer(settings)
     self.batch = batch(settings, documents)
     self._batch = trainer.put(self.batch)
     self._state = trainer.init(0)
@@ -147,7 +152,7 @@ class Decoding:
 
   def __init__(self, settings: ExperimentConfig, batch_size: int, *, context: int = 3) -> None:
     """Compiles, reads prompts of `context` tokens, and decodes two blocks."""
-    trainer = Trainer(settings, sharding.make_mesh(settings.mesh, jax.devices()[:1]))
+    trainer = make_trainer(settings)
     params = trainer.init(0).params
     self.parameters = count_params(params)
     self.batch_size = batch_size

@@ -4,7 +4,9 @@ Command   python -m experiments.benchmarks.gpu --json experiments/results/gpu_DA
           With --budget-seconds 570 no case starts after that time; run the same command again
           for the cases that FILE does not have yet. --only train/mamba decode selects cases
           --plan short is what 15 minutes on a card can tell: first the kernels against their
-          specification. --prices FILE (of `prices`) adds the estimates to the measured steps
+          specification. --prices FILE (of `prices`) adds the estimates to the measured steps.
+          --side-by-side 12 first compiles that many cases at a time, where cores are many, and
+          keeps the programs for the measurements, which follow one by one
 Install   pip install 'jax[cuda12]'; for the rivals see fla_rival.py
 Status    training of mamba2 and gau_retnet and decoding of one row were measured on an H100
           (experiments/results/gpu_2026-11-26.json); the rivals, modes and long contexts were not.
@@ -25,14 +27,16 @@ Each case runs in a process of its own, so that its peak memory is its own, and 
 one line. The most important cases come first, and FILE is written after each.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dense_jax.models.registry import FAMILIES
@@ -45,6 +49,9 @@ TIMED_FAMILIES = ("gau_retnet", "mamba2", "retnet", "mamba")
 LARGE = "gau_retnet-1.3B"
 # Models whose cases rank one lower than those of the others.
 LATER = ("mamba", LARGE)
+# Lines of a failed case's errors that are printed.
+TOLD = 30
+Results = dict[str, Any]
 # Name -> overrides.
 DENSE: dict[str, dict[str, str]] = {
     "base": {"model.dense.depth": "0"},
@@ -203,11 +210,45 @@ def run(case: Case | Rival, plan: Plan, rival_python: str) -> dict[str, Any]:
     return {"failed": f"not done after {plan.case_seconds} s"}
   lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
   if done.returncode:
+    print("\n".join(lines[-TOLD:]), flush=True)
     return {"failed": lines[-1][:300] if lines else f"exit status {done.returncode}"}
   return json.loads(lines[-1])
 
 
-def earlier(path: str, hardware: str = "") -> dict[str, Any]:
+def _rehearsed(case: Case | Rival) -> Case | Rival:
+  """Returns a case that compiles what `case` runs, in less memory."""
+  if isinstance(case, Rival):
+    if case.module == "fla_rival":  # One row: its kernels' programs depend on lengths alone.
+      family, _, *rest = case.arguments
+      return dataclasses.replace(case, arguments=(family, "1", *rest))
+    return case
+  return dataclasses.replace(case, compile_only=True)
+
+
+def rehearse(
+    chosen: Mapping[str, Case | Rival], plan: Plan, python: str, jobs: int
+) -> Iterator[tuple[str, Results]]:
+  """Compiles cases side by side, for later processes with the same JAX_COMPILATION_CACHE_DIR.
+
+  Yields:
+    Name and figures of the checks, which do not depend on what runs beside them.
+  """
+  patient = dataclasses.replace(plan, case_seconds=2 * plan.case_seconds)
+  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    # The longest begin first: training, and dense models before others.
+    names = sorted(chosen, key=lambda name: (not name.startswith("train/"), "/base/" in name))
+    waiting = {
+        pool.submit(run, _rehearsed(chosen[name]), patient, python): name for name in names
+    }
+    for future in common.progress(list(waiting), "cases compiled"):
+      name = waiting[future]
+      if name.startswith("check/"):
+        yield name, future.result()
+      elif "failed" in future.result():
+        print(f"{name}: not compiled: {future.result()['failed']}", flush=True)
+
+
+def earlier(path: str, hardware: str = "") -> Results:
   """Returns the results that the file already has; {} if there is no file.
 
   Raises:
@@ -230,6 +271,8 @@ def main(arguments: Sequence[str]) -> None:
                       help="the cases whose names begin so, such as train/mamba2")
   parser.add_argument("--budget-seconds", type=float, default=float("inf"), metavar="S",
                       help="start no case after S seconds")
+  parser.add_argument("--side-by-side", type=int, default=0, metavar="N",
+                      help="first compile N cases at a time, for the measurements to load (no)")
   parser.add_argument("--fla-python", default=sys.executable, metavar="PYTHON",
                       help="the Python that has the rivals (this one)")
   parser.add_argument("--prices", default="", metavar="FILE",
@@ -244,19 +287,31 @@ def main(arguments: Sequence[str]) -> None:
             if name.startswith(tuple(options.only))}
   results = earlier(options.json, "" if options.tables else hardware)
   waiting = [name for name in chosen if name not in results and not options.tables]
-  for name in common.progress(waiting, "cases"):
-    if time.monotonic() - start > options.budget_seconds:
-      print(f"the budget is spent before {name}", flush=True)
-      break
-    results[name] = run(chosen[name], plan, options.fla_python)
+
+  def keep(name: str, figures: Results) -> None:
+    results[name] = figures
     for reason in ("failed", "skipped"):
-      if reason in results[name]:
-        print(f"{name}: {reason}: {results[name][reason]}", flush=True)
+      if reason in figures:
+        print(f"{name}: {reason}: {figures[reason]}", flush=True)
     if options.json:
       common.write_json(options.json, common.record(
           "gpu", arguments,
           "tokens/s, seconds, bytes; mfu: see models/flops.py; errors: see gpu_check.py", results,
       ))
+
+  with tempfile.TemporaryDirectory() as compiled:
+    if options.side_by_side:
+      os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+      unknown = {name: chosen[name] for name in waiting}
+      for name, figures in rehearse(unknown, plan, options.fla_python, options.side_by_side):
+        keep(name, figures)
+      print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
+      waiting = [name for name in waiting if name not in results]
+    for name in common.progress(waiting, "cases"):
+      if time.monotonic() - start > options.budget_seconds:
+        print(f"the budget is spent before {name}", flush=True)
+        break
+      keep(name, run(chosen[name], plan, options.fla_python))
   prices: dict[str, Any] = {}
   if options.prices:
     prices = json.loads(pathlib.Path(options.prices).read_text())["results"]

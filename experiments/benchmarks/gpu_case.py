@@ -18,7 +18,7 @@ from dense_jax.costs.chips import find_chip
 from dense_jax.models.flops import train_flops
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
-from experiments.benchmarks import common, gpu_check
+from experiments.benchmarks import common, gpu_check, kernel_times
 
 TRAIN_REPEATS, DECODE_REPEATS = 5, 9
 
@@ -35,6 +35,7 @@ class Case:
     batch_size: B of "decode"; that of "train" is among the overrides.
     context: tokens before the decoded ones.
     toy: whether a case of `gpu_check` has the sizes of a smoke test.
+    compile_only: whether "train" ends after compilation, for the folder of compiled programs.
   """
 
   kind: str
@@ -44,6 +45,7 @@ class Case:
   batch_size: int = 1
   context: int = 3
   toy: bool = False
+  compile_only: bool = False
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -70,20 +72,33 @@ def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str)
 
 
 def train(settings: ExperimentConfig) -> dict[str, Any]:
-  """Measures tokens/s, MFU and peak memory of training, and the seconds up to the second step."""
+  """Measures tokens/s, MFU and peak memory of training, and the seconds up to the second step.
+
+  A further step is traced: `kernels` are the milliseconds of the largest kinds of GPU kernels.
+  """
   device = jax.devices()[0]
   start = time.perf_counter()
   step = common.TrainStep(settings)
   compile_seconds = time.perf_counter() - start
   rate = step.tokens / common.median(step, TRAIN_REPEATS)
+  peak = peak_memory(device)
   return {
       "tokens_per_second": rate,
       "mfu": utilization(settings.model, rate, device.device_kind),
       "flops_per_token": train_flops(settings.model),
-      "peak_bytes": peak_memory(device),
+      "peak_bytes": peak,
       "parameters": step.parameters,
       "compile_seconds": compile_seconds,
+      **kernel_times.trace(step),
   }
+
+
+def compile_step(settings: ExperimentConfig) -> dict[str, Any]:
+  """Compiles what `train` runs, and runs no step, which needs most memory; returns the seconds."""
+  start = time.perf_counter()
+  trainer = common.make_trainer(settings)
+  trainer.compile(trainer.init(0), trainer.put(common.batch(settings, documents=1)))
+  return {"compile_seconds": time.perf_counter() - start}
 
 
 def decode(settings: ExperimentConfig, batch_size: int, context: int) -> dict[str, Any]:
@@ -120,6 +135,8 @@ def run(case: Case) -> dict[str, Any]:
     return {"skipped": f"runs as {chosen} here"}
   if case.kind == "decode":
     return decode(settings(case.remat[0]), case.batch_size, case.context)
+  if case.compile_only:
+    return compile_step(settings(case.remat[0]))
   return first_that_fits(case.remat, lambda remat: train(settings(remat)))
 
 
