@@ -9,16 +9,16 @@ single sources nor low-rank gates are written to memory. Four kernels:
 
 | kernel                   | a program takes           | it reads             | it writes          |
 |--------------------------|---------------------------|----------------------|--------------------|
-| `scores_kernel`          | a tile, a group of heads  | queries, keys        | their products     |
+| `scores_kernel`          | a chunk, a group of heads | queries, keys        | their products     |
 | `forward_kernel`         | one row, a part of a head | all inputs, products | result; for the    |
 |                          |                           | of queries and keys  | backward pass,     |
 |                          |                           |                      | states, the result |
 |                          |                           |                      | before z and reads |
 |                          |                           |                      | before their gates |
-| `states_backward_kernel` | the same, tiles reversed  | queries, gates, z,   | gradients of the   |
+| `states_backward_kernel` | the same, chunks reversed | queries, gates, z,   | gradients of the   |
 |                          |                           | what was saved, the  | reads, of gates, z |
 |                          |                           | result's gradient    | and states         |
-| `chunks_backward_kernel` | a tile, a group of heads, | one source, states,  | gradients of the   |
+| `chunks_backward_kernel` | a chunk, a group of heads,| one source, states,  | gradients of the   |
 |                          | one source                | these gradients      | source             |
 
 Why Triton, through Pallas. One kernel (a chunk's read) was written twice and compiled for the H100.
@@ -54,10 +54,9 @@ from dense_jax.ops.matrix.log_decay import summed_log_decay
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 
-# Tokens of a tile: the rows of Hopper's matrix unit for one group of warps.
-TILE = 64
-# Tokens per chunk. State traffic falls with it, and gradients inside chunks cost more.
-DEFAULT_CHUNK = 256
+# Tokens per chunk: the rows of Hopper's matrix unit for one group of warps.
+CHUNK = 64
+PIECE = 128
 # The least size of an axis of a matmul.
 _LEAST = 16
 # Most state numbers of one program of a scan: 64 registers of each of 256 threads.
@@ -82,7 +81,7 @@ def matrix_finish(
     gates: gates of reads, [B, T, E] or low-rank; several sources may share one.
     resets_BT: bool, true where every state is cleared before the token; None means never.
     epilogue: what follows the reads; `skip` without `x` multiplies the first source's values.
-    chunk: tokens per chunk, rounded up to a multiple of a tile; 0 means DEFAULT_CHUNK.
+    chunk: tokens per chunk, rounded up to a power of two from 16 to CHUNK; 0 means CHUNK.
     interpret: true to run the kernels as ordinary JAX, on any platform.
 
   Returns:
@@ -93,7 +92,7 @@ def matrix_finish(
   channels = sources[0].v_BTE.shape[2] // heads
   for source in sources:
     source.check(sources[0])
-  plan = _plan(sources, epilogue, chunk or DEFAULT_CHUNK, interpret)
+  plan = _plan(sources, epilogue, chunk or CHUNK, interpret)
   count_BT = None
   if resets_BT is not None:
     count_BT = jnp.cumsum(resets_BT, axis=1, dtype=jnp.int32)
@@ -122,18 +121,17 @@ def _plan(sources: Sequence[Source], epilogue: Epilogue, chunk: int, interpret: 
   batch, time, groups, state_size = own.k_BTJN.shape
   heads = own.log_decay_BTH.shape[2]
   channels = own.v_BTE.shape[2] // heads
-  tile = TILE
-  while tile > _LEAST and tile // 2 >= min(chunk, time):
-    tile //= 2
-  chunk = min(round_up(chunk, tile), round_up(time, tile))
+  least, chunk = min(chunk, time), CHUNK
+  while chunk > _LEAST and chunk // 2 >= least:
+    chunk //= 2
   channels, state_size = round_up(channels, _LEAST), round_up(state_size, _LEAST)
   width = power_of_two(channels, 64)
-  while width > _LEAST and len(sources) * state_size * width > _STATE_NUMBERS:
+  while width > _LEAST and state_size * width > _STATE_NUMBERS:
     width //= 2
   return Plan(
-      batch=batch, chunks=-(-time // chunk), chunk=chunk, tile=tile, heads=heads, groups=groups,
+      batch=batch, chunks=-(-time // chunk), chunk=chunk, heads=heads, groups=groups,
       channels=channels, state_size=state_size, width=width,
-      piece=power_of_two(state_size, 128), gates=tuple(source.gate for source in sources),
+      piece=power_of_two(state_size, PIECE), gates=tuple(source.gate for source in sources),
       dtype=jnp.result_type(own.q_BTJN, own.k_BTJN, own.v_BTE), out=epilogue.dtype,
       moments=epilogue.moments, shared_decay=own.log_decay_BTH.shape[0] == 1, interpret=interpret,
   )
@@ -250,13 +248,8 @@ def _gradient(
     d_initial_BHPN: Array | None,
 ) -> Stream:
   """Returns a source's gradient."""
-  place_1T = (jnp.arange(plan.time) // plan.tile % plan.tiles)[None]
-  offset_O1 = jnp.arange(sums.read.shape[3])[:, None]
-  exists_OT = (offset_O1 <= place_1T) | (offset_O1 >= plan.tiles)
-  read_BHT = jnp.sum(jnp.where(exists_OT[None, None, None], sums.read, 0.0), axis=(2, 3))
-  d_low_BHT = read_BHT - jnp.sum(sums.value, axis=2)
-  shape = (plan.batch, plan.chunks, plan.tiles, plan.heads)
-  last_BGH = jnp.sum(parts.last.reshape(*shape, -1), axis=(2, 4)) + jnp.sum(parts.whole, axis=3)
+  d_low_BHT = jnp.sum(sums.read, axis=(2, 3)) - jnp.sum(sums.value, axis=2)
+  last_BGH = jnp.sum(parts.last, axis=3) + jnp.sum(parts.whole, axis=(3, 4))
   is_last_C = jnp.arange(plan.chunk) == plan.chunk - 1
   last_BHG1 = jnp.swapaxes(last_BGH, 1, 2)[..., None]
   d_low_BHT += jnp.where(is_last_C[None, None, None], last_BHG1, 0.0).reshape(d_low_BHT.shape)

@@ -4,7 +4,6 @@ Arguments of type PyTree, Stream or Epilogue are references to the group's block
 tokens of the row.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -13,28 +12,13 @@ from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix.gpu_program import Part, PartSums, Program, TokenSums
-from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, rem
+from dense_jax.ops.matrix.gpu_tiles import Plan, Stream
 from dense_jax.types import Array, PyTree
 
 
-def _itself(plan: Plan) -> Array:
-  """Returns a bool mask [Q, S], true where a query's token is the key's."""
-  size = (plan.tile, plan.tile)
-  q_QS, s_QS = (jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(2))
-  return q_QS == s_QS
-
-
-def _weights(plan: Plan, scores_QS: Array, decay_QS: Array, offset: int) -> Array:
-  """Returns scores * decay without a token's weight for itself, rounded."""
-  weights_QS = scores_QS * decay_QS
-  if offset == 0:
-    weights_QS = jnp.where(_itself(plan), 0.0, weights_QS)
-  return weights_QS.astype(plan.dtype)
-
-
-def _own_score(plan: Plan, scores_QS: Array) -> Array:
-  """Returns each token's score for itself, [T]; its decay is 1."""
-  return jnp.sum(jnp.where(_itself(plan), scores_QS, 0.0), axis=1)
+MERGED = False
+SPLIT = False
+SKIPV = False
 
 
 def chunks_backward_kernel(
@@ -51,7 +35,7 @@ def chunks_backward_kernel(
     sums: TokenSums,
     parts: PartSums,
 ) -> None:
-  """Computes one source's gradients in a tile. `d_` is a gradient.
+  """Computes one source's gradients in a chunk. `d_` is a gradient.
 
   The summed log decay of a token enters as exp(sum) in the token's read and as exp(-sum) with its
   value. So its gradient is <d_read, read> - <v, d_v> of that token; the sum of a chunk's last token
@@ -77,167 +61,131 @@ def chunks_backward_kernel(
   """
   program = Program(plan, stream, count_T, d_read_TU, pl.program_id(1))
   d_y_TU = d_read_TU if d_y_TU is None else d_y_TU
-  d_scores_QS = _queries(program, before_GHNP, d_stream.q_BTK, sums.read)
-  _keys(program, d_after_GHNP, d_scores_QS.T, d_stream.k_BTK)
-  _values(program, epilogue, d_y_TU, d_after_GHNP, d_stream.v_BTE, d_x_TU, sums, parts)
-  _whole_chunk(program, before_GHNP, d_after_GHNP, parts.whole)
+  rows = program.rows
+  scores_QS = program.scores()
+  own_T1 = jnp.sum(jnp.where(_itself(plan), scores_QS, 0.0), axis=1)[:, None]
 
+  def weights(decay_QS: Array) -> Array:
+    return jnp.where(_itself(plan), 0.0, scores_QS * decay_QS).astype(plan.dtype)
 
-def _queries(
-    program: Program, before_GHNP: PyTree, d_q_TN: PyTree, sums_HAOT: PyTree
-) -> Array:
-  """Computes the gradient of the queries, and the sums of the read times its gradient.
+  def of_values(part: Part, weights_QS: Array) -> None:
+    d_within_TX = plan.dot(weights_QS, program.d_read(part), (0, 0))
+    _values(program, part, epilogue, d_y_TU, d_after_GHNP, (d_within_TX, own_T1),
+            d_stream.v_BTE, d_x_TU, sums, parts)
 
-  Returns:
-    The gradient of the tile's scores with its own keys, rounded to the dtype of matmuls.
-  """
-  plan, tile, rows = program.plan, program.tile, program.rows
+  def of_scores(part: Part, d_scores_QS: Array) -> Array:
+    decay_QS = program.decays(part).within(program.chunk)
+    weights_QS = weights(decay_QS)
+    d_read_TX, v_TX = program.d_read(part), program.values(part)
+    d_weights_QS = plan.dot(d_read_TX, v_TX, (1, 1))
+    sums.read[(*part.index, 0, rows)] = jnp.sum(weights_QS * d_weights_QS, axis=1)
+    if not SPLIT:
+      of_values(part, weights_QS)
+    return d_scores_QS + decay_QS * d_weights_QS
 
-  def within(offset: int, none_QS: Array) -> Array:
-    key = program.at(offset)
-    scores_QS = program.scores(tile, key)
+  def of_keys(number: int, part: Part, d_TN: tuple[Array, Array]) -> tuple[Array, Array]:
+    decays, piece = program.decays(part), pl.ds(plan.pieces[number], plan.piece)
+    h_NX, dh_NX = (part.state(x, program.chunk, piece) for x in (before_GHNP, d_after_GHNP))
+    product = jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
+    parts.whole[(*part.index, number)] = decays.whole(program.chunk) * product
+    from_start_T1, to_end_T1 = (
+        decay_T[:, None]
+        for decay_T in (decays.from_start(program.chunk), decays.to_end(program.chunk))
+    )
+    d_carried_TX = from_start_T1 * program.d_read(part).astype(jnp.float32)
+    added_TN = plan.dot(d_carried_TX, h_NX, (1, 1))
+    q_TN = stream.q_BTK[rows, piece].astype(jnp.float32)
+    sums.read[(*part.index, 1 + number, rows)] = jnp.sum(q_TN * added_TN, axis=1)
+    kept_TX = to_end_T1 * program.values(part).astype(jnp.float32)
+    return d_TN[0] + added_TN, d_TN[1] + plan.dot(kept_TX, dh_NX, (1, 1))
 
-    def body(part: Part, d_scores_QS: Array) -> Array:
-      decay_QS = program.decays(part).between(tile, tile + offset, same=not offset)
-      weights_QS = _weights(plan, scores_QS, decay_QS, offset).astype(jnp.float32)
-      d_weights_QS = plan.dot(program.d_read(part, tile), program.values(part, key), (1, 1))
-      sums_HAOT[(*part.index, -offset, rows)] = jnp.sum(weights_QS * d_weights_QS, axis=1)
-      return d_scores_QS + decay_QS * d_weights_QS
-
-    return program.each_part(body, none_QS)
-
-  d_scores = program.at_each(program.earlier, within, plan.dtype)
+  zeros_TN = jnp.zeros((plan.chunk, plan.piece), jnp.float32)
+  zeros_QS = jnp.zeros((plan.chunk, plan.chunk), jnp.float32)
+  if MERGED:
+    d_scores_QS, *d_first = program.each_part(
+        lambda part, carry: (of_scores(part, carry[0]), *of_keys(0, part, carry[1:])),
+        (zeros_QS, zeros_TN, zeros_TN),
+    )
+  else:
+    d_scores_QS = program.each_part(of_scores, zeros_QS)
+    if SPLIT:
+      def again(part, carry):
+        of_values(part, weights(program.decays(part).within(program.chunk)))
+        return carry
+      program.each_part(again, 0)
+    d_first = program.each_part(functools.partial(of_keys, 0), (zeros_TN, zeros_TN))
   for number, start in enumerate(plan.pieces):
+    d_TN = d_first if not number else program.each_part(
+        functools.partial(of_keys, number), (zeros_TN, zeros_TN)
+    )
     piece = pl.ds(start, plan.piece)
-
-    def carried(part: Part, d_TN: Array, number: int = number, piece: PyTree = piece) -> Array:
-      from_start_T1 = program.decays(part).since(program.first, rows)[:, None]
-      d_carried_TX = from_start_T1 * program.d_read(part, tile).astype(jnp.float32)
-      added_TN = plan.dot(d_carried_TX, part.state(before_GHNP, program.chunk, piece), (1, 1))
-      q_TN = program.stream.q_BTK[rows, piece].astype(jnp.float32)
-      sums_HAOT[(*part.index, plan.tiles + number, rows)] = jnp.sum(q_TN * added_TN, axis=1)
-      return d_TN + added_TN
-
-    d_TN = program.each_part(carried, program.zeros_keys())
-    d_TN = program.products(d_TN, program.earlier, d_scores, program.stream.k_BTK, piece)
-    d_q_TN[rows, piece] = d_TN.astype(d_q_TN.dtype)
-  return d_scores[0]
+    d_q_TN = d_TN[0] + plan.dot(d_scores_QS, stream.k_BTK[rows, piece], (1, 0))
+    d_k_TN = d_TN[1] + plan.dot(d_scores_QS, stream.q_BTK[rows, piece], (0, 0))
+    d_stream.q_BTK[rows, piece] = d_q_TN.astype(d_stream.q_BTK.dtype)
+    d_stream.k_BTK[rows, piece] = d_k_TN.astype(d_stream.k_BTK.dtype)
 
 
-def _keys(
-    program: Program, d_after_GHNP: PyTree, d_scores_SQ: Array, d_k_TN: PyTree
-) -> None:
-  """Computes the gradient of the keys, from that of the tile's scores with its own queries."""
-  plan, tile, rows = program.plan, program.tile, program.rows
-
-  def within(offset: int, none_SQ: Array) -> Array:
-    query = program.at(offset)
-
-    def body(part: Part, d_scores_SQ: Array) -> Array:
-      decay_SQ = program.decays(part).between(
-          tile + offset, tile, same=False, keys_first=True
-      )
-      v_TX, d_read_TX = program.values(part, tile), program.d_read(part, query)
-      return d_scores_SQ + decay_SQ * plan.dot(v_TX, d_read_TX, (1, 1))
-
-    return program.each_part(body, none_SQ)
-
-  d_scores = [d_scores_SQ, *program.at_each(program.later[1:], within, plan.dtype)]
-  for start in plan.pieces:
-    piece = pl.ds(start, plan.piece)
-
-    def kept(part: Part, d_TN: Array, piece: PyTree = piece) -> Array:
-      to_end_T1 = program.decays(part).to(program.last, rows)[:, None]
-      kept_TX = to_end_T1 * program.values(part, tile).astype(jnp.float32)
-      return d_TN + plan.dot(kept_TX, part.state(d_after_GHNP, program.chunk, piece), (1, 1))
-
-    d_TN = program.each_part(kept, program.zeros_keys())
-    d_TN = program.products(d_TN, program.later, d_scores, program.stream.q_BTK, piece)
-    d_k_TN[rows, piece] = d_TN.astype(d_k_TN.dtype)
+def _itself(plan: Plan) -> Array:
+  """Returns a bool mask [Q, S], true where a query's token is the key's."""
+  size = (plan.chunk, plan.chunk)
+  q_QS, s_QS = (jax.lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(2))
+  return q_QS == s_QS
 
 
 def _values(
     program: Program,
+    part: Part,
     epilogue: Epilogue | None,
     d_y_TU: PyTree,
     d_after_GHNP: PyTree,
+    within: tuple[Array, Array],
     d_v_TU: PyTree,
     d_x_TU: PyTree,
     sums: TokenSums,
     parts: PartSums,
 ) -> None:
-  """Computes the gradients of the values and of the skip connection, and sums that need them.
+  """Computes a part's gradients of the values and of the skip connection, and sums of them.
 
-  Scores of all tiles of the chunk are in registers at once, so its parts are narrow ones.
+  Args:
+    program: the program.
+    part: the part.
+    epilogue: skip and what it multiplies; None if another source than the layer's own.
+    d_y_TU: the gradient of the sum of reads.
+    d_after_GHNP: the gradients of the states after each chunk.
+    within: what later tokens of the chunk add to the values' gradients, [T, X], and each token's
+      score for itself, [T, 1].
+    d_v_TU: the gradient of the values, an output.
+    d_x_TU: the gradient of what `skip` multiplies, an output; None if that is the values.
+    sums: outputs.
+    parts: outputs.
   """
-  program = dataclasses.replace(program, plan=program.plan.narrow)
-  plan, stream = program.plan, program.stream
-  tile, rows, last = program.tile, program.rows, program.last
-  is_last_T1 = (
-      tile * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.tile, 1), 0) == last
-  )
-
-  def of_queries(offset: int, _: Array) -> Array:
-    return program.scores(program.at(offset), tile, keys_first=True)
-
-  scores = program.at_each(program.later, of_queries, jnp.dtype(jnp.float32))
-  own_T1 = _own_score(plan, scores[0])[:, None]
-
-  def body(part: Part, carry: PyTree) -> PyTree:
-    decays = program.decays(part)
-    k, dh = plan.load(stream.k_BTK, rows), part.states(d_after_GHNP, program.chunk)
-    d_kept_TX = decays.to(last, rows)[:, None] * plan.summed_dot(k, dh, (1, 0))
-    v_TX = program.values(part, tile).astype(jnp.float32)
-    d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
-    parts.last[part.index] = jnp.sum(v_TX * d_v_TX)
-
-    def added(d_v_TX: Array, offset: int, scores_SQ: Array) -> Array:
-      decay_SQ = decays.between(tile + offset, tile, same=not offset, keys_first=True)
-      weights_SQ = _weights(plan, scores_SQ, decay_SQ, offset)
-      d_read_TX = program.d_read(part, program.at(offset))
-      return d_v_TX + plan.dot(weights_SQ, d_read_TX, (1, 0))
-
-    for offset, scores_SQ in zip(program.later, scores, strict=True):
-      add = functools.partial(added, offset=offset, scores_SQ=scores_SQ)
-      d_v_TX = program.if_in_chunk(offset, add, d_v_TX)
-    sums.value[(*part.index, rows)] = jnp.sum(v_TX * d_v_TX, axis=1)
-    d_v_TX += jnp.where(is_last_T1, d_kept_TX, 0.0)
-    d_v_TX += own_T1 * program.d_read(part, tile).astype(jnp.float32)
-    if stream.scale_BHT is not None:
-      raw_TX = stream.v_BTE[rows, part.channels].astype(jnp.float32)
-      sums.scale[(*part.index, rows)] = jnp.sum(raw_TX * d_v_TX, axis=1)
-      d_v_TX *= stream.scale_BHT[part.head, rows][:, None]
-    if epilogue is not None and epilogue.skip is not None:
-      d_y_TX = d_y_TU[rows, part.channels].astype(jnp.float32)
-      x_TU = stream.v_BTE if epilogue.x is None else epilogue.x
-      parts.skip[part.index] = jnp.sum(d_y_TX * x_TU[rows, part.channels].astype(jnp.float32))
-      d_x_TX = epilogue.skip[part.head] * d_y_TX
-      if epilogue.x is None:
-        d_v_TX += d_x_TX
-      else:
-        d_x_TU[rows, part.channels] = d_x_TX.astype(d_x_TU.dtype)
-    d_v_TU[rows, part.channels] = d_v_TX.astype(d_v_TU.dtype)
-    return carry
-
-  program.each_part(body, 0)
-
-
-def _whole_chunk(
-    program: Program, before_GHNP: PyTree, d_after_GHNP: PyTree, d_whole_HA: PyTree
-) -> None:
-  """Computes the gradient of the chunk's whole decay, in the program of the chunk's last tile."""
-  plan = program.plan
-
-  def body(part: Part, carry: PyTree) -> PyTree:
-    h, dh = (part.states(x_GHNP, program.chunk) for x_GHNP in (before_GHNP, d_after_GHNP))
-    product = sum(
-        jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
-        for h_NX, dh_NX in zip(h, dh, strict=True)
-    )
-    whole = program.decays(part).since(program.first, program.last)
-    d_whole_HA[part.index] = whole * product
-    return carry
-
-  @pl.when(rem(program.tile, plan.tiles) == plan.tiles - 1)
-  def _last_tile() -> None:
-    program.each_part(body, 0)
+  plan, stream, rows = program.plan, program.stream, program.rows
+  is_last_T1 = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0) == plan.chunk - 1
+  d_within_TX, own_T1 = within
+  k, dh = plan.load(stream.k_BTK, rows), part.states(d_after_GHNP, program.chunk)
+  to_end_T1 = program.decays(part).to_end(program.chunk)[:, None]
+  d_kept_TX = to_end_T1 * plan.summed_dot(k, dh, (1, 0))
+  if SKIPV:
+    d_v_TU[rows, part.channels] = (d_kept_TX + d_within_TX).astype(d_v_TU.dtype)
+    return
+  v_TX = program.values(part).astype(jnp.float32)
+  d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
+  parts.last[part.index] = jnp.sum(v_TX * d_v_TX)
+  d_v_TX += d_within_TX
+  sums.value[(*part.index, rows)] = jnp.sum(v_TX * d_v_TX, axis=1)
+  d_v_TX += jnp.where(is_last_T1, d_kept_TX, 0.0)
+  d_v_TX += own_T1 * program.d_read(part).astype(jnp.float32)
+  if stream.scale_BHT is not None:
+    raw_TX = stream.v_BTE[rows, part.channels].astype(jnp.float32)
+    sums.scale[(*part.index, rows)] = jnp.sum(raw_TX * d_v_TX, axis=1)
+    d_v_TX *= stream.scale_BHT[part.head, rows][:, None]
+  if epilogue is not None and epilogue.skip is not None:
+    d_y_TX = d_y_TU[rows, part.channels].astype(jnp.float32)
+    x_TU = stream.v_BTE if epilogue.x is None else epilogue.x
+    parts.skip[part.index] = jnp.sum(d_y_TX * x_TU[rows, part.channels].astype(jnp.float32))
+    d_x_TX = epilogue.skip[part.head] * d_y_TX
+    if epilogue.x is None:
+      d_v_TX += d_x_TX
+    else:
+      d_x_TU[rows, part.channels] = d_x_TX.astype(d_x_TU.dtype)
+  d_v_TU[rows, part.channels] = d_v_TX.astype(d_v_TU.dtype)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,13 @@ from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.kernel_cost import KernelCost
 from dense_jax.ops.matrix.gpu_backward import chunks_backward_kernel
 from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
-from dense_jax.ops.matrix.gpu_scan import forward_kernel, scores_kernel, states_backward_kernel
+from dense_jax.ops.matrix.gpu_scan import (
+    forward_kernel,
+    read_backward_kernel,
+    read_kernel,
+    scores_kernel,
+    states_backward_kernel,
+)
 from dense_jax.ops.matrix.gpu_specs import Gate, Specs, if_given
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.ops.recurrence import LowRankGate
@@ -21,6 +28,7 @@ from dense_jax.types import Array, PyTree
 
 # Warps of every program.
 _WARPS = 8
+BACK_STAGES = 1
 
 
 def _like(x: PyTree) -> PyTree:
@@ -49,7 +57,7 @@ def _call(
     outputs: trees of shapes, each with its tree of block specs.
     matmul_flops: operations in matmuls.
     exponentials: exponentials, each of a difference of two sums of two parts.
-    stages: tiles in shared memory at a time.
+    stages: chunks in shared memory at a time.
 
   Returns:
     The outputs.
@@ -92,12 +100,12 @@ def _gate_flops(plan: Plan, gates: tuple[Gate, ...]) -> int:
 
 
 def _call_scores(plan: Plan, streams: tuple[Stream, ...]) -> tuple[Array, ...]:
-  """Computes each source's products of queries and keys of one tile, [B, J, T, S]."""
-  tokens = pl.BlockSpec((None, plan.tile, plan.state_size), lambda b, t, g: (b, t, g))
-  products = pl.BlockSpec((None, None, plan.tile, plan.tile), lambda b, t, g: (b, g, t, 0))
-  shape, sources = _float32(plan.batch, plan.groups, plan.time, plan.tile), len(streams)
+  """Computes each source's products of queries and keys of one chunk, [B, J, T, S]."""
+  tokens = pl.BlockSpec((None, plan.chunk, plan.state_size), lambda b, t, g: (b, t, g))
+  products = pl.BlockSpec((None, None, plan.chunk, plan.chunk), lambda b, t, g: (b, g, t, 0))
+  shape, sources = _float32(plan.batch, plan.groups, plan.time, plan.chunk), len(streams)
   return _call(
-      scores_kernel, plan, (plan.batch, plan.chunks * plan.tiles, plan.groups),
+      scores_kernel, plan, (plan.batch, plan.chunks, plan.groups),
       [
           ([stream.q_BTK for stream in streams], [tokens] * sources),
           ([stream.k_BTK for stream in streams], [tokens] * sources),
@@ -134,36 +142,57 @@ def call_forward(
     count_BT: Array | None, *, save: bool,
 ) -> Forward:
   """Computes the forward pass; `save` asks for what the backward pass needs of it."""
-  specs, sources = Specs(plan, by_part=True), len(streams)
+  specs = Specs(plan, by_part=True)
   batch, time, size = plan.batch, plan.time, plan.state_size
-  wide = (batch, time, plan.heads * plan.channels)
-  open_BTE = moments_BHA2T = None
-  if save and epilogue.z is not None:
-    open_BTE = jax.ShapeDtypeStruct(wide, plan.dtype)
-  if plan.moments:
-    moments_BHA2T = _float32(batch, plan.heads, plan.parts, 2, time)
-  reads = (jax.ShapeDtypeStruct(wide, plan.dtype),) * (len(gates) * save)
-  before = (_between(plan),) * (sources * save)
-  tokens = sources * batch * time * plan.heads * plan.parts
+  wide = jax.ShapeDtypeStruct((batch, time, plan.heads * plan.channels), plan.dtype)
   scores = _call_scores(plan, streams)
-  out_BTE, open_BTE, moments_BHA2T, reads, before, final_BHPN = _call(
+  state, count = _between(plan) if save else None, (count_BT, if_given(count_BT, specs.count))
+  before_spec = if_given(state, specs.between)
+  tokens = batch * time * plan.heads * plan.parts
+  work: Any = {
+      "exponentials": tokens * plan.chunk, "stages": plan.stages,
+      "matmul_flops": 2 * tokens * plan.width * (plan.chunk + 2 * size),
+  }
+  sums: dict[int | None, Array] = {}  # Of reads of shallow sources, by their gates.
+  before: list[Array] = []
+  for stream, score, gate in zip(streams[1:], scores[1:], plan.gates[1:], strict=True):
+    others = sums.get(gate)
+    sums[gate], before_BGHNP = _call(
+        read_kernel, plan, (batch, plan.heads * plan.parts),
+        [(stream, specs.stream(stream)), (score, specs.scores), count,
+         (others, if_given(others, specs.values))],
+        [(wide, specs.values), (state, before_spec)], **work,
+    )
+    before.append(before_BGHNP)
+  gated = tuple(sums.get(number) for number in range(len(gates)))
+  opened = wide if save and epilogue.z is not None else None
+  read = wide if save and plan.gates[0] is not None else None
+  moments = _float32(batch, plan.heads, plan.parts, 2, time) if plan.moments else None
+  work["matmul_flops"] += _gate_flops(plan, gates)
+  out_BTE, open_BTE, moments_BHA2T, read_BTE, before_BGHNP, final_BHPN = _call(
       forward_kernel, plan, (batch, plan.heads * plan.parts),
       [
-          (streams, tuple(map(specs.stream, streams))), (scores, (specs.scores,) * sources),
+          (streams[0], specs.stream(streams[0])), (scores[0], specs.scores),
+          (sums.get(None), if_given(sums.get(None), specs.values)),
           (_rounded(plan, gates), tuple(map(specs.gate, gates))),
-          (epilogue, specs.epilogue(epilogue)), (count_BT, if_given(count_BT, specs.count)),
+          (gated, tuple(if_given(x_BTE, specs.values) for x_BTE in gated)),
+          (epilogue, specs.epilogue(epilogue)), count,
       ],
       [
-          (jax.ShapeDtypeStruct(wide, plan.out), specs.values),
-          (open_BTE, if_given(open_BTE, specs.values)),
-          (moments_BHA2T, if_given(moments_BHA2T, specs.moments)),
-          (reads, (specs.values,) * len(reads)), (before, (specs.between,) * len(before)),
+          (jax.ShapeDtypeStruct(wide.shape, plan.out), specs.values),
+          (opened, if_given(opened, specs.values)), (moments, if_given(moments, specs.moments)),
+          (read, if_given(read, specs.values)), (state, before_spec),
           (_float32(batch, plan.heads, plan.channels, size), specs.state),
       ],
-      matmul_flops=2 * tokens * plan.width * (plan.tile + 2 * size) + _gate_flops(plan, gates),
-      exponentials=tokens * plan.tile, stages=plan.stages,
+      **work,
   )
-  return Forward(out_BTE, moments_BHA2T, final_BHPN, open_BTE, reads, before)
+  reads = tuple(
+      read_BTE if plan.gates[0] == number else x_BTE for number, x_BTE in enumerate(gated)
+  )
+  return Forward(
+      out_BTE, moments_BHA2T, final_BHPN, open_BTE, reads if save else (),
+      (before_BGHNP, *before) if save else (),
+  )
 
 
 @jax.tree_util.register_dataclass
@@ -210,7 +239,7 @@ def call_states_backward(
     reads: for each gate the sum of the reads that it multiplies.
     gradients: of the result, of its moments, [B, H, 2, T], and of the first source's last state.
   """
-  specs, sources = Specs(plan, by_part=True), len(streams)
+  specs = Specs(plan, by_part=True)
   d_out_BTE, d_moments_BH2T, d_final_BHPN = gradients
   d_y_BTE = d_z_BTE = None
   if z_BTE is not None:
@@ -218,42 +247,53 @@ def call_states_backward(
   if z_BTE is not None or d_moments_BH2T is not None:
     d_y_BTE = jax.ShapeDtypeStruct(d_out_BTE.shape, plan.dtype)
   opened = None if d_y_BTE is None else open_BTE
-  initial = tuple(_like(stream.initial_BHPN) for stream in streams)
-  tokens = sources * plan.batch * plan.time * plan.heads * plan.parts
+  tokens = plan.batch * plan.time * plan.heads * plan.parts
   factors = tuple(gate.hidden_R if isinstance(gate, LowRankGate) else gate for gate in gates)
   d_factors = tuple(jax.ShapeDtypeStruct(d_out_BTE.shape, factor.dtype) for factor in factors)
-  wide = (specs.values,) * len(gates)
+  wide, count = (specs.values,) * len(gates), (count_BT, if_given(count_BT, specs.count))
+  work: Any = {
+      "exponentials": tokens, "stages": plan.stages,
+      "matmul_flops": 2 * tokens * plan.state_size * plan.width,
+  }
 
-  def asked(stream: Stream) -> Stream:
-    """Drops what the kernel does not read."""
-    return dataclasses.replace(
-        stream, k_BTK=None, v_BTE=None, scale_BHT=None, initial_BHPN=None
+  def source(stream: Stream) -> tuple[PyTree, PyTree]:
+    """Returns the source without what the kernels do not read, and its specs."""
+    none: Any = {"k_BTK": None, "v_BTE": None, "scale_BHT": None, "initial_BHPN": None}
+    return (
+        dataclasses.replace(stream, **none), dataclasses.replace(specs.stream(stream), **none)
     )
+
+  def states(stream: Stream) -> list[tuple[PyTree, PyTree]]:
+    """Returns the shapes of the gradients of a source's states, and their specs."""
+    initial = _like(stream.initial_BHPN)
+    return [(_between(plan), specs.between), (initial, if_given(initial, specs.state))]
 
   found_BTE, found_z_BTE, d_reads, d_gates, d_after, d_initial = _call(
       states_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
       [
-          (
-              tuple(asked(stream) for stream in streams),
-              tuple(asked(specs.stream(stream)) for stream in streams),
-          ),
-          (_rounded(plan, gates), tuple(map(specs.gate, gates))), (reads, wide),
-          (z_BTE, if_given(z_BTE, specs.values)),
-          (count_BT, if_given(count_BT, specs.count)), (opened, if_given(opened, specs.values)),
-          (d_out_BTE, specs.values), (d_moments_BH2T, if_given(d_moments_BH2T, specs.d_moments)),
+          source(streams[0]), (_rounded(plan, gates), tuple(map(specs.gate, gates))),
+          (reads, wide), (z_BTE, if_given(z_BTE, specs.values)), count,
+          (opened, if_given(opened, specs.values)), (d_out_BTE, specs.values),
+          (d_moments_BH2T, if_given(d_moments_BH2T, specs.d_moments)),
           (d_final_BHPN, specs.state),
       ],
       [
           (d_y_BTE, if_given(d_y_BTE, specs.values)), (d_z_BTE, if_given(d_z_BTE, specs.values)),
-          (_like(reads), wide), (d_factors, wide),
-          ((_between(plan),) * sources, (specs.between,) * sources),
-          (initial, tuple(if_given(shape, specs.state) for shape in initial)),
+          (_like(reads), wide), (d_factors, wide), *states(streams[0]),
       ],
-      matmul_flops=2 * tokens * plan.state_size * plan.width + _gate_flops(plan, gates),
-      exponentials=tokens, stages=plan.stages,
+      **work | {"matmul_flops": work["matmul_flops"] + _gate_flops(plan, gates)},
   )
   y_BTE = d_out_BTE if found_BTE is None else found_BTE
-  return StatesBackward(y_BTE, found_z_BTE, d_reads, d_gates, d_after, d_initial)
+  after, initial = [d_after], [d_initial]
+  for stream, gate in zip(streams[1:], plan.gates[1:], strict=True):
+    d_after, d_initial = _call(
+        read_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
+        [source(stream), count, (y_BTE if gate is None else d_reads[gate], specs.values)],
+        states(stream), **work,
+    )
+    after.append(d_after)
+    initial.append(d_initial)
+  return StatesBackward(y_BTE, found_z_BTE, d_reads, d_gates, tuple(after), tuple(initial))
 
 
 def call_chunks_backward(
@@ -280,14 +320,14 @@ def call_chunks_backward(
     The outputs of `chunks_backward_kernel`.
   """
   plan = dataclasses.replace(plan, width=power_of_two(plan.channels, 64))
-  specs, narrow_specs = (Specs(by, by_part=False) for by in (plan, plan.narrow))
+  specs = Specs(plan, by_part=False)
   batch, time, size = plan.batch, plan.time, plan.state_size
-  tiles = plan.chunks * plan.tiles
-  parts, narrow = (plan.heads, plan.parts), (plan.heads, plan.narrow.parts)
+  parts = (plan.heads, plan.parts)
   skips = epilogue is not None and epilogue.skip is not None
   x_BTE = None if epilogue is None else epilogue.x
-  sums, last = _float32(batch, *narrow, time), _float32(batch, tiles, *narrow)
-  shares = _float32(batch, *parts, plan.tiles + len(plan.pieces), time)
+  sums, last = _float32(batch, *parts, time), _float32(batch, plan.chunks, *parts)
+  shares = _float32(batch, *parts, 1 + len(plan.pieces), time)
+  whole = _float32(batch, plan.chunks, *parts, len(plan.pieces))
   stream = dataclasses.replace(stream, initial_BHPN=None)
   epilogue_spec = None if epilogue is None else specs.epilogue(epilogue)
 
@@ -297,10 +337,8 @@ def call_chunks_backward(
 
   by_part = 2 * batch * time * plan.heads * plan.parts
   by_group = 2 * batch * time * plan.groups
-  # Tokens of the chunk in the tile itself and in those that come earlier, or later, on average.
-  seen = plan.tile * (plan.tiles + 1) // 2
   return _call(
-      chunks_backward_kernel, plan, (batch, tiles, plan.groups),
+      chunks_backward_kernel, plan, (batch, plan.chunks, plan.groups),
       [
           (stream, specs.stream(stream)), (epilogue, epilogue_spec),
           (count_BT, if_given(count_BT, specs.count)), (d_read_BTE, specs.values),
@@ -312,19 +350,14 @@ def call_chunks_backward(
           (_like(x_BTE), if_given(x_BTE, specs.values)),
           (
               TokenSums(shares, sums, if_given(stream.scale_BHT, sums)),
-              TokenSums(
-                  specs.shares, narrow_specs.sums, if_given(stream.scale_BHT, narrow_specs.sums)
-              ),
+              TokenSums(specs.shares, specs.sums, if_given(stream.scale_BHT, specs.sums)),
           ),
           (
-              PartSums(last, _float32(batch, plan.chunks, *parts), last if skips else None),
-              PartSums(
-                  narrow_specs.numbers, specs.whole, narrow_specs.numbers if skips else None
-              ),
+              PartSums(last, whole, last if skips else None),
+              PartSums(specs.numbers, specs.whole, specs.numbers if skips else None),
           ),
       ],
-      # Gradients of scores of two tiles are computed twice, those of one tile once.
-      matmul_flops=by_part * plan.width * (3 * (seen + size) - plan.tile)
-      + by_group * 4 * seen * size,
-      exponentials=by_part // 2 * (3 * seen - plan.tile), stages=1,
+      matmul_flops=by_part * plan.width * (2 * plan.chunk + 3 * size)
+      + by_group * 3 * plan.chunk * size,
+      exponentials=by_part // 2 * plan.chunk, stages=BACK_STAGES,
   )

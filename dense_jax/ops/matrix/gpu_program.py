@@ -1,17 +1,14 @@
-"""Programs of the GPU kernel of gradients inside chunks: a tile, its chunk and its parts.
+"""Programs of the GPU kernel of gradients inside chunks: a chunk and its parts.
 
-A program takes one tile of a row and all heads of a group, part by part: so it sums the gradients
-of the keys and queries that they share. It reads the tile as queries, against the tiles before it
-in its chunk, and as keys, against those after it. Attributes of type PyTree or Stream are
-references to the group's blocks of the arrays, all tokens of the row.
+A program takes one chunk of a row and all heads of a group, part by part: so it sums the gradients
+of the keys and queries that they share. Attributes of type PyTree or Stream are references to the
+group's blocks of the arrays, all tokens of the row.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled
@@ -23,12 +20,9 @@ from dense_jax.types import Array, PyTree
 class TokenSums:
   """Sums over one part's channels X, float32, as references or arrays [B, H, A, T].
 
-  A are narrow parts, but for `read`.
-
   Attributes:
-    read: of the gradient of the read times the read, [B, H, A, O, T]: one share for each offset of
-      the tile whose values are read, undefined if it is in another chunk, then one for each piece
-      of the carried state.
+    read: of the gradient of the read times the read, [B, H, A, O, T]: the share of what is read
+      inside the chunk, then one for each piece of the carried state.
     value: of the scaled value times its gradient.
     scale: of the value times the gradient of the scaled value; None without a scale.
   """
@@ -41,15 +35,13 @@ class TokenSums:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PartSums:
-  """Sums over one part's channels X and a tile's tokens, float32, as references or arrays.
-
-  A are narrow parts, but for `whole`.
+  """Sums over one part's channels X and a chunk's tokens, float32, as references or arrays.
 
   Attributes:
-    last: what the tile's values in the state after the chunk add to the gradient of the summed log
-      decay of the chunk's last token, [B, tiles, H, A].
-    whole: what the state before the chunk adds there, [B, G, H, A].
-    skip: the gradient of `Epilogue.skip`, [B, tiles, H, A]; None without it.
+    last: what the chunk's values in the state after it add to the gradient of the summed log decay
+      of the chunk's last token, [B, G, H, A].
+    whole: what each piece of the state before the chunk adds there, [B, G, H, A, pieces].
+    skip: the gradient of `Epilogue.skip`, [B, G, H, A]; None without it.
   """
 
   last: PyTree
@@ -93,86 +85,50 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The program's tile, and what all its parts are computed from.
+  """The program's chunk, and what all its parts are computed from.
 
   Attributes:
     plan: the sizes.
     stream: the source.
     count_T: resets up to each token, inclusive; None means none.
     d_read_TU: the gradient of the read.
-    tile: the tile.
+    chunk: the chunk.
   """
 
   plan: Plan
   stream: Stream
   count_T: PyTree
   d_read_TU: PyTree
-  tile: Array
+  chunk: Array
 
   @property
   def rows(self) -> PyTree:
-    """The tile's tokens."""
-    return self.plan.rows(self.tile)
+    """The chunk's tokens."""
+    return self.plan.rows(self.chunk)
 
-  @property
-  def chunk(self) -> Array:
-    """The tile's chunk."""
-    return div(self.tile, self.plan.tiles)
-
-  @property
-  def first(self) -> Array:
-    """The first token of the chunk."""
-    return self.chunk * self.plan.chunk
-
-  @property
-  def last(self) -> Array:
-    """The last token of the chunk."""
-    return self.first + self.plan.chunk - 1
-
-  def at(self, offset: int) -> Array:
-    """Returns a tile near the program's, or some tile if there is none."""
-    return jnp.clip(self.tile + offset, 0, self.plan.chunks * self.plan.tiles - 1)
-
-  def if_in_chunk(self, offset: int, function: Callable[[PyTree], PyTree], x: PyTree) -> PyTree:
-    """Returns function(x) if the tile at an offset is in the program's chunk, else x."""
-    if not offset:
-      return function(x)
-    place = rem(self.tile, self.plan.tiles) + offset
-    return jax.lax.cond((place >= 0) & (place < self.plan.tiles), function, lambda x: x, x)
-
-  @property
-  def earlier(self) -> range:
-    """Offsets of tiles whose keys the program's queries may see."""
-    return range(0, -self.plan.tiles, -1)
-
-  @property
-  def later(self) -> range:
-    """Offsets of tiles whose queries may see the program's keys."""
-    return range(self.plan.tiles)
-
-  def d_read(self, part: Part, tile: Array) -> Array:
-    """Returns the gradient of the read in a tile, rounded to the dtype of matmuls.
+  def d_read(self, part: Part) -> Array:
+    """Returns the gradient of the read, rounded to the dtype of matmuls.
 
     Every use of it is rounded alike, so that terms of the decays' gradients cancel.
     """
-    return self.d_read_TU[self.plan.rows(tile), part.channels].astype(self.plan.dtype)
+    return self.d_read_TU[self.rows, part.channels].astype(self.plan.dtype)
 
   def decays(self, part: Part) -> Decays:
     """Returns the decays of the part's head."""
     return Decays(self.plan, self.stream, self.count_T, (part.head,))
 
-  def values(self, part: Part, tile: Array) -> Array:
-    """Returns the scaled values of a tile."""
-    rows, scale_T = self.plan.rows(tile), None
+  def values(self, part: Part) -> Array:
+    """Returns the scaled values."""
+    scale_T = None
     if self.stream.scale_BHT is not None:
-      scale_T = self.stream.scale_BHT[part.head, rows]
-    return scaled(self.plan, self.stream.v_BTE[rows, part.channels], scale_T)
+      scale_T = self.stream.scale_BHT[part.head, self.rows]
+    return scaled(self.plan, self.stream.v_BTE[self.rows, part.channels], scale_T)
 
-  def scores(self, query: Array, key: Array, *, keys_first: bool = False) -> Array:
-    """Returns the products [Q, S] of queries and keys of two tiles, or [S, Q] with keys first."""
+  def scores(self) -> Array:
+    """Returns the products [Q, S] of the chunk's queries and keys."""
     plan, stream = self.plan, self.stream
-    q, k = plan.load(stream.q_BTK, plan.rows(query)), plan.load(stream.k_BTK, plan.rows(key))
-    return plan.summed_dot(*((k, q) if keys_first else (q, k)), (1, 1))
+    q, k = plan.load(stream.q_BTK, self.rows), plan.load(stream.k_BTK, self.rows)
+    return plan.summed_dot(q, k, (1, 1))
 
   def each_part(self, body: Callable[[Part, PyTree], PyTree], carry: PyTree) -> PyTree:
     """Calls body(part, carry) for each part of each head in turn."""
@@ -181,31 +137,3 @@ class Program:
         0, plan.per_group * plan.parts, lambda number, carry: body(Part(plan, number), carry),
         carry,
     )
-
-  def zeros_keys(self) -> Array:
-    """Returns zeros of the size of a piece of the tile's keys."""
-    return jnp.zeros((self.plan.tile, self.plan.piece), jnp.float32)
-
-  def at_each(
-      self, offsets: Iterable[int], function: Callable[[int, Array], Array], dtype: jnp.dtype
-  ) -> list[Array]:
-    """Returns function(offset, zeros) for each tile of the chunk, and zeros for others."""
-    zeros = jnp.zeros((self.plan.tile, self.plan.tile), jnp.float32)
-    return [
-        self.if_in_chunk(offset, functools.partial(function, offset), zeros).astype(dtype)
-        for offset in offsets
-    ]
-
-  def products(
-      self, sum_TN: Array, offsets: Iterable[int], scores: Sequence[Array], x_TK: PyTree,
-      piece: PyTree,
-  ) -> Array:
-    """Adds the products of gradients of scores and a piece of the keys or queries of tiles."""
-    for offset, scores_TT in zip(offsets, scores, strict=True):
-
-      def added(sum_TN: Array, offset: int = offset, scores_TT: Array = scores_TT) -> Array:
-        x_TN = x_TK[self.plan.rows(self.at(offset)), piece]
-        return sum_TN + self.plan.dot(scores_TT, x_TN, (1, 0))
-
-      sum_TN = self.if_in_chunk(offset, added, sum_TN)
-    return sum_TN

@@ -1,110 +1,167 @@
-"""GPU kernels that go through a row's tiles in order, with states in registers.
+"""GPU kernels that go through a row's chunks in order, with states in registers.
 
 A program takes one row and one part of a head. The products of queries and keys, which all heads of
 a group and their parts share, come from a kernel of their own. Arguments of type PyTree, Stream or
 Epilogue are references to the program's own blocks of the arrays, all tokens of the row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, open_gate, rem, scaled
+from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, open_gate, scaled
 from dense_jax.ops.triton_functions import sigmoid
 from dense_jax.types import Array, PyTree
 
-States = tuple[tuple[Array, ...], ...]
-"""For each source the pieces [piece, X] of its state, float32."""
+State = tuple[Array, ...]
+"""The pieces [piece, X] of a state, float32."""
 
 
 def scores_kernel(
     plan: Plan, queries: Sequence[PyTree], keys: Sequence[PyTree], scores: Sequence[PyTree]
 ) -> None:
-  """Computes the products of a tile's queries and keys.
+  """Computes the products of a chunk's queries and keys.
 
   Args:
     plan: the sizes.
-    queries: those of each source, [tile, N].
+    queries: those of each source, [C, N].
     keys: keys.
     scores: products, float32 [Q, S], outputs.
   """
-  rows = pl.ds(0, plan.tile)
+  rows = pl.ds(0, plan.chunk)
   for q_TN, k_TN, scores_QS in zip(queries, keys, scores, strict=True):
     scores_QS[...] = plan.summed_dot(plan.load(q_TN, rows), plan.load(k_TN, rows), (1, 1))
 
 
+class _Source(NamedTuple):
+  """One source as a program goes through its chunks."""
+
+  plan: Plan
+  stream: Stream
+  scores_TS: PyTree
+  decays: Decays
+
+  @classmethod
+  def of(cls, plan: Plan, stream: Stream, scores_TS: PyTree, count_T: PyTree) -> "_Source":
+    """Returns a source; `scores_TS` are the products of queries with their chunks' keys."""
+    return cls(plan, stream, scores_TS, Decays(plan, stream, count_T))
+
+  def advance(self, chunk: Array, h: State) -> tuple[Array, State]:
+    """Returns the read [C, X] of a chunk, float32, and the state after it.
+
+    Args:
+      chunk: the chunk.
+      h: the state before it.
+    """
+    plan, stream, rows = self.plan, self.stream, self.plan.rows(chunk)
+    q, k = plan.load(stream.q_BTK, rows), plan.load(stream.k_BTK, rows)
+    scale_T = None if stream.scale_BHT is None else stream.scale_BHT[rows]
+    v_TX = scaled(plan, stream.v_BTE[rows, :], scale_T)
+    weights_QS = self.scores_TS[rows, :] * self.decays.within(chunk)
+    read_TX = self.decays.from_start(chunk)[:, None] * plan.summed_dot(q, h, (1, 0))
+    read_TX += plan.dot(weights_QS, v_TX, (1, 0))
+    kept_TX = self.decays.to_end(chunk)[:, None] * v_TX.astype(jnp.float32)
+    whole = self.decays.whole(chunk)
+    return read_TX, tuple(
+        whole * h_NX + plan.dot(k_TN, kept_TX, (0, 0)) for h_NX, k_TN in zip(h, k, strict=True)
+    )
+
+
+def read_kernel(
+    plan: Plan,
+    stream: Stream,
+    scores_TS: PyTree,
+    count_T: PyTree,
+    others_TX: PyTree,
+    read_TX: PyTree,
+    before_GNX: PyTree,
+) -> None:
+  """Computes the reads of a shallow source.
+
+  Args:
+    plan: the sizes.
+    stream: the source.
+    scores_TS: the products of each token's query with its chunk's keys.
+    count_T: resets up to each token, inclusive; None means none.
+    others_TX: reads that are added, of other sources with the same gate; None means none.
+    read_TX: the sum, an output.
+    before_GNX: states before each chunk, an output; None if not saved.
+  """
+  source = _Source.of(plan, stream, scores_TS, count_T)
+
+  def step(chunk: Array, h: State) -> State:
+    rows = plan.rows(chunk)
+    _save(plan, before_GNX, chunk, h)
+    sum_TX, h = source.advance(chunk, h)
+    if others_TX is not None:
+      sum_TX += others_TX[rows, :].astype(jnp.float32)
+    read_TX[rows, :] = sum_TX.astype(read_TX.dtype)
+    return h
+
+  jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, stream.initial_BHPN))
+
+
 def forward_kernel(
     plan: Plan,
-    streams: tuple[Stream, ...],
-    scores: Sequence[PyTree],
+    stream: Stream,
+    scores_TS: PyTree,
+    ungated_TX: PyTree,
     gates: tuple[PyTree, ...],
+    gated: tuple[PyTree, ...],
     epilogue: Epilogue,
     count_T: PyTree,
     out_TX: PyTree,
     open_TX: PyTree,
     moments_2T: PyTree,
-    reads: Sequence[PyTree],
-    before: Sequence[PyTree],
+    read_TX: PyTree,
+    before_GNX: PyTree,
     final_XN: PyTree,
 ) -> None:
-  """Computes the epilogue of the sum of all sources' gated reads, and the states between chunks.
+  """Computes the epilogue of the sum of all sources' gated reads; `stream` is the layer's own.
 
   Args:
     plan: the sizes.
-    streams: the sources.
-    scores: for each source the products of each token's query with its tile's keys, [T, S].
+    stream: the layer's own recurrence.
+    scores_TS: the products of each token's query with its chunk's keys.
+    ungated_TX: the sum of other sources' reads without a gate; None means none.
     gates: gates of reads, [T, X], or low-rank ones.
+    gated: for each gate the sum of other sources' reads that it multiplies; None means none.
     epilogue: the epilogue's arrays.
     count_T: resets up to each token, inclusive; None means none.
     out_TX: the result, an output.
     open_TX: the result before its gate, an output; None without a gate, or if nothing is saved
       for the backward pass.
     moments_2T: sums of the result and of its squares over X, an output; None means not wanted.
-    reads: for each gate the sum of the reads that it multiplies, [T, X], outputs if saved.
-    before: each source's states before each chunk, [G, N, X], outputs if saved.
-    final_XN: the first source's last state, an output.
+    read_TX: the sum of the reads that the own read's gate multiplies, an output; None without
+      such a gate, or if nothing is saved.
+    before_GNX: states before each chunk, an output; None if not saved.
+    final_XN: the last state, an output.
   """
-  decays = [Decays(plan, stream, count_T) for stream in streams]
+  own = _Source.of(plan, stream, scores_TS, count_T)
   head = div(pl.program_id(1), plan.parts)
 
-  def step(tile: Array, states: States) -> States:
-    rows, first = plan.rows(tile), tile * plan.tile
-    last = first + plan.tile - 1
-
-    @pl.when(rem(tile, plan.tiles) == 0)
-    def _save() -> None:
-      for h_GNX, pieces in zip(before, states, strict=False):  # None at all if not saved.
-        for start, h_NX in zip(plan.pieces, pieces, strict=True):
-          h_GNX[div(tile, plan.tiles), pl.ds(start, plan.piece), :] = h_NX.astype(h_GNX.dtype)
-
-    y_TX = jnp.zeros((plan.tile, plan.width), jnp.float32)
-    gated = [y_TX] * len(gates)
-    after = []
-    for index, (stream, decay, h) in enumerate(zip(streams, decays, states, strict=True)):
-      q, k = plan.load(stream.q_BTK, rows), plan.load(stream.k_BTK, rows)
-      scale_T = None if stream.scale_BHT is None else stream.scale_BHT[rows]
-      v_TX = scaled(plan, stream.v_BTE[rows, :], scale_T)
-      weights_QS = scores[index][rows, :] * decay.between(tile, tile, same=True)
-      read_TX = decay.since(first, rows)[:, None] * plan.summed_dot(q, h, (1, 0))
-      read_TX += plan.dot(weights_QS, v_TX, (1, 0))
-      if (number := plan.gates[index]) is None:
-        y_TX += read_TX
-      else:
-        gated[number] += read_TX
-      kept_TX = decay.to(last, rows)[:, None] * v_TX.astype(jnp.float32)
-      whole = decay.since(first, last)
-      after.append(tuple(
-          whole * h_NX + plan.dot(k_TN, kept_TX, (0, 0)) for h_NX, k_TN in zip(h, k, strict=True)
-      ))
-    for number, (gate, read_TX) in enumerate(zip(gates, gated, strict=True)):
-      if reads:
-        reads[number][rows, :] = read_TX.astype(reads[number].dtype)
-      y_TX += open_gate(plan, gate, rows)[0] * read_TX
+  def step(chunk: Array, h: State) -> State:
+    rows = plan.rows(chunk)
+    _save(plan, before_GNX, chunk, h)
+    own_TX, h = own.advance(chunk, h)
+    y_TX = own_TX if plan.gates[0] is None else jnp.zeros_like(own_TX)
+    if ungated_TX is not None:
+      y_TX += ungated_TX[rows, :].astype(jnp.float32)
+    for number, (gate, others_TX) in enumerate(zip(gates, gated, strict=True)):
+      sum_TX = jnp.zeros_like(own_TX)
+      if others_TX is not None:
+        sum_TX += others_TX[rows, :].astype(jnp.float32)
+      if plan.gates[0] == number:
+        sum_TX += own_TX
+        if read_TX is not None:
+          read_TX[rows, :] = sum_TX.astype(read_TX.dtype)
+      y_TX += open_gate(plan, gate, rows)[0] * sum_TX
     if epilogue.skip is not None:
-      x_TX = (streams[0].v_BTE if epilogue.x is None else epilogue.x)[rows, :]
+      x_TX = (stream.v_BTE if epilogue.x is None else epilogue.x)[rows, :]
       y_TX += epilogue.skip[head] * x_TX.astype(jnp.float32)
     if epilogue.z is not None:
       if open_TX is not None:
@@ -115,24 +172,36 @@ def forward_kernel(
     if moments_2T is not None:
       moments_2T[0, rows] = jnp.sum(y_TX, axis=1)
       moments_2T[1, rows] = jnp.sum(y_TX * y_TX, axis=1)
-    return tuple(after)
+    return h
 
-  states = tuple(_initial(plan, stream.initial_BHPN) for stream in streams)
-  states = jax.lax.fori_loop(0, plan.chunks * plan.tiles, step, states)
-  for start, h_NX in zip(plan.pieces, states[0], strict=True):
-    final_XN[:, pl.ds(start, plan.piece)] = h_NX.T
+  final = jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, stream.initial_BHPN))
+  _store_state(plan, final_XN, final)
 
 
-def _initial(plan: Plan, h_XN: PyTree) -> tuple[Array, ...]:
+def _save(plan: Plan, saved_GNX: PyTree, chunk: Array, h: State) -> None:
+  """Writes a chunk's state, or its gradient; to None, nothing."""
+  if saved_GNX is not None:
+    for start, h_NX in zip(plan.pieces, h, strict=True):
+      saved_GNX[chunk, pl.ds(start, plan.piece), :] = h_NX.astype(saved_GNX.dtype)
+
+
+def _initial(plan: Plan, h_XN: PyTree) -> State:
   """Loads a state; None means zero."""
   if h_XN is None:
     return tuple(jnp.zeros((plan.piece, plan.width), jnp.float32) for _ in plan.pieces)
   return tuple(h_XN[:, pl.ds(start, plan.piece)].T for start in plan.pieces)
 
 
+def _store_state(plan: Plan, h_XN: PyTree, h: State) -> None:
+  """Writes a state, or its gradient; to None, nothing."""
+  if h_XN is not None:
+    for start, h_NX in zip(plan.pieces, h, strict=True):
+      h_XN[:, pl.ds(start, plan.piece)] = h_NX.T
+
+
 def states_backward_kernel(
     plan: Plan,
-    streams: tuple[Stream, ...],
+    stream: Stream,
     gates: tuple[PyTree, ...],
     reads: Sequence[PyTree],
     z_TX: PyTree,
@@ -145,14 +214,14 @@ def states_backward_kernel(
     d_z_TX: PyTree,
     d_reads: Sequence[PyTree],
     d_gates: Sequence[PyTree],
-    d_after: Sequence[PyTree],
-    d_initial: Sequence[PyTree],
+    d_after_GNX: PyTree,
+    d_initial_XN: PyTree,
 ) -> None:
-  """Computes the gradients of the sum of reads, of all gates and of states between chunks.
+  """Computes the gradients of the sum of reads, of all gates and of the layer's own states.
 
   Args:
     plan: the sizes.
-    streams: the sources.
+    stream: the layer's own recurrence.
     gates: gates of reads, [T, X], or low-rank ones.
     reads: for each gate the sum of the reads that it multiplies.
     z_TX: the epilogue's gate; None means no gate.
@@ -160,29 +229,17 @@ def states_backward_kernel(
     open_TX: the epilogue's result before its gate; None if no gradient depends on it.
     d_out_TX: the result's gradient.
     d_moments_2T: the gradient of its moments; None means zero.
-    d_final_XN: the gradient of the first source's last state.
+    d_final_XN: the gradient of the last state.
     d_y_TX: the gradient of the sum of reads, an output; None if it is `d_out_TX`.
     d_z_TX: the gate's gradient, an output; None without a gate.
     d_reads: for each gate the gradient of the reads that it multiplies, [T, X], outputs.
     d_gates: the gradient of each gate, that of a low-rank one before its activation, outputs.
-    d_after: for each source the gradient of the state after each chunk, [G, N, X], outputs.
-    d_initial: for each source the gradient of its first state, [X, N], outputs; None where the
-      state was zero.
+    d_after_GNX: the gradient of the state after each chunk, an output.
+    d_initial_XN: the gradient of the first state, an output; None where it was zero.
   """
-  decays = [Decays(plan, stream, count_T) for stream in streams]
-  count = plan.chunks * plan.tiles
 
-  def step(index: Array, states: States) -> States:
-    tile = count - 1 - index
-    rows, first = plan.rows(tile), tile * plan.tile
-    last = first + plan.tile - 1
-
-    @pl.when(rem(tile, plan.tiles) == plan.tiles - 1)
-    def _save() -> None:
-      for d_GNX, pieces in zip(d_after, states, strict=True):
-        for start, dh_NX in zip(plan.pieces, pieces, strict=True):
-          d_GNX[div(tile, plan.tiles), pl.ds(start, plan.piece), :] = dh_NX.astype(d_GNX.dtype)
-
+  def d_read(chunk: Array) -> Array:
+    rows = plan.rows(chunk)
     d_TX = d_out_TX[rows, :].astype(jnp.float32)
     if z_TX is not None:
       z, y = z_TX[rows, :].astype(jnp.float32), open_TX[rows, :].astype(jnp.float32)
@@ -194,33 +251,61 @@ def states_backward_kernel(
       d_TX = _with_moments(d_TX, open_TX[rows, :].astype(jnp.float32), d_moments_2T, rows)
     if d_y_TX is not None:
       d_TX = _stored(d_TX, d_y_TX, rows)
-    gated = []
-    for gate, read_TX, d_read_TX, d_gate_TX in zip(gates, reads, d_reads, d_gates, strict=True):
+    d_own_TX = d_TX
+    for number, (gate, read_TX) in enumerate(zip(gates, reads, strict=True)):
       factor_TX, slope_TX = open_gate(plan, gate, rows)
       d_factor_TX = d_TX * read_TX[rows, :].astype(jnp.float32)
       if slope_TX is not None:
         d_factor_TX *= slope_TX
-      d_gate_TX[rows, :] = d_factor_TX.astype(d_gate_TX.dtype)
-      gated.append(_stored(d_TX * factor_TX, d_read_TX, rows))
-    before = []
-    for number, stream, decay, dh in zip(plan.gates, streams, decays, states, strict=True):
-      d_read = d_TX if number is None else gated[number]
-      d_carried_TX = decay.since(first, rows)[:, None] * d_read
-      whole = decay.since(first, last)
-      q = plan.load(stream.q_BTK, rows)
-      before.append(tuple(
-          whole * dh_NX + plan.dot(q_TN, d_carried_TX, (0, 0))
-          for dh_NX, q_TN in zip(dh, q, strict=True)
-      ))
-    return tuple(before)
+      d_gates[number][rows, :] = d_factor_TX.astype(d_gates[number].dtype)
+      d_read_TX = _stored(d_TX * factor_TX, d_reads[number], rows)
+      if plan.gates[0] == number:
+        d_own_TX = d_read_TX
+    return d_own_TX
 
-  finals = (d_final_XN, *[None] * (len(streams) - 1))
-  states = tuple(_initial(plan, d_XN) for d_XN in finals)
-  states = jax.lax.fori_loop(0, count, step, states)
-  for d_XN, dh in zip(d_initial, states, strict=True):
-    if d_XN is not None:
-      for start, dh_NX in zip(plan.pieces, dh, strict=True):
-        d_XN[:, pl.ds(start, plan.piece)] = dh_NX.T
+  _scan_backward(plan, stream, count_T, d_read, d_final_XN, d_after_GNX, d_initial_XN)
+
+
+def read_backward_kernel(
+    plan: Plan, stream: Stream, count_T: PyTree, d_read_TX: PyTree, d_after_GNX: PyTree,
+    d_initial_XN: PyTree,
+) -> None:
+  """Computes the gradients of a shallow source's states.
+
+  Args:
+    plan: the sizes.
+    stream: the source.
+    count_T: resets up to each token, inclusive; None means none.
+    d_read_TX: the gradient of its read.
+    d_after_GNX: the gradient of the state after each chunk, an output.
+    d_initial_XN: the gradient of the first state, an output; None where it was zero.
+  """
+
+  def d_read(chunk: Array) -> Array:
+    return d_read_TX[plan.rows(chunk), :].astype(jnp.float32)
+
+  _scan_backward(plan, stream, count_T, d_read, None, d_after_GNX, d_initial_XN)
+
+
+def _scan_backward(
+    plan: Plan, stream: Stream, count_T: PyTree, d_read: Callable[[Array], Array],
+    d_final_XN: PyTree, d_after_GNX: PyTree, d_initial_XN: PyTree,
+) -> None:
+  """Runs the recurrence of a state's gradient, given that of the read of each chunk."""
+  decays = Decays(plan, stream, count_T)
+
+  def step(index: Array, dh: State) -> State:
+    chunk = plan.chunks - 1 - index
+    _save(plan, d_after_GNX, chunk, dh)
+    d_carried_TX = decays.from_start(chunk)[:, None] * d_read(chunk)
+    whole, q = decays.whole(chunk), plan.load(stream.q_BTK, plan.rows(chunk))
+    return tuple(
+        whole * dh_NX + plan.dot(q_TN, d_carried_TX, (0, 0))
+        for dh_NX, q_TN in zip(dh, q, strict=True)
+    )
+
+  dh = jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, d_final_XN))
+  _store_state(plan, d_initial_XN, dh)
 
 
 def _stored(d_TX: Array, stored_TX: PyTree, rows: PyTree) -> Array:

@@ -21,7 +21,7 @@ class Specs:
   Args:
     plan: the sizes.
     by_part: true if programs take parts of heads (grid: rows, parts of all heads), false if they
-      take groups of heads (grid: rows, tiles, groups).
+      take groups of heads (grid: rows, chunks, groups).
   """
 
   def __init__(self, plan: Plan, *, by_part: bool):
@@ -44,9 +44,9 @@ class Specs:
     def spec(shape: tuple[int | None, ...], at: Callable[..., tuple[PyTree, ...]]) -> pl.BlockSpec:
       return pl.BlockSpec(shape, lambda b, i, j=0: at(b, i, *index(i, j)))
 
-    # b: the row, t: the tile, g: the group, h: the head, p: the part of a head, x: that of all.
+    # b: the row, t: the chunk, g: the group, h: the head, p: the part of a head, x: that of all.
     self.keys = spec((None, time, size), lambda b, t, g, h, p, x: (b, 0, g))
-    self.scores = spec((None, None, time, plan.tile), lambda b, t, g, h, p, x: (b, g, 0, 0))
+    self.scores = spec((None, None, time, plan.chunk), lambda b, t, g, h, p, x: (b, g, 0, 0))
     self.values = spec((None, time, width), lambda b, t, g, h, p, x: (b, 0, x))
     self.by_head = spec((None, *heads, time), lambda b, t, g, h, p, x: (b, h, 0))
     self.shared = spec((None, *heads, time), lambda b, t, g, h, p, x: (0, h, 0))
@@ -63,12 +63,12 @@ class Specs:
     self.d_moments = spec((None, *heads, 2, time), lambda b, t, g, h, p, x: (b, h, 0, 0))
     self.sums = spec((None, *numbers, time), lambda b, t, g, h, p, x: (b, h, p, 0))
     self.shares = spec(
-        (None, *numbers, plan.tiles + len(plan.pieces), time),
+        (None, *numbers, 1 + len(plan.pieces), time),
         lambda b, t, g, h, p, x: (b, h, p, 0, 0),
     )
     self.numbers = spec((None, None, *numbers), lambda b, t, g, h, p, x: (b, t, h, p))
     self.whole = spec(
-        (None, None, *numbers), lambda b, t, g, h, p, x: (b, div(t, plan.tiles), h, p)
+        (None, None, *numbers, len(plan.pieces)), lambda b, t, g, h, p, x: (b, t, h, p, 0)
     )
     self._decays = self.shared if plan.shared_decay else self.by_head
 

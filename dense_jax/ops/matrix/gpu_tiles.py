@@ -1,14 +1,14 @@
 """The parts that GPU kernels of matrix states share: sizes, arrays, loads, decays of tiles.
 
-A kernel sees a row's time axis as tiles of `tile` tokens, on which its matmuls work, and as chunks
-of `chunk` tokens, a multiple of it, between which states are kept in memory. States are stored and
-computed as [N, P] here, so that the matmul that updates them has N rows.
+A kernel sees a row's time axis as chunks of tokens, on which its matmuls work, and between which
+states are kept in memory. States are stored and computed as [N, P] here, so that the matmul that
+updates them has N rows.
 
 Triton needs sizes that are powers of two, so N is cut into pieces of `piece` numbers and P into
 parts of `width` channels. A program's lists of [piece, width] arrays hold one state.
 
-Letters of these files alone: X a part of one head's channels; in arrays of tiles, Q queries and S
-keys; [H, A] the heads and their parts; R the rank of a gate.
+Letters of these files alone: X a part of one head's channels; in arrays of a chunk, Q queries and
+S keys; [H, A] the heads and their parts; R the rank of a gate.
 """
 
 import dataclasses
@@ -56,8 +56,7 @@ class Plan:
   Attributes:
     batch: B.
     chunks: G.
-    chunk: C, tokens between stored states.
-    tile: tokens of a matmul; divides C.
+    chunk: C, tokens of a matmul and between stored states.
     heads: H.
     groups: J.
     channels: P.
@@ -75,7 +74,6 @@ class Plan:
   batch: int
   chunks: int
   chunk: int
-  tile: int
   heads: int
   groups: int
   channels: int
@@ -90,11 +88,6 @@ class Plan:
   interpret: bool
 
   @property
-  def tiles(self) -> int:
-    """Tiles of a chunk."""
-    return self.chunk // self.tile
-
-  @property
   def time(self) -> int:
     """T, padded."""
     return self.chunks * self.chunk
@@ -103,11 +96,6 @@ class Plan:
   def parts(self) -> int:
     """Parts of a head."""
     return self.channels // self.width
-
-  @property
-  def narrow(self) -> "Plan":
-    """The plan with parts of at most 32 channels, for what needs many registers besides."""
-    return dataclasses.replace(self, width=min(self.width, 32))
 
   @property
   def per_group(self) -> int:
@@ -121,8 +109,8 @@ class Plan:
 
   @property
   def stages(self) -> int:
-    """Tiles in shared memory at a time while a kernel goes through them in order."""
-    return 2 if len(self.gates) * self.state_size <= 256 else 1
+    """Chunks in shared memory at a time while a kernel goes through them in order."""
+    return 2 if self.state_size <= 256 else 1
 
   def dot(self, left: Array, right: Array, axes: tuple[int, int]) -> Array:
     """Contracts an axis of each array, with operands in `dtype` and float32 sums."""
@@ -144,9 +132,13 @@ class Plan:
     """Loads all pieces of keys or queries."""
     return [x_TN[rows, pl.ds(first, self.piece)] for first in self.pieces]
 
-  def rows(self, tile: Array) -> PyTree:
-    """Returns the tokens of a tile as an index."""
-    return pl.ds(tile * self.tile, self.tile)
+  def rows(self, chunk: Array) -> PyTree:
+    """Returns the tokens of a chunk as an index."""
+    return pl.ds(chunk * self.chunk, self.chunk)
+
+  def last(self, chunk: Array) -> Array:
+    """Returns the last token of a chunk."""
+    return chunk * self.chunk + self.chunk - 1
 
 
 def power_of_two(size: int, limit: int) -> int:
@@ -172,12 +164,12 @@ def scaled(plan: Plan, v_TX: Array, scale_T: Array | None) -> Array:
 
 
 def open_gate(plan: Plan, gate: PyTree, rows: PyTree) -> tuple[Array, Array | None]:
-  """Returns a gate of reads, [tile, X] in float32, and its slope.
+  """Returns a gate of reads, [C, X] in float32, and its slope.
 
   Args:
     plan: the sizes.
     gate: a reference to the gate, [T, X], or a low-rank gate of references, [T, R] and [R, X].
-    rows: the tile's tokens.
+    rows: the chunk's tokens.
 
   Returns:
     The gate, and its derivative by what its activation is applied to; None if there is none.
@@ -210,61 +202,42 @@ class Decays:
         self.stream.high_BHT[(*self.head, index)], self.stream.low_BHT[(*self.head, index)]
     )
 
-  def _before(self, first: Array) -> tuple[LogDecay, Array | None]:
-    """Returns the sum before token `first` in its chunk, and the resets before it."""
-    index = jnp.maximum(first - 1, 0)
-    earlier, begins = self._at(index), rem(first, self.plan.chunk) == 0
-    earlier = LogDecay(*(jnp.where(begins, 0.0, x) for x in (earlier.high, earlier.low)))
-    if self.count_T is None:
-      return earlier, None
-    return earlier, jnp.where(first == 0, 0, self.count_T[index])
+  def _from_start(self, chunk: Array, index: PyTree) -> Array:
+    """Returns the decay of the state before a chunk up to one or more of its tokens."""
+    kept = None
+    if self.count_T is not None:
+      first = chunk * self.plan.chunk
+      before = jnp.where(first == 0, 0, self.count_T[jnp.maximum(first - 1, 0)])
+      kept = self.count_T[index] == before
+    return weight(kept, self._at(index).total())
 
-  def since(self, first: Array, index: PyTree) -> Array:
-    """Returns the decay of the state before token `first` up to one or more tokens.
+  def from_start(self, chunk: Array) -> Array:
+    """Returns the decay of the state before a chunk up to each of its tokens, [C]."""
+    return self._from_start(chunk, self.plan.rows(chunk))
 
-    Args:
-      first: the first token of a tile or a chunk.
-      index: tokens of the same tile or chunk.
-    """
-    earlier, resets = self._before(first)
-    carried = None if self.count_T is None else self.count_T[index] == resets
-    return weight(carried, self._at(index).since(earlier))
+  def whole(self, chunk: Array) -> Array:
+    """Returns the decay of the state before a chunk up to its last token, a scalar."""
+    return self._from_start(chunk, self.plan.last(chunk))
 
-  def to(self, last: Array, rows: PyTree) -> Array:
-    """Returns the decay from each of some tokens to token `last`, in the same chunk."""
+  def to_end(self, chunk: Array) -> Array:
+    """Returns the decay from each token of a chunk to its last one, [C]."""
+    rows, last = self.plan.rows(chunk), self.plan.last(chunk)
     kept = None if self.count_T is None else self.count_T[rows] == self.count_T[last]
     return weight(kept, self._at(last).since(self._at(rows)))
 
-  def between(
-      self, query: Array, key: Array, *, same: bool, keys_first: bool = False
-  ) -> Array:
-    """Returns the decay [Q, S] from tokens of tile `key` to those of tile `query`.
+  def within(self, chunk: Array) -> Array:
+    """Returns the decay [Q, S] from each token of a chunk to each.
 
-    It is 0 where a query's token is earlier than the key's, or in another chunk or document.
-
-    Args:
-      query: a tile, or a tile that a row does not have.
-      key: the same tile or an earlier one.
-      same: whether they are the same tile.
-      keys_first: true for [S, Q].
+    It is 0 where a query's token is earlier than the key's, or in another document.
     """
-    plan = self.plan
-
-    def spread(q_Q: Array, s_S: Array) -> tuple[Array, Array]:
-      if keys_first:
-        return q_Q[None, :], s_S[:, None]
-      return q_Q[:, None], s_S[None, :]
-
-    if same:
-      sees = jnp.greater_equal(*spread(*[jnp.arange(plan.tile, dtype=jnp.int32)] * 2))
-    else:
-      sees = key >= div(query, plan.tiles) * plan.tiles
-    # What is loaded for a tile that there is not does not matter.
-    q_rows, s_rows = (
-        plan.rows(jnp.clip(tile, 0, plan.chunks * plan.tiles - 1)) for tile in (query, key)
-    )
+    rows = self.plan.rows(chunk)
+    place = jnp.arange(self.plan.chunk, dtype=jnp.int32)
+    sees = place[:, None] >= place[None, :]
     if self.count_T is not None:
-      sees &= jnp.equal(*spread(self.count_T[q_rows], self.count_T[s_rows]))
-    q, s = self._at(q_rows), self._at(s_rows)
-    (q_high, s_high), (q_low, s_low) = spread(q.high, s.high), spread(q.low, s.low)
-    return weight(sees, LogDecay(q_high, q_low).since(LogDecay(s_high, s_low)))
+      count = self.count_T[rows]
+      sees &= count[:, None] == count[None, :]
+    sums = self._at(rows)
+    queries, keys = (
+        LogDecay(sums.high[at], sums.low[at]) for at in ((slice(None), None), (None, slice(None)))
+    )
+    return weight(sees, queries.since(keys))

@@ -17,9 +17,9 @@ from tests.ops.matrix.kernel_cases import (
 
 
 @pytest.fixture(autouse=True)
-def _small_tiles(monkeypatch):
-  """Makes chunks of a few tokens have several tiles."""
-  monkeypatch.setattr(gpu, "TILE", 16)
+def _small_chunks(monkeypatch):
+  """Makes rows of a few tokens have several chunks."""
+  monkeypatch.setattr(gpu, "CHUNK", 16)
 
 
 QUICK = [
