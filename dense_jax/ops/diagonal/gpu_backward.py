@@ -29,7 +29,7 @@ from dense_jax.ops.triton_functions import silu, silu_slope
 from dense_jax.types import Array
 
 # Tokens of a group, whose states and decays stay in registers.
-GROUP_BACK = 4
+GROUP_BACK = 2
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,9 @@ from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.kernel_cost import KernelCost
 from dense_jax.types import PyTree
 
-WARPS = 4
+# With 2 warps, and groups of 2 tokens in the backward pass, mamba 350M's backward kernel takes 0.86
+# of its time with 4 and 4, on an H200; 4 warps and groups of 2 were not measured.
+WARPS = 2
 FLOAT32 = jnp.dtype("float32")
 
 

@@ -1,25 +1,31 @@
-"""A layer's matrix states and those of its shallow sources, read in one pass on a GPU.
+"""A layer's matrix states and those of its shallow sources, read on a GPU.
 
     h_t = a_t h_{t-1} + v_t k_t^T        y_t = sum over sources of gate_t * (h_t q_t)
 
 and the epilogue of y. The arithmetic is that of `dense_jax.ops.matrix.chunked` (chunkwise form,
 arXiv 2307.08621, section 2.3; heads that share keys, arXiv 2405.21060, section 7.2). The
-difference is the memory: states stay in registers, and neither decayed scores nor the reads of
-single sources nor low-rank gates are written to memory. Four kernels:
+difference is the memory: states stay in registers, and neither decayed scores nor low-rank gates
+are written to memory. Six kernels:
 
 | kernel                   | a program takes           | it reads             | it writes          |
 |--------------------------|---------------------------|----------------------|--------------------|
 | `scores_kernel`          | a chunk, a group of heads | queries, keys        | their products     |
-| `forward_kernel`         | one row, a part of a head | all inputs, products | result; for the    |
-|                          |                           | of queries and keys  | backward pass,     |
-|                          |                           |                      | states, the result |
-|                          |                           |                      | before z and reads |
-|                          |                           |                      | before their gates |
+| `read_kernel`            | a row, a part of a head,  | the source, products | the sum of reads   |
+|                          | one shallow source        | of queries and keys, | with the same gate;|
+|                          |                           | earlier sources' sum | states             |
+| `forward_kernel`         | a row, a part of a head   | the own source, sums | result; the result |
+|                          |                           | of reads, gates, z   | before z; states   |
 | `states_backward_kernel` | the same, chunks reversed | queries, gates, z,   | gradients of the   |
 |                          |                           | what was saved, the  | reads, of gates, z |
-|                          |                           | result's gradient    | and states         |
+|                          |                           | result's gradient    | and the own states |
+| `read_backward_kernel`   | the same, of one shallow  | queries, the read's  | gradients of its   |
+|                          | source                    | gradient             | states             |
 | `chunks_backward_kernel` | a chunk, a group of heads,| one source, states,  | gradients of the   |
 |                          | one source                | these gradients      | source             |
+
+Chunks and passes were chosen on a card, an H200, whose times memory traffic does not explain: these
+kernels wait for barriers between small matmuls. Chunks of 256 tokens, as four tiles of 64, move a
+third less memory, and took 1.4 times as long at mamba2's size.
 
 Why Triton, through Pallas. One kernel (a chunk's read) was written twice and compiled for the H100.
 As Pallas-Triton it took about 20 lines, 255 registers and 148 KB of shared memory with 8 warps; its
@@ -41,11 +47,8 @@ import jax.numpy as jnp
 
 from dense_jax.ops.chunks import pad_time, round_up
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.matrix.gpu_calls import (
-    call_chunks_backward,
-    call_forward,
-    call_states_backward,
-)
+from dense_jax.ops.matrix.gpu_backward_calls import call_chunks_backward, call_states_backward
+from dense_jax.ops.matrix.gpu_forward_calls import call_forward
 from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_specs import Gate
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
@@ -56,7 +59,6 @@ from dense_jax.types import Array, PyTree
 
 # Tokens per chunk: the rows of Hopper's matrix unit for one group of warps.
 CHUNK = 64
-PIECE = 128
 # The least size of an axis of a matmul.
 _LEAST = 16
 # Most state numbers of one program of a scan: 64 registers of each of 256 threads.
@@ -131,7 +133,7 @@ def _plan(sources: Sequence[Source], epilogue: Epilogue, chunk: int, interpret: 
   return Plan(
       batch=batch, chunks=-(-time // chunk), chunk=chunk, heads=heads, groups=groups,
       channels=channels, state_size=state_size, width=width,
-      piece=power_of_two(state_size, PIECE), gates=tuple(source.gate for source in sources),
+      piece=power_of_two(state_size, 128), gates=tuple(source.gate for source in sources),
       dtype=jnp.result_type(own.q_BTJN, own.k_BTJN, own.v_BTE), out=epilogue.dtype,
       moments=epilogue.moments, shared_decay=own.log_decay_BTH.shape[0] == 1, interpret=interpret,
   )

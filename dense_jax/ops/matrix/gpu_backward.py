@@ -16,11 +16,6 @@ from dense_jax.ops.matrix.gpu_tiles import Plan, Stream
 from dense_jax.types import Array, PyTree
 
 
-MERGED = False
-SPLIT = False
-SKIPV = False
-
-
 def chunks_backward_kernel(
     plan: Plan,
     stream: Stream,
@@ -65,22 +60,15 @@ def chunks_backward_kernel(
   scores_QS = program.scores()
   own_T1 = jnp.sum(jnp.where(_itself(plan), scores_QS, 0.0), axis=1)[:, None]
 
-  def weights(decay_QS: Array) -> Array:
-    return jnp.where(_itself(plan), 0.0, scores_QS * decay_QS).astype(plan.dtype)
-
-  def of_values(part: Part, weights_QS: Array) -> None:
-    d_within_TX = plan.dot(weights_QS, program.d_read(part), (0, 0))
-    _values(program, part, epilogue, d_y_TU, d_after_GHNP, (d_within_TX, own_T1),
-            d_stream.v_BTE, d_x_TU, sums, parts)
-
   def of_scores(part: Part, d_scores_QS: Array) -> Array:
     decay_QS = program.decays(part).within(program.chunk)
-    weights_QS = weights(decay_QS)
-    d_read_TX, v_TX = program.d_read(part), program.values(part)
-    d_weights_QS = plan.dot(d_read_TX, v_TX, (1, 1))
+    weights_QS = jnp.where(_itself(plan), 0.0, scores_QS * decay_QS).astype(plan.dtype)
+    d_read_TX = program.d_read(part)
+    d_weights_QS = plan.dot(d_read_TX, program.values(part), (1, 1))
     sums.read[(*part.index, 0, rows)] = jnp.sum(weights_QS * d_weights_QS, axis=1)
-    if not SPLIT:
-      of_values(part, weights_QS)
+    d_within_TX = plan.dot(weights_QS, d_read_TX, (0, 0))
+    _values(program, part, epilogue, d_y_TU, d_after_GHNP, (d_within_TX, own_T1),
+            d_stream.v_BTE, d_x_TU, sums, parts)
     return d_scores_QS + decay_QS * d_weights_QS
 
   def of_keys(number: int, part: Part, d_TN: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -101,19 +89,11 @@ def chunks_backward_kernel(
 
   zeros_TN = jnp.zeros((plan.chunk, plan.piece), jnp.float32)
   zeros_QS = jnp.zeros((plan.chunk, plan.chunk), jnp.float32)
-  if MERGED:
-    d_scores_QS, *d_first = program.each_part(
-        lambda part, carry: (of_scores(part, carry[0]), *of_keys(0, part, carry[1:])),
-        (zeros_QS, zeros_TN, zeros_TN),
-    )
-  else:
-    d_scores_QS = program.each_part(of_scores, zeros_QS)
-    if SPLIT:
-      def again(part, carry):
-        of_values(part, weights(program.decays(part).within(program.chunk)))
-        return carry
-      program.each_part(again, 0)
-    d_first = program.each_part(functools.partial(of_keys, 0), (zeros_TN, zeros_TN))
+  # With the first piece of the keys, for it takes the same loads.
+  d_scores_QS, *d_first = program.each_part(
+      lambda part, carry: (of_scores(part, carry[0]), *of_keys(0, part, carry[1:])),
+      (zeros_QS, zeros_TN, zeros_TN),
+  )
   for number, start in enumerate(plan.pieces):
     d_TN = d_first if not number else program.each_part(
         functools.partial(of_keys, number), (zeros_TN, zeros_TN)
@@ -165,9 +145,6 @@ def _values(
   k, dh = plan.load(stream.k_BTK, rows), part.states(d_after_GHNP, program.chunk)
   to_end_T1 = program.decays(part).to_end(program.chunk)[:, None]
   d_kept_TX = to_end_T1 * plan.summed_dot(k, dh, (1, 0))
-  if SKIPV:
-    d_v_TU[rows, part.channels] = (d_kept_TX + d_within_TX).astype(d_v_TU.dtype)
-    return
   v_TX = program.values(part).astype(jnp.float32)
   d_v_TX = jnp.where(is_last_T1, 0.0, d_kept_TX)
   parts.last[part.index] = jnp.sum(v_TX * d_v_TX)
