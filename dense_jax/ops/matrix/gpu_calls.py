@@ -1,4 +1,4 @@
-"""What the calls of the GPU kernels of matrix states share: shapes, costs, the call itself."""
+"""Shapes, costs and the call itself of the GPU kernels of matrix states."""
 
 import dataclasses
 import functools
