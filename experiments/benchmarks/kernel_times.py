@@ -46,4 +46,4 @@ def trace(call: Callable[[], object]) -> dict[str, Any]:
 
 def kind(name: str) -> str:
   """Returns a kernel's name without the numbers that tell its instances apart."""
-  return re.sub(r"(_\d+)+$", "", name)
+  return re.sub(r"_*(_\d+)*$", "", name)

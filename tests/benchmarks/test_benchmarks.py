@@ -57,7 +57,7 @@ def test_cpu(tmp_path):
   assert "| mamba2 | state, m = 2 |" in output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_revisions(tmp_path):
   record, output = run("revisions", tmp_path, "--before", "HEAD", "--quick")
   assert [name.partition(":")[0] for name in record["results"]] == list(revisions.PARTS)
@@ -78,7 +78,7 @@ def test_a_revision_that_is_not_there_is_named(capsys):
   assert "--before 'no-such-revision' is not valid: expected a revision" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_seeds(tmp_path):
   record, output = run("seeds", tmp_path, "--quick")
   assert set(record["results"]) == {
@@ -95,7 +95,7 @@ def test_dense_overhead(tmp_path):
   assert set(record["results"]["options"]) == {"inject=inputs"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compile_time(tmp_path):
   record, _ = run("compile_time", tmp_path, "--quick")
   figures = record["results"]["mamba2 base"]
@@ -130,11 +130,15 @@ def test_gpu_in_two_parts(tmp_path):
 def test_the_short_plan_on_a_gpu(tmp_path):
   """Rehearses what is new in it; training and decoding are the cases of the full plan."""
   record, output = run(
-      "gpu", tmp_path, "--plan", "short", "--toy", "--only", "check/mamba2", "rates", "operation",
+      "gpu", tmp_path, "--plan", "short", "--toy", "--side-by-side", "2", "--only", "check/mamba2",
+      "rates", "train/retnet/base", "rival/retnet", "operation",
   )
   results = record["results"]
   assert "skipped" in results.pop("operation/ssd/mamba_ssm/T2048")
   assert "skipped" in results.pop("operation/scan/mamba_ssm/T2048")
+  assert "skipped" in results.pop("rival/retnet/base/T64")
+  assert results["train/retnet/base/T64"]["tokens_per_second"] > 0
+  assert "compiled after " in output
   assert not any(figures.keys() & {"failed", "skipped"} for figures in results.values()), output
   errors = results["check/mamba2/forms/small"]["errors"]
   assert errors["chunked"]["float32 logits"] < 1e-4 > errors["chunked"]["float32 gradients"]

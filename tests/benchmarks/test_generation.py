@@ -5,7 +5,7 @@ import pytest
 from tests.benchmarks.test_benchmarks import run
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_generation(tmp_path):
   text = tmp_path / "text"
   text.write_text("To be, or not to be, that is the question. " * 50)

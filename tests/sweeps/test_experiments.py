@@ -12,6 +12,7 @@ from dense_jax.sweeps.definition import load_sweep
 from tests.helpers import ROOT, TOY_ENVIRONMENT, write_text
 
 FILES = sorted((ROOT / "experiments" / "sweeps").glob("*.py"))
+FILES.remove(ROOT / "experiments" / "sweeps" / "gpu.py")  # test_gpu_sweep.py runs it.
 # What a launcher does, in one process: its runs by the printed commands, then the table of them.
 LAUNCH = """
 import contextlib, io, shlex, sys
