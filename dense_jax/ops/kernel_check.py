@@ -50,7 +50,7 @@ def kernel_errors(
     mean square of the error over that of the right values. The same for the short convolution and
     its gradients, if a kernel comes with the implementation, and for input injection.
   """
-  make, inputs = {"diagonal": _diagonal, "matrix": _matrix}[form](sizes, jnp.dtype(dtype))
+  make, inputs = make_case(form, sizes, jnp.dtype(dtype), _TIME)
   positions = np.concatenate([np.arange(5, 5 + _BORDER), np.arange(_TIME - _BORDER)])[None]
   ids = np.concatenate([np.full(_BORDER, 1), np.full(_TIME - _BORDER, 2)])[None]
   segments = Segments(jnp.asarray(positions), jnp.asarray(ids))
@@ -95,6 +95,22 @@ def kernel_errors(
           jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(right), strict=True
       )
   }
+
+
+def make_case(form: str, sizes: Sizes, dtype: jnp.dtype, time: int) -> tuple[Make, Inputs]:
+  """Makes one row of random inputs of a layer and one source.
+
+  Args:
+    form: "diagonal" or "matrix".
+    sizes: the layer's.
+    dtype: that of queries, keys, values and gates; the others are float32.
+    time: T.
+
+  Returns:
+    What makes a recurrence of `inputs["own"]` or `inputs["source"]`, given the name of an
+    implementation, and the inputs.
+  """
+  return {"diagonal": _diagonal, "matrix": _matrix}[form](sizes, dtype, (_ROWS, time))
 
 
 def _convolution(function: Convolve, segments: Segments, inputs: Inputs) -> PyTree:
@@ -172,9 +188,9 @@ def _normal(seed: int, shape: tuple[int, ...], dtype: jnp.dtype | None = None) -
   return jnp.asarray(values, dtype)
 
 
-def _matrix(sizes: Sizes, dtype: jnp.dtype) -> tuple[Make, Inputs]:
+def _matrix(sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]) -> tuple[Make, Inputs]:
   heads, groups, size = sizes.heads, sizes.groups, sizes.state_size
-  width, lead = heads * sizes.channels, (_ROWS, _TIME)
+  width = heads * sizes.channels
 
   def states(seed: int) -> Inputs:
     scale = 0.05 + 0.05 * _normal(seed + 2, (*lead, heads)) ** 2
@@ -186,7 +202,7 @@ def _matrix(sizes: Sizes, dtype: jnp.dtype) -> tuple[Make, Inputs]:
     }
 
   def make(implementation: str, inputs: Inputs, segments: Segments) -> Recurrence:
-    x_BTHP = inputs["x"].reshape(*lead, heads, -1)
+    x_BTHP = inputs["x"].reshape(*inputs["x"].shape[:2], heads, -1)
     return resolver.matrix_form(implementation, 0)(
         inputs["k"], x_BTHP, inputs["scale"], inputs["log_decay"], segments, inputs["initial"]
     )
@@ -198,8 +214,8 @@ def _matrix(sizes: Sizes, dtype: jnp.dtype) -> tuple[Make, Inputs]:
   }
 
 
-def _diagonal(sizes: Sizes, dtype: jnp.dtype) -> tuple[Make, Inputs]:
-  width, size, lead = sizes.channels, sizes.state_size, (_ROWS, _TIME)
+def _diagonal(sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]) -> tuple[Make, Inputs]:
+  width, size = sizes.channels, sizes.state_size
 
   def states(seed: int) -> Inputs:
     return {

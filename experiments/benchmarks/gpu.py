@@ -14,8 +14,9 @@ Status    training of mamba2 and gau_retnet and decoding of one row were measure
           rivals are skipped
 Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_1p3b.py; bf16
           activations, float32 parameters and AdamW; V and head as there
-Cases     check    every form of a recurrence against the specification (gpu_check.py)
+Cases     check    a layer's kernels against the specification, at the layer's sizes (gpu_layer.py)
           rates    the card's matmul FLOP/s and copied bytes/s
+          layer    a layer's recurrence with 0 and 2 sources, kernel by kernel
           train    tokens/s, MFU (models/flops.py) and peak memory of a train step, base and dense,
                    with 32768 tokens a batch and the first of remat minimal, reads, full that fits
           rival    the same of flash-linear-attention, at the same batch and length
@@ -41,16 +42,17 @@ from typing import Any
 
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
-from experiments.benchmarks import common, fla_rival, gpu_check
+from experiments.benchmarks import common, fla_rival
 from experiments.benchmarks.gpu_case import Case
 from experiments.benchmarks.gpu_tables import tables
 
 TIMED_FAMILIES = ("gau_retnet", "mamba2", "retnet", "mamba")
+CHECKED_FAMILIES = ("mamba2", "gau_retnet", "retnet", "mamba")
 LARGE = "gau_retnet-1.3B"
 # Models whose cases rank one lower than those of the others.
 LATER = ("mamba", LARGE)
 # Lines of a failed case's errors that are printed.
-TOLD = 30
+TOLD = 12
 Results = dict[str, Any]
 # Name -> overrides.
 DENSE: dict[str, dict[str, str]] = {
@@ -164,12 +166,16 @@ def _ranked(plan: Plan) -> Iterator[tuple[int, str, Case | Rival]]:
 
 def _short(plan: Plan) -> Iterator[tuple[str, Case | Rival]]:
   """Yields name and case of the short plan, in the order in which they run."""
-  for family in gpu_check.CHECKED:
-    yield f"check/{family}/forms/small", Case("check", family, toy=plan.toy)
+  for family in CHECKED_FAMILIES:
+    yield f"check/{family}/kernels/small", Case("check", family, toy=plan.toy)
   yield "rates/card/all/large", Case("rates", "all", toy=plan.toy)
   length = plan.lengths[0]
+  for sources in (0, 2):
+    for family in CHECKED_FAMILIES:
+      case = Case("layer", family, sources=sources, toy=plan.toy)
+      yield f"layer/{family}/state-{sources}/T2048", case
   for dense in ("base", "state-2"):
-    for family in ("mamba2", "gau_retnet", "retnet", "mamba"):
+    for family in CHECKED_FAMILIES:
       yield f"train/{family}/{dense}/T{length}", _train(family, plan, dense, length)
   for dense in ("base", "state-2"):
     for batch in plan.batches:
@@ -210,6 +216,8 @@ def run(case: Case | Rival, plan: Plan, rival_python: str) -> dict[str, Any]:
     return {"failed": f"not done after {plan.case_seconds} s"}
   lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
   if done.returncode:
+    # jax ends a traceback with two lines about itself.
+    lines = [line for line in lines if not line.startswith(("For simplicity, JAX", "-----"))]
     print("\n".join(lines[-TOLD:]), flush=True)
     return {"failed": lines[-1][:300] if lines else f"exit status {done.returncode}"}
   return json.loads(lines[-1])
@@ -296,7 +304,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.json:
       common.write_json(options.json, common.record(
           "gpu", arguments,
-          "tokens/s, seconds, bytes; mfu: see models/flops.py; errors: see gpu_check.py", results,
+          "tokens/s, seconds, bytes; mfu: see models/flops.py; errors: see gpu_layer.py", results,
       ))
 
   with tempfile.TemporaryDirectory() as compiled:

@@ -18,7 +18,7 @@ from dense_jax.costs.chips import find_chip
 from dense_jax.models.flops import train_flops
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
-from experiments.benchmarks import common, gpu_check, kernel_times
+from experiments.benchmarks import common, gpu_layer, gpu_rates, kernel_times
 
 TRAIN_REPEATS, DECODE_REPEATS = 5, 9
 
@@ -28,13 +28,14 @@ class Case:
   """A case to measure.
 
   Attributes:
-    kind: "train" or "decode", or one of `gpu_check.run`.
-    spec: the experiment, FILE.py[:ARG]; the name of an operation.
+    kind: "train" or "decode"; "check" or "layer" of a family; "rates"; "operation".
+    spec: the experiment, FILE.py[:ARG]; the name of a family or an operation.
     overrides: dotted keys of its configuration and their values.
     remat: values of `model.remat` to try in turn, until one fits the memory.
     batch_size: B of "decode"; that of "train" is among the overrides.
     context: tokens before the decoded ones.
-    toy: whether a case of `gpu_check` has the sizes of a smoke test.
+    sources: shallow sources of "layer".
+    toy: whether another case than "train" and "decode" has the sizes of a smoke test.
     compile_only: whether "train" ends after compilation, for the folder of compiled programs.
   """
 
@@ -44,6 +45,7 @@ class Case:
   remat: tuple[str, ...] = ("none",)
   batch_size: int = 1
   context: int = 3
+  sources: int = 0
   toy: bool = False
   compile_only: bool = False
 
@@ -122,8 +124,15 @@ def run(case: Case) -> dict[str, Any]:
   Raises:
     InputError: the experiment has no such form.
   """
-  if case.kind not in ("train", "decode"):
-    return gpu_check.run(case.kind, case.spec, toy=case.toy)
+  match case.kind:
+    case "check":
+      return {"errors": gpu_layer.errors(case.spec, toy=case.toy)}
+    case "layer":
+      return gpu_layer.times(case.spec, case.sources, toy=case.toy)
+    case "rates":
+      return gpu_rates.rates(toy=case.toy)
+    case "operation":
+      return gpu_rates.operation(case.spec, toy=case.toy)
 
   def settings(remat: str) -> ExperimentConfig:
     overrides = {**case.overrides, "model.remat": remat}

@@ -87,14 +87,26 @@ def contexts(results: Results) -> Table:
 
 
 def checks(results: Results) -> Table:
-  """Makes the table of the forms' errors."""
-  columns = ("float32 logits", "float32 gradients", "bfloat16 logits", "bfloat16 gradients")
-  rows = [["family, state m=2", "form", *columns]]
+  """Makes the table of the kernels' errors: the three largest of each family."""
+  rows = [["family", "form", "largest errors"]]
   for name, found in results.items():
     for form, figures in found.get("errors", {}).items():
-      cells = (f"{figures[key]:.1e}" if key in figures else "" for key in columns)
-      rows.append([name.split("/")[1], form, *cells])
-  return Table("Largest errors, over the largest value of the specification in float32", rows, {})
+      largest = sorted(figures.items(), key=lambda item: -item[1])[:3]
+      rows.append([name.split("/")[1], form,
+                   ", ".join(f"{what} {error:.1e}" for what, error in largest)])
+  return Table("Errors of kernels in bfloat16, over the specification in float32", rows, {})
+
+
+def layers(results: Results) -> Table:
+  """Makes the table of a layer's recurrence."""
+  rows = [["family", "sources", "ms", "kernels, ms each"]]
+  for name, found in results.items():
+    kind, family, sources, _ = name.split("/")
+    if kind == "layer" and "seconds" in found:
+      kernels = {key: value for key, value in found.get("kernels", {}).items() if "kernel" in key}
+      rows.append([family, sources.removeprefix("state-"), f"{1e3 * found['seconds']:.2f}",
+                   ", ".join(f"{key} {value:.2f}" for key, value in kernels.items())])
+  return Table("A layer's recurrence, forward and backward", rows, {})
 
 
 def rates(results: Results) -> Table:
@@ -150,8 +162,9 @@ def operations(results: Results) -> Table:
 def tables(results: Results, reports: Mapping[str, Any]) -> Iterator[Table]:
   """Yields the tables that have rows; `reports` are the results of `prices`, or none."""
   for table in (
-      checks(results), rates(results), training(results), estimates(results, reports),
-      modes(results), decoding(results), contexts(results), operations(results),
+      checks(results), rates(results), layers(results), training(results),
+      estimates(results, reports), modes(results), decoding(results), contexts(results),
+      operations(results),
   ):
     if len(table.rows) > 1:
       yield table
