@@ -5,21 +5,23 @@
 and the epilogue of y. The arithmetic is that of `dense_jax.ops.matrix.chunked` (chunkwise form,
 arXiv 2307.08621, section 2.3; heads that share keys, arXiv 2405.21060, section 7.2). The
 difference is the memory: states stay in registers, and neither decayed scores nor low-rank gates
-are written to memory. Six kernels:
+are written to memory. Seven kernels:
 
 | kernel                   | a program takes           | it reads             | it writes          |
 |--------------------------|---------------------------|----------------------|--------------------|
 | `scores_kernel`          | a chunk, a group of heads | queries, keys        | their products     |
 | `read_kernel`            | a row, a part of a head,  | the source, products | the sum of reads   |
-|                          | one shallow source        | of queries and keys, | with the same gate;|
-|                          |                           | earlier sources' sum | states             |
+|                          | one shallow source        | of queries and keys, | with the same gate |
+|                          |                           | earlier sources' sum |                    |
 | `forward_kernel`         | a row, a part of a head   | the own source, sums | result; the result |
-|                          |                           | of reads, gates, z   | before z; states   |
+|                          |                           | of reads, gates, z   | before z           |
 | `states_backward_kernel` | the same, chunks reversed | queries, gates, z,   | gradients of the   |
 |                          |                           | what was saved, the  | reads, of gates, z |
 |                          |                           | result's gradient    | and the own states |
 | `read_backward_kernel`   | the same, of one shallow  | queries, the read's  | gradients of its   |
 |                          | source                    | gradient             | states             |
+| `states_kernel`          | a row, a part of a head,  | keys, values         | states, for the    |
+|                          | one source                |                      | next kernel        |
 | `chunks_backward_kernel` | a chunk, a group of heads,| one source, states,  | gradients of the   |
 |                          | one source                | these gradients      | source             |
 
@@ -47,7 +49,12 @@ import jax.numpy as jnp
 
 from dense_jax.ops.chunks import pad_time, round_up
 from dense_jax.ops.epilogue import Epilogue, Output
-from dense_jax.ops.matrix.gpu_backward_calls import call_chunks_backward, call_states_backward
+from dense_jax.ops.matrix.gpu_backward_calls import (
+    call_chunks_backward,
+    call_read_backward,
+    call_states,
+    call_states_backward,
+)
 from dense_jax.ops.matrix.gpu_forward_calls import call_forward
 from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_specs import Gate
@@ -205,17 +212,17 @@ def _finish(plan: Plan, *inputs: Any) -> _Outputs:
 def _finish_forward(plan: Plan, *inputs: Any) -> tuple[_Outputs, PyTree]:
   found = call_forward(plan, *inputs, save=True)
   opened = found.out_BTE if found.open_BTE is None else found.open_BTE
-  saved = inputs, opened, found.reads, found.before
+  saved = inputs, opened, found.reads
   return (found.out_BTE, found.moments_BHA2T, found.final_BHPN), saved
 
 
 def _finish_backward(plan: Plan, saved: PyTree, gradients: _Outputs) -> _Inputs:
-  (streams, gates, epilogue, count_BT), open_BTE, reads, before = saved
+  (streams, gates, epilogue, count_BT), open_BTE, reads = saved
   d_out_BTE, d_moments_BHA2T, d_final_BHPN = gradients
   # Parts of a head are summed, so each has the gradient of their sum.
   d_moments_BH2T = None if d_moments_BHA2T is None else d_moments_BHA2T[:, :, 0]
   d = call_states_backward(
-      plan, streams, gates, epilogue.z, count_BT, open_BTE, reads,
+      plan, streams[0], gates, epilogue.z, count_BT, open_BTE, reads,
       (d_out_BTE, d_moments_BH2T, d_final_BHPN),
   )
   d_streams: list[Stream] = []
@@ -225,10 +232,14 @@ def _finish_backward(plan: Plan, saved: PyTree, gradients: _Outputs) -> _Inputs:
     d_read_BTE, d_y_BTE = (d.y_BTE, None) if gate is None else (d.reads[gate], d.y_BTE)
     if own is None or own.skip is None:
       d_y_BTE = None
+    d_after, d_initial = d.after, d.initial
+    if source:
+      d_after, d_initial = call_read_backward(plan, stream, count_BT, d_read_BTE)
+    states = call_states(plan, stream, count_BT), d_after
     d_stream, d_x_BTE, sums, parts = call_chunks_backward(
-        plan, stream, own, count_BT, d_read_BTE, d_y_BTE, (before[source], d.after[source])
+        plan, stream, own, count_BT, d_read_BTE, d_y_BTE, states
     )
-    d_streams.append(_gradient(plan, stream, d_stream, sums, parts, d.initial[source]))
+    d_streams.append(_gradient(plan, stream, d_stream, sums, parts, d_initial))
     if not source:
       d_skip = None if parts.skip is None else jnp.sum(parts.skip, axis=(0, 1, 3))
       d_epilogue = dataclasses.replace(epilogue, skip=d_skip, x=d_x_BTE, z=d.z_BTE)

@@ -9,7 +9,11 @@ from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix.gpu_backward import chunks_backward_kernel
 from dense_jax.ops.matrix.gpu_calls import between, call_kernel, float32, gate_flops, like, rounded
 from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
-from dense_jax.ops.matrix.gpu_scan import read_backward_kernel, states_backward_kernel
+from dense_jax.ops.matrix.gpu_scan import (
+    read_backward_kernel,
+    states_backward_kernel,
+    states_kernel,
+)
 from dense_jax.ops.matrix.gpu_specs import Gate, Specs, if_given
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.ops.recurrence import LowRankGate
@@ -19,28 +23,28 @@ from dense_jax.types import Array, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StatesBackward:
-  """The gradients of what lies between the reads and the result, and of states.
+  """The gradients of what lies between the reads and the result, and of the own states.
 
   Attributes:
     y_BTE: of the sum of reads.
     z_BTE: of the epilogue's gate; None without a gate.
     reads: for each gate, of the reads that it multiplies.
     gates: of each gate, [B, T, E]; that of a low-rank gate is of its value before the activation.
-    after: of each source's states after each chunk.
-    initial: of each source's state before the first token; None where it was zero.
+    after: of the states after each chunk.
+    initial: of the state before the first token; None where it was zero.
   """
 
   y_BTE: Array
   z_BTE: Array | None
   reads: tuple[Array, ...]
   gates: tuple[Array, ...]
-  after: tuple[Array, ...]
-  initial: tuple[Array | None, ...]
+  after: Array
+  initial: Array | None
 
 
 def call_states_backward(
     plan: Plan,
-    streams: tuple[Stream, ...],
+    stream: Stream,
     gates: tuple[Gate, ...],
     z_BTE: Array | None,
     count_BT: Array | None,
@@ -48,17 +52,17 @@ def call_states_backward(
     reads: tuple[Array, ...],
     gradients: tuple[Array, Array | None, Array],
 ) -> StatesBackward:
-  """Computes gradients of what lies between the reads and the result, and of states.
+  """Computes gradients of what lies between the reads and the result, and of the own states.
 
   Args:
     plan: the sizes.
-    streams: the sources.
+    stream: the layer's own recurrence.
     gates: gates of reads.
     z_BTE: the epilogue's gate; None means no gate.
     count_BT: resets up to each token, inclusive; None means none.
     open_BTE: the epilogue's result before its gate.
     reads: for each gate the sum of the reads that it multiplies.
-    gradients: of the result, of its moments, [B, H, 2, T], and of the first source's last state.
+    gradients: of the result, of its moments, [B, H, 2, T], and of the last state.
   """
   specs = Specs(plan, by_part=True)
   d_out_BTE, d_moments_BH2T, d_final_BHPN = gradients
@@ -68,31 +72,15 @@ def call_states_backward(
   if z_BTE is not None or d_moments_BH2T is not None:
     d_y_BTE = jax.ShapeDtypeStruct(d_out_BTE.shape, plan.dtype)
   opened = None if d_y_BTE is None else open_BTE
-  tokens = plan.batch * plan.time * plan.heads * plan.parts
   factors = tuple(gate.hidden_R if isinstance(gate, LowRankGate) else gate for gate in gates)
   d_factors = tuple(jax.ShapeDtypeStruct(d_out_BTE.shape, factor.dtype) for factor in factors)
   whole, count = (specs.values,) * len(gates), (count_BT, if_given(count_BT, specs.count))
-  work: Any = {
-      "exponentials": tokens, "stages": plan.stages,
-      "matmul_flops": 2 * tokens * plan.state_size * plan.width,
-  }
-
-  def source(stream: Stream) -> tuple[PyTree, PyTree]:
-    """Returns the source without what the kernels do not read, and its specs."""
-    none: Any = {"k_BTK": None, "v_BTE": None, "scale_BHT": None, "initial_BHPN": None}
-    return (
-        dataclasses.replace(stream, **none), dataclasses.replace(specs.stream(stream), **none)
-    )
-
-  def states(stream: Stream) -> list[tuple[PyTree, PyTree]]:
-    """Returns the shapes of the gradients of a source's states, and their specs."""
-    initial = like(stream.initial_BHPN)
-    return [(between(plan), specs.between), (initial, if_given(initial, specs.state))]
-
+  cost = _scan_cost(plan)
+  cost["matmul_flops"] += gate_flops(plan, gates)
   found_BTE, found_z_BTE, d_reads, d_gates, d_after, d_initial = call_kernel(
       states_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
       [
-          source(streams[0]), (rounded(plan, gates), tuple(map(specs.gate, gates))),
+          _queried(specs, stream), (rounded(plan, gates), tuple(map(specs.gate, gates))),
           (reads, whole), (z_BTE, if_given(z_BTE, specs.values)), count,
           (opened, if_given(opened, specs.values)), (d_out_BTE, specs.values),
           (d_moments_BH2T, if_given(d_moments_BH2T, specs.d_moments)),
@@ -100,21 +88,74 @@ def call_states_backward(
       ],
       [
           (d_y_BTE, if_given(d_y_BTE, specs.values)), (d_z_BTE, if_given(d_z_BTE, specs.values)),
-          (like(reads), whole), (d_factors, whole), *states(streams[0]),
+          (like(reads), whole), (d_factors, whole), *_states(plan, specs, stream),
       ],
-      **work | {"matmul_flops": work["matmul_flops"] + gate_flops(plan, gates)},
+      **cost,
   )
   y_BTE = d_out_BTE if found_BTE is None else found_BTE
-  after, initial = [d_after], [d_initial]
-  for stream, gate in zip(streams[1:], plan.gates[1:], strict=True):
-    d_after, d_initial = call_kernel(
-        read_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
-        [source(stream), count, (y_BTE if gate is None else d_reads[gate], specs.values)],
-        states(stream), **work,
-    )
-    after.append(d_after)
-    initial.append(d_initial)
-  return StatesBackward(y_BTE, found_z_BTE, d_reads, d_gates, tuple(after), tuple(initial))
+  return StatesBackward(y_BTE, found_z_BTE, d_reads, d_gates, d_after, d_initial)
+
+
+def call_read_backward(
+    plan: Plan, stream: Stream, count_BT: Array | None, d_read_BTE: Array
+) -> tuple[Array, Array | None]:
+  """Computes the gradients of a shallow source's states after each chunk, and of the first one.
+
+  Args:
+    plan: the sizes.
+    stream: the source.
+    count_BT: resets up to each token, inclusive; None means none.
+    d_read_BTE: the gradient of its read.
+  """
+  specs = Specs(plan, by_part=True)
+  return call_kernel(
+      read_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
+      [
+          _queried(specs, stream), (count_BT, if_given(count_BT, specs.count)),
+          (d_read_BTE, specs.values),
+      ],
+      _states(plan, specs, stream), **_scan_cost(plan),
+  )
+
+
+def call_states(plan: Plan, stream: Stream, count_BT: Array | None) -> Array:
+  """Computes a source's states before each chunk.
+
+  The backward pass does so just before it needs them: kept from the forward pass, those of all
+  layers of a super-block and of all their sources would be in memory at once.
+  """
+  specs = Specs(plan, by_part=True)
+  stream = dataclasses.replace(stream, q_BTK=None)
+  (before_BGHNP,) = call_kernel(
+      states_kernel, plan, (plan.batch, plan.heads * plan.parts),
+      [
+          (stream, dataclasses.replace(specs.stream(stream), q_BTK=None)),
+          (count_BT, if_given(count_BT, specs.count)),
+      ],
+      [(between(plan), specs.between)], **_scan_cost(plan),
+  )
+  return before_BGHNP
+
+
+def _queried(specs: Specs, stream: Stream) -> tuple[PyTree, PyTree]:
+  """Returns a source without what the states' gradients do not need, and its specs."""
+  none: Any = {"k_BTK": None, "v_BTE": None, "scale_BHT": None, "initial_BHPN": None}
+  return dataclasses.replace(stream, **none), dataclasses.replace(specs.stream(stream), **none)
+
+
+def _states(plan: Plan, specs: Specs, stream: Stream) -> list[tuple[PyTree, PyTree]]:
+  """Returns the shapes of the gradients of a source's states, and their specs."""
+  initial = like(stream.initial_BHPN)
+  return [(between(plan), specs.between), (initial, if_given(initial, specs.state))]
+
+
+def _scan_cost(plan: Plan) -> dict[str, int]:
+  """Returns the work of one pass of states, or their gradients, through the chunks."""
+  tokens = plan.batch * plan.time * plan.heads * plan.parts
+  return {
+      "matmul_flops": 2 * tokens * plan.state_size * plan.width, "exponentials": tokens,
+      "stages": plan.stages,
+  }
 
 
 def call_chunks_backward(

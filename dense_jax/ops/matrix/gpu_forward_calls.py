@@ -7,7 +7,7 @@ import jax
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.gpu_calls import between, call_kernel, float32, gate_flops, rounded, wide
+from dense_jax.ops.matrix.gpu_calls import call_kernel, float32, gate_flops, rounded, wide
 from dense_jax.ops.matrix.gpu_scan import forward_kernel, read_kernel, scores_kernel
 from dense_jax.ops.matrix.gpu_specs import Gate, Specs, if_given
 from dense_jax.ops.matrix.gpu_tiles import Plan, Stream
@@ -41,7 +41,6 @@ class Forward:
     final_BHPN: the first source's last state.
     open_BTE: the result before its gate; None without a gate, or if it is not saved.
     reads: for each gate the sum of the reads that it multiplies, if saved.
-    before: each source's states before each chunk, if saved.
   """
 
   out_BTE: Array
@@ -49,13 +48,11 @@ class Forward:
   final_BHPN: Array
   open_BTE: Array | None
   reads: tuple[Array, ...]
-  before: tuple[Array, ...]
 
 
 def _call_reads(
-    plan: Plan, streams: tuple[Stream, ...], scores: tuple[Array, ...], count_BT: Array | None,
-    *, save: bool,
-) -> tuple[dict[int | None, Array], list[Array]]:
+    plan: Plan, streams: tuple[Stream, ...], scores: tuple[Array, ...], count_BT: Array | None
+) -> dict[int | None, Array]:
   """Computes the reads of shallow sources, one source after the other.
 
   Each pass has one state in registers, like the pass of the layer's own: three states at a time
@@ -67,28 +64,23 @@ def _call_reads(
     streams: all sources; the first is the layer's own, which is left out.
     scores: their products of queries and keys.
     count_BT: resets up to each token, inclusive; None means none.
-    save: whether states before each chunk are wanted.
 
   Returns:
-    The sums of the reads by gate, and the states of each source.
+    The sums of the reads by gate.
   """
   specs = Specs(plan, by_part=True)
-  saved = between(plan) if save else None
   sums: dict[int | None, Array] = {}
-  before: list[Array] = []
   for stream, score, gate in zip(streams[1:], scores[1:], plan.gates[1:], strict=True):
     others = sums.get(gate)
-    sums[gate], before_BGHNP = call_kernel(
+    (sums[gate],) = call_kernel(
         read_kernel, plan, (plan.batch, plan.heads * plan.parts),
         [
             (stream, specs.stream(stream)), (score, specs.scores),
             (count_BT, if_given(count_BT, specs.count)), (others, if_given(others, specs.values)),
         ],
-        [(wide(plan), specs.values), (saved, if_given(saved, specs.between))],
-        **_scan_cost(plan),
+        [(wide(plan), specs.values)], **_scan_cost(plan),
     )
-    before.append(before_BGHNP)
-  return sums, before
+  return sums
 
 
 def _scan_cost(plan: Plan) -> dict[str, int]:
@@ -108,16 +100,15 @@ def call_forward(
   specs = Specs(plan, by_part=True)
   batch, time, size = plan.batch, plan.time, plan.state_size
   scores = _call_scores(plan, streams)
-  sums, before = _call_reads(plan, streams, scores, count_BT, save=save)
+  sums = _call_reads(plan, streams, scores, count_BT)
   gated = tuple(sums.get(number) for number in range(len(gates)))
   ungated, whole = sums.get(None), wide(plan)
   opened = whole if save and epilogue.z is not None else None
   read = whole if save and plan.gates[0] is not None else None
   moments = float32(batch, plan.heads, plan.parts, 2, time) if plan.moments else None
-  saved = between(plan) if save else None
   cost = _scan_cost(plan)
   cost["matmul_flops"] += gate_flops(plan, gates)
-  out_BTE, open_BTE, moments_BHA2T, read_BTE, before_BGHNP, final_BHPN = call_kernel(
+  out_BTE, open_BTE, moments_BHA2T, read_BTE, final_BHPN = call_kernel(
       forward_kernel, plan, (batch, plan.heads * plan.parts),
       [
           (streams[0], specs.stream(streams[0])), (scores[0], specs.scores),
@@ -129,7 +120,7 @@ def call_forward(
       [
           (jax.ShapeDtypeStruct(whole.shape, plan.out), specs.values),
           (opened, if_given(opened, specs.values)), (moments, if_given(moments, specs.moments)),
-          (read, if_given(read, specs.values)), (saved, if_given(saved, specs.between)),
+          (read, if_given(read, specs.values)),
           (float32(batch, plan.heads, plan.channels, size), specs.state),
       ],
       **cost,
@@ -137,7 +128,4 @@ def call_forward(
   reads: Any = tuple(
       read_BTE if plan.gates[0] == number else x_BTE for number, x_BTE in enumerate(gated)
   )
-  return Forward(
-      out_BTE, moments_BHA2T, final_BHPN, open_BTE, reads if save else (),
-      (before_BGHNP, *before) if save else (),
-  )
+  return Forward(out_BTE, moments_BHA2T, final_BHPN, open_BTE, reads if save else ())

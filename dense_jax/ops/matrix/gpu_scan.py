@@ -42,33 +42,60 @@ class _Source(NamedTuple):
 
   plan: Plan
   stream: Stream
-  scores_TS: PyTree
   decays: Decays
 
   @classmethod
-  def of(cls, plan: Plan, stream: Stream, scores_TS: PyTree, count_T: PyTree) -> "_Source":
-    """Returns a source; `scores_TS` are the products of queries with their chunks' keys."""
-    return cls(plan, stream, scores_TS, Decays(plan, stream, count_T))
+  def of(cls, plan: Plan, stream: Stream, count_T: PyTree) -> "_Source":
+    """Returns a source."""
+    return cls(plan, stream, Decays(plan, stream, count_T))
 
-  def advance(self, chunk: Array, h: State) -> tuple[Array, State]:
-    """Returns the read [C, X] of a chunk, float32, and the state after it.
+  def values(self, chunk: Array) -> Array:
+    """Returns the scaled values of a chunk, [C, X]."""
+    rows = self.plan.rows(chunk)
+    scale_T = None if self.stream.scale_BHT is None else self.stream.scale_BHT[rows]
+    return scaled(self.plan, self.stream.v_BTE[rows, :], scale_T)
+
+  def read(self, scores_TS: PyTree, chunk: Array, h: State) -> Array:
+    """Returns the read of a chunk, [C, X] in float32.
 
     Args:
+      scores_TS: the products of each token's query with its chunk's keys.
       chunk: the chunk.
       h: the state before it.
     """
-    plan, stream, rows = self.plan, self.stream, self.plan.rows(chunk)
-    q, k = plan.load(stream.q_BTK, rows), plan.load(stream.k_BTK, rows)
-    scale_T = None if stream.scale_BHT is None else stream.scale_BHT[rows]
-    v_TX = scaled(plan, stream.v_BTE[rows, :], scale_T)
-    weights_QS = self.scores_TS[rows, :] * self.decays.within(chunk)
+    plan, rows = self.plan, self.plan.rows(chunk)
+    q = plan.load(self.stream.q_BTK, rows)
+    weights_QS = scores_TS[rows, :] * self.decays.within(chunk)
     read_TX = self.decays.from_start(chunk)[:, None] * plan.summed_dot(q, h, (1, 0))
-    read_TX += plan.dot(weights_QS, v_TX, (1, 0))
-    kept_TX = self.decays.to_end(chunk)[:, None] * v_TX.astype(jnp.float32)
+    return read_TX + plan.dot(weights_QS, self.values(chunk), (1, 0))
+
+  def after(self, chunk: Array, h: State) -> State:
+    """Returns the state after a chunk, given that before it."""
+    plan = self.plan
+    k = plan.load(self.stream.k_BTK, plan.rows(chunk))
+    kept_TX = self.decays.to_end(chunk)[:, None] * self.values(chunk).astype(jnp.float32)
     whole = self.decays.whole(chunk)
-    return read_TX, tuple(
+    return tuple(
         whole * h_NX + plan.dot(k_TN, kept_TX, (0, 0)) for h_NX, k_TN in zip(h, k, strict=True)
     )
+
+
+def states_kernel(plan: Plan, stream: Stream, count_T: PyTree, before_GNX: PyTree) -> None:
+  """Computes a source's states before each chunk, for the backward pass.
+
+  Args:
+    plan: the sizes.
+    stream: the source.
+    count_T: resets up to each token, inclusive; None means none.
+    before_GNX: the states, an output.
+  """
+  source = _Source.of(plan, stream, count_T)
+
+  def step(chunk: Array, h: State) -> State:
+    _save(plan, before_GNX, chunk, h)
+    return source.after(chunk, h)
+
+  jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, stream.initial_BHPN))
 
 
 def read_kernel(
@@ -78,7 +105,6 @@ def read_kernel(
     count_T: PyTree,
     others_TX: PyTree,
     read_TX: PyTree,
-    before_GNX: PyTree,
 ) -> None:
   """Computes the reads of a shallow source.
 
@@ -89,18 +115,16 @@ def read_kernel(
     count_T: resets up to each token, inclusive; None means none.
     others_TX: reads that are added, of other sources with the same gate; None means none.
     read_TX: the sum, an output.
-    before_GNX: states before each chunk, an output; None if not saved.
   """
-  source = _Source.of(plan, stream, scores_TS, count_T)
+  source = _Source.of(plan, stream, count_T)
 
   def step(chunk: Array, h: State) -> State:
     rows = plan.rows(chunk)
-    _save(plan, before_GNX, chunk, h)
-    sum_TX, h = source.advance(chunk, h)
+    sum_TX = source.read(scores_TS, chunk, h)
     if others_TX is not None:
       sum_TX += others_TX[rows, :].astype(jnp.float32)
     read_TX[rows, :] = sum_TX.astype(read_TX.dtype)
-    return h
+    return source.after(chunk, h)
 
   jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, stream.initial_BHPN))
 
@@ -118,7 +142,6 @@ def forward_kernel(
     open_TX: PyTree,
     moments_2T: PyTree,
     read_TX: PyTree,
-    before_GNX: PyTree,
     final_XN: PyTree,
 ) -> None:
   """Computes the epilogue of the sum of all sources' gated reads; `stream` is the layer's own.
@@ -138,16 +161,14 @@ def forward_kernel(
     moments_2T: sums of the result and of its squares over X, an output; None means not wanted.
     read_TX: the sum of the reads that the own read's gate multiplies, an output; None without
       such a gate, or if nothing is saved.
-    before_GNX: states before each chunk, an output; None if not saved.
     final_XN: the last state, an output.
   """
-  own = _Source.of(plan, stream, scores_TS, count_T)
+  own = _Source.of(plan, stream, count_T)
   head = div(pl.program_id(1), plan.parts)
 
   def step(chunk: Array, h: State) -> State:
     rows = plan.rows(chunk)
-    _save(plan, before_GNX, chunk, h)
-    own_TX, h = own.advance(chunk, h)
+    own_TX = own.read(scores_TS, chunk, h)
     y_TX = own_TX if plan.gates[0] is None else jnp.zeros_like(own_TX)
     if ungated_TX is not None:
       y_TX += ungated_TX[rows, :].astype(jnp.float32)
@@ -172,17 +193,16 @@ def forward_kernel(
     if moments_2T is not None:
       moments_2T[0, rows] = jnp.sum(y_TX, axis=1)
       moments_2T[1, rows] = jnp.sum(y_TX * y_TX, axis=1)
-    return h
+    return own.after(chunk, h)
 
   final = jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, stream.initial_BHPN))
   _store_state(plan, final_XN, final)
 
 
 def _save(plan: Plan, saved_GNX: PyTree, chunk: Array, h: State) -> None:
-  """Writes a chunk's state, or its gradient; to None, nothing."""
-  if saved_GNX is not None:
-    for start, h_NX in zip(plan.pieces, h, strict=True):
-      saved_GNX[chunk, pl.ds(start, plan.piece), :] = h_NX.astype(saved_GNX.dtype)
+  """Writes a chunk's state, or its gradient."""
+  for start, h_NX in zip(plan.pieces, h, strict=True):
+    saved_GNX[chunk, pl.ds(start, plan.piece), :] = h_NX.astype(saved_GNX.dtype)
 
 
 def _initial(plan: Plan, h_XN: PyTree) -> State:
