@@ -125,6 +125,7 @@ def _describe(report: programs.CompiledProgram) -> str:
         ("HBM traffic at the bandwidth of a copy", scaled(report.estimate.memory, "s")),
         ("the sum", scaled(report.estimate.seconds, "s")),
         ("rates from", "experiments/results/gpu_rates_2026-11-26.json"),
+        ("steps with kernels took", "1.1 to 3 times this on an H200 (docs/performance.md)"),
     ]))
   if report.note:
     parts.append(f"note: {report.note}")

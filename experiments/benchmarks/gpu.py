@@ -8,8 +8,9 @@ Command   python -m experiments.benchmarks.gpu --json experiments/results/gpu_DA
           --side-by-side 12 first compiles that many cases at a time, where cores are many, and
           keeps the programs for the measurements, which follow one by one
 Install   pip install 'jax[cuda12]'; for the rivals see fla_rival.py
-Status    training of mamba2 and gau_retnet and decoding of one row were measured on an H100
-          (experiments/results/gpu_2026-11-26.json); the rivals, modes and long contexts were not.
+Status    training was measured on an H200 (experiments/results/gpu_h200_2026-11-28.json), and XLA's
+          forms and decoding of one row on an H100 (gpu_2026-11-26.json); the rivals, modes and
+          long contexts were not.
           `--toy` runs all of it at toy size on a CPU, where nothing has a peak or an MFU and the
           rivals are skipped
 Models    experiments/family_350m.py, 344M to 372M parameters, and dense_retnet_1p3b.py; bf16

@@ -2,7 +2,7 @@
 
 Install   mamba_ssm with its CUDA extension for "scan"; for "ssd" its Python files suffice, with an
           empty mamba_ssm/__init__.py on PYTHONPATH, and torch, triton and einops
-Status    not run on a GPU yet
+Status    "ssd" was run on an H200 (experiments/results/gpu_layers_h200_2026-11-28.json)
 Sizes     those of `gpu_rates.operation`: 16 rows of 2048 tokens, E 2048; "ssd" has 32 heads of P 64
           and N 128, chunks of 256; "scan" has N 16. bfloat16 inputs, float32 decays
 

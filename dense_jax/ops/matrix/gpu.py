@@ -26,8 +26,8 @@ are written to memory. Seven kernels:
 |                          | one source                | these gradients      | source             |
 
 Chunks and passes were chosen on a card, an H200, whose times memory traffic does not explain: these
-kernels wait for barriers between small matmuls. Chunks of 256 tokens, as four tiles of 64, move a
-third less memory, and took 1.4 times as long at mamba2's size.
+kernels wait at barriers between small matmuls. Chunks of 256 tokens, as four tiles of 64, moved a
+twentieth less memory in a step of mamba2, and a layer's recurrence took 1.4 times as long.
 
 Why Triton, through Pallas. One kernel (a chunk's read) was written twice and compiled for the H100.
 As Pallas-Triton it took about 20 lines, 255 registers and 148 KB of shared memory with 8 warps; its
