@@ -27,7 +27,7 @@ are written to memory. Seven kernels:
 
 Chunks and passes were chosen on a card, an H200, whose times memory traffic does not explain: these
 kernels wait at barriers between small matmuls. Chunks of 256 tokens, as four tiles of 64, moved a
-twentieth less memory in a step of mamba2, and a layer's recurrence took 1.4 times as long.
+tenth less memory in a step of mamba2, and a layer's recurrence took 1.4 times as long.
 
 Why Triton, through Pallas. One kernel (a chunk's read) was written twice and compiled for the H100.
 As Pallas-Triton it took about 20 lines, 255 registers and 148 KB of shared memory with 8 warps; its
@@ -50,15 +50,15 @@ import jax.numpy as jnp
 from dense_jax.ops.chunks import pad_time, round_up
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.matrix.gpu_backward_calls import (
-    call_chunks_backward,
-    call_read_backward,
-    call_states,
-    call_states_backward,
+  call_chunks_backward,
+  call_read_backward,
+  call_states,
+  call_states_backward,
 )
 from dense_jax.ops.matrix.gpu_forward_calls import call_forward
+from dense_jax.ops.matrix.gpu_plan import Plan, Stream, power_of_two
 from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_specs import Gate
-from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.ops.matrix.kernel_inputs import Source
 from dense_jax.ops.matrix.log_decay import summed_log_decay
 from dense_jax.ops.recurrence import LowRankGate

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.matrix.gpu_plan import Plan, Stream
 from dense_jax.ops.matrix.gpu_program import Part, PartSums, Program, TokenSums
-from dense_jax.ops.matrix.gpu_tiles import Plan, Stream
 from dense_jax.types import Array, PyTree
 
 

@@ -8,14 +8,14 @@ import jax
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix.gpu_backward import chunks_backward_kernel
 from dense_jax.ops.matrix.gpu_calls import between, call_kernel, float32, gate_flops, like, rounded
+from dense_jax.ops.matrix.gpu_plan import Plan, Stream, power_of_two
 from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_scan import (
-    read_backward_kernel,
-    states_backward_kernel,
-    states_kernel,
+  read_backward_kernel,
+  states_backward_kernel,
+  states_kernel,
 )
 from dense_jax.ops.matrix.gpu_specs import Gate, Specs, if_given
-from dense_jax.ops.matrix.gpu_tiles import Plan, Stream, power_of_two
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 
@@ -75,7 +75,7 @@ def call_states_backward(
   factors = tuple(gate.hidden_R if isinstance(gate, LowRankGate) else gate for gate in gates)
   d_factors = tuple(jax.ShapeDtypeStruct(d_out_BTE.shape, factor.dtype) for factor in factors)
   whole, count = (specs.values,) * len(gates), (count_BT, if_given(count_BT, specs.count))
-  cost = _scan_cost(plan)
+  cost = _states_cost(plan)
   cost["matmul_flops"] += gate_flops(plan, gates)
   found_BTE, found_z_BTE, d_reads, d_gates, d_after, d_initial = call_kernel(
       states_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
@@ -114,7 +114,7 @@ def call_read_backward(
           _queried(specs, stream), (count_BT, if_given(count_BT, specs.count)),
           (d_read_BTE, specs.values),
       ],
-      _states(plan, specs, stream), **_scan_cost(plan),
+      _states(plan, specs, stream), **_states_cost(plan),
   )
 
 
@@ -132,7 +132,7 @@ def call_states(plan: Plan, stream: Stream, count_BT: Array | None) -> Array:
           (stream, dataclasses.replace(specs.stream(stream), q_BTK=None)),
           (count_BT, if_given(count_BT, specs.count)),
       ],
-      [(between(plan), specs.between)], **_scan_cost(plan),
+      [(between(plan), specs.between)], **_states_cost(plan),
   )
   return before_BGHNP
 
@@ -149,8 +149,8 @@ def _states(plan: Plan, specs: Specs, stream: Stream) -> list[tuple[PyTree, PyTr
   return [(between(plan), specs.between), (initial, if_given(initial, specs.state))]
 
 
-def _scan_cost(plan: Plan) -> dict[str, int]:
-  """Returns the work of one pass of states, or their gradients, through the chunks."""
+def _states_cost(plan: Plan) -> dict[str, int]:
+  """Returns the work of a pass of states, or of their gradients, through the chunks."""
   tokens = plan.batch * plan.time * plan.heads * plan.parts
   return {
       "matmul_flops": 2 * tokens * plan.state_size * plan.width, "exponentials": tokens,

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from dense_jax.ops.kernel_cost import KernelCost
+from dense_jax.ops.matrix.gpu_plan import Plan
 from dense_jax.ops.matrix.gpu_specs import Gate
-from dense_jax.ops.matrix.gpu_tiles import Plan
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import PyTree
 

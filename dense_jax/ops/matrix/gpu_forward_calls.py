@@ -8,9 +8,9 @@ from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix.gpu_calls import call_kernel, float32, gate_flops, rounded, wide
+from dense_jax.ops.matrix.gpu_plan import Plan, Stream
 from dense_jax.ops.matrix.gpu_scan import forward_kernel, read_kernel, scores_kernel
 from dense_jax.ops.matrix.gpu_specs import Gate, Specs, if_given
-from dense_jax.ops.matrix.gpu_tiles import Plan, Stream
 from dense_jax.types import Array
 
 
@@ -57,7 +57,7 @@ def _call_reads(
 
   Each pass has one state in registers, like the pass of the layer's own: three states at a time
   leave so few registers that parts of heads have to be half as wide, and take longer than three
-  passes (on an H200 1.7 times, at mamba2's size).
+  passes (in a step of mamba2 with m = 2, on an H200, 301 ms in place of 196).
 
   Args:
     plan: the sizes.
@@ -84,7 +84,7 @@ def _call_reads(
 
 
 def _scan_cost(plan: Plan) -> dict[str, int]:
-  """Returns the work of one source's pass through the chunks, for `_call`."""
+  """Returns the work of one source's pass through the chunks, for `call_kernel`."""
   tokens = plan.batch * plan.time * plan.heads * plan.parts
   return {
       "matmul_flops": 2 * tokens * plan.width * (plan.chunk + 2 * plan.state_size),

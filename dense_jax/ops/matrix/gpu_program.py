@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from jax.experimental import pallas as pl
 
-from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, rem, scaled
+from dense_jax.ops.matrix.gpu_plan import Decays, Plan, Stream, div, rem, scaled
 from dense_jax.types import Array, PyTree
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.gpu_tiles import Decays, Plan, Stream, div, open_gate, scaled
+from dense_jax.ops.matrix.gpu_plan import Decays, Plan, Stream, div, open_gate, scaled
 from dense_jax.ops.triton_functions import sigmoid
 from dense_jax.types import Array, PyTree
 

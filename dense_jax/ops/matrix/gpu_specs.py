@@ -7,7 +7,7 @@ import jax
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.gpu_tiles import Plan, Stream
+from dense_jax.ops.matrix.gpu_plan import Plan, Stream
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 

@@ -1,4 +1,4 @@
-"""The parts that GPU kernels of matrix states share: sizes, arrays, loads, decays of tiles.
+"""The parts that GPU kernels of matrix states share: sizes, arrays, loads, decays of a chunk.
 
 A kernel sees a row's time axis as chunks of tokens, on which its matmuls work, and between which
 states are kept in memory. States are stored and computed as [N, P] here, so that the matmul that
