@@ -13,6 +13,15 @@ from dense_jax.models.params import abstract_model
 from dense_jax.models.registry import family
 from dense_jax.ops import resolver
 from dense_jax.ops.kernel_check import LIMITS, kernel_errors
+from dense_jax.ops.recurrence import Sizes
+
+
+def state_sizes(config: ModelConfig) -> Sizes:
+  """Returns the sizes of a layer's states; the family's form of state has to have kernels."""
+  stack = abstract_model(config).stack
+  # Mixers whose form of state has kernels have sizes.
+  mixer: Any = [*stack.prefix_layers, *stack.scanned_layers][0].mixer
+  return mixer.sizes
 
 
 def check_kernels(config: ModelConfig, *, strict: bool = False) -> bool:
@@ -37,14 +46,13 @@ def check_kernels(config: ModelConfig, *, strict: bool = False) -> bool:
   kernels = {name for (of, _), name in resolver.KERNELS.items() if of == form}
   if config.implementation != "auto" or chosen not in kernels:
     return True
-  stack = abstract_model(config).stack
-  # Mixers whose form of state has kernels have sizes.
-  mixer: Any = [*stack.prefix_layers, *stack.scanned_layers][0].mixer
+  # Outside of what follows, where an error counts as the kernels'.
+  sizes = state_sizes(config)
   limit = LIMITS[config.dtype]
   failure = ""
   try:
     errors = kernel_errors(
-        form, chosen, mixer.sizes, config.dtype,
+        form, chosen, sizes, config.dtype,
         injection=config.dense.depth > 0 and config.dense.inject == "inputs",
     )
   except Exception as error:  # A compiler that refuses a kernel may raise anything.

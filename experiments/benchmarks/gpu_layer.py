@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax import experiment
-from dense_jax.models.params import abstract_model
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.kernel_check import kernel_errors, make_case
 from dense_jax.ops.recurrence import Read, Sizes
+from dense_jax.runs.kernels import state_sizes
 from dense_jax.types import Array, PyTree
 from experiments.benchmarks import common, kernel_times
 
@@ -24,9 +24,7 @@ REPEATS = 10
 def layer_sizes(family: str, *, toy: bool) -> Sizes:
   """Returns the sizes of the states of a family's model of 350M parameters, or of its `:debug`."""
   spec = f"{EXPERIMENT}:{family}{'-debug' if toy else ''}"
-  stack = abstract_model(experiment.load(spec, [("model.vocab_size", "64")]).model).stack
-  mixer: Any = [*stack.prefix_layers, *stack.scanned_layers][0].mixer
-  return mixer.sizes
+  return state_sizes(experiment.load(spec, [("model.vocab_size", "64")]).model)
 
 
 def errors(family: str, *, toy: bool) -> dict[str, dict[str, float]]:
