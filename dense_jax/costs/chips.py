@@ -8,8 +8,9 @@ GPUs: the vendor's data sheets of H100 SXM and H200 SXM, dense bf16 (without spa
 link is NVLink. Their ceilings were measured on one H100 80GB HBM3 on 2026-11-26: a bf16 product of
 8192 x 8192 matrices, and a copy of a large array (experiments/results/gpu_rates_2026-11-26.json).
 From them follow the steps of five models in XLA's forms, measured on it, within 3 %. Steps with
-kernels took 1.1 to 3 times that on an H200 (experiments/results/gpu_h200_2026-11-28.json). It has
-an H100's cores, and is given the same share of its published bandwidth.
+kernels took 1.1 to 3 times an H100's estimate on an H200, and 1.4 to 3.6 times that for an H200
+(experiments/results/gpu_h200_2026-11-28.json). It has an H100's cores, and is given the same share
+of its published bandwidth.
 
 Capacities are decimal gigabytes, as published, although some of the vendor's figures are really
 GiB. The few percent in between are a reserve for whatever else is in a chip's memory, such as

@@ -23,6 +23,12 @@ def pad_time(x_BT: Array, chunk: int) -> Array:
   return jnp.pad(x_BT, ((0, 0), (0, extra)) + ((0, 0),) * (x_BT.ndim - 2))
 
 
+def chunk_ends(time: int, chunk: int) -> Array:
+  """Returns a bool mask [G, C], true at the last token of each chunk that is not padding."""
+  token_GC = jnp.arange(round_up(time, chunk)).reshape(-1, chunk)
+  return (token_GC % chunk == chunk - 1) | (token_GC == time - 1)
+
+
 def split_time(x_BT: Array, chunk: int) -> Array:
   """Splits [B, T, ...] into [B, G, C, ...], padded with zeros if C does not divide T."""
   x_BT = pad_time(x_BT, chunk)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -48,6 +49,16 @@ class Epilogue:
       default=jnp.dtype("float32"), metadata={"static": True}
   )
   moments: bool = dataclasses.field(default=False, metadata={"static": True})
+
+  def check(self, batch: int, time: int, width: int, skips: int) -> None:
+    """Checks the shapes of its arrays, [B, T, E], and of `skip`, [skips]."""
+    if self.skip is None:
+      assert self.x is None, "x is what skip multiplies: expected both or neither"
+    else:
+      chex.assert_shape(self.skip, (skips,))
+    for x_BTE in (self.x, self.z):
+      if x_BTE is not None:
+        chex.assert_shape(x_BTE, (batch, time, width))
 
   def __call__(self, y: Array) -> Output:
     """Applies it to a read, float32, [..., E] or [..., H, P]."""

@@ -2,8 +2,9 @@
 
 A compiler may translate a kernel wrongly for a card that it was not tested on, and a training run
 then goes wrong without a word. So a kernel that nobody asked for by name is used only after it has
-computed a small case like the specification: a layer's own read, a gated read of a source, the
-epilogue, final state and all gradients, with two documents in a row and a state before the first.
+computed a small case like the specification: a layer's own read, reads of two sources with one
+low-rank gate, the epilogue, final state and all gradients, in two rows of two documents each, with
+a state before the first.
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ from dense_jax.types import Array, PyTree
 # Root mean squares of errors over those of the right values. Kernels round scores, and states for
 # products, to the model's dtype; a wrong kernel is wrong by orders of magnitude more.
 LIMITS: Mapping[str, float] = {"bfloat16": 0.02, "float32": 1e-3}
-_ROWS, _TIME, _BORDER = 1, 300, 141  # More than two chunks; a document begins inside the second.
-
+# Several chunks of any kernel. The second document begins inside a chunk, or where one begins.
+_TIME, _BORDERS = 300, (141, 192)
+_RANK = 32  # Of gates.
 
 Inputs = dict[str, PyTree]
 Make = Callable[[str, Inputs, Segments], Recurrence]
@@ -50,18 +52,23 @@ def kernel_errors(
     mean square of the error over that of the right values. The same for the short convolution and
     its gradients, if a kernel comes with the implementation, and for input injection.
   """
-  make, inputs = make_case(form, sizes, jnp.dtype(dtype), _TIME)
-  positions = np.concatenate([np.arange(5, 5 + _BORDER), np.arange(_TIME - _BORDER)])[None]
-  ids = np.concatenate([np.full(_BORDER, 1), np.full(_TIME - _BORDER, 2)])[None]
-  segments = Segments(jnp.asarray(positions), jnp.asarray(ids))
+  make, inputs = make_case(form, sizes, jnp.dtype(dtype), (len(_BORDERS), _TIME))
+  place = np.arange(_TIME)
+  second = place >= np.asarray(_BORDERS)[:, None]
+  positions = np.where(second, place - np.asarray(_BORDERS)[:, None], place + 5)
+  segments = Segments(jnp.asarray(positions), jnp.asarray(1 + second))
 
   def outputs(implementation: str, inputs: Inputs) -> PyTree:
-    own, source = (make(implementation, inputs[name], segments) for name in ("own", "source"))
+    own, *sources = (
+        make(implementation, inputs[name], segments) for name in ("own", "source", "other")
+    )
     epilogue = Epilogue(
         inputs["skip"], inputs["own"]["x"], inputs["z"], dtype=jnp.dtype(dtype),
         moments=form == "matrix",
     )
-    reads = [Read(source, inputs["query"], inputs["gate"], dtype=jnp.dtype(dtype))]
+    reads = [
+        Read(source, inputs["query"], inputs["gate"], dtype=jnp.dtype(dtype)) for source in sources
+    ]
     output, final = own.finish(inputs["query"], reads, epilogue)
     found = {"y": output.y.astype(jnp.float32), "final": final}
     return found if output.moments is None else found | {"moments": output.moments}
@@ -97,20 +104,27 @@ def kernel_errors(
   }
 
 
-def make_case(form: str, sizes: Sizes, dtype: jnp.dtype, time: int) -> tuple[Make, Inputs]:
-  """Makes one row of random inputs of a layer and one source.
+def make_case(
+    form: str, sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]
+) -> tuple[Make, Inputs]:
+  """Makes random inputs of a layer and two sources, whose reads have one gate.
 
   Args:
     form: "diagonal" or "matrix".
     sizes: the layer's.
     dtype: that of queries, keys, values and gates; the others are float32.
-    time: T.
+    lead: B and T.
 
   Returns:
-    What makes a recurrence of `inputs["own"]` or `inputs["source"]`, given the name of an
-    implementation, and the inputs.
+    What makes a recurrence of `inputs["own"]`, `inputs["source"]` or `inputs["other"]`, given the
+    name of an implementation, and the inputs.
   """
-  return {"diagonal": _diagonal, "matrix": _matrix}[form](sizes, dtype, (_ROWS, time))
+  return {"diagonal": _diagonal, "matrix": _matrix}[form](sizes, dtype, lead)
+
+
+def _gate(lead: tuple[int, int], width: int, dtype: jnp.dtype) -> LowRankGate:
+  hidden, up = _normal(22, (*lead, _RANK), dtype), _normal(24, (_RANK, width))
+  return LowRankGate(hidden, up * _RANK**-0.5, matmul)
 
 
 def _convolution(function: Convolve, segments: Segments, inputs: Inputs) -> PyTree:
@@ -198,7 +212,7 @@ def _matrix(sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]) -> tuple[Make
         "k": _normal(seed, (*lead, groups, size), dtype),
         "x": _normal(seed + 1, (*lead, width), dtype),
         "scale": scale, "log_decay": -scale * jnp.linspace(0.2, 4, heads)[None, None],
-        "initial": _normal(seed + 3, (_ROWS, heads, sizes.channels, size)),
+        "initial": _normal(seed + 3, (lead[0], heads, sizes.channels, size)),
     }
 
   def make(implementation: str, inputs: Inputs, segments: Segments) -> Recurrence:
@@ -208,9 +222,9 @@ def _matrix(sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]) -> tuple[Make
     )
 
   return make, {
-      "own": states(0), "source": states(10), "skip": _normal(20, (heads,)),
+      "own": states(0), "source": states(10), "other": states(40), "skip": _normal(20, (heads,)),
       "query": _normal(21, (*lead, groups, size), dtype) * size**-0.5,
-      "gate": _normal(22, (*lead, width), dtype), "z": _normal(23, (*lead, width), dtype),
+      "gate": _gate(lead, width, dtype), "z": _normal(23, (*lead, width), dtype),
   }
 
 
@@ -222,7 +236,7 @@ def _diagonal(sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]) -> tuple[Ma
         "dt": 0.05 + 0.05 * _normal(seed, (*lead, width)) ** 2,
         "a": -jnp.broadcast_to(jnp.arange(1.0, size + 1)[:, None], (size, width)),
         "x": _normal(seed + 1, (*lead, width), dtype), "b": _normal(seed + 2, (*lead, size), dtype),
-        "initial": _normal(seed + 3, (_ROWS, size, width)),
+        "initial": _normal(seed + 3, (lead[0], size, width)),
     }
 
   def make(implementation: str, inputs: Inputs, segments: Segments) -> Recurrence:
@@ -231,7 +245,7 @@ def _diagonal(sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]) -> tuple[Ma
     )
 
   return make, {
-      "own": states(0), "source": states(10), "skip": _normal(20, (width,)),
+      "own": states(0), "source": states(10), "other": states(40), "skip": _normal(20, (width,)),
       "query": _normal(21, (*lead, size), dtype),
-      "gate": _normal(22, (*lead, width), dtype), "z": _normal(23, (*lead, width), dtype),
+      "gate": _gate(lead, width, dtype), "z": _normal(23, (*lead, width), dtype),
   }

@@ -20,8 +20,8 @@ class KernelCost:
     matmul_flops: operations in matmuls, 2 M N K each.
     flops: all other arithmetic.
     transcendentals: evaluations of exp, log, tanh, rsqrt and the like.
-    bytes_accessed: bytes read from and written to main memory: a block that is read again for
-      another part of the grid counts again.
+    bytes_accessed: bytes read from and written to main memory. What other programs of the grid
+      read again counts once, as if it stayed in the cache.
   """
 
   matmul_flops: int

@@ -128,7 +128,7 @@ class ScannedRecurrence:
 
 
 class KernelRecurrence(ScannedRecurrence):
-  """The base class of recurrences whose kernel computes reads and epilogue in one pass.
+  """The base class of recurrences whose kernels compute reads and the epilogue together.
 
   The kernel takes the layer's own read and those of its sources, if each source is a recurrence of
   the same class and each read is one of the states themselves. Otherwise it computes the own read,

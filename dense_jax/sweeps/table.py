@@ -72,8 +72,11 @@ def _p_value(less: Estimate) -> str:
 
 
 def _verdict(sweep: Sweep, less: Estimate) -> str:
-  """Says whether a cell is better than its base: by more than two standard errors."""
-  if less.count < 2:
+  """Says whether a cell is better than its base, by more than two standard errors.
+
+  Before all seeds that the sweep gives every cell have been run, nothing is decided.
+  """
+  if less.count < max(len(sweep.seeds), 2):
     return "too few seeds"
   if not less.decided:
     return "undecided"

@@ -36,8 +36,8 @@ from dense_jax.training.proof import Proof, digest_json, prove
 from dense_jax.training.step import TrainState
 from dense_jax.training.stored import HELDOUT_LOSS, DamagedError, Stored, saved_steps
 
-# After a save has failed, another one is begun so many seconds after the first, second and third
-# one began. The fourth is not begun: the run stops.
+# After a save has failed, the first, second and third of those that try again begin so many seconds
+# after the one before began. If the third fails too, the run stops.
 _RETRY_SECONDS = (0.0, 10.0, 60.0)
 # The most times, 0.1 s apart, that what a failed save left is removed.
 _MOST_REMOVED = 50
@@ -242,7 +242,7 @@ class Checkpoints(CheckpointReader):
       self._settle()
     now = time.monotonic()
     if self._error is not None:
-      return now - self._saved >= _RETRY_SECONDS[self._failures]
+      return self._is_last_try or now - self._saved >= _RETRY_SECONDS[self._failures]
     return not self._under_way and 0 < 60 * minutes <= now - self._saved
 
   def is_saved(self) -> bool:
@@ -263,13 +263,18 @@ class Checkpoints(CheckpointReader):
       self._failures = 0
       self._empty_deleted()
 
+  @property
+  def _is_last_try(self) -> bool:
+    return self._failures == len(_RETRY_SECONDS)
+
   def _fail(self, error: Exception) -> None:
     self._error = error
+    after = "and another save is tried" if not self._is_last_try else "like those before it"
     steps = saved_steps(self._folder)
     newest = f"the newest is of step {steps[-1]}" if steps else "there is none"
     self._tell(
-        self._step, "save failed", f"the checkpoint of step {self._step} could not be saved, and "
-        f"another save is tried; {newest} ({stored.first_line(error)})"
+        self._step, "save failed", f"the checkpoint of step {self._step} could not be saved, "
+        f"{after}; {newest} ({stored.first_line(error)})"
     )
 
   def _recover(self) -> None:
@@ -282,10 +287,10 @@ class Checkpoints(CheckpointReader):
     if not distributed.any_process(self._error is not None):
       return
     error, self._error = self._error, None
-    self._failures += 1
     # Of several processes, those that did not fail may still wait for one that did, inside orbax.
-    if self._failures >= len(_RETRY_SECONDS) or jax.process_count() > 1:
+    if self._is_last_try or jax.process_count() > 1:
       raise error or OSError("another process could not save its part of a checkpoint: see there")
+    self._failures += 1
     with contextlib.suppress(Exception):
       self._manager.close()
     self._remove_unfinished()

@@ -48,7 +48,7 @@ def times(family: str, sources: int, *, toy: bool) -> dict[str, Any]:
   """
   form, dtype = FAMILIES[family].form, jnp.dtype("bfloat16")
   rows, time = (TOY_ROWS, TOY_TIME) if toy else (ROWS, TIME)
-  make, row = make_case(form, layer_sizes(family, toy=toy), dtype, time)
+  make, row = make_case(form, layer_sizes(family, toy=toy), dtype, (1, time))
   inputs = jax.tree.map(
       lambda x: jnp.repeat(x, rows, 0) if x.ndim > 2 and len(x) == 1 else x, row
   )

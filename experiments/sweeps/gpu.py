@@ -19,7 +19,7 @@ machine it goes on with the finished runs, if the record is kept:
 Command   as above
 Hardware  one H100, 8 GB of its memory a run. Estimates of a step of 16,384 tokens, by
           `dense-jax compile --topology h100:1` and without launches: gau_retnet 19.1 ms, m=2 25.1,
-          wider 24.0, mamba2 18.0, and its m=2 about 25 (1.38 of it, as at 350M). 1,464 steps of
+          wider 24.0, mamba2 18.0, and its m=2 about 27 (1.48 of it, as at 350M). 1,464 steps of
           each are 163 s a seed, 490 s in all, besides compilation and evaluation
 Order     all cells of seed 0, then of seed 1, then of seed 2; three runs side by side, so that some
           compile while others train. Nine minutes hold two seeds, even if steps take 1.4 times the

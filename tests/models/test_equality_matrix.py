@@ -67,8 +67,8 @@ OPTIONS = {
     "inputs-first": INPUTS | {"layers": 4, "reads": "first"},
     "inputs-fused": INPUTS | {"source": "fused", "input_norm": False},
 }
-# Interpreted kernels take long to compile. tests/ops/pallas compares them at every length, with
-# segments; here they meet models: one pass for all reads, reads apart, decays that rows share.
+# Interpreted kernels take long to compile. tests/ops compares them at every length, with segments;
+# here they meet models: one pass for all reads, reads apart, decays that rows share.
 KERNEL_LENGTHS = {
     "mamba": (63,), "mamba2": (257,), "gau_retnet": (C - 1,), "transformer": (63,),
 }

@@ -71,7 +71,8 @@ def matrix_states(heads: int, size: int, *, selective: bool, sources: int) -> di
       )
       for index in range(sources)
   )
-  gates = (_low(B, T, E),) * (sources > 1)
+  gate: PyTree = LowRankGate(_low(B, T, 32), _float32(32, E), matmul)
+  gates = (gate,) * (sources > 1)
   epilogue = Epilogue(dtype=jnp.dtype("bfloat16"), moments=True)
   if selective:
     epilogue = Epilogue(

@@ -39,16 +39,18 @@ def _spoil(monkeypatch, spoiled):
 def test_right_kernels_are_within_the_limits(dtype):
   errors = kernel_errors("matrix", "associative", Sizes(4, 2, 6, 10), dtype)
   assert {"y", "final", "moments"} <= errors.keys()
-  gradients = {f"gradient.{of}.{name}" for of in ("own", "source")
+  gradients = {f"gradient.{of}.{name}" for of in ("own", "source", "other")
                for name in ("k", "x", "scale", "log_decay", "initial")}
-  gradients |= {f"gradient.{name}" for name in ("skip", "query", "gate", "z")}
+  gradients |= {f"gradient.{name}" for name in ("skip", "query", "z")}
+  gradients |= {"gradient.gate.hidden_R", "gradient.gate.up_RE"}
   assert errors.keys() == gradients | {"y", "final", "moments"}
-  assert max(errors.values()) < LIMITS[dtype] / 3
+  # A low-rank gate is rounded to the dtype before it multiplies.
+  assert max(errors.values()) < LIMITS[dtype] / 2
 
 
 def test_right_diagonal_kernels_are_within_the_limits():
   errors = kernel_errors("diagonal", "associative", Sizes(1, 1, 6, 3), "float32")
-  assert len(errors) == 2 + 2 * 5 + 4
+  assert len(errors) == 2 + 3 * 5 + 5
   assert max(errors.values()) < LIMITS["float32"] / 3
 
 

@@ -142,6 +142,8 @@ def test_the_table_and_the_picture(full, planned, tmp_path):
   assert "82 % of such means with three seeds and 88 % with five" in text
   higher = dataclasses.replace(SWEEP, higher_is_better=True)
   assert rows(higher, planned, full)[2][11] == "worse"
+  more = dataclasses.replace(SWEEP, seeds=(0, 1, 2, 3), more_seeds=())
+  assert rows(more, planned, full)[2][11] == "too few seeds"
   files = write_all(SWEEP, planned, full, "dense-jax sweep x.py", epath.Path(tmp_path) / "r.jsonl")
   assert [file.name for file in files] == ["r.md", "r.png", "r.html"]
   assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

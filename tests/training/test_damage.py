@@ -21,6 +21,8 @@ from dense_jax.training.host_arrays import placed_on
 from dense_jax.training.stored import DamagedError, Stored, UnfitError, saved_steps
 from tests.training.test_checkpoint import MODEL, on_device, read, save, state
 
+RETRY_SECONDS = checkpoints._RETRY_SECONDS
+
 
 class Told(list):
   """What was told: pairs of kind and text."""
@@ -250,7 +252,7 @@ def settle(writer):
     pass
 
 
-@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("failures", [1, 3])
 def test_a_save_that_fails_is_told_at_once_and_tried_again(tmp_path, full_disk, failures):
   told = Told()
   writer = Checkpoints(epath.Path(tmp_path), MODEL, tell=told)
@@ -269,16 +271,25 @@ def test_a_save_that_fails_is_told_at_once_and_tried_again(tmp_path, full_disk, 
   assert read(tmp_path, "latest") == 9
 
 
-def test_saves_that_go_on_failing_stop_the_run(tmp_path, full_disk):
-  writer = Checkpoints(epath.Path(tmp_path), MODEL, tell=Told())
+def test_saves_that_go_on_failing_stop_the_run(tmp_path, full_disk, monkeypatch):
+  now, told = [100.0], Told()
+  monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(checkpoints, "_RETRY_SECONDS", RETRY_SECONDS)
+  writer = Checkpoints(epath.Path(tmp_path), MODEL, tell=told)
   full_disk[0] = 9
-  for step in (1, 2, 3):
+  # The seconds after which each of four saves is tried again; of the last one, to stop.
+  for step, seconds in enumerate((0, 10, 60, 0), 1):
     assert writer.save(state(step), step, {"step": step}, None)
     assert not writer.is_saved()
+    now[0] += max(seconds - 1, 0)
+    assert writer.wants_save(0) == (seconds == 0)
+    now[0] += seconds > 0
+    assert writer.wants_save(0)
   with pytest.raises(OSError, match="No space left"):
-    writer.save(state(4), 4, {"step": 4}, None)
+    writer.save(state(5), 5, {"step": 5}, None)
   writer.close()
   assert not saved_steps(epath.Path(tmp_path))
+  assert ["another save is tried" in text for _, text in told] == [True, True, True, False]
 
 
 def test_minutes_since_the_last_save_ask_for_another(tmp_path, monkeypatch):

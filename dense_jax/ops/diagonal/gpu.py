@@ -31,6 +31,7 @@ from dense_jax.ops.diagonal.kernel_inputs import (
     Padding,
     Source,
     Wide,
+    check_inputs,
     gradient,
     matmul_flops,
     rounded,
@@ -58,9 +59,7 @@ def selective_finish(
   """Computes a `SelectiveFinish` on a GPU, by default with chunks of DEFAULT_CHUNK tokens."""
   batch, time, width = sources[0].x_BTE.shape
   state_size = sources[0].a_NE.shape[0]
-  assert not epilogue.moments
-  for source in sources:
-    source.check(sources[0], gates)
+  check_inputs(sources, gates, epilogue, resets_BT, valid_BT)
 
   chunk = round_up(chunk_length(chunk, DEFAULT_CHUNK, time), LEAST)
   if valid_BT is None and time % chunk:

@@ -79,22 +79,44 @@ class Source:
   initial_BNE: Array
   gate: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-  def check(self, other: "Source", gates: Sequence[Wide]) -> None:
-    """Checks that shapes fit each other, x of another source, and the read's gate."""
-    batch, time, width = other.x_BTE.shape
-    state_size = self.a_NE.shape[0]
-    for wide in (self.dt, *([] if self.gate is None else [gates[self.gate]])):
-      if isinstance(wide, LowRank):
-        chex.assert_shape(wide.hidden_BTR, (batch, time, wide.rank))
-        chex.assert_shape(wide.up_RE, (wide.rank, width))
-      else:
-        chex.assert_shape(wide, (batch, time, width))
-    assert self.bias_E is not None or not isinstance(self.dt, LowRank)
+  def check(self, other: "Source") -> None:
+    """Checks that shapes fit each other, and those of another source."""
+    (batch, time, width), state_size = other.x_BTE.shape, len(other.a_NE)
+    _check_wide(self.dt, batch, time, width)
+    if self.bias_E is None:
+      assert not isinstance(self.dt, LowRank), "expected a bias with a product"
+    else:
+      chex.assert_shape(self.bias_E, (width,))
     chex.assert_shape(self.x_BTE, (batch, time, width))
     chex.assert_shape([self.b_BTN, self.c_BTN], (batch, time, state_size))
     chex.assert_shape(self.a_NE, (state_size, width))
     chex.assert_shape(self.initial_BNE, (batch, state_size, width))
     chex.assert_type([self.a_NE, self.initial_BNE], jnp.float32)
+
+
+def _check_wide(x: Wide, batch: int, time: int, width: int) -> None:
+  """Checks the shape of E numbers a token."""
+  if isinstance(x, LowRank):
+    chex.assert_shape(x.hidden_BTR, (batch, time, x.rank))
+    chex.assert_shape(x.up_RE, (x.rank, width))
+  else:
+    chex.assert_shape(x, (batch, time, width))
+
+
+def check_inputs(
+    sources: Sequence[Source], gates: Sequence[Wide], epilogue: Epilogue, *masks_BT: Array | None
+) -> None:
+  """Checks that the shapes of what kernels take fit each other."""
+  batch, time, width = sources[0].x_BTE.shape
+  for source in sources:
+    source.check(sources[0])
+  for gate in gates:
+    _check_wide(gate, batch, time, width)
+  for mask_BT in masks_BT:
+    if mask_BT is not None:
+      chex.assert_shape(mask_BT, (batch, time))
+  assert not epilogue.moments, "expected no moments of diagonal states"
+  epilogue.check(batch, time, width, width)
 
 
 class SelectiveFinish(Protocol):

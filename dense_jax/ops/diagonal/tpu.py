@@ -27,6 +27,7 @@ from dense_jax.ops.diagonal.kernel_inputs import (
     Padding,
     Source,
     Wide,
+    check_inputs,
     matmul_flops,
     products,
     rounded,
@@ -55,9 +56,7 @@ def selective_finish(
 ) -> tuple[Array, Array]:
   """Computes a `SelectiveFinish` on a TPU, by default with the longest chunks that fit VMEM."""
   batch, time, width = sources[0].x_BTE.shape
-  assert not epilogue.moments
-  for source in sources:
-    source.check(sources[0], gates)
+  check_inputs(sources, gates, epilogue, resets_BT, valid_BT)
 
   chunk = round_up(min(chunk or _default_chunk(sources, gates), time), GROUP)
   masks_BT2 = None

@@ -16,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops.chunks import chunk_length, split_time
+from dense_jax.ops.chunks import chunk_ends, chunk_length, split_time
 from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay, weight
 from dense_jax.types import Array
 
@@ -87,8 +87,8 @@ def chunk_states(
   last_BGCH = sum_BGCH[:, :, -1:]
   # The last token's weight is 1, a constant. Computed as exp(A_C - A_C), it would have a gradient
   # of two halves that cancel up to rounding, which may far exceed the gradients of strong decays.
-  to_end_BGCH = jnp.pad(last_BGCH.since(sum_BGCH[:, :, :-1]), ((0, 0), (0, 0), (0, 1), (0, 0)))
-  to_end_BGCH = weight(same_document, to_end_BGCH)
+  is_end_BGCH = chunk_ends(time, chunk)[None, :, :, None]
+  to_end_BGCH = weight(same_document, jnp.where(is_end_BGCH, 0.0, last_BGCH.since(sum_BGCH)))
   decay_BGH = weight(carried, last_BGCH.total()[:, :, 0])
   decay_BGH = jnp.broadcast_to(decay_BGH, (batch, *decay_BGH.shape[1:]))
   weighted_BGCHP = (v_BGCHP * to_end_BGCH[..., None]).astype(v_BTHP.dtype)

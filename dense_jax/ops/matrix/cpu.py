@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dense_jax.ops.chunks import chunk_length
+from dense_jax.ops.chunks import chunk_ends, chunk_length
 from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay, weight
 from dense_jax.ops.matrix.reference import matrix_step
 from dense_jax.ops.matrix.sequence import MatrixSequence
@@ -39,26 +39,26 @@ class CpuChunkedMatrix(MatrixSequence):
     first = first_BHPN.reshape(batch, groups, -1, size)  # [B, J, R P, N], R heads of a group.
     final, y = jax.lax.scan(
         jax.checkpoint(_one_chunk, prevent_cse=False), jnp.swapaxes(first, 2, 3),
-        (sums_GBCH, tokens),
+        (sums_GBCH, chunk_ends(time, chunk), tokens),
     )
     y_BTHP = join_chunks(y, time).reshape(batch, time, heads, channels)
     return y_BTHP, jnp.swapaxes(final, 2, 3).reshape(first_BHPN.shape)
 
 
 def _one_chunk(
-    h_BJNE: Array, inputs: tuple[LogDecay, tuple[Array, Array, Array, Array | None]]
+    h_BJNE: Array, inputs: tuple[LogDecay, Array, tuple[Array, Array, Array, Array | None]]
 ) -> tuple[Array, Array]:
   """Runs one chunk; E stands for the channels of a group's R heads.
 
   Args:
     h_BJNE: float32 state before the chunk.
-    inputs: the summed log decays [B, C, H]; q and k, [C, B, J, N], v, [C, B, H, P], and the resets,
-      [C, B], or None.
+    inputs: the summed log decays [B, C, H]; `chunk_ends` of the chunk; q and k, [C, B, J, N], v,
+      [C, B, H, P], and the resets, [C, B], or None.
 
   Returns:
     The state after the chunk, and y_CBHP; float32.
   """
-  sums_BCH, (q_CBJN, k_CBJN, v_CBHP, resets_CB) = inputs
+  sums_BCH, is_end_C, (q_CBJN, k_CBJN, v_CBHP, resets_CB) = inputs
   chunk, batch, groups, _ = q_CBJN.shape
   heads, channels = v_CBHP.shape[2:]
   shared, dtype = heads // groups, v_CBHP.dtype
@@ -92,7 +92,7 @@ def _one_chunk(
   y_CBHP = y_CBHP + before.reshape(y_CBHP.shape) * jnp.swapaxes(from_start_BCH, 0, 1)[..., None]
 
   last_B1H = sums_BCH[:, -1:]
-  to_end_BCH = jnp.pad(last_B1H.since(sums_BCH[:, :-1]), ((0, 0), (0, 1), (0, 0)))
+  to_end_BCH = jnp.where(is_end_C[None, :, None], 0.0, last_B1H.since(sums_BCH))
   to_end_CBH = jnp.swapaxes(weight(same_BC1, to_end_BCH), 0, 1)
   added = matmul(
       jnp.swapaxes(k_BJCN, 2, 3), by_group((v_CBHP * to_end_CBH[..., None]).astype(dtype))

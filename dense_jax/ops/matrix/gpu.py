@@ -59,7 +59,7 @@ from dense_jax.ops.matrix.gpu_forward_calls import call_forward
 from dense_jax.ops.matrix.gpu_plan import Plan, Stream, power_of_two
 from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_specs import Gate
-from dense_jax.ops.matrix.kernel_inputs import Source
+from dense_jax.ops.matrix.kernel_inputs import Source, check_inputs
 from dense_jax.ops.matrix.log_decay import summed_log_decay
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
@@ -99,8 +99,7 @@ def matrix_finish(
   batch, time, _, state_size = sources[0].k_BTJN.shape
   heads = sources[0].log_decay_BTH.shape[2]
   channels = sources[0].v_BTE.shape[2] // heads
-  for source in sources:
-    source.check(sources[0])
+  check_inputs(sources, gates, resets_BT, epilogue)
   plan = _plan(sources, epilogue, chunk or CHUNK, interpret)
   count_BT = None
   if resets_BT is not None:
@@ -138,7 +137,7 @@ def _plan(sources: Sequence[Source], epilogue: Epilogue, chunk: int, interpret: 
   while width > _LEAST and state_size * width > _STATE_NUMBERS:
     width //= 2
   return Plan(
-      batch=batch, chunks=-(-time // chunk), chunk=chunk, heads=heads, groups=groups,
+      batch=batch, tokens=time, chunks=-(-time // chunk), chunk=chunk, heads=heads, groups=groups,
       channels=channels, state_size=state_size, width=width,
       piece=power_of_two(state_size, 128), gates=tuple(source.gate for source in sources),
       dtype=jnp.result_type(own.q_BTJN, own.k_BTJN, own.v_BTE), out=epilogue.dtype,

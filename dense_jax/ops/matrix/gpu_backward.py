@@ -140,7 +140,8 @@ def _values(
     parts: outputs.
   """
   plan, stream, rows = program.plan, program.stream, program.rows
-  is_last_T1 = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0) == plan.chunk - 1
+  place_T1 = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
+  is_last_T1 = place_T1 == plan.end(program.chunk)
   d_within_TX, own_T1 = within
   k, dh = plan.load(stream.k_BTK, rows), part.states(d_after_GHNP, program.chunk)
   to_end_T1 = program.decays(part).to_end(program.chunk)[:, None]

@@ -45,7 +45,7 @@ def call_kernel(
     outputs: trees of shapes, each with its tree of block specs.
     matmul_flops: operations in matmuls.
     exponentials: exponentials, each of a difference of two sums of two parts.
-    stages: chunks in shared memory at a time.
+    stages: turns of its loop whose loads are in shared memory at a time.
 
   Returns:
     The outputs.

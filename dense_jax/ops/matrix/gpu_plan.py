@@ -7,8 +7,9 @@ updates them has N rows.
 Triton needs sizes that are powers of two, so N is cut into pieces of `piece` numbers and P into
 parts of `width` channels. A program's lists of [piece, width] arrays hold one state.
 
-Letters of these files alone: X a part of one head's channels; in arrays of a chunk, Q queries and
-S keys; [H, A] the heads and their parts; R the rank of a gate.
+Letters of these files alone: X a part of one head's channels, U all channels of a group; in arrays
+of a chunk, Q queries and S keys; [H, A] the heads and their parts; O what a read is the sum of: the
+chunk's own tokens, and each piece of the carried state.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jax.experimental import pallas as pl
 
 from dense_jax.ops.matrix.log_decay import LogDecay, weight
 from dense_jax.ops.recurrence import LowRankGate
-from dense_jax.ops.triton_functions import sigmoid
+from dense_jax.ops.triton_functions import silu, silu_slope
 from dense_jax.types import Array, PyTree
 
 
@@ -55,6 +56,7 @@ class Plan:
 
   Attributes:
     batch: B.
+    tokens: T before it was padded.
     chunks: G.
     chunk: C, tokens of a matmul and between stored states.
     heads: H.
@@ -72,6 +74,7 @@ class Plan:
   """
 
   batch: int
+  tokens: int
   chunks: int
   chunk: int
   heads: int
@@ -109,7 +112,7 @@ class Plan:
 
   @property
   def stages(self) -> int:
-    """Chunks in shared memory at a time while a kernel goes through them in order."""
+    """Turns of a kernel's loop whose loads are in shared memory at a time."""
     return 2 if self.state_size <= 256 else 1
 
   def dot(self, left: Array, right: Array, axes: tuple[int, int]) -> Array:
@@ -140,6 +143,10 @@ class Plan:
     """Returns the last token of a chunk."""
     return chunk * self.chunk + self.chunk - 1
 
+  def end(self, chunk: Array) -> Array:
+    """Returns the place in a chunk of its last token that is not padding."""
+    return jnp.minimum(self.chunk - 1, self.tokens - 1 - chunk * self.chunk)
+
 
 def power_of_two(size: int, limit: int) -> int:
   """Returns the largest power of two that divides `size` and is at most `limit`, another one."""
@@ -156,7 +163,7 @@ def rem(left: Array, right: int) -> Array:
   return jax.lax.rem(left, right)
 
 
-def scaled(plan: Plan, v_TX: Array, scale_T: Array | None) -> Array:
+def scaled(v_TX: Array, scale_T: Array | None) -> Array:
   """Returns scale * v, rounded as `MatrixSequence.scaled_BTHP` rounds it."""
   if scale_T is None:
     return v_TX
@@ -177,8 +184,7 @@ def open_gate(plan: Plan, gate: PyTree, rows: PyTree) -> tuple[Array, Array | No
   if not isinstance(gate, LowRankGate):
     return gate[rows, :].astype(jnp.float32), None
   before_TX = plan.dot(gate.hidden_R[rows, :], gate.up_RE[...], (1, 0))
-  share_TX = sigmoid(before_TX)
-  return before_TX * share_TX, share_TX * (1 + before_TX * (1 - share_TX))
+  return silu(before_TX), silu_slope(before_TX)
 
 
 @dataclasses.dataclass(frozen=True)

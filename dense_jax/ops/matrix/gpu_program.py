@@ -109,7 +109,7 @@ class Program:
   def d_read(self, part: Part) -> Array:
     """Returns the gradient of the read, rounded to the dtype of matmuls.
 
-    Every use of it is rounded alike, so that terms of the decays' gradients cancel.
+    Every use of it in this kernel is rounded alike, so that terms of the decays' gradients cancel.
     """
     return self.d_read_TU[self.rows, part.channels].astype(self.plan.dtype)
 
@@ -122,7 +122,7 @@ class Program:
     scale_T = None
     if self.stream.scale_BHT is not None:
       scale_T = self.stream.scale_BHT[part.head, self.rows]
-    return scaled(self.plan, self.stream.v_BTE[self.rows, part.channels], scale_T)
+    return scaled(self.stream.v_BTE[self.rows, part.channels], scale_T)
 
   def scores(self) -> Array:
     """Returns the products [Q, S] of the chunk's queries and keys."""

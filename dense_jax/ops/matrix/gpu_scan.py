@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix.gpu_plan import Decays, Plan, Stream, div, open_gate, scaled
-from dense_jax.ops.triton_functions import sigmoid
+from dense_jax.ops.triton_functions import silu, silu_slope
 from dense_jax.types import Array, PyTree
 
 State = tuple[Array, ...]
@@ -53,7 +53,7 @@ class _Source(NamedTuple):
     """Returns the scaled values of a chunk, [C, X]."""
     rows = self.plan.rows(chunk)
     scale_T = None if self.stream.scale_BHT is None else self.stream.scale_BHT[rows]
-    return scaled(self.plan, self.stream.v_BTE[rows, :], scale_T)
+    return scaled(self.stream.v_BTE[rows, :], scale_T)
 
   def read(self, scores_TS: PyTree, chunk: Array, h: State) -> Array:
     """Returns the read of a chunk, [C, X] in float32.
@@ -187,8 +187,7 @@ def forward_kernel(
     if epilogue.z is not None:
       if open_TX is not None:
         open_TX[rows, :] = y_TX.astype(open_TX.dtype)
-      z_TX = epilogue.z[rows, :].astype(jnp.float32)
-      y_TX *= z_TX * sigmoid(z_TX)
+      y_TX *= silu(epilogue.z[rows, :].astype(jnp.float32))
     out_TX[rows, :] = y_TX.astype(out_TX.dtype)
     if moments_2T is not None:
       moments_2T[0, rows] = jnp.sum(y_TX, axis=1)
@@ -263,10 +262,9 @@ def states_backward_kernel(
     d_TX = d_out_TX[rows, :].astype(jnp.float32)
     if z_TX is not None:
       z, y = z_TX[rows, :].astype(jnp.float32), open_TX[rows, :].astype(jnp.float32)
-      share = sigmoid(z)
-      d_TX = _with_moments(d_TX, y * z * share, d_moments_2T, rows)
-      d_z_TX[rows, :] = (d_TX * y * share * (1 + z * (1 - share))).astype(d_z_TX.dtype)
-      d_TX *= z * share
+      d_TX = _with_moments(d_TX, y * silu(z), d_moments_2T, rows)
+      d_z_TX[rows, :] = (d_TX * y * silu_slope(z)).astype(d_z_TX.dtype)
+      d_TX *= silu(z)
     elif d_moments_2T is not None:
       d_TX = _with_moments(d_TX, open_TX[rows, :].astype(jnp.float32), d_moments_2T, rows)
     if d_y_TX is not None:

@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 
-import jax
 from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
-from dense_jax.ops.matrix.gpu_plan import Plan, Stream
+from dense_jax.ops.matrix.gpu_plan import Plan, Stream, div, rem
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
 
@@ -25,8 +24,6 @@ class Specs:
   """
 
   def __init__(self, plan: Plan, *, by_part: bool):
-    # Unlike // and %, these need no case for negative numbers.
-    div, rem = jax.lax.div, jax.lax.rem
     parts, per_group = plan.parts, plan.per_group
     time, chunks, size = plan.time, plan.chunks, plan.state_size
     self._plan = plan

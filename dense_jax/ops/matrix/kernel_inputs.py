@@ -1,6 +1,7 @@
 """The inputs of the kernels of matrix states, for TPUs and GPUs alike."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 
 from dense_jax.errors import InputError
 from dense_jax.ops import partition
+from dense_jax.ops.epilogue import Epilogue
+from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import WIDTH_AXIS, Array
 
 
@@ -42,7 +45,8 @@ class Source:
     chex.assert_is_divisible(heads, groups)
     chex.assert_shape([self.q_BTJN, self.k_BTJN], (batch, time, groups, state_size))
     chex.assert_shape(self.v_BTE, (batch, time, width))
-    chex.assert_shape(self.log_decay_BTH, (None, time, heads))
+    chex.assert_shape(other.log_decay_BTH, ({1, batch}, time, heads))
+    chex.assert_equal_shape([self.log_decay_BTH, other.log_decay_BTH])
     chex.assert_type(self.log_decay_BTH, jnp.float32)
     if self.scale_BTH is not None:
       chex.assert_shape(self.scale_BTH, (batch, time, heads))
@@ -72,3 +76,24 @@ class Source:
         log_decay_BTH=partition.split(None, None, WIDTH_AXIS) if shared else heads,
         initial_BHPN=partition.unless_none(self.initial_BHPN, partition.by_row(WIDTH_AXIS)),
     )
+
+
+def check_inputs(
+    sources: Sequence[Source], gates: Sequence[Array | LowRankGate], resets_BT: Array | None,
+    epilogue: Epilogue,
+) -> None:
+  """Checks that the shapes of what kernels take fit each other."""
+  own = sources[0]
+  batch, time, width = own.v_BTE.shape
+  for source in sources:
+    source.check(own)
+  for gate in gates:
+    if isinstance(gate, LowRankGate):
+      rank = len(gate.up_RE)
+      chex.assert_shape(gate.hidden_R, (batch, time, rank))
+      chex.assert_shape(gate.up_RE, (rank, width))
+    else:
+      chex.assert_shape(gate, (batch, time, width))
+  if resets_BT is not None:
+    chex.assert_shape(resets_BT, (batch, time))
+  epilogue.check(batch, time, width, own.log_decay_BTH.shape[2])

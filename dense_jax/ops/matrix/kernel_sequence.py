@@ -1,4 +1,4 @@
-"""`KernelMatrix`: matrix states by kernels that compute reads and epilogue in one pass."""
+"""`KernelMatrix`: matrix states by kernels that compute the epilogue with the own read."""
 
 import dataclasses
 import functools
@@ -90,7 +90,11 @@ class InterpretedTpuMatrix(TpuMatrix):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GpuMatrix(KernelMatrix):
-  """Runs the kernels of `dense_jax.ops.matrix.gpu`."""
+  """Runs the kernels of `dense_jax.ops.matrix.gpu`.
+
+  Between its kernels the sum of the reads that share a gate has the dtype of the queries and
+  values, whatever `Read.dtype` is.
+  """
 
   kernel = staticmethod(gpu.matrix_finish)
   implementation: ClassVar[str] = "triton"

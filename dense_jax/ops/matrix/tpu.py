@@ -19,7 +19,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
@@ -30,7 +29,7 @@ from dense_jax.ops.chunks import round_up, split_time
 from dense_jax.ops.epilogue import Epilogue, Output
 from dense_jax.ops.kernel_cost import KernelCost
 from dense_jax.ops.matrix import tpu_arrays
-from dense_jax.ops.matrix.kernel_inputs import Source
+from dense_jax.ops.matrix.kernel_inputs import Source, check_inputs
 from dense_jax.ops.matrix.tpu_backward import Sums, backward_kernel
 from dense_jax.ops.matrix.tpu_chunk import LANES, SUBLANES, Blocks, Finish, LowRank, Stream
 from dense_jax.ops.matrix.tpu_forward import forward_kernel
@@ -75,11 +74,7 @@ def matrix_finish(
   batch, time, groups, state_size = first.k_BTJN.shape
   heads, width = first.log_decay_BTH.shape[2], first.v_BTE.shape[2]
   channels = width // heads
-  for source in sources:
-    source.check(first)
-  for gate in gates:
-    if not isinstance(gate, LowRankGate):
-      chex.assert_shape(gate, (batch, time, width))
+  check_inputs(sources, gates, resets_BT, epilogue)
 
   # The heads of a group together must fill whole tiles of lanes: the larger the power of two that
   # divides their number, the less each is padded. With several groups, each group's keys must too.
@@ -87,7 +82,7 @@ def matrix_finish(
   lanes = LANES // min(together, LANES // SUBLANES)
   chunk = min(round_up(chunk or DEFAULT_CHUNK, CHUNK_MULTIPLE), round_up(time, CHUNK_MULTIPLE))
   plan = Plan(
-      batch=batch, chunks=-(-time // chunk), chunk=chunk, heads=heads, groups=groups,
+      batch=batch, tokens=time, chunks=-(-time // chunk), chunk=chunk, heads=heads, groups=groups,
       channels=round_up(channels, lanes),
       state_size=round_up(state_size, LANES if groups > 1 else SUBLANES),
       dtype=jnp.dtype(epilogue.dtype), moments=epilogue.moments, interpret=interpret,
@@ -294,7 +289,7 @@ def _backward(
     d_finish = dataclasses.replace(d_finish, skip_1E=skip)
     d_finish_specs = dataclasses.replace(finish_specs, skip_1E=specs.d_channels)
   d_streams, d_finish = _call(
-      backward_kernel, plan, blocks,
+      functools.partial(backward_kernel, end=(plan.tokens - 1) % plan.chunk), plan, blocks,
       (streams, finish, count_BG1C, dy_BTE, d_moments_BHG2C, d_final_BEN, before),
       (
           in_specs, finish_specs, None if count_BG1C is None else specs.count, specs.values,

@@ -72,7 +72,7 @@ class _Source:
 
   def __init__(
       self, blocks: Blocks, place: Place, stream: Stream, count_1C: PyTree, before_XN: PyTree,
-      d_final_BEN: PyTree, gradient: Stream, sums: Sums,
+      d_final_BEN: PyTree, gradient: Stream, sums: Sums, end: int,
   ) -> None:
     self._blocks, self._place, self._stream, self._sums = blocks, place, stream, sums
     self._before_XN, self._gradient = before_XN, gradient
@@ -98,9 +98,10 @@ class _Source:
     self._carried_CX = dot(tokens.q_CN, before_XN[...], (1, 1), tokens.dtype)
     self._d_kept_CX = dot(tokens.k_CN, self._dh_XN, (1, 1), tokens.dtype)
     self._itself_CC = tokens.itself_CC()
-    self._is_last_C1 = jax.lax.broadcasted_iota(jnp.int32, (len(tokens.q_CN), 1), 0) == (
-        len(tokens.q_CN) - 1
-    )
+    chunk = len(tokens.q_CN)
+    # Chunks are visited in reverse.
+    last = jnp.where(place.is_first_chunk, end, chunk - 1)
+    self._is_last_C1 = jax.lax.broadcasted_iota(jnp.int32, (chunk, 1), 0) == last
     self._score_C1 = jnp.sum(
         jnp.where(self._itself_CC, tokens.scores_CC, 0.0), axis=1, keepdims=True
     )
@@ -278,6 +279,8 @@ def backward_kernel(
     gradients: tuple[Stream, ...],
     d_finish: Finish,
     sums: tuple[Sums, ...],
+    *,
+    end: int,
 ) -> None:
   """Computes all gradients in a chunk; chunks are visited in reverse.
 
@@ -293,11 +296,13 @@ def backward_kernel(
     gradients: the sources' gradients, outputs; for keys and queries, this set's share.
     d_finish: the epilogue's gradients, outputs.
     sums: each source's sums, in VMEM.
+    end: the place of a row's last token in its chunk, where padding may follow.
   """
   place = Place.here(blocks)
   sources = [
       _Source(
-          blocks, place, stream, count_1C, before_XN, None if index else d_final_BEN, gradient, part
+          blocks, place, stream, count_1C, before_XN, None if index else d_final_BEN, gradient,
+          part, end,
       )
       for index, (stream, before_XN, gradient, part) in enumerate(
           zip(streams, before, gradients, sums, strict=True)

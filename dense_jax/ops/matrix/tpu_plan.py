@@ -25,12 +25,14 @@ class Plan:
 
   Attributes:
     batch, chunks, chunk, heads, groups, channels, state_size: B, G, C, H, J, P and N.
+    tokens: T before it was padded.
     dtype: that of the result.
     moments: whether the result's moments are wanted.
     interpret: true to run the kernels as ordinary JAX.
   """
 
   batch: int
+  tokens: int
   chunks: int
   chunk: int
   heads: int

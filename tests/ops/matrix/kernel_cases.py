@@ -39,6 +39,7 @@ class Case:
   resets: bool = True
   scale: bool = False
   initial: bool = True
+  rank: int = 5
   chunk: int = 16
   # The log decay is about -strong in a fifth of the tokens; 0 means no such tokens.
   strong: float = 0.0
@@ -64,7 +65,7 @@ def make_inputs(case):
     if index not in case.low_rank:
       return normal(70 + index, *flat)
     return LowRankGate(
-        normal(73 + index, B, case.time, 5), normal(76 + index, 5, flat[2]), matmul
+        normal(73 + index, B, case.time, case.rank), normal(76 + index, case.rank, flat[2]), matmul
     )
 
   sources = [
@@ -178,3 +179,18 @@ def assert_float32_states_of_bfloat16_inputs(finish, case, dtype):
   assert [x.dtype for x in actual[0]] == [dtype, jnp.float32, jnp.float32]
   assert [x.dtype for x in jax.tree.leaves(actual[1])] == [x.dtype for x in jax.tree.leaves(low)]
   assert_close(actual, expected, "bfloat16")
+
+
+def assert_states_are_not_rounded(finish):
+  """A state that nothing is added to, and its gradient, go through all chunks bit for bit."""
+  (sources, gates, epilogue), _, (d_y, _, d_final) = make_inputs(Case(70, initial=True))
+  own, rounded = sources[0], jnp.bfloat16
+  own = dataclasses.replace(
+      own, q_BTJN=jnp.zeros_like(own.q_BTJN, rounded), k_BTJN=jnp.zeros_like(own.k_BTJN, rounded),
+      v_BTE=own.v_BTE.astype(rounded), log_decay_BTH=jnp.zeros_like(own.log_decay_BTH),
+  )
+  (_, _, final), (gradients, *_) = everything(
+      kernels(finish, Case(70)), ([own], gates, epilogue), None, (d_y, None, d_final)
+  )
+  np.testing.assert_array_equal(final, own.initial_BHPN)
+  np.testing.assert_array_equal(gradients[0].initial_BHPN, d_final)

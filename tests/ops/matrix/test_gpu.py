@@ -3,33 +3,31 @@
 import jax
 import pytest
 
+from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix import gpu
 from tests.ops.matrix.kernel_cases import (
     Case,
     assert_close,
     assert_finite_with_extreme_decays,
     assert_float32_states_of_bfloat16_inputs,
+    assert_states_are_not_rounded,
     everything,
     kernels,
     make_inputs,
     specification,
 )
 
-
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
-  """Makes rows of a few tokens have several chunks."""
-  monkeypatch.setattr(gpu, "CHUNK", 16)
-
-
 QUICK = [
     Case(37, scale=True, tail=("skip", "z", "moments"), chunk=32),
     Case(18, gates=(None, 0, 0), low_rank=(0,), heads=2, groups=1, channels=48, decay_rows=1,
          tail=("moments",)),
 ]
+# Everything at once, in heads of three parts.
+WHOLE = Case(40, gates=(None, 0), low_rank=(0,), heads=2, groups=1, channels=48, scale=True,
+             tail=("skip", "x", "z", "moments"), rank=20)
 SLOW = [
     *(Case(time, tail=("x", "z"), scale=True, chunk=32) for time in (1, 2, 15, 16, 17, 33, 257)),
-    Case(37),
+    Case(37), WHOLE, Case(130, gates=(None, 0), tail=("moments",), chunk=0),
     Case(33, gates=(0, 1), tail=("skip",), scale=True, initial=False),
     Case(70, gates=(None, 0, 1), low_rank=(1,), tail=("skip", "x", "z", "moments"), scale=True,
          chunk=64),
@@ -55,6 +53,29 @@ def test_outputs_final_state_and_gradients_are_the_references(case):
   inputs = make_inputs(case)
   expected = everything(specification, *inputs)
   assert_close(everything(kernels(gpu.matrix_finish, case), *inputs), expected)
+
+
+@pytest.mark.slow
+def test_parts_of_heads_may_be_narrower_in_scans(monkeypatch):
+  monkeypatch.setattr(gpu, "_STATE_NUMBERS", 256)
+  inputs = make_inputs(WHOLE)
+  expected = everything(specification, *inputs)
+  assert_close(everything(kernels(gpu.matrix_finish, WHOLE), *inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "time", "chunk"),
+    [(0, 2048, 64), (1, 99, 16), (17, 99, 32), (48, 99, 64), (256, 2048, 64), (0, 20, 32)],
+)
+def test_chunks_are_powers_of_two(asked, time, chunk):
+  (sources, _, _), _, _ = make_inputs(Case(time))
+  plan = gpu._plan(sources, Epilogue(), asked or gpu.CHUNK, interpret=True)
+  assert (plan.chunk, plan.tokens) == (chunk, time)
+
+
+@pytest.mark.slow
+def test_states_are_float32_between_chunks():
+  assert_states_are_not_rounded(gpu.matrix_finish)
 
 
 @pytest.mark.slow
