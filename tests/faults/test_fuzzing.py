@@ -21,7 +21,7 @@ def test_nothing_but_an_input_error(name, tmp_path, watch):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", fuzzing.TARGETS)
 def test_nothing_but_an_input_error_in_many(name, tmp_path, watch):
-  tried, refused = fuzzing.fuzz(fuzzing.TARGETS[name], tmp_path, 150, watch)
+  tried, refused = fuzzing.fuzz(fuzzing.TARGETS[name], tmp_path, 100, watch)
   print(f"{name}: {tried} examples, {refused} refused, none did anything else")
   assert refused
 

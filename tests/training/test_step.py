@@ -250,7 +250,8 @@ def test_shapes_for_ahead_of_time_compilation_are_those_that_run():
 
 
 @pytest.mark.parametrize("remat", [
-    "minimal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reads", "full")),
+    "minimal", pytest.param("full", marks=pytest.mark.slow),
+    pytest.param("reads", marks=pytest.mark.exhaustive),
 ])
 @pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("family", ["mamba2", "mamba"])

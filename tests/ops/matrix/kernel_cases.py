@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matmul import matmul
@@ -43,6 +44,14 @@ class Case:
   chunk: int = 16
   # The log decay is about -strong in a fifth of the tokens; 0 means no such tokens.
   strong: float = 0.0
+
+
+def marked(quick, slow, exhaustive):
+  """Returns all cases as a test's parameters, with the marks of those that are not quick."""
+  return [
+      *quick, *(pytest.param(case, marks=pytest.mark.slow) for case in slow),
+      *(pytest.param(case, marks=pytest.mark.exhaustive) for case in exhaustive),
+  ]
 
 
 def make_inputs(case):

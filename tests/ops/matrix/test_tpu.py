@@ -19,9 +19,11 @@ from tests.ops.matrix.kernel_cases import (
     assert_close,
     assert_finite_with_extreme_decays,
     assert_float32_states_of_bfloat16_inputs,
+    assert_states_are_not_rounded,
     everything,
     kernels,
     make_inputs,
+    marked,
     specification,
 )
 from tests.ops.sequences import one_document
@@ -43,26 +45,27 @@ SLOW = [
           (True, ()), (False, ("skip", "moments")), (True, ("x",)), (False, ("z",)))),
     _case(33, gates=(None, 0, 1), low_rank=(0, 1), scale=True, tail=("skip", "z", "moments"),
          initial=False),
-    *(_case(time) for time in (1, 2, 15, 16, 17, 257)),
-    *(_case(time, resets=False) for time in (17, 63, 257)),
-    *(_case(17, groups=groups, gates=(0,)) for groups in (1, 4)),
-    *(_case(17, heads=6, groups=groups, state_size=16, gates=(None,)) for groups in (1, 2)),
-    *(_case(17, gates=gates) for gates in ((None, None, None), (0, 1, 2))),
+    *(_case(time) for time in (1, 16, 257)),
+    _case(63, resets=False), _case(17, groups=4, gates=(0,)), _case(17, gates=(0, 1, 2)),
+    _case(17, heads=6, groups=2, state_size=16, gates=(None,)),
     _case(63, gates=(None,), decay_rows=1, resets=False),
     _case(63, gates=(0, None), decay_rows=1),
     _case(257, gates=(None, 0, 1), heads=2, groups=1, state_size=16, chunk=0),
-    *(_case(257, resets=resets, chunk=0, strong=strong)
-      for strong in (5.0, 200.0) for resets in (False, True)),
-    _case(63, decay_rows=1, strong=20.0),
+    _case(257, chunk=0, strong=200.0), _case(63, decay_rows=1, strong=20.0),
     _case(257, gates=(None,), chunk=50),
     _case(17, gates=(0,), heads=1, groups=1, channels=3),
     _case(17, scale=True, tail=("x", "z", "moments"), heads=1, groups=1, channels=3),
 ]
+EXHAUSTIVE = [
+    *(_case(time) for time in (2, 15, 17)), *(_case(time, resets=False) for time in (17, 257)),
+    _case(17, groups=1, gates=(0,)), _case(17, gates=(None, None, None)),
+    _case(17, heads=6, groups=1, state_size=16, gates=(None,)),
+    *(_case(257, resets=resets, chunk=0, strong=5.0) for resets in (False, True)),
+    _case(257, resets=False, chunk=0, strong=200.0),
+]
 
 
-@pytest.mark.parametrize(
-    "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str
-)
+@pytest.mark.parametrize("case", marked(QUICK, SLOW, EXHAUSTIVE), ids=str)
 def test_outputs_final_state_and_gradients_are_the_references(case):
   inputs = make_inputs(case)
   expected = everything(specification, *inputs)
@@ -117,6 +120,11 @@ def test_what_blocks_of_rows_share_is_summed(heads, groups, channels, monkeypatc
   inputs = make_inputs(case)
   expected = everything(specification, *inputs)
   assert_close(everything(kernels(tpu.matrix_finish, case), *inputs), expected)
+
+
+@pytest.mark.slow
+def test_states_are_float32_between_chunks():
+  assert_states_are_not_rounded(tpu.matrix_finish)
 
 
 @pytest.mark.slow
