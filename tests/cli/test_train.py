@@ -189,12 +189,12 @@ def test_another_model_other_data_or_changed_text_is_refused(text, tmp_path):
   shutil.copytree(text, copy)
   assert run(TRAIN, *arguments(copy, workdir))[0] == 0
   before = {file: file.read_bytes() for file in workdir.rglob("*") if file.is_file()}
-  status, _, err = run(TRAIN, *arguments(copy, workdir, "--config.model.width=24"))
-  assert status == 2
-  assert "config.model.width: the run has 16, now 24" in err
-  status, _, err = run(TRAIN, *arguments(copy, workdir, "--config.data.seq_len=16"))
-  assert status == 2
-  assert "config.data.seq_len: the run has 32, now 16" in err
+  for change, message in (
+      ("model.width=24", "config.model.width: the run has 16, now 24"),
+      ("data.seq_len=16", "config.data.seq_len: the run has 32, now 16"),
+  ):
+    with pytest.raises(InputError, match=message):
+      train.main(list(map(str, arguments(copy, workdir, f"--config.{change}"))))
   (copy / "1.txt").write_text("something else\n" * 99)
   status, _, err = run(TRAIN, *arguments(
       copy, workdir, "--config.train.steps=6", "--config.optimizer.schedule_steps=4"))

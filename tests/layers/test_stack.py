@@ -115,7 +115,8 @@ def _apart(state, plan):
                  marks=pytest.mark.exhaustive),
     pytest.param("mamba", "state", 1, {"layers": 4}, marks=pytest.mark.exhaustive),
     pytest.param("gau_retnet", "state", 2, {"layers": 7}, marks=pytest.mark.slow),
-    ("gau_retnet", "inputs", 1, {"layers": 6, "block_layers": 2}),
+    pytest.param("gau_retnet", "inputs", 1, {"layers": 6, "block_layers": 2},
+                 marks=pytest.mark.slow),
     # Two levels: three super-blocks, more layers in the bank than one layer renews.
     pytest.param("gau_retnet", "state", 2, {"layers": 8, "block_layers": 2, "remat": "full"},
                  marks=pytest.mark.slow),

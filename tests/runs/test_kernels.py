@@ -48,6 +48,7 @@ def test_right_kernels_are_within_the_limits(dtype):
   assert max(errors.values()) < LIMITS[dtype] / 2
 
 
+@pytest.mark.slow
 def test_right_diagonal_kernels_are_within_the_limits():
   errors = kernel_errors("diagonal", "associative", Sizes(1, 1, 6, 3), "float32")
   assert len(errors) == 2 + 3 * 5 + 5

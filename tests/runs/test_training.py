@@ -290,6 +290,7 @@ def test_a_run_that_is_done_stays_what_it_was_trained_with(config, tmp_path):
   assert runs.train_run(config, tmp_path).step == 4
 
 
+@pytest.mark.slow
 def test_clipping_and_the_dtype_of_moments_change_when_asked(config, tmp_path):
   workdir = tmp_path / "run"
   runs.train_run(config, workdir)

@@ -118,6 +118,7 @@ def test_each_layers_gradient():
   assert everywhere < metrics["grad_norm"] ** 2  # The rest is the embedding's and the head's.
 
 
+@pytest.mark.slow
 def test_a_measured_step_makes_the_same_update():
   metrics, params = _step(_config())
   plain, expected = _step(_config(), "train_step")
@@ -127,8 +128,9 @@ def test_a_measured_step_makes_the_same_update():
 
 
 @pytest.mark.parametrize("options", [
-    {"block_layers": LAYERS}, {"remat": "full"},
-    *(pytest.param({"remat": remat}, marks=pytest.mark.slow) for remat in ("minimal", "reads")),
+    {"block_layers": LAYERS},
+    *(pytest.param({"remat": remat}, marks=pytest.mark.slow)
+      for remat in ("minimal", "reads", "full")),
     pytest.param({"remat": "full", "block_layers": LAYERS}, marks=pytest.mark.slow),
 ], ids=str)
 def test_how_layers_run_changes_no_metric(options):
@@ -161,6 +163,7 @@ def test_of_a_batch_in_parts_a_metric_is_the_mean():
   assert_trees_close([metrics[name] for name in norms], [whole[name] for name in norms])
 
 
+@pytest.mark.slow
 def test_tokens_on_several_devices_have_one_mean():
   metrics, params = _step(_config(MeshConfig(data=1, sequence=4)))
   expected, expected_params = _step(_config())

@@ -88,9 +88,10 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("block_layers", "remat"), [
-    (4, "full"), (1, "none"),
+    (1, "none"),
     *(pytest.param(*case, marks=slow) for case in (
-        (4, "none"), (5, "minimal"), (5, "reads"), (1, "minimal"), (LAYERS, "none"), (1, "full"),
+        (4, "full"), (4, "none"), (5, "minimal"), (5, "reads"), (1, "minimal"), (LAYERS, "none"),
+        (1, "full"),
     )),
 ])
 def test_a_run_goes_on_with_layers_scanned_in_another_way(begun, block_layers, remat):

@@ -249,12 +249,15 @@ def test_shapes_for_ahead_of_time_compilation_are_those_that_run():
   assert get_params(trainer.model).keys() == trainer.state_shapes.params.keys()
 
 
-@pytest.mark.parametrize("remat", [
-    "minimal", pytest.param("full", marks=pytest.mark.slow),
-    pytest.param("reads", marks=pytest.mark.exhaustive),
+@pytest.mark.parametrize(("family", "implementation", "remat"), [
+    ("mamba2", "triton", "minimal"), ("mamba", "pallas", "minimal"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("mamba2", "pallas", "minimal"), ("mamba", "triton", "minimal"),
+        ("mamba2", "pallas", "full"), ("mamba2", "triton", "full"), ("mamba", "pallas", "full"),
+        ("mamba", "triton", "full"))),
+    *(pytest.param(family, implementation, "reads", marks=pytest.mark.exhaustive)
+      for family in ("mamba2", "mamba") for implementation in ("pallas", "triton")),
 ])
-@pytest.mark.parametrize("implementation", ["pallas", "triton"])
-@pytest.mark.parametrize("family", ["mamba2", "mamba"])
 def test_kernels_can_be_differentiated_where_layers_are_computed_again(
     family, implementation, remat
 ):
