@@ -268,3 +268,29 @@ def test_shapes_that_do_not_agree_are_refused(platform):
   ]:
     with pytest.raises(AssertionError, match="shape"):
       PLATFORMS[platform]([wrong], gates, Epilogue(), None, None)
+
+
+def _changed(tree, **change):
+  return dataclasses.replace(tree, **{name: of(getattr(tree, name)) for name, of in change.items()})
+
+
+@pytest.mark.parametrize("finish", PLATFORMS.values(), ids=PLATFORMS)
+@pytest.mark.parametrize("change", [
+    {"a_NE": lambda x: x[:2]}, {"bias_E": lambda x: x[:1]}, {"x_BTE": lambda x: x[:, :5]},
+    {"c_BTN": lambda x: x[:1]}, {"gates": lambda x: (x[0][..., :4],)},
+    {"epilogue": lambda x: _changed(x, skip=lambda _: None)},
+    {"epilogue": lambda x: _changed(x, z=lambda z: z[:1])},
+    {"epilogue": lambda x: _changed(x, moments=lambda _: True)},
+    {"resets_BT": lambda x: x[:1]}, {"valid_BT": lambda x: x[:, :3]},
+], ids=lambda change: next(iter(change)))
+def test_arrays_that_do_not_fit_are_refused(finish, change):
+  mask = jnp.ones((B, 7), bool)
+  inputs = _inputs(7, 2, "skip x z") | {"resets_BT": ~mask, "valid_BT": mask}
+  ((name, of),) = change.items()
+  if name in inputs:
+    inputs[name] = of(inputs[name])
+  else:
+    own, last = inputs["sources"]
+    inputs["sources"] = own, _changed(last, **change)
+  with pytest.raises(AssertionError):
+    finish(**inputs, interpret=True)
