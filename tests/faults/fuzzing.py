@@ -32,13 +32,24 @@ _CHANGES = {
     "os.mkdir": 2,
 }
 
+# No lambda is given to hypothesis: it parses those to describe them, and of two threads that parse
+# at once Python 3.11 fails with a SystemError.
+
+
+def json_collections(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+  """Returns lists and dictionaries of JSON values."""
+  return st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+
+
+def _encoded(values: Any) -> bytes:
+  return json.dumps(values).encode()
+
+
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(2**62, 2**70)
     | st.floats(allow_nan=True) | st.text(max_size=9)
     | st.sampled_from(["../../etc", "/etc/passwd", "nan", "__reduce__", "\x00", "gs://b"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
-                                                               max_size=3),
-    max_leaves=6,
+    json_collections, max_leaves=6,
 )
 
 
@@ -52,12 +63,16 @@ def changed_bytes(content: bytes) -> st.SearchStrategy[bytes]:
       changed[place] ^= mask
     return bytes(changed)
 
+  def cut(end: int) -> bytes:
+    return content[:end]
+
+  def put(drawn: tuple[int, bytes]) -> bytes:
+    place, more = drawn
+    return content[:place] + more + content[place:]
+
   return st.one_of(
       st.lists(st.tuples(places, st.integers(1, 255)), min_size=1, max_size=4).map(flip),
-      places.map(lambda end: content[:end]),
-      st.tuples(places, st.binary(max_size=9)).map(
-          lambda put: content[: put[0]] + put[1] + content[put[0]:]),
-      st.binary(max_size=64),
+      places.map(cut), st.tuples(places, st.binary(max_size=9)).map(put), st.binary(max_size=64),
   )
 
 
@@ -103,7 +118,7 @@ def changed_file(content: bytes) -> st.SearchStrategy[bytes]:
   changed = changed_bytes(content)
   with contextlib.suppress(ValueError):
     values = changed_json(json.loads(content))
-    changed |= values.map(lambda value: json.dumps(value).encode())
+    changed |= values.map(_encoded)
   return changed
 
 
@@ -115,8 +130,11 @@ def changed_header(content: bytes) -> st.SearchStrategy[bytes]:
   def joined(new: bytes) -> bytes:
     return struct.pack("<Q", len(new)) + new + rest
 
-  values = changed_json(json.loads(header)).map(lambda value: joined(json.dumps(value).encode()))
-  lengths = st.integers(0, 2**64 - 1).map(lambda length: struct.pack("<Q", length) + header + rest)
+  def with_length(length: int) -> bytes:
+    return struct.pack("<Q", length) + header + rest
+
+  values = changed_json(json.loads(header)).map(_encoded).map(joined)
+  lengths = st.integers(0, 2**64 - 1).map(with_length)
   return values | changed_bytes(header).map(joined) | lengths | changed_bytes(content)
 
 
@@ -273,8 +291,7 @@ def checkpoint_files(folder: pathlib.Path) -> tuple[st.SearchStrategy[Any], Call
       (folder / name).write_bytes(whole[name])
 
   return st.one_of([
-      changed_file(content).map(lambda changed, name=name: (name, changed))
-      for name, content in whole.items()
+      st.tuples(st.just(name), changed_file(content)) for name, content in whole.items()
   ]), read
 
 

@@ -29,6 +29,7 @@ from dense_jax.data.reading import read_texts
 from dense_jax.data.templates import NAMED
 from dense_jax.errors import InputError
 from tests.data.corpus.texts import DOCUMENTS, lines, run, write_corpus
+from tests.faults.fuzzing import json_collections
 
 EXAMPLES = int(os.environ.get("DENSE_JAX_FUZZ", "100"))
 fuzz = settings(
@@ -39,9 +40,7 @@ LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
     st.sampled_from(["../../etc/passwd", "/etc/passwd", "a\0b", "x/../y", "~", "", "<u2", 10**400]),
 )
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner,
-                                                                        max_size=3), max_leaves=6)
+VALUES = st.recursive(LEAVES, json_collections, max_leaves=6)
 _OPENED: list[list[str]] = []
 
 
@@ -100,6 +99,13 @@ def _replaced(draw, value):
     place = draw(st.integers(0, len(value) - 1))
     return [*value[:place], _replaced(draw, value[place]), *value[place + 1 :]]
   return draw(VALUES)
+
+
+def _changed(draw, content):
+  """Draws a JSON file's content, damaged or with one of its values replaced."""
+  if draw(st.booleans()):
+    return draw(_damaged(content))
+  return json.dumps(_replaced(draw, json.loads(content))).encode()
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +228,7 @@ def test_results_of_files(corpus, data):
   result = corpus / "files/000000.json"
   content = result.read_bytes()
   assert finished(corpus, file, chosen) is not None
-  values = json.loads(content)
-  result.write_bytes(data.draw(st.one_of(
-      _damaged(content), st.builds(lambda: json.dumps(_replaced(data.draw, values)).encode()))))
+  result.write_bytes(_changed(data.draw, content))
   try:
     with _opens_only(corpus.parent), contextlib.suppress(InputError):
       finished(corpus, file, chosen)
@@ -238,9 +242,7 @@ def test_jobs_that_go_on(corpus, data):
   """A damaged job.json: the job is refused, or is the same."""
   job = corpus / "job.json"
   content = job.read_bytes()
-  values = json.loads(content)
-  job.write_bytes(data.draw(st.one_of(
-      _damaged(content), st.builds(lambda: json.dumps(_replaced(data.draw, values)).encode()))))
+  job.write_bytes(_changed(data.draw, content))
   try:
     with contextlib.suppress(InputError):
       run(corpus.parent / "text", corpus, "--heldout-every", "4", "--deduplicate")
@@ -274,9 +276,7 @@ def test_tokenized_folders(tmp_path, data):
            "tokenizer/tokenizer_config.json"]
   file = folder / data.draw(st.sampled_from(names))
   content = file.read_bytes()
-  values = json.loads(content)
-  file.write_bytes(data.draw(st.one_of(
-      _damaged(content), st.builds(lambda: json.dumps(_replaced(data.draw, values)).encode()))))
+  file.write_bytes(_changed(data.draw, content))
   try:
     with _opens_only(tmp_path), contextlib.suppress(InputError):
       opened = prepared.read(DataConfig(path=str(folder)))
