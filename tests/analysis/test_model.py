@@ -47,6 +47,7 @@ def test_what_is_seen_is_what_the_model_computes(seen_and_model):
       assert figures[name] == pytest.approx(figures[name].T)
 
 
+@pytest.mark.slow
 def test_gradients_between_layers_are_those_of_differences(seen_and_model):
   """What a direction at a deep layer sends back is J^T u, also by finite differences."""
   seen, model = seen_and_model
@@ -72,6 +73,7 @@ def test_gradients_between_layers_are_those_of_differences(seen_and_model):
   assert np.diag(seen.gradient) == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_cut_paths_are_those_of_dense_connections(seen_and_model):
   seen, _ = seen_and_model
   # Layer 1's state depends on layer 0's stream; layer 2 reads it past layer 1's own output.

@@ -188,6 +188,7 @@ def test_integers_of_any_size_are_refused_before_anything_is_allocated(text, tmp
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_may_be_in_its_first_second(text, tmp_path):
   """A kill in the first second may leave the lock, or half a file."""
   workdir = tmp_path / "run"

@@ -75,6 +75,8 @@ KERNEL_LENGTHS = {
 KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
 TPU_READS = ("linear", "concat", "attention")  # The GPU's kernels are not given all of them.
 GPU_INPUTS = ("inputs", "inputs-fused")  # Only the GPU has kernels of input injection.
+# Of the options of dense connections, those that `make test` has.
+QUICK_OPTIONS = ("m1", "first", "ungated", "state-gate", "attention", "inputs-fused")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {
     "documents": (True, True), "one-document": (False, False), "carried": (False, True),
@@ -101,7 +103,7 @@ def _marks(family, option, length, scene, number):
     return () if family in (*QUICK_FAMILIES, "transformer") else pytest.mark.slow
   turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
   if turn and option not in ("base", "m2") and scene == "documents":  # One family each.
-    return () if number % 4 < 2 else pytest.mark.slow
+    return () if option in QUICK_OPTIONS else pytest.mark.slow
   scenes = {"documents": 257, "carried": C + 1}
   if family == "s4d":  # It has a form of its own for one document, and long rows take long.
     scenes = {"one-document": 63}

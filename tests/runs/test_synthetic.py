@@ -64,6 +64,7 @@ def test_what_it_recorded_is_what_a_restored_run_scores(finished, capsys):
   assert figures["answers"] == pytest.approx(recorded) and figures["bits_per_byte"] is None
 
 
+@pytest.mark.slow
 def test_its_report_shows_answers_instead_of_text(finished):
   folder, _ = finished
   report = runs.write_report(folder)

@@ -259,6 +259,7 @@ def rates(workdir):
   return [*column(workdir, "learning_rate").values()]
 
 
+@pytest.mark.slow
 def test_going_on_changes_no_learning_rate_unless_it_is_asked_for(config, tmp_path):
   workdir = tmp_path / "run"
   config = changed(config, train={"steps": 6})

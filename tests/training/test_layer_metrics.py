@@ -127,11 +127,10 @@ def test_a_measured_step_makes_the_same_update():
   assert_trees_close(params, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    {"block_layers": LAYERS},
-    *(pytest.param({"remat": remat}, marks=pytest.mark.slow)
-      for remat in ("minimal", "reads", "full")),
-    pytest.param({"remat": "full", "block_layers": LAYERS}, marks=pytest.mark.slow),
+    {"block_layers": LAYERS}, *({"remat": remat} for remat in ("minimal", "reads", "full")),
+    {"remat": "full", "block_layers": LAYERS},
 ], ids=str)
 def test_how_layers_run_changes_no_metric(options):
   expected, _ = _step(_config())
@@ -146,6 +145,7 @@ def test_how_layers_run_changes_no_metric(options):
   assert_trees_close(_layers(metrics), _layers(expected))
 
 
+@pytest.mark.slow
 def test_of_a_batch_in_parts_a_metric_is_the_mean():
   model = _apart()
   parts = [jax.tree.map(lambda leaf, i=i: leaf[i::2], BATCH) for i in range(2)]

@@ -83,9 +83,8 @@ def _batch(seed):
   return jax.tree.map(np.asarray, random_batch(packed(ROWS, time=T), seed))
 
 
-@pytest.mark.parametrize("mesh", [
-    pytest.param(mesh, marks=() if mesh == "tensor" else pytest.mark.slow) for mesh in MESHES
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_changes_nothing(mesh):
   one_device = _after_two_steps(_config("gau_retnet"))
   start = random_params(_config("gau_retnet").model)
