@@ -1,11 +1,12 @@
 """What tests share: one table of tolerances, one comparison of trees, the compilers."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -157,3 +158,8 @@ def _difference(actual: np.ndarray, expected: np.ndarray, rtol: float, atol: flo
       f"(allowed: {atol:g} + {rtol:g} relative); first at {first}: "
       f"{actual[first]:.6g}, expected {expected[first]:.6g}"
   )
+
+
+def changed(tree: Any, **change: Callable[[Any], Any]) -> Any:
+  """Returns a dataclass with fields replaced by functions of themselves."""
+  return dataclasses.replace(tree, **{name: of(getattr(tree, name)) for name, of in change.items()})

@@ -40,6 +40,11 @@ def _bool(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.bool_)
 
 
+def _gate() -> PyTree:
+  """A low-rank gate, as models have."""
+  return LowRankGate(_low(B, T, 32), _float32(32, E), matmul)
+
+
 def selective(sources: int) -> dict[str, float]:
   """A layer of mamba and its sources, which share a gate; packed."""
   size = 16
@@ -71,8 +76,7 @@ def matrix_states(heads: int, size: int, *, selective: bool, sources: int) -> di
       )
       for index in range(sources)
   )
-  gate: PyTree = LowRankGate(_low(B, T, 32), _float32(32, E), matmul)
-  gates = (gate,) * (sources > 1)
+  gates = (_gate(),) * (sources > 1)
   epilogue = Epilogue(dtype=jnp.dtype("bfloat16"), moments=True)
   if selective:
     epilogue = Epilogue(
@@ -95,10 +99,9 @@ def injection(sources: int) -> dict[str, float]:
     return gpu_inject(own, shallow, [gate] * sources, norm)
 
   own = _low(B, T, E)
-  gate: PyTree = LowRankGate(_low(B, T, 32), _float32(32, E), matmul)
   return _cost(
       lambda shallow, gate, arrays: run(arrays[0], shallow, gate, arrays[1]),
-      (own,) * sources, gate, (own, _float32(E)),
+      (own,) * sources, _gate(), (own, _float32(E)),
   )
 
 

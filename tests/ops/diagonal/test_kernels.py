@@ -13,7 +13,7 @@ from dense_jax.ops.diagonal.kernel_inputs import LowRank, Source
 from dense_jax.ops.diagonal.reference import diagonal_read, diagonal_states
 from dense_jax.ops.epilogue import Epilogue
 from tests.builders import COMPILER_OPTIONS, normal
-from tests.helpers import assert_trees_close
+from tests.helpers import assert_trees_close, changed
 from tests.ops.sequences import after_last_valid, documents, everything, one_document
 
 B, C = 3, 16
@@ -270,17 +270,13 @@ def test_shapes_that_do_not_agree_are_refused(platform):
       PLATFORMS[platform]([wrong], gates, Epilogue(), None, None)
 
 
-def _changed(tree, **change):
-  return dataclasses.replace(tree, **{name: of(getattr(tree, name)) for name, of in change.items()})
-
-
 @pytest.mark.parametrize("finish", PLATFORMS.values(), ids=PLATFORMS)
 @pytest.mark.parametrize("change", [
     {"a_NE": lambda x: x[:2]}, {"bias_E": lambda x: x[:1]}, {"x_BTE": lambda x: x[:, :5]},
     {"c_BTN": lambda x: x[:1]}, {"gates": lambda x: (x[0][..., :4],)},
-    {"epilogue": lambda x: _changed(x, skip=lambda _: None)},
-    {"epilogue": lambda x: _changed(x, z=lambda z: z[:1])},
-    {"epilogue": lambda x: _changed(x, moments=lambda _: True)},
+    {"epilogue": lambda x: changed(x, skip=lambda _: None)},
+    {"epilogue": lambda x: changed(x, z=lambda z: z[:1])},
+    {"epilogue": lambda x: changed(x, moments=lambda _: True)},
     {"resets_BT": lambda x: x[:1]}, {"valid_BT": lambda x: x[:, :3]},
 ], ids=lambda change: next(iter(change)))
 def test_arrays_that_do_not_fit_are_refused(finish, change):
@@ -291,6 +287,6 @@ def test_arrays_that_do_not_fit_are_refused(finish, change):
     inputs[name] = of(inputs[name])
   else:
     own, last = inputs["sources"]
-    inputs["sources"] = own, _changed(last, **change)
+    inputs["sources"] = own, changed(last, **change)
   with pytest.raises(AssertionError):
     finish(**inputs, interpret=True)

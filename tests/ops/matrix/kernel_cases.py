@@ -155,6 +155,12 @@ def assert_close(actual, expected, dtype="float32"):
     assert_trees_close({name: leaf}, {name: expected_leaf}, dtype, scale=size)
 
 
+def assert_like_the_specification(finish, case):
+  """Compares outputs, the final state and all gradients of a case."""
+  inputs = make_inputs(case)
+  assert_close(everything(kernels(finish, case), *inputs), everything(specification, *inputs))
+
+
 def assert_finite_with_extreme_decays(finish, case):
   """Runs decays that clear the state, and decays that hardly change it, in a case of one source."""
   (sources, gates, epilogue), resets, cotangents = make_inputs(case)
@@ -192,14 +198,15 @@ def assert_float32_states_of_bfloat16_inputs(finish, case, dtype):
 
 def assert_states_are_not_rounded(finish):
   """A state that nothing is added to, and its gradient, go through all chunks bit for bit."""
-  (sources, gates, epilogue), _, (d_y, _, d_final) = make_inputs(Case(70, initial=True))
+  case = Case(70)
+  (sources, gates, epilogue), _, (d_y, _, d_final) = make_inputs(case)
   own, rounded = sources[0], jnp.bfloat16
   own = dataclasses.replace(
       own, q_BTJN=jnp.zeros_like(own.q_BTJN, rounded), k_BTJN=jnp.zeros_like(own.k_BTJN, rounded),
       v_BTE=own.v_BTE.astype(rounded), log_decay_BTH=jnp.zeros_like(own.log_decay_BTH),
   )
   (_, _, final), (gradients, *_) = everything(
-      kernels(finish, Case(70)), ([own], gates, epilogue), None, (d_y, None, d_final)
+      kernels(finish, case), ([own], gates, epilogue), None, (d_y, None, d_final)
   )
   np.testing.assert_array_equal(final, own.initial_BHPN)
   np.testing.assert_array_equal(gradients[0].initial_BHPN, d_final)

@@ -10,12 +10,12 @@ from tests.ops.matrix.kernel_cases import (
     assert_close,
     assert_finite_with_extreme_decays,
     assert_float32_states_of_bfloat16_inputs,
+    assert_like_the_specification,
     assert_states_are_not_rounded,
     everything,
     kernels,
     make_inputs,
     marked,
-    specification,
 )
 
 QUICK = [
@@ -55,17 +55,13 @@ EXHAUSTIVE = [
 
 @pytest.mark.parametrize("case", marked(QUICK, SLOW, EXHAUSTIVE), ids=str)
 def test_outputs_final_state_and_gradients_are_the_references(case):
-  inputs = make_inputs(case)
-  expected = everything(specification, *inputs)
-  assert_close(everything(kernels(gpu.matrix_finish, case), *inputs), expected)
+  assert_like_the_specification(gpu.matrix_finish, case)
 
 
 @pytest.mark.slow
 def test_parts_of_heads_may_be_narrower_in_scans(monkeypatch):
   monkeypatch.setattr(gpu, "_STATE_NUMBERS", 256)
-  inputs = make_inputs(WHOLE)
-  expected = everything(specification, *inputs)
-  assert_close(everything(kernels(gpu.matrix_finish, WHOLE), *inputs), expected)
+  assert_like_the_specification(gpu.matrix_finish, WHOLE)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,10 @@ from tests.helpers import assert_trees_close
 from tests.ops.matrix.kernel_cases import (
     B,
     Case,
-    assert_close,
     assert_finite_with_extreme_decays,
     assert_float32_states_of_bfloat16_inputs,
+    assert_like_the_specification,
     assert_states_are_not_rounded,
-    everything,
     kernels,
     make_inputs,
     marked,
@@ -67,9 +66,7 @@ EXHAUSTIVE = [
 
 @pytest.mark.parametrize("case", marked(QUICK, SLOW, EXHAUSTIVE), ids=str)
 def test_outputs_final_state_and_gradients_are_the_references(case):
-  inputs = make_inputs(case)
-  expected = everything(specification, *inputs)
-  assert_close(everything(kernels(tpu.matrix_finish, case), *inputs), expected)
+  assert_like_the_specification(tpu.matrix_finish, case)
 
 
 def test_without_a_gradient_the_outputs_are_the_same():
@@ -117,9 +114,7 @@ def test_what_blocks_of_rows_share_is_summed(heads, groups, channels, monkeypatc
       17, gates=(0,), low_rank=(0,), heads=heads, groups=groups, channels=channels, scale=True,
       tail=("skip", "z", "moments"),
   )
-  inputs = make_inputs(case)
-  expected = everything(specification, *inputs)
-  assert_close(everything(kernels(tpu.matrix_finish, case), *inputs), expected)
+  assert_like_the_specification(tpu.matrix_finish, case)
 
 
 @pytest.mark.slow
