@@ -96,7 +96,9 @@ each_kind = with_kinds(KINDS)
 
 # The tests' time is compilation: without LLVM's optimisation it takes half as long.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
-fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+# Its compiler of fusions is jax 0.10's slower one; jax 0.11 has another alone.
+OLD_EMITTERS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS | OLD_EMITTERS)
 
 
 def model_config(

@@ -5,6 +5,7 @@ Files are parsed, never imported. A new room is one row of `ROOMS`.
 
 import ast
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -98,6 +99,7 @@ class Import:
     return self.name.partition(".")[0]
 
 
+@functools.cache
 def read(root: pathlib.Path, *folders: str) -> list[Source]:
   sources = []
   for folder in folders:

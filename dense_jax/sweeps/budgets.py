@@ -1,6 +1,7 @@
 """Budgets: cells whose parameters, FLOPs or time agree with those of another cell."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
@@ -35,7 +36,7 @@ class PlannedCell:
   overrides: dict[str, str]
   config: ExperimentConfig
 
-  @property
+  @functools.cached_property  # Of a table's every line; a deep model takes seconds to trace.
   def parameters(self) -> int:
     """The number of the model's parameters."""
     return count_params(get_params(abstract_model(self.config.model)))
@@ -46,7 +47,7 @@ class PlannedCell:
     train = self.config.train
     return train.steps * train.batch_size * self.config.data.seq_len
 
-  @property
+  @functools.cached_property
   def flops(self) -> int:
     """The model FLOPs of a run's training; see `dense_jax.models.flops`."""
     return self.tokens * train_flops(self.config.model)

@@ -31,6 +31,7 @@ def seen_and_model():
   return look_into(model, [batch(0), batch(1, masked=4)], samples=80), model
 
 
+@pytest.mark.slow
 def test_what_is_seen_is_what_the_model_computes(seen_and_model):
   seen, model = seen_and_model
   losses = [model.summed_losses(x, z_loss=0.0, chunk=8)[1] / x.loss_mask_BT.sum()

@@ -62,6 +62,7 @@ def test_answers_counted_by_hand(model):
   assert answers.shares() == {"accuracy": 0.5, "exact": 0.25}
 
 
+@pytest.mark.slow
 def test_the_evaluator_scores_all_rows_and_further_lengths(model):
   settings = _settings(model)
   data = load_datasets(settings.data)

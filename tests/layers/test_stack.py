@@ -223,6 +223,7 @@ def test_remat_changes_nothing(family, inject):
     assert_trees_close(gradient(remat)(*args), expected)
 
 
+@pytest.mark.slow
 def test_remat_saves_memory():
   """The compiler reports the memory that the backward pass holds."""
   base = abstract_model(model_config("gau_retnet", 1, layers=9, width=32, chunk=16))

@@ -33,7 +33,7 @@ CASES = [
     for option in OPTIONS for family in STATE_FAMILIES for documents in (True, False)
     if documents or family in ("s4d", "s4")  # Others have one form for both.
 ]
-QUICK = [("mamba2", True, "lazy"), ("gau_retnet", True, "lazy")]
+QUICK = [("gau_retnet", True, "lazy")]
 
 
 def _marks(family, documents, option):

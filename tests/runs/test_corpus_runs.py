@@ -62,6 +62,7 @@ def test_a_run_goes_on_with_the_same_rows_or_with_another_mixture_of_later_ones(
   assert [changed[step] == same[step] for step in (1, 2, 3, 4)] == [True, True, False, False]
 
 
+@pytest.mark.slow
 def test_packed_rows_are_trained_on_and_their_padding_is_told(config, tmp_path, capsys):
   result = runs.train_run(_with(config, packing="best_fit"), tmp_path / "run")
   assert result.step == 4

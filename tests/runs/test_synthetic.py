@@ -85,6 +85,7 @@ def test_rows_of_held_out_data_of_any_length(finished):
   assert [batch.tokens_BT.shape for batch in batches] == [(4, 50)] * 3
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_trains_on_the_same_rows(tmp_path):
   whole = runs.train_run(_config(task="mqar"), tmp_path / "whole")
   first = [("train.steps", "2"), ("optimizer.schedule_steps", "4")]

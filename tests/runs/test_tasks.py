@@ -106,6 +106,7 @@ def snapshot(model, config):
   return Snapshot(3, config, model.model, model.params, data, slice(None), jax.device_put)
 
 
+@pytest.mark.slow
 def test_scores_during_training(model, folder):
   config = ExperimentConfig(eval=EvalConfig(tasks="copa,boolq", data=folder, items=1, every=7))
   [heldout, tasks] = with_standard([], config)

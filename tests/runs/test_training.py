@@ -80,6 +80,7 @@ def column(workdir, name):
   return {line["step"]: line[name] for line in lines if name in line}
 
 
+@pytest.mark.slow
 def test_a_script_of_ten_lines(text, tmp_path, monkeypatch, capsys):
   script, workdir = tmp_path / "script.py", tmp_path / "run"
   script.write_text(SCRIPT)

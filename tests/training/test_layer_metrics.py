@@ -82,6 +82,7 @@ def _apart():
   return with_params(abstract_model(config), as_scanned(config, _params()))
 
 
+@pytest.mark.slow
 def test_the_residual_streams_size_after_each_layer():
   @fast_jit
   def by_hand(model):

@@ -84,15 +84,10 @@ def begun(tmp_path_factory):
   return folder, layers, losses
 
 
-slow = pytest.mark.slow
-
-
 @pytest.mark.parametrize(("block_layers", "remat"), [
-    (1, "none"),
-    *(pytest.param(*case, marks=slow) for case in (
-        (4, "full"), (4, "none"), (5, "minimal"), (5, "reads"), (1, "minimal"), (LAYERS, "none"),
-        (1, "full"),
-    )),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (1, "none"), (4, "full"), (4, "none"), (5, "minimal"), (5, "reads"), (LAYERS, "none"))),
+    *(pytest.param(1, remat, marks=pytest.mark.exhaustive) for remat in ("minimal", "full")),
 ])
 def test_a_run_goes_on_with_layers_scanned_in_another_way(begun, block_layers, remat):
   folder, layers, losses = begun
