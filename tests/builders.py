@@ -48,10 +48,9 @@ def _marks(case: object, quick: Collection, slow: Collection) -> tuple[pytest.Ma
 
 
 def _with_families(families: Sequence[str]) -> pytest.MarkDecorator:
-  quick = (*QUICK_FAMILIES, "transformer")
   slow = [family for family in families if family not in TWINS]
   return pytest.mark.parametrize("family", [
-      pytest.param(family, marks=_marks(family, quick, slow)) for family in families
+      pytest.param(family, marks=_marks(family, QUICK_FAMILIES, slow)) for family in families
   ])
 
 

@@ -1,8 +1,10 @@
-"""Eight simulated devices, set before anything imports jax."""
+"""Eight simulated devices, set before anything imports jax, and numpy's threads."""
 
 import os
 import pathlib
 
+# Tests run side by side, and threads of OpenBLAS that wait for each other use whole cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -83,6 +83,7 @@ def test_cut_paths_are_those_of_dense_connections(seen_and_model):
   assert base.gradient == pytest.approx(base.cut_gradient)
 
 
+@pytest.mark.slow
 def test_a_scanned_model_is_seen_as_it_is(seen_and_model):
   seen, model = seen_and_model
   full = dataclasses.replace(model.config, remat="full", block_layers=1)

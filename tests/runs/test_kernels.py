@@ -55,6 +55,7 @@ def test_right_diagonal_kernels_are_within_the_limits():
   assert max(errors.values()) < LIMITS["float32"] / 3
 
 
+@pytest.mark.slow
 def test_input_injection_is_checked_where_layers_do_it(monkeypatch, capsys):
   sizes = Sizes(4, 2, 6, 10)
   errors = kernel_errors("matrix", "associative", sizes, "bfloat16", injection=True)

@@ -206,6 +206,7 @@ def test_a_state_that_was_json_decides_bitwise_alike(config):
   assert guards.from_json(None, guards.as_json(first)) is None
 
 
+@pytest.mark.slow
 def test_checkpoints_with_and_without_a_guard_are_read_by_either(tmp_path):
   checkpoints = Checkpoints(epath.Path(tmp_path), make_config().model, keep_last=9)
   spikes = GuardConfig("spikes", window=8)

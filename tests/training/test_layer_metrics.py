@@ -101,6 +101,7 @@ def test_the_residual_streams_size_after_each_layer():
   assert_trees_close({name: metrics[name] for name in expected}, expected)
 
 
+@pytest.mark.slow
 def test_each_layers_gradient():
   model = _apart()
 

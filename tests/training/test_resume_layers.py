@@ -123,6 +123,7 @@ def test_a_mesh_restores_what_another_one_saved(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_an_entry_for_each_layer(begun):
   folder, layers, _ = begun
   metadata = json.loads((folder / "1" / "params" / "_METADATA").read_text())

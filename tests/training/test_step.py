@@ -127,13 +127,14 @@ def test_parameters_and_moments_are_sharded_as_their_axes_say():
     assert made.sharding.is_equivalent_to(shape.sharding, made.ndim)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(accumulate):
   """The parts of the batch have different numbers of targets."""
   expected = _after_two_steps(_config())
   assert_trees_close(_after_two_steps(_config(accumulate=accumulate)), expected)
 
 
+@pytest.mark.slow
 def test_accumulation_on_a_mesh_changes_nothing():
   config = _config(mesh=MeshConfig(data=2, fsdp=2), accumulate=2)
   assert_trees_close(_after_two_steps(config), _after_two_steps(_config()))
