@@ -95,7 +95,7 @@ each_kind = with_kinds(KINDS)
 
 # The tests' time is compilation: without LLVM's optimisation it takes half as long.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
-# Its compiler of fusions is jax 0.10's slower one; jax 0.11 has another alone.
+# Of jax 0.10's two compilers of fusions the newer one takes longer; jax 0.11 has no other.
 OLD_EMITTERS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 fast_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS | OLD_EMITTERS)
 

@@ -96,6 +96,7 @@ def test_attention_has_no_states():
   assert set(seen.similarity) == {"residual"} and set(seen.rank) == {"residual"}
 
 
+@pytest.mark.slow
 def test_the_picture_and_the_json(seen_and_model, tmp_path):
   seen, _ = seen_and_model
   plot_seen(seen, tmp_path / "seen.png")

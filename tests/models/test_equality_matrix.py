@@ -76,7 +76,7 @@ KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
 TPU_READS = ("linear", "concat", "attention")  # The GPU's kernels are not given all of them.
 GPU_INPUTS = ("inputs", "inputs-fused")  # Only the GPU has kernels of input injection.
 # Of the options of dense connections, those that `make test` has.
-QUICK_OPTIONS = ("m1", "state-gate", "attention", "inputs-fused")
+QUICK_OPTIONS = ("state-gate", "attention", "inputs-fused")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {
     "documents": (True, True), "one-document": (False, False), "carried": (False, True),
@@ -98,7 +98,7 @@ def _marks(family, option, length, scene, number):
   """Marks a case for `make test` (none), for `.ci/run` (slow) or for `make test-exhaustive`."""
   plain = option == ("m2" if family in STATE_FAMILIES else "base")
   if scene == "strong-decays":
-    return pytest.mark.slow
+    return pytest.mark.slow if (family, length) != ("mamba2", 63) else pytest.mark.exhaustive
   if plain and length == C + 1 and scene == "documents":
     return () if family in (*QUICK_FAMILIES, "transformer") else pytest.mark.slow
   turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]

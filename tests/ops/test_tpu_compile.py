@@ -30,27 +30,30 @@ TEMPORARIES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.tpu_compiler
-def test_recurrences_compile_for_every_tpu_and_need_little_memory():
+@pytest.mark.parametrize("tpus", [
+    pytest.param(("v5e", "v6e"), marks=pytest.mark.slow),
+    pytest.param(("v4", "v5p"), marks=pytest.mark.exhaustive),
+], ids=" ".join)
+def test_recurrences_compile_for_every_tpu_and_need_little_memory(tpus):
   script = ROOT / "tests" / "ops" / "tpu_kernels.py"
   result = subprocess.run(
-      [sys.executable, script], env=tpu_compiler_environment(),
+      [sys.executable, script, *tpus], env=tpu_compiler_environment(),
       capture_output=True, text=True, timeout=1500, check=False,
   )
   assert result.returncode == 0, result.stderr[-4000:]
   found = json.loads(result.stdout.splitlines()[-1])
   assert found.keys() == TEMPORARIES.keys()
   for name, limit in TEMPORARIES.items():
-    assert found[name].keys() == {"v4", "v5e", "v5p", "v6e"}
+    assert found[name].keys() == set(tpus)
     for tpu, needed in found[name].items():
       assert needed["temporaries"] <= limit * 1e9, (name, tpu, needed)
       # The kernels give their own cost estimates; the compiler cannot look inside.
       assert needed["flops"] > 0 and needed["transcendentals"] > 0, (name, tpu, needed)
 
   by_token, associative = found["selective-recurrent"], found["selective-associative"]
-  # One associative scan of the whole length takes 5.2 GB.
-  assert by_token["v5e"]["temporaries"] <= 0.10e9
+  if "v5e" in tpus:  # One associative scan of the whole length takes 5.2 GB.
+    assert by_token["v5e"]["temporaries"] <= 0.10e9
   # The reason for the resolver's choice on TPUs: 0.32 to 0.59 GB against 0.42 (v6e) to 34.6 (v5p).
   for tpu, needed in by_token.items():
     assert needed["bytes"] < 0.9 * associative[tpu]["bytes"], (tpu, needed)
