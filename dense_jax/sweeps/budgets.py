@@ -36,7 +36,7 @@ class PlannedCell:
   overrides: dict[str, str]
   config: ExperimentConfig
 
-  @functools.cached_property  # Of a table's every line; a deep model takes seconds to trace.
+  @functools.cached_property  # The model is traced for it, and tables and plans read it often.
   def parameters(self) -> int:
     """The number of the model's parameters."""
     return count_params(get_params(abstract_model(self.config.model)))
