@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.syntax import parse
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "dense_jax"
 
@@ -105,7 +107,7 @@ def read(root: pathlib.Path, *folders: str) -> list[Source]:
   for folder in folders:
     for path in sorted((root / folder).rglob("*.py")):
       text = path.read_text(encoding="utf-8")
-      sources.append(Source(path.relative_to(root).as_posix(), text, ast.parse(text)))
+      sources.append(Source(path.relative_to(root).as_posix(), text, parse(text)))
   return sources
 
 

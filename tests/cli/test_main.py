@@ -9,6 +9,7 @@ import pytest
 from dense_jax.cli import common, generate, main
 from dense_jax.errors import InputError
 from tests.helpers import ROOT
+from tests.syntax import parse
 
 
 def test_every_command_is_listed_in_one_line(capsys):
@@ -23,7 +24,7 @@ def test_every_command_is_listed_in_one_line(capsys):
 
 def test_every_command_is_a_module_with_a_main():
   for name in main.COMMANDS:
-    tree = ast.parse((ROOT / "dense_jax" / "cli" / f"{name}.py").read_text(encoding="utf-8"))
+    tree = parse((ROOT / "dense_jax" / "cli" / f"{name}.py").read_text(encoding="utf-8"))
     assert "main" in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)], name
 
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 from tests.documents.keys import key_problem
 from tests.documents.sources import PACKAGES, sources
+from tests.syntax import parse
 
 
 def problems(text: str) -> Iterator[str]:
   """Yields what is not so in a Python block: imports, attributes, keywords, config keys."""
   known: dict[str, object] = {}
-  for node in ast.walk(ast.parse(text)):
+  for node in ast.walk(parse(text)):
     if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PACKAGES:
       for alias in node.names:
         name = f"{node.module}.{alias.name}"
@@ -26,7 +27,7 @@ def problems(text: str) -> Iterator[str]:
       problem = key_problem(node.value) if is_key else None
       if problem:
         yield problem
-  for node in ast.walk(ast.parse(text)):
+  for node in ast.walk(parse(text)):
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
       owner = known.get(node.value.id)
       if owner is not None and not hasattr(owner, node.attr):

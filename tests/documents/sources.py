@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from tests.helpers import ROOT
+from tests.syntax import parse
 
 PACKAGES = ("dense_jax", "experiments", "launch", "tests")
 _OTHERS = ("Makefile", "launch/slurm.sbatch", "launch/Dockerfile")
@@ -45,7 +46,7 @@ class Sources:
     self.paths = {path.relative_to(root).as_posix() for path in inside}
 
   def _read(self, path: pathlib.Path, uses: bool) -> None:
-    tree = self.files[path] = ast.parse(path.read_text(encoding="utf-8"))
+    tree = self.files[path] = parse(path.read_text(encoding="utf-8"))
     module = path.parent if path.name == "__init__.py" else path
     self.modules.setdefault(module.stem, []).append(module)
     self.words |= self.defined(path)

@@ -32,8 +32,8 @@ _CHANGES = {
     "os.mkdir": 2,
 }
 
-# No lambda is given to hypothesis: it parses those to describe them, and of two threads that parse
-# at once Python 3.11 fails with a SystemError.
+# No lambda is given to hypothesis, which parses those to describe them: of two that parse at once
+# Python 3.11 fails with a SystemError, as tests/syntax.py says.
 
 
 def json_collections(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
