@@ -239,7 +239,10 @@ def test_bad_input_is_status_2(text, tmp_path, argument, message):
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate", "report", "generate", "convert"])
+@pytest.mark.parametrize("module", [
+    "train", "convert",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "report", "generate")),
+])
 def test_help_explains_and_is_status_0(module):
   status, out, _ = run(f"dense_jax.cli.{module}", "--help")
   assert status == 0

@@ -91,8 +91,7 @@ def assert_scores(seen, nats, targets):
   assert held_out.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("seq_len", [3, 4, 16])
+@pytest.mark.parametrize(("seq_len", "batch_size"), [(3, 1), (4, 3), (16, 1)])
 def test_a_model_that_knows_nothing(seq_len, batch_size):
   """Logits of zero are 11 equally likely tokens: by hand, ln 11 nats and perplexity 11."""
   model = abstract_model(model_config("mamba", 1))

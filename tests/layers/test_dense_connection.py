@@ -147,9 +147,11 @@ def _option_name(options):
   return "-".join(str(value) for value in options.values()) or "default"
 
 
-@pytest.mark.parametrize("sources", [1, 2])
+@pytest.mark.parametrize(("form", "sources"), [
+    ("diagonal", 1), ("matrix", 2),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("diagonal", 2), ("matrix", 1))),
+])
 @pytest.mark.parametrize("options", OPTIONS, ids=_option_name)
-@pytest.mark.parametrize("form", ["diagonal", "matrix"])
 def test_state_injection_is_equations_3_and_4(form, options, sources):
   query_shape = {"diagonal": (N,), "matrix": (H, N)}[form]
   connection = _connection("state", sources, query_shape, **options)
@@ -312,8 +314,9 @@ def test_depth_0_is_the_base_model_exactly(family):
 
 
 @pytest.mark.parametrize(("family", "inject", "depth"), [
-    ("mamba", "state", 1), ("mamba", "inputs", 2), ("gau_retnet", "state", 2),
-    ("gau_retnet", "inputs", 1),
+    ("mamba", "inputs", 2), ("gau_retnet", "state", 2),
+    *(pytest.param(*case, marks=pytest.mark.slow)
+      for case in (("mamba", "state", 1), ("gau_retnet", "inputs", 1))),
 ])
 def test_zero_gates_leave_the_base_model_and_still_learn(family, inject, depth):
   options = {"input_norm": False} if inject == "inputs" else {"transition": "linear"}

@@ -76,7 +76,7 @@ KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
 TPU_READS = ("linear", "concat", "attention")  # The GPU's kernels are not given all of them.
 GPU_INPUTS = ("inputs", "inputs-fused")  # Only the GPU has kernels of input injection.
 # Of the options of dense connections, those that `make test` has.
-QUICK_OPTIONS = ("state-gate", "attention", "inputs-fused")
+QUICK_OPTIONS = ("attention", "inputs-fused")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {
     "documents": (True, True), "one-document": (False, False), "carried": (False, True),

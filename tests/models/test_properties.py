@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from dense_jax.batch import Segments
 from dense_jax.models.language_model import ModelState
-from tests.builders import FAMILIES, fast_jit, model_config, random_model, random_tokens
+from tests.builders import (
+    FAMILIES,
+    each_family,
+    fast_jit,
+    model_config,
+    random_model,
+    random_tokens,
+)
 from tests.helpers import assert_trees_close
 
 T = 13
@@ -64,7 +71,7 @@ def _layouts(draw):
 properties = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 @properties
 @given(layout=_layouts(), seed=st.integers(0, 2**16))
 def test_packed_documents_are_the_documents_apart(family, layout, seed):

@@ -24,8 +24,8 @@ SEGMENTS = packed([[4, 9], [6, 4]], time=T, first=[2, 0])
 FORMS = [
     ("diagonal", "associative"), ("diagonal", "recurrent"),
     ("matrix", "chunked"), ("matrix", "associative"), ("matrix", "recurrent"),
-    ("diagonal", "pallas"), ("matrix", "pallas"),
-    pytest.param("matrix", "triton", marks=pytest.mark.slow),
+    *(pytest.param(*kernel, marks=pytest.mark.slow)
+      for kernel in (("diagonal", "pallas"), ("matrix", "pallas"), ("matrix", "triton"))),
 ]
 
 

@@ -72,6 +72,7 @@ def test_packed_rows_are_trained_on_and_their_padding_is_told(config, tmp_path, 
     runs.train_run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_of_the_order_of_grain_is_refused(config, tmp_path, monkeypatch):
   def old_position(self, get_state=TrainBatches.get_state):
     return {k: v for k, v in get_state(self).items() if k not in ("order", "mixtures")}

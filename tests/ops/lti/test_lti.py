@@ -25,14 +25,17 @@ from tests.ops.sequences import after_last_valid, documents, everything, one_doc
 B, E, N = 3, 3, 8
 ROW = [3, *[7] * 4, 32, 1, 1, 200]
 KINDS = ["zoh", "bilinear", "dplr"]
+# For the sequence forms the two discretisations differ only in numbers.
+SEQUENCE_KINDS = ["zoh", pytest.param("bilinear", marks=pytest.mark.slow), "dplr"]
 # (length, chunks, with documents); without documents, only the masks differ.
-QUICK = [(4, (3,), True), (4, (3,), False)]
+QUICK = [("zoh", 4, (3,), False), ("dplr", 4, (3,), True), ("bilinear", 63, (3,), True)]
 SLOW = [(1, (3,), True), (33, (32,), True), (257, (3, 32), True), (1, (), False)]
 RARE = [(time, (3,), True) for time in (2, 3)] + [(time, (32,), True) for time in (31, 32)]
 RARE += [(63, (1,), True), (33, (32,), False), (64, (32,), False), (257, (3,), False)]
-# For the sequence forms the two discretisations differ only in numbers.
 CASES = [
-    *((kind, *case) for kind in ("zoh", "dplr") for case in QUICK), ("bilinear", 63, (3,), True),
+    *QUICK,
+    pytest.param("zoh", 4, (3,), True, marks=pytest.mark.slow),
+    pytest.param("dplr", 4, (3,), False, marks=pytest.mark.slow),
     *(
         pytest.param(kind, *case, marks=pytest.mark.slow)
         for kind in ("zoh", "dplr") for case in SLOW
@@ -269,7 +272,7 @@ def test_the_convolutions_length():
   assert [fft_length(n) for n in (1, 2, 7, 11, 509, 511, 513)] == [1, 2, 8, 12, 512, 512, 540]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEQUENCE_KINDS)
 def test_parts_with_a_carried_state_equal_the_whole(kind):
   time, chunk = 29, 4
   inputs, segments = _inputs(kind, time), documents(time, ROW)
@@ -295,7 +298,7 @@ def test_parts_with_a_carried_state_equal_the_whole(kind):
 
 
 @pytest.mark.parametrize("form", ["convolution", "chunked"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEQUENCE_KINDS)
 def test_extreme_steps_stay_finite(kind, form):
   time = 4096
   system = _system(kind, dt=np.array([1e-4, 10.0]), width=2, size=16)
@@ -364,7 +367,7 @@ def test_bfloat16_inputs_keep_float32_states(kind):
 
 
 @pytest.mark.parametrize("form", ["convolution", "chunked", "documents"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEQUENCE_KINDS)
 def test_training_never_holds_all_states(kind, form):
   batch, time, width, size = 8, 1024, 16, 64
   inputs = {
