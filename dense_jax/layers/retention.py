@@ -65,7 +65,9 @@ class Retention(nnx.Module):
             f"config.model.mixer.{name}", getattr(config.mixer, name),
             "key_dim a multiple of 2 * heads and expand * width a multiple of heads",
         )
-    self.recurrence = resolver.matrix_form(config.implementation, config.chunk)
+    self.recurrence = resolver.matrix_form(
+        config.implementation, config.chunk, equal_decays=True
+    )
     self.repeat = resolver.heads_function()
     self.q_proj = self.project(config, key_dim, "heads", rngs)
     self.k_proj = self.project(config, key_dim, "heads", rngs)
@@ -82,7 +84,8 @@ class Retention(nnx.Module):
   def sizes(self) -> Sizes:
     """The sizes of the recurrence's states."""
     return Sizes(
-        self.heads, self.heads, self.width // self.heads, self.key_dim // self.heads
+        self.heads, self.heads, self.width // self.heads, self.key_dim // self.heads,
+        equal_decays=True,
     )
 
   def project(

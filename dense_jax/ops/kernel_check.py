@@ -3,8 +3,8 @@
 A compiler may translate a kernel wrongly for a card that it was not tested on, and a training run
 then goes wrong without a word. So a kernel that nobody asked for by name is used only after it has
 computed a small case like the specification: a layer's own read, reads of two sources with one
-low-rank gate, the epilogue, final state and all gradients, in two rows of two documents each, with
-a state before the first.
+low-rank gate (as one recurrence, where all layers have the same decays), the epilogue, final state
+and all gradients, in two rows of two documents each, with a state before the first.
 """
 
 import dataclasses
@@ -206,19 +206,26 @@ def _matrix(sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]) -> tuple[Make
   heads, groups, size = sizes.heads, sizes.groups, sizes.state_size
   width = heads * sizes.channels
 
+  equal_BTH = jnp.broadcast_to(jnp.linspace(-0.01, -0.2, heads), (1, lead[1], heads))
+
   def states(seed: int) -> Inputs:
     scale = 0.05 + 0.05 * _normal(seed + 2, (*lead, heads)) ** 2
-    return {
+    inputs = {
         "k": _normal(seed, (*lead, groups, size), dtype),
         "x": _normal(seed + 1, (*lead, width), dtype),
         "scale": scale, "log_decay": -scale * jnp.linspace(0.2, 4, heads)[None, None],
         "initial": _normal(seed + 3, (lead[0], heads, sizes.channels, size)),
     }
+    if sizes.equal_decays:  # Those of retention: constants, and values have no scale.
+      del inputs["log_decay"], inputs["scale"]
+    return inputs
 
   def make(implementation: str, inputs: Inputs, segments: Segments) -> Recurrence:
     x_BTHP = inputs["x"].reshape(*inputs["x"].shape[:2], heads, -1)
-    return resolver.matrix_form(implementation, 0)(
-        inputs["k"], x_BTHP, inputs["scale"], inputs["log_decay"], segments, inputs["initial"]
+    form = resolver.matrix_form(implementation, 0, equal_decays=sizes.equal_decays)
+    return form(
+        inputs["k"], x_BTHP, inputs.get("scale"), inputs.get("log_decay", equal_BTH), segments,
+        inputs["initial"],
     )
 
   return make, {

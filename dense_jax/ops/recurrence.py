@@ -35,12 +35,14 @@ class Sizes:
     groups: J, groups of heads that share keys; 1 for diagonal states.
     channels: P, or E for diagonal states.
     state_size: N.
+    equal_decays: true if every layer of the model has the same decays.
   """
 
   heads: int
   groups: int
   channels: int
   state_size: int
+  equal_decays: bool = False
 
 
 class Recurrence(Protocol):

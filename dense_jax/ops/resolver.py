@@ -129,14 +129,20 @@ def diagonal_form(requested: str, chunk: int) -> DiagonalForm:
   return DiagonalForm(sequence, chunk)
 
 
-def matrix_form(requested: str, chunk: int) -> MatrixForm:
-  """Returns the object that makes recurrences with matrix states; see `diagonal_form`."""
+def matrix_form(requested: str, chunk: int, *, equal_decays: bool = False) -> MatrixForm:
+  """Returns the object that makes recurrences with matrix states.
+
+  Args:
+    requested: as in `diagonal_form`.
+    chunk: as there.
+    equal_decays: true if every layer of the model has the same decays.
+  """
   sequence = _MATRIX[resolve("matrix", requested)]
   if _platform() != "cpu":
-    return MatrixForm(sequence, matrix_step, chunk)
+    return MatrixForm(sequence, matrix_step, chunk, equal_decays)
   if sequence is ChunkedMatrix:
     sequence = CpuChunkedMatrix
-  return MatrixForm(sequence, cpu_matrix_step, chunk)
+  return MatrixForm(sequence, cpu_matrix_step, chunk, equal_decays)
 
 
 def lti_form(requested: str, chunk: int) -> LtiForm:

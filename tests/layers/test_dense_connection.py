@@ -107,10 +107,8 @@ def _by_hand(connection, fusion, x, states, query):
     z = jnp.tanh(_gate(connection.fusion.gate, x)).reshape(*own.shape[:-1], 1)
     return read((1 - z) * own + z * sum(phis))
   asked = x @ connection.fusion.to_query.kernel[...]
-  keys = [
-      read(h).reshape(*x.shape[:-1], E) @ connection.fusion.to_key.kernel[...]
-      for h in (own, *phis)
-  ]
+  to_key = connection.fusion.to_key.kernel[...]
+  keys = [read(h).reshape(*x.shape[:-1], E) @ to_key for h in (own, *phis)]
   scores = jnp.stack([jnp.sum(asked * key, axis=-1) for key in keys]) / asked.shape[-1] ** 0.5
   weights = jax.nn.softmax(scores, axis=0).reshape(-1, *x.shape[:-1], *(1,) * (1 + per_head), 1)
   if not per_head:

@@ -65,7 +65,10 @@ def selective(sources: int) -> dict[str, float]:
 
 
 def matrix_states(heads: int, size: int, *, selective: bool, sources: int) -> dict[str, float]:
-  """A layer with matrix states and its sources, which share a gate; packed."""
+  """A layer with matrix states and its sources, which share a gate; packed.
+
+  The sources of a retention, which are not selective, are one recurrence.
+  """
   groups = 1 if selective else heads
   recurrences = tuple(
       MatrixSource(
@@ -73,6 +76,7 @@ def matrix_states(heads: int, size: int, *, selective: bool, sources: int) -> di
           _float32(B, T, heads) if selective else None,
           _float32(B if selective else 1, T, heads),
           None if index else _float32(B, heads, E // heads, size), 0 if index else None,
+          joins=index > 1 and not selective,
       )
       for index in range(sources)
   )
@@ -129,5 +133,5 @@ if __name__ == "__main__":
       "mamba2-2": matrix_states(16, 128, selective=True, sources=2),
       "injection-1": injection(1),
       "injection-2": injection(2),
-      "retnet-2": matrix_states(2, 256, selective=False, sources=2),
+      "retnet-3": matrix_states(2, 256, selective=False, sources=3),
   }))

@@ -105,7 +105,10 @@ MATRIX = {
 
 
 def matrix(family: str, sources: int, *, packed: bool, gradient: bool) -> Program:
-  """One layer of a family and its sources, 2 x 2048 tokens, with what follows its reads."""
+  """One layer of a family and its sources, 2 x 2048 tokens, with what follows its reads.
+
+  As in models, sources share a gate, and those of a retention are one recurrence.
+  """
   batch, time, low = 2, 2048, jnp.bfloat16
   heads, groups, channels, size = MATRIX[family]
   width, selective = heads * channels, family == "mamba2"
@@ -119,14 +122,13 @@ def matrix(family: str, sources: int, *, packed: bool, gradient: bool) -> Progra
           # A retention's decay is constant.
           log_decay_BTH=_shape(batch if selective else 1, time, heads),
           initial_BHPN=None if index else _shape(batch, heads, channels, size),
-          gate=index - 1 if index else None,
+          gate=0 if index else None,
+          joins=index > 1 and not selective,
       )
       for index in range(sources)
   )
-  gates = tuple(
-      LowRankGate(_shape(batch, time, 48, dtype=low), _shape(48, width), matmul)
-      for _ in range(1, sources)
-  )
+  gate = LowRankGate(_shape(batch, time, 48, dtype=low), _shape(48, width), matmul)
+  gates = (gate,) * (sources > 1)
   skip, z = (_shape(heads), tokens) if selective else (None, None)
   epilogue = Epilogue(skip, None, z, dtype=jnp.dtype(low), moments=True)
   resets = _shape(batch, time, dtype=jnp.bool_) if packed else None

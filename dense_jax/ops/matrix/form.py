@@ -22,11 +22,13 @@ class MatrixForm:
     sequence: the class of recurrences over whole sequences.
     step: `matrix_step`, or an equivalent for the platform.
     chunk: tokens per chunk; 0 means the implementation's default.
+    equal_decays: true if every layer of the model has the same decays.
   """
 
   sequence: type[MatrixSequence]
   step: Callable[[Array, Array, Array, Array], Array]
   chunk: int
+  equal_decays: bool
 
   def __call__(
       self, k: Array, v: Array, scale: Array | None, log_decay: Array, tokens: Segments | Token,
@@ -56,7 +58,9 @@ class MatrixForm:
     if valid_BT is not None:
       log_decay = jnp.where(valid_BT[..., None], log_decay, 0)
       k = jnp.where(valid_BT[..., None, None], k, 0)
-    states = self.sequence(k, v, scale, log_decay, resets_BT, initial_BHPN, self.chunk)
+    states = self.sequence(
+        k, v, scale, log_decay, resets_BT, initial_BHPN, self.chunk, self.equal_decays
+    )
     if sequence_parallel.shards() == 1:
       return states
     return dataclasses.replace(states, initial_BHPN=_before_shard(states))

@@ -10,20 +10,22 @@ are written to memory. Seven kernels:
 | kernel                   | a program takes           | it reads             | it writes          |
 |--------------------------|---------------------------|----------------------|--------------------|
 | `scores_kernel`          | a chunk, a group of heads | queries, keys        | their products     |
-| `read_kernel`            | a row, a part of a head,  | the source, products | the sum of reads   |
-|                          | one shallow source        | of queries and keys, | with the same gate |
+| `read_kernel`            | a row, a part of a head,  | sources, products    | the sum of reads   |
+|                          | a recurrence of sources   | of queries and keys, | with the same gate |
 |                          |                           | earlier sources' sum |                    |
 | `forward_kernel`         | a row, a part of a head   | the own source, sums | result; the result |
 |                          |                           | of reads, gates, z   | before z           |
 | `states_backward_kernel` | the same, chunks reversed | queries, gates, z,   | gradients of the   |
 |                          |                           | what was saved, the  | reads, of gates, z |
 |                          |                           | result's gradient    | and the own states |
-| `read_backward_kernel`   | the same, of one shallow  | queries, the read's  | gradients of its   |
-|                          | source                    | gradient             | states             |
+| `read_backward_kernel`   | the same, of a recurrence | queries, the read's  | gradients of its   |
+|                          | of sources                | gradient             | states             |
 | `states_kernel`          | a row, a part of a head,  | keys, values         | states, for the    |
-|                          | one source                |                      | next kernel        |
+|                          | a recurrence              |                      | next kernel        |
 | `chunks_backward_kernel` | a chunk, a group of heads,| one source, states,  | gradients of the   |
 |                          | one source                | these gradients      | source             |
+
+Sources that join (`kernel_inputs.Source`) are one recurrence: one state, read once.
 
 Chunks and passes were chosen on a card, an H200, whose times memory traffic does not explain: these
 kernels wait at barriers between small matmuls. Chunks of 256 tokens, as four tiles of 64, moved a
@@ -56,7 +58,7 @@ from dense_jax.ops.matrix.gpu_backward_calls import (
   call_states_backward,
 )
 from dense_jax.ops.matrix.gpu_forward_calls import call_forward
-from dense_jax.ops.matrix.gpu_plan import Plan, Stream, power_of_two
+from dense_jax.ops.matrix.gpu_plan import Plan, Stream, power_of_two, recurrence
 from dense_jax.ops.matrix.gpu_program import PartSums, TokenSums
 from dense_jax.ops.matrix.gpu_specs import Gate
 from dense_jax.ops.matrix.kernel_inputs import Source, check_inputs
@@ -176,7 +178,7 @@ def _stream(plan: Plan, source: Source) -> Stream:
       k_BTK=_tokens(plan, source.k_BTJN, plan.state_size),
       v_BTE=_channels(plan, source.v_BTE),
       scale_BHT=scale_BHT, high_BHT=by_head(sums.high), low_BHT=by_head(sums.low),
-      initial_BHPN=initial_BHPN,
+      initial_BHPN=initial_BHPN, joins=source.joins,
   )
 
 
@@ -231,12 +233,19 @@ def _finish_backward(plan: Plan, saved: PyTree, gradients: _Outputs) -> _Inputs:
     d_read_BTE, d_y_BTE = (d.y_BTE, None) if gate is None else (d.reads[gate], d.y_BTE)
     if own is None or own.skip is None:
       d_y_BTE = None
-    d_after, d_initial = d.after, d.initial
-    if source:
-      d_after, d_initial = call_read_backward(plan, stream, count_BT, d_read_BTE)
-    states = call_states(plan, stream, count_BT), d_after
+    before = d_initial = None
+    if not stream.joins:
+      together = recurrence(streams, source)
+      if len(together) > 1:
+        # The compiler would make these states early, and hold them beside those of the sources
+        # before. A single source's are made once for all layers of a super-block, barrier or not.
+        together, d_streams[-1] = jax.lax.optimization_barrier((together, d_streams[-1]))
+      d_after, d_initial = d.after, d.initial
+      if source:
+        d_after, d_initial = call_read_backward(plan, stream, count_BT, d_read_BTE)
+      before = call_states(plan, together, count_BT)
     d_stream, d_x_BTE, sums, parts = call_chunks_backward(
-        plan, stream, own, count_BT, d_read_BTE, d_y_BTE, states
+        plan, stream, own, count_BT, d_read_BTE, d_y_BTE, (before, d_after)
     )
     d_streams.append(_gradient(plan, stream, d_stream, sums, parts, d_initial))
     if not source:
@@ -261,7 +270,9 @@ def _gradient(
 ) -> Stream:
   """Returns a source's gradient."""
   d_low_BHT = jnp.sum(sums.read, axis=(2, 3)) - jnp.sum(sums.value, axis=2)
-  last_BGH = jnp.sum(parts.last, axis=3) + jnp.sum(parts.whole, axis=(3, 4))
+  last_BGH = jnp.sum(parts.last, axis=3)
+  if parts.whole is not None:
+    last_BGH += jnp.sum(parts.whole, axis=(3, 4))
   is_last_C = jnp.arange(plan.chunk) == plan.chunk - 1
   last_BHG1 = jnp.swapaxes(last_BGH, 1, 2)[..., None]
   d_low_BHT += jnp.where(is_last_C[None, None, None], last_BHG1, 0.0).reshape(d_low_BHT.shape)

@@ -47,7 +47,7 @@ def chunks_backward_kernel(
     count_T: resets up to each token, inclusive; None means none.
     d_read_TU: the gradient of the read.
     d_y_TU: the gradient of the sum of reads, for `epilogue`; None if it is `d_read_TU`.
-    before_GHNP: states before each chunk.
+    before_GHNP: states before each chunk; None if the source joins another one, which reads them.
     d_after_GHNP: the gradients of the states after each chunk.
     d_stream: gradients of queries, keys and values, outputs.
     d_x_TU: the gradient of what `skip` multiplies, an output; None if that is the values.
@@ -73,19 +73,26 @@ def chunks_backward_kernel(
 
   def of_keys(number: int, part: Part, d_TN: tuple[Array, Array]) -> tuple[Array, Array]:
     decays, piece = program.decays(part), pl.ds(plan.pieces[number], plan.piece)
-    h_NX, dh_NX = (part.state(x, program.chunk, piece) for x in (before_GHNP, d_after_GHNP))
-    product = jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
-    parts.whole[(*part.index, number)] = decays.whole(program.chunk) * product
+    # In this order: with both decays before the product, or the second one after the query's
+    # gradient, N 256 takes 52 bytes more of shared memory than an H100 has.
+    h_NX = None if before_GHNP is None else part.state(before_GHNP, program.chunk, piece)
+    dh_NX = part.state(d_after_GHNP, program.chunk, piece)
+    if h_NX is not None:
+      product = jnp.sum(h_NX.astype(jnp.float32) * dh_NX.astype(jnp.float32))
+      parts.whole[(*part.index, number)] = decays.whole(program.chunk) * product
     from_start_T1, to_end_T1 = (
         decay_T[:, None]
         for decay_T in (decays.from_start(program.chunk), decays.to_end(program.chunk))
     )
-    d_carried_TX = from_start_T1 * program.d_read(part).astype(jnp.float32)
-    added_TN = plan.dot(d_carried_TX, h_NX, (1, 1))
-    q_TN = stream.q_BTK[rows, piece].astype(jnp.float32)
-    sums.read[(*part.index, 1 + number, rows)] = jnp.sum(q_TN * added_TN, axis=1)
+    d_q_TN = d_TN[0]
+    if h_NX is not None:
+      d_carried_TX = from_start_T1 * program.d_read(part).astype(jnp.float32)
+      added_TN = plan.dot(d_carried_TX, h_NX, (1, 1))
+      q_TN = stream.q_BTK[rows, piece].astype(jnp.float32)
+      sums.read[(*part.index, 1 + number, rows)] = jnp.sum(q_TN * added_TN, axis=1)
+      d_q_TN += added_TN
     kept_TX = to_end_T1 * program.values(part).astype(jnp.float32)
-    return d_TN[0] + added_TN, d_TN[1] + plan.dot(kept_TX, dh_NX, (1, 1))
+    return d_q_TN, d_TN[1] + plan.dot(kept_TX, dh_NX, (1, 1))
 
   zeros_TN = jnp.zeros((plan.chunk, plan.piece), jnp.float32)
   zeros_QS = jnp.zeros((plan.chunk, plan.chunk), jnp.float32)

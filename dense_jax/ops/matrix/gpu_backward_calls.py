@@ -75,7 +75,7 @@ def call_states_backward(
   factors = tuple(gate.hidden_R if isinstance(gate, LowRankGate) else gate for gate in gates)
   d_factors = tuple(jax.ShapeDtypeStruct(d_out_BTE.shape, factor.dtype) for factor in factors)
   whole, count = (specs.values,) * len(gates), (count_BT, if_given(count_BT, specs.count))
-  cost = _states_cost(plan)
+  cost = _states_cost(plan, 1)
   cost["matmul_flops"] += gate_flops(plan, gates)
   found_BTE, found_z_BTE, d_reads, d_gates, d_after, d_initial = call_kernel(
       states_backward_kernel, plan, (plan.batch, plan.heads * plan.parts),
@@ -114,25 +114,28 @@ def call_read_backward(
           _queried(specs, stream), (count_BT, if_given(count_BT, specs.count)),
           (d_read_BTE, specs.values),
       ],
-      _states(plan, specs, stream), **_states_cost(plan),
+      _states(plan, specs, stream), **_states_cost(plan, 1),
   )
 
 
-def call_states(plan: Plan, stream: Stream, count_BT: Array | None) -> Array:
-  """Computes a source's states before each chunk.
+def call_states(plan: Plan, streams: tuple[Stream, ...], count_BT: Array | None) -> Array:
+  """Computes the states before each chunk of a source and of those that join it.
 
   The backward pass does so just before it needs them: kept from the forward pass, those of all
   layers of a super-block and of all their sources would be in memory at once.
   """
   specs = Specs(plan, by_part=True)
-  stream = dataclasses.replace(stream, q_BTK=None)
+
+  def unread(streams: tuple[Stream, ...]) -> tuple[Stream, ...]:
+    return dataclasses.replace(streams[0], q_BTK=None), *streams[1:]
+
   (before_BGHNP,) = call_kernel(
       states_kernel, plan, (plan.batch, plan.heads * plan.parts),
       [
-          (stream, dataclasses.replace(specs.stream(stream), q_BTK=None)),
+          (unread(streams), unread(specs.recurrence(streams))),
           (count_BT, if_given(count_BT, specs.count)),
       ],
-      [(between(plan), specs.between)], **_states_cost(plan),
+      [(between(plan), specs.between)], **_states_cost(plan, len(streams)),
   )
   return before_BGHNP
 
@@ -149,12 +152,18 @@ def _states(plan: Plan, specs: Specs, stream: Stream) -> list[tuple[PyTree, PyTr
   return [(between(plan), specs.between), (initial, if_given(initial, specs.state))]
 
 
-def _states_cost(plan: Plan) -> dict[str, int]:
-  """Returns the work of a pass of states, or of their gradients, through the chunks."""
+def _states_cost(plan: Plan, products: int) -> dict[str, int]:
+  """Returns the work of a pass of states, or of their gradients, through the chunks.
+
+  Args:
+    plan: the sizes.
+    products: matmuls [N, C] by P for each chunk and head, one for each source.
+  """
   tokens = plan.batch * plan.time * plan.heads * plan.parts
   return {
-      "matmul_flops": 2 * tokens * plan.state_size * plan.width, "exponentials": tokens,
-      "stages": plan.stages,
+      "matmul_flops": 2 * tokens * products * plan.state_size * plan.width,
+      "exponentials": tokens,
+      "stages": plan.stages(products),
   }
 
 
@@ -165,7 +174,7 @@ def call_chunks_backward(
     count_BT: Array | None,
     d_read_BTE: Array,
     d_y_BTE: Array | None,
-    states: tuple[Array, Array],
+    states: tuple[Array | None, Array],
 ) -> tuple[Stream, Array | None, TokenSums, PartSums]:
   """Computes one source's gradients.
 
@@ -176,7 +185,8 @@ def call_chunks_backward(
     count_BT: resets up to each token, inclusive; None means none.
     d_read_BTE: the gradient of the source's read.
     d_y_BTE: the gradient of the sum of reads, if skip needs another than `d_read_BTE`.
-    states: the states before each chunk, and the gradients of those after each.
+    states: the states before each chunk, and the gradients of those after each; of a source that
+      joins, None and the gradients of its leader's.
 
   Returns:
     The outputs of `chunks_backward_kernel`.
@@ -188,8 +198,12 @@ def call_chunks_backward(
   skips = epilogue is not None and epilogue.skip is not None
   x_BTE = None if epilogue is None else epilogue.x
   sums, last = float32(batch, *parts, time), float32(batch, plan.chunks, *parts)
-  shares = float32(batch, *parts, 1 + len(plan.pieces), time)
-  whole = float32(batch, plan.chunks, *parts, len(plan.pieces))
+  before_BGHNP, d_after_BGHNP = states
+  terms = 1 if before_BGHNP is None else 1 + len(plan.pieces)
+  shares = float32(batch, *parts, terms, time)
+  whole = None
+  if before_BGHNP is not None:
+    whole = float32(batch, plan.chunks, *parts, len(plan.pieces))
   stream = dataclasses.replace(stream, initial_BHPN=None)
   epilogue_spec = None if epilogue is None else specs.epilogue(epilogue)
 
@@ -205,21 +219,25 @@ def call_chunks_backward(
           (stream, specs.stream(stream)), (epilogue, epilogue_spec),
           (count_BT, if_given(count_BT, specs.count)), (d_read_BTE, specs.values),
           (d_y_BTE, if_given(d_y_BTE, specs.values)),
-          (states[0], specs.between), (states[1], specs.between),
+          (before_BGHNP, if_given(before_BGHNP, specs.between)),
+          (d_after_BGHNP, specs.between),
       ],
       [
           (like(written(stream)), written(specs.stream(stream))),
           (like(x_BTE), if_given(x_BTE, specs.values)),
           (
               TokenSums(shares, sums, if_given(stream.scale_BHT, sums)),
-              TokenSums(specs.shares, specs.sums, if_given(stream.scale_BHT, specs.sums)),
+              TokenSums(specs.shares(terms), specs.sums, if_given(stream.scale_BHT, specs.sums)),
           ),
           (
               PartSums(last, whole, last if skips else None),
-              PartSums(specs.numbers, specs.whole, specs.numbers if skips else None),
+              PartSums(
+                  specs.numbers, if_given(whole, specs.whole), specs.numbers if skips else None
+              ),
           ),
       ],
-      matmul_flops=by_part * plan.width * (2 * plan.chunk + 3 * size)
+      matmul_flops=by_part * plan.width * (2 * plan.chunk + (2 if whole is None else 3) * size)
       + by_group * 3 * plan.chunk * size,
-      exponentials=by_part // 2 * plan.chunk, stages=plan.stages,
+      exponentials=by_part // 2 * plan.chunk,
+      stages=plan.stages(),
   )

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 from dense_jax.ops.epilogue import Epilogue
 from dense_jax.ops.matrix.gpu_calls import call_kernel, float32, gate_flops, rounded, wide
-from dense_jax.ops.matrix.gpu_plan import Plan, Stream
+from dense_jax.ops.matrix.gpu_plan import Plan, Stream, recurrence
 from dense_jax.ops.matrix.gpu_scan import forward_kernel, read_kernel, scores_kernel
 from dense_jax.ops.matrix.gpu_specs import Gate, Specs, if_given
 from dense_jax.types import Array
@@ -53,7 +53,7 @@ class Forward:
 def _call_reads(
     plan: Plan, streams: tuple[Stream, ...], scores: tuple[Array, ...], count_BT: Array | None
 ) -> dict[int | None, Array]:
-  """Computes the reads of shallow sources, one source after the other.
+  """Computes the reads of shallow sources, one recurrence after the other.
 
   Each pass has one state in registers, like the pass of the layer's own: three states at a time
   leave so few registers that parts of heads have to be half as wide, and take longer than three
@@ -70,25 +70,30 @@ def _call_reads(
   """
   specs = Specs(plan, by_part=True)
   sums: dict[int | None, Array] = {}
-  for stream, score, gate in zip(streams[1:], scores[1:], plan.gates[1:], strict=True):
-    others = sums.get(gate)
+  for leader, (stream, gate) in enumerate(zip(streams, plan.gates, strict=True)):
+    if leader == 0 or stream.joins:
+      continue
+    others, together = sums.get(gate), recurrence(streams, leader)
+    count = len(together)
     (sums[gate],) = call_kernel(
         read_kernel, plan, (plan.batch, plan.heads * plan.parts),
         [
-            (stream, specs.stream(stream)), (score, specs.scores),
+            (together, specs.recurrence(together)),
+            (scores[leader : leader + count], (specs.scores,) * count),
             (count_BT, if_given(count_BT, specs.count)), (others, if_given(others, specs.values)),
         ],
-        [(wide(plan), specs.values)], **_scan_cost(plan),
+        [(wide(plan), specs.values)], **_scan_cost(plan, count),
     )
   return sums
 
 
-def _scan_cost(plan: Plan) -> dict[str, int]:
-  """Returns the work of one source's pass through the chunks, for `call_kernel`."""
+def _scan_cost(plan: Plan, sources: int) -> dict[str, int]:
+  """Returns the work of one recurrence's pass through the chunks, for `call_kernel`."""
   tokens = plan.batch * plan.time * plan.heads * plan.parts
+  sizes = sources * (plan.chunk + plan.state_size) + plan.state_size
   return {
-      "matmul_flops": 2 * tokens * plan.width * (plan.chunk + 2 * plan.state_size),
-      "exponentials": tokens * plan.chunk, "stages": plan.stages,
+      "matmul_flops": 2 * tokens * plan.width * sizes,
+      "exponentials": tokens * plan.chunk, "stages": plan.stages(sources),
   }
 
 
@@ -106,7 +111,7 @@ def call_forward(
   opened = whole if save and epilogue.z is not None else None
   read = whole if save and plan.gates[0] is not None else None
   moments = float32(batch, plan.heads, plan.parts, 2, time) if plan.moments else None
-  cost = _scan_cost(plan)
+  cost = _scan_cost(plan, 1)
   cost["matmul_flops"] += gate_flops(plan, gates)
   out_BTE, open_BTE, moments_BHA2T, read_BTE, final_BHPN = call_kernel(
       forward_kernel, plan, (batch, plan.heads * plan.parts),

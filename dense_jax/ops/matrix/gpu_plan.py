@@ -14,7 +14,9 @@ chunk's own tokens, and each piece of the carried state.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,8 @@ class Stream:
     high_BHT: the log decay, summed within each chunk: `high` of a `LogDecay`; its B may be 1.
     low_BHT: `low` of it.
     initial_BHPN: float32 state before the first token; None means zero.
+    joins: true if it is one of several keys and values a token of a recurrence whose state is that
+      of its leader, the last source before it that does not join.
   """
 
   q_BTK: PyTree
@@ -48,6 +52,18 @@ class Stream:
   high_BHT: PyTree
   low_BHT: PyTree
   initial_BHPN: PyTree
+  joins: bool = dataclasses.field(metadata={"static": True})
+
+  def values_alone(self) -> "Stream":
+    """Returns what a pass over the leader's states takes of a source that joins."""
+    none: Any = {name: None for name in ("q_BTK", "high_BHT", "low_BHT", "initial_BHPN")}
+    return dataclasses.replace(self, **none)
+
+
+def recurrence(streams: Sequence[Stream], leader: int) -> tuple[Stream, ...]:
+  """Returns a leader, and what joins it."""
+  members = itertools.takewhile(lambda stream: stream.joins, streams[leader + 1 :])
+  return streams[leader], *(stream.values_alone() for stream in members)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +126,12 @@ class Plan:
     """The first index of each piece of N."""
     return range(0, self.state_size, self.piece)
 
-  @property
-  def stages(self) -> int:
-    """Turns of a kernel's loop whose loads are in shared memory at a time."""
-    return 2 if self.state_size <= 256 else 1
+  def stages(self, sources: int = 1) -> int:
+    """Returns the turns of a kernel's loop whose loads are in shared memory at a time.
+
+    Two turns of two sources of N 256 would need 290 KB of the 227 that an H100 has.
+    """
+    return 2 if sources * self.state_size <= 256 else 1
 
   def dot(self, left: Array, right: Array, axes: tuple[int, int]) -> Array:
     """Contracts an axis of each array, with operands in `dtype` and float32 sums."""

@@ -22,7 +22,7 @@ class TokenSums:
 
   Attributes:
     read: of the gradient of the read times the read, [B, H, A, O, T]: the share of what is read
-      inside the chunk, then one for each piece of the carried state.
+      inside the chunk, then one for each piece of the carried state, if the source reads it.
     value: of the scaled value times its gradient.
     scale: of the value times the gradient of the scaled value; None without a scale.
   """
@@ -40,7 +40,8 @@ class PartSums:
   Attributes:
     last: what the chunk's values in the state after it add to the gradient of the summed log decay
       of the chunk's last token, [B, G, H, A].
-    whole: what each piece of the state before the chunk adds there, [B, G, H, A, pieces].
+    whole: what each piece of the state before the chunk adds there, [B, G, H, A, pieces]; None for
+      a source that joins.
     skip: the gradient of `Epilogue.skip`, [B, G, H, A]; None without it.
   """
 

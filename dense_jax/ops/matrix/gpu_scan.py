@@ -37,96 +37,108 @@ def scores_kernel(
     scores_QS[...] = plan.summed_dot(plan.load(q_TN, rows), plan.load(k_TN, rows), (1, 1))
 
 
-class _Source(NamedTuple):
-  """One source as a program goes through its chunks."""
+class _Recurrence(NamedTuple):
+  """One state as a program goes through its chunks: a leader, and what joins it."""
 
   plan: Plan
-  stream: Stream
+  streams: Sequence[Stream]
   decays: Decays
 
   @classmethod
-  def of(cls, plan: Plan, stream: Stream, count_T: PyTree) -> "_Source":
-    """Returns a source."""
-    return cls(plan, stream, Decays(plan, stream, count_T))
+  def of(cls, plan: Plan, streams: Sequence[Stream], count_T: PyTree) -> "_Recurrence":
+    """Returns the recurrence of a leader, and of what joins it."""
+    return cls(plan, streams, Decays(plan, streams[0], count_T))
 
-  def values(self, chunk: Array) -> Array:
-    """Returns the scaled values of a chunk, [C, X]."""
+  def initial(self) -> State:
+    """Returns the state before the first token."""
+    return _initial(self.plan, self.streams[0].initial_BHPN)
+
+  def values(self, stream: Stream, chunk: Array) -> Array:
+    """Returns the scaled values of a source's chunk, [C, X]."""
     rows = self.plan.rows(chunk)
-    scale_T = None if self.stream.scale_BHT is None else self.stream.scale_BHT[rows]
-    return scaled(self.stream.v_BTE[rows, :], scale_T)
+    scale_T = None if stream.scale_BHT is None else stream.scale_BHT[rows]
+    return scaled(stream.v_BTE[rows, :], scale_T)
 
-  def read(self, scores_TS: PyTree, chunk: Array, h: State) -> Array:
+  def read(self, scores: Sequence[PyTree], chunk: Array, h: State) -> Array:
     """Returns the read of a chunk, [C, X] in float32.
 
     Args:
-      scores_TS: the products of each token's query with its chunk's keys.
+      scores: for each source, the products of each token's query with its chunk's keys.
       chunk: the chunk.
       h: the state before it.
     """
     plan, rows = self.plan, self.plan.rows(chunk)
-    q = plan.load(self.stream.q_BTK, rows)
-    weights_QS = scores_TS[rows, :] * self.decays.within(chunk)
+    q = plan.load(self.streams[0].q_BTK, rows)
     read_TX = self.decays.from_start(chunk)[:, None] * plan.summed_dot(q, h, (1, 0))
-    return read_TX + plan.dot(weights_QS, self.values(chunk), (1, 0))
+    decay_QS = self.decays.within(chunk)
+    for stream, scores_TS in zip(self.streams, scores, strict=True):
+      weights_QS = scores_TS[rows, :] * decay_QS
+      read_TX += plan.dot(weights_QS, self.values(stream, chunk), (1, 0))
+    return read_TX
 
   def after(self, chunk: Array, h: State) -> State:
     """Returns the state after a chunk, given that before it."""
-    plan = self.plan
-    k = plan.load(self.stream.k_BTK, plan.rows(chunk))
-    kept_TX = self.decays.to_end(chunk)[:, None] * self.values(chunk).astype(jnp.float32)
-    whole = self.decays.whole(chunk)
-    return tuple(
-        whole * h_NX + plan.dot(k_TN, kept_TX, (0, 0)) for h_NX, k_TN in zip(h, k, strict=True)
-    )
+    plan, whole = self.plan, self.decays.whole(chunk)
+    to_end_T1 = self.decays.to_end(chunk)[:, None]
+    h = tuple(whole * h_NX for h_NX in h)
+    for stream in self.streams:
+      k = plan.load(stream.k_BTK, plan.rows(chunk))
+      kept_TX = to_end_T1 * self.values(stream, chunk).astype(jnp.float32)
+      h = tuple(
+          h_NX + plan.dot(k_TN, kept_TX, (0, 0)) for h_NX, k_TN in zip(h, k, strict=True)
+      )
+    return h
 
 
-def states_kernel(plan: Plan, stream: Stream, count_T: PyTree, before_GNX: PyTree) -> None:
-  """Computes a source's states before each chunk, for the backward pass.
+def states_kernel(
+    plan: Plan, streams: Sequence[Stream], count_T: PyTree, before_GNX: PyTree
+) -> None:
+  """Computes a recurrence's states before each chunk, for the backward pass.
 
   Args:
     plan: the sizes.
-    stream: the source.
+    streams: a source, and those that join it.
     count_T: resets up to each token, inclusive; None means none.
     before_GNX: the states, an output.
   """
-  source = _Source.of(plan, stream, count_T)
+  states = _Recurrence.of(plan, streams, count_T)
 
   def step(chunk: Array, h: State) -> State:
     _save(plan, before_GNX, chunk, h)
-    return source.after(chunk, h)
+    return states.after(chunk, h)
 
-  jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, stream.initial_BHPN))
+  jax.lax.fori_loop(0, plan.chunks, step, states.initial())
 
 
 def read_kernel(
     plan: Plan,
-    stream: Stream,
-    scores_TS: PyTree,
+    streams: Sequence[Stream],
+    scores: Sequence[PyTree],
     count_T: PyTree,
     others_TX: PyTree,
     read_TX: PyTree,
 ) -> None:
-  """Computes the reads of a shallow source.
+  """Computes the reads of a shallow source, and of those that join it.
 
   Args:
     plan: the sizes.
-    stream: the source.
-    scores_TS: the products of each token's query with its chunk's keys.
+    streams: a source, and those that join it.
+    scores: for each, the products of each token's query with its chunk's keys.
     count_T: resets up to each token, inclusive; None means none.
     others_TX: reads that are added, of other sources with the same gate; None means none.
     read_TX: the sum, an output.
   """
-  source = _Source.of(plan, stream, count_T)
+  states = _Recurrence.of(plan, streams, count_T)
 
   def step(chunk: Array, h: State) -> State:
     rows = plan.rows(chunk)
-    sum_TX = source.read(scores_TS, chunk, h)
+    sum_TX = states.read(scores, chunk, h)
     if others_TX is not None:
       sum_TX += others_TX[rows, :].astype(jnp.float32)
     read_TX[rows, :] = sum_TX.astype(read_TX.dtype)
-    return source.after(chunk, h)
+    return states.after(chunk, h)
 
-  jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, stream.initial_BHPN))
+  jax.lax.fori_loop(0, plan.chunks, step, states.initial())
 
 
 def forward_kernel(
@@ -163,12 +175,12 @@ def forward_kernel(
       such a gate, or if nothing is saved.
     final_XN: the last state, an output.
   """
-  own = _Source.of(plan, stream, count_T)
+  own = _Recurrence.of(plan, (stream,), count_T)
   head = div(pl.program_id(1), plan.parts)
 
   def step(chunk: Array, h: State) -> State:
     rows = plan.rows(chunk)
-    own_TX = own.read(scores_TS, chunk, h)
+    own_TX = own.read((scores_TS,), chunk, h)
     y_TX = own_TX if plan.gates[0] is None else jnp.zeros_like(own_TX)
     if ungated_TX is not None:
       y_TX += ungated_TX[rows, :].astype(jnp.float32)
@@ -194,7 +206,7 @@ def forward_kernel(
       moments_2T[1, rows] = jnp.sum(y_TX * y_TX, axis=1)
     return own.after(chunk, h)
 
-  final = jax.lax.fori_loop(0, plan.chunks, step, _initial(plan, stream.initial_BHPN))
+  final = jax.lax.fori_loop(0, plan.chunks, step, own.initial())
   _store_state(plan, final_XN, final)
 
 

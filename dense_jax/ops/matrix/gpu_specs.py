@@ -1,7 +1,7 @@
 """The block specs of the GPU kernels of matrix states."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jax.experimental import pallas as pl
 
@@ -59,9 +59,8 @@ class Specs:
     self.moments = spec((None, *numbers, 2, time), lambda b, t, g, h, p, x: (b, h, p, 0, 0))
     self.d_moments = spec((None, *heads, 2, time), lambda b, t, g, h, p, x: (b, h, 0, 0))
     self.sums = spec((None, *numbers, time), lambda b, t, g, h, p, x: (b, h, p, 0))
-    self.shares = spec(
-        (None, *numbers, 1 + len(plan.pieces), time),
-        lambda b, t, g, h, p, x: (b, h, p, 0, 0),
+    self.shares = lambda number: spec(
+        (None, *numbers, number, time), lambda b, t, g, h, p, x: (b, h, p, 0, 0)
     )
     self.numbers = spec((None, None, *numbers), lambda b, t, g, h, p, x: (b, t, h, p))
     self.whole = spec(
@@ -75,8 +74,13 @@ class Specs:
         q_BTK=self.keys, k_BTK=self.keys, v_BTE=self.values,
         scale_BHT=if_given(stream.scale_BHT, self.by_head),
         high_BHT=self._decays, low_BHT=self._decays,
-        initial_BHPN=if_given(stream.initial_BHPN, self.state),
+        initial_BHPN=if_given(stream.initial_BHPN, self.state), joins=stream.joins,
     )
+
+  def recurrence(self, streams: Sequence[Stream]) -> tuple[Stream, ...]:
+    """Returns the specs of a leader, and of what joins it."""
+    leader, *members = map(self.stream, streams)
+    return leader, *(member.values_alone() for member in members)
 
   def gate(self, gate: Gate) -> PyTree:
     """Returns the specs of a gate of a program that takes a part of a head."""

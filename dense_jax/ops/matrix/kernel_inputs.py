@@ -28,6 +28,10 @@ class Source:
     log_decay_BTH: float32, <= 0, zero at padding; its B may be 1 (a decay that all rows share).
     initial_BHPN: float32 state before the first token; None means zero.
     gate: the index of the read's gate, which sources may share; None means 1.
+    joins: true if its states are added to those of the source before it, which has the same
+      queries, gate and decays: the sum is one recurrence with several keys and values a token, and
+      is read once. The gradient of the decays, and of the state before the first token, is then
+      that of all such sources together.
   """
 
   q_BTJN: Array
@@ -37,6 +41,7 @@ class Source:
   log_decay_BTH: Array
   initial_BHPN: Array | None
   gate: int | None = dataclasses.field(default=None, metadata={"static": True})
+  joins: bool = dataclasses.field(default=False, metadata={"static": True})
 
   def check(self, other: "Source") -> None:
     """Checks that shapes fit each other, and those of another source."""
@@ -48,6 +53,7 @@ class Source:
     chex.assert_shape(other.log_decay_BTH, ({1, batch}, time, heads))
     chex.assert_equal_shape([self.log_decay_BTH, other.log_decay_BTH])
     chex.assert_type(self.log_decay_BTH, jnp.float32)
+    assert not self.joins or self.initial_BHPN is None
     if self.scale_BTH is not None:
       chex.assert_shape(self.scale_BTH, (batch, time, heads))
     if self.initial_BHPN is not None:

@@ -35,8 +35,15 @@ class KernelMatrix(KernelRecurrence, MatrixSequence):
   ) -> tuple[Output, Array]:
     gates, numbers = distinct_gates(reads)
     sources = [self._asked(query, None)]
+    leader, previous = 0, None
     for read, number in zip(reads, numbers, strict=True):
-      sources.append(cast(KernelMatrix, read.recurrence)._asked(read.query, number))
+      source = cast(KernelMatrix, read.recurrence)._asked(read.query, number)
+      if previous is not None and _one_recurrence(previous, read):
+        sources[leader], source = _joined(sources[leader], source)
+      else:
+        leader = len(sources)
+      sources.append(source)
+      previous = read
     # If x is the values themselves, the kernel need not read them twice.
     x = None if epilogue.x is self.v_BTE else self._flat(epilogue.x)
     epilogue = dataclasses.replace(epilogue, x=x, z=self._flat(epilogue.z))
@@ -106,6 +113,23 @@ class InterpretedGpuMatrix(GpuMatrix):
   """Runs the same kernels interpreted: slow, on any platform."""
 
   interpret: ClassVar[bool] = True
+
+
+def _one_recurrence(*reads: Read) -> bool:
+  """Returns whether the sum of two reads is a read of the sum of their states."""
+  one, other = reads
+  equal_decays = all(cast(KernelMatrix, read.recurrence).equal_decays for read in reads)
+  return equal_decays and one.query is other.query and one.gate is other.gate
+
+
+def _joined(leader: Source, source: Source) -> tuple[Source, Source]:
+  """Returns two sources, the second of which joins the first."""
+  given = [x for x in (leader.initial_BHPN, source.initial_BHPN) if x is not None]
+  initial_BHPN = sum(given[1:], start=given[0]) if given else None
+  return (
+      dataclasses.replace(leader, initial_BHPN=initial_BHPN),
+      dataclasses.replace(source, initial_BHPN=None, joins=True),
+  )
 
 
 def _gate_specs(gate: Array | LowRankGate) -> Any:

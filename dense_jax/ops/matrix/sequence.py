@@ -31,6 +31,8 @@ class MatrixSequence(ScannedRecurrence):
     resets_BT: bool, true where the state is cleared before the token; None means never.
     initial_BHPN: float32 state before the first token; None means zero.
     chunk: tokens per chunk; 0 means the implementation's default.
+    equal_decays: true if every layer of the model has these decays. Then the sum of several layers'
+      states is one recurrence too, and kernels read it as one.
   """
 
   k_BTJN: Array
@@ -40,6 +42,7 @@ class MatrixSequence(ScannedRecurrence):
   resets_BT: Array | None
   initial_BHPN: Array | None
   chunk: int = dataclasses.field(metadata={"static": True})
+  equal_decays: bool = dataclasses.field(default=False, metadata={"static": True})
 
   @property
   def v_BTHP(self) -> Array:

@@ -40,6 +40,7 @@ from dense_jax.ops.matrix.tpu_plan import (
     Specs,
     choose_blocks,
     compute_dtype,
+    states,
 )
 from dense_jax.ops.recurrence import LowRankGate
 from dense_jax.types import Array, PyTree
@@ -92,7 +93,9 @@ def matrix_finish(
     # float32 is exact for these counts, and the kernel can transpose it.
     count_BG1C = jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.float32)[:, :, None]
   streams = tuple(
-      tpu_arrays.stream(plan, source, None if source.gate is None else gates[source.gate])
+      tpu_arrays.stream(
+          plan, source, None if source.gate is None or source.joins else gates[source.gate]
+      )
       for source in sources
   )
   finish = tpu_arrays.finish(plan, epilogue)
@@ -135,23 +138,23 @@ def _call(
     out_specs: their block specs.
     scratch: the kernel's own memory.
     sources: the number of sources.
-    matmuls: matmuls per source and chunk, for the cost estimate: [C, C] by N for each set, [C, C]
-      by P for each head, and [C, N] by P for each head.
+    matmuls: matmuls per chunk, for the cost estimate: for each source [C, C] by N for each set and
+      [C, C] by P for each head; and for all sources [C, N] by P for each head.
     by_gates: matmuls [C, R] by E for each low-rank gate and chunk.
     in_place: chooses pairs of an input and the output that takes its memory, given trees like
       `inputs` and `outputs`. An output's block must be that of the input, and visited once.
   """
   by_keys, by_channels, by_states = matmuls
-  tokens = sources * plan.batch * plan.chunks * plan.chunk
+  each = plan.batch * plan.chunks * plan.chunk
+  tokens = sources * each
   sets = blocks.count // blocks.per_set
   weights = tokens * plan.chunk * blocks.count * blocks.heads
   streams: tuple[Stream, ...] = inputs[0]
   ranks = sum(len(s.gate.up_RE) for s in streams if isinstance(s.gate, LowRank))
   cost = KernelCost(
-      matmul_flops=2 * tokens * (
-          plan.chunk * (by_keys * sets * plan.state_size + by_channels * plan.rows)
-          + by_states * plan.rows * plan.state_size
-      ) + 2 * by_gates * (tokens // sources) * ranks * plan.rows,
+      matmul_flops=2 * tokens * plan.chunk * (
+          by_keys * sets * plan.state_size + by_channels * plan.rows
+      ) + 2 * each * plan.rows * (by_states * plan.state_size + by_gates * ranks),
       # Exponents, masks and products of weights; and a few operations for each value.
       flops=by_channels * (4 * weights + 8 * tokens * plan.rows),
       transcendentals=weights,
@@ -200,6 +203,7 @@ def _forward(
         (blocks.head_shares, plan.batch, plan.heads, plan.chunks, 2, plan.chunk), jnp.float32
     )
   before_BGEN = shape((plan.batch, plan.chunks, *state), compute_dtype(streams[0]))
+  saved = [save and not stream.joins for stream in streams]
   set_rows = blocks.per_set * blocks.rows
   y_BTE, moments, final_BEN, before = _call(
       forward_kernel, plan, blocks,
@@ -209,14 +213,17 @@ def _forward(
           None if count_BG1C is None else specs.count,
       ),
       (y_BTE, moments, shape((plan.batch, *state), jnp.float32),
-       [before_BGEN if save else None] * sources),
+       [before_BGEN if kept else None for kept in saved]),
       (specs.values, specs.head_shares(2) if plan.moments else None, specs.whole,
-       [specs.between if save else None] * sources),
+       [specs.between if kept else None for kept in saved]),
       [
-          [pltpu.VMEM((set_rows, plan.state_size), jnp.float32)] * sources,
+          [
+              None if stream.joins else pltpu.VMEM((set_rows, plan.state_size), jnp.float32)
+              for stream in streams
+          ],
           [pltpu.VMEM((plan.chunk, plan.chunk), jnp.float32)] * sources,
       ],
-      sources=sources, matmuls=(1, 1, 2), by_gates=1,
+      sources=sources, matmuls=(1, 1, sources + states(streams)), by_gates=1,
   )
   return y_BTE, None if moments is None else jnp.sum(moments, axis=0), final_BEN, before
 
@@ -229,7 +236,7 @@ def _backward(
     dy_BTE: Array,
     d_moments_BHG2C: Array | None,
     d_final_BEN: Array | None,
-    before: list[Array],
+    before: list[Array | None],
 ) -> tuple[tuple[Stream, ...], Finish]:
   """Computes the gradients of all sources and of the epilogue's arrays."""
   exact, streams = streams, tuple(map(tpu_arrays.rounded_gate, streams))
@@ -270,7 +277,7 @@ def _backward(
 
   def sums(stream: Stream) -> Sums:
     set_rows = blocks.per_set * blocks.rows
-    states = pltpu.VMEM((set_rows, plan.state_size), jnp.float32)
+    dh = None if stream.joins else pltpu.VMEM((set_rows, plan.state_size), jnp.float32)
     square, keys = (pltpu.VMEM((plan.chunk, n), jnp.float32) for n in (plan.chunk, plan.state_size))
     values = pltpu.VMEM((plan.chunk, blocks.rows), compute_dtype(streams[0]))
     gate = (None, None, None)
@@ -280,7 +287,8 @@ def _backward(
           values, pltpu.VMEM((plan.chunk, rank), jnp.float32),
           pltpu.VMEM((rank, set_rows), jnp.float32),
       )
-    return Sums(states, square, square, keys, keys, values, values, *gate)
+    carried = None if stream.joins else values
+    return Sums(dh, square, square, keys, keys, carried, values, *gate)
 
   d_finish = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), finish)
   d_finish_specs = finish_specs
@@ -294,12 +302,14 @@ def _backward(
       (
           in_specs, finish_specs, None if count_BG1C is None else specs.count, specs.values,
           None if d_moments_BHG2C is None else specs.heads(d_moments_BHG2C),
-          None if d_final_BEN is None else specs.whole, [specs.between] * len(streams),
+          None if d_final_BEN is None else specs.whole,
+          [None if stream.joins else specs.between for stream in streams],
       ),
       (tuple(map(gradient, streams)), d_finish),
       (tuple(map(gradient_specs, streams)), d_finish_specs),
       [tuple(map(sums, streams))],
-      sources=len(streams), matmuls=(3, 3, 5), by_gates=3, in_place=_gradients_in_place,
+      sources=len(streams), matmuls=(3, 3, 2 * len(streams) + 3 * states(streams)), by_gates=3,
+      in_place=_gradients_in_place,
   )
   if finish.skip_1E is not None:
     d_finish = dataclasses.replace(d_finish, skip_1E=jnp.sum(d_finish.skip_1E, axis=(0, 1)))

@@ -62,7 +62,7 @@ def stream(plan: Plan, source: Source, gate: ReadGate) -> Stream:
       q_BTK=keys(source.q_BTJN), k_BTK=keys(source.k_BTJN), v_BTE=values(source.v_BTE),
       scale_BHG1C=None if source.scale_BTH is None else _rows(plan, source.scale_BTH),
       sum_BHG2C=jnp.transpose(sum_BGC2H, (0, 4, 1, 3, 2)),
-      gate=factor, initial_BEN=initial_BEN,
+      gate=factor, initial_BEN=initial_BEN, joins=source.joins,
   )
 
 

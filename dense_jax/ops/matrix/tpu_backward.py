@@ -39,7 +39,8 @@ class Sums:
   """A source's sums in VMEM: over chunks, or over the blocks of a set.
 
   Attributes:
-    dh: the gradients of a set's states after the chunk, replaced by those of states before.
+    dh: the gradients of a set's states after the chunk, replaced by those of states before; this
+      and `d_carried_CX` are None if the source joins.
     scores_CC: the scores of the chunk.
     d_scores_CC: their gradient.
     d_q_CN, d_k_CN: parts of the gradients of queries and keys.
@@ -68,17 +69,24 @@ class _Source:
 
   Values of [C, P] are written at once: those of all heads together would fill VMEM, because a
   value of few lanes takes as much of it as one of LANES.
+
+  A source that joins has a `leader`, which has the state of both, reads it, and has the gate.
   """
 
   def __init__(
       self, blocks: Blocks, place: Place, stream: Stream, count_1C: PyTree, before_XN: PyTree,
-      d_final_BEN: PyTree, gradient: Stream, sums: Sums, end: int,
+      d_final_BEN: PyTree, gradient: Stream, sums: Sums, end: int, leader: "_Source | None",
   ) -> None:
     self._blocks, self._place, self._stream, self._sums = blocks, place, stream, sums
-    self._before_XN, self._gradient = before_XN, gradient
+    self._before_XN, self._gradient, self._leads = before_XN, gradient, leader is None
+    self._members: list[_Source] = []
+    if leader is not None:
+      leader._members.append(self)
 
     @pl.when(place.is_first_chunk)
     def _begin() -> None:
+      if leader is not None:
+        return
       if d_final_BEN is None:
         sums.dh[place.set_rows] = jnp.zeros((blocks.rows, sums.dh.shape[1]), jnp.float32)
       else:
@@ -94,8 +102,9 @@ class _Source:
           part[...] = jnp.zeros(part.shape, part.dtype)
 
     self.tokens = tokens = Tokens(blocks, place, stream, count_1C, sums.scores_CC)
-    self._dh_XN = sums.dh[place.set_rows]
-    self._carried_CX = dot(tokens.q_CN, before_XN[...], (1, 1), tokens.dtype)
+    self._dh_XN: Array = sums.dh[place.set_rows] if leader is None else leader._dh_XN
+    if leader is None:
+      self._carried_CX = dot(tokens.q_CN, before_XN[...], (1, 1), tokens.dtype)
     self._d_kept_CX = dot(tokens.k_CN, self._dh_XN, (1, 1), tokens.dtype)
     self._itself_CC = tokens.itself_CC()
     chunk = len(tokens.q_CN)
@@ -113,17 +122,22 @@ class _Source:
     self._d_scale: list[list[Array]] = []
 
   def read(self, head: int) -> Array:
-    """Computes the head's gated read, [C, P]; float32."""
+    """Computes the head's gated read with those of sources that join, [C, P]; float32."""
+    members = [member._ungated(head) for member in self._members]
+    self._all_CP = sum(members, start=self._ungated(head))
+    return self._gated(self._all_CP, head)
+
+  def _ungated(self, head: int) -> Array:
     tokens, blocks = self.tokens, self._blocks
     self._v_CP = tokens.value_CP(head)
     self._decay_CC = tokens.within_CC(head)
     weights_CC = jnp.where(self._itself_CC, 0.0, tokens.scores_CC * self._decay_CC)
     self._weights_CC = weights_CC.astype(tokens.dtype)
-    carried_CP = tokens.from_start_C1[head] * blocks.of(self._carried_CX, head)
     # Of earlier tokens only.
-    self._read_CP = carried_CP + dot(self._weights_CC, self._v_CP, (1, 0), tokens.dtype)
-    self._whole_CP = self._read_CP + self._score_C1 * self._v_CP.astype(jnp.float32)
-    return self._gated(self._whole_CP, head)
+    self._read_CP = dot(self._weights_CC, self._v_CP, (1, 0), tokens.dtype)
+    if self._leads:
+      self._read_CP += tokens.from_start_C1[head] * blocks.of(self._carried_CX, head)
+    return self._read_CP + self._score_C1 * self._v_CP.astype(jnp.float32)
 
   def _gated(self, x_CP: Array, head: int) -> Array:
     if self._gate_CX is None:
@@ -131,16 +145,28 @@ class _Source:
     return x_CP * self._blocks.of(self._gate_CX, head).astype(jnp.float32)
 
   def pull_back(self, d_CP: Array, d_x_CP: Array | None, head: int) -> None:
-    """Computes a head's gradients; `read` must come before.
+    """Computes a head's gradients, also of sources that join; `read` must come before.
 
     Args:
       d_CP: the gradient of the head's gated read.
       d_x_CP: what is added to that of its values; None means zero.
       head: its number.
     """
+    blocks, gradient = self._blocks, self._gradient
+    d_read_CP = self._gated(d_CP, head)
+    self._pull_back(d_read_CP, d_x_CP, head)
+    for member in self._members:
+      member._pull_back(d_read_CP, None, head)
+    if isinstance(gradient.gate, LowRank):
+      d_gate_CP = d_CP * self._all_CP
+      d_gate_CP *= silu_slope(blocks.of(self._before_gate_CX, head))
+      blocks.put(self._sums.d_gate_CX, d_gate_CP, head)
+    elif gradient.gate is not None:
+      blocks.put(gradient.gate, d_CP * self._all_CP, head)
+
+  def _pull_back(self, d_read_CP: Array, d_x_CP: Array | None, head: int) -> None:
     tokens, blocks, dtype = self.tokens, self._blocks, self.tokens.dtype
     sums, gradient = self._sums, self._gradient
-    d_read_CP = self._gated(d_CP, head)
     # Rounded once and used in both inner products, so that their common terms cancel.
     d_low_CP = d_read_CP.astype(dtype)
     to_end_CP = tokens.to_end_C1[head] * blocks.of(self._d_kept_CX, head)
@@ -150,13 +176,14 @@ class _Source:
     sums.d_scores_CC[...] += d_scores_CC
 
     v_CP = self._v_CP.astype(jnp.float32)
-    rows = slice(head * blocks.width, (head + 1) * blocks.width)
-    before_PN = self._before_XN[rows].astype(jnp.float32)
-    d_last_11 = tokens.whole_11[head] * _sum(self._dh_XN[rows] * before_PN)
-    d_last_11 += _sum(v_CP * d_kept_CP)
+    d_last_11 = _sum(v_CP * d_kept_CP)
+    if self._leads:
+      rows = slice(head * blocks.width, (head + 1) * blocks.width)
+      before_PN = self._before_XN[rows].astype(jnp.float32)
+      d_last_11 += tokens.whole_11[head] * _sum(self._dh_XN[rows] * before_PN)
+      blocks.put(sums.d_carried_CX, tokens.from_start_C1[head] * d_read_CP, head)
     d_sum_C1 = jnp.sum(d_low_CP * self._read_CP - v_CP * d_v_CP, axis=1, keepdims=True)
     self._d_sum.append([d_sum_C1 + jnp.where(self._is_last_C1, d_last_11, 0.0)])
-    blocks.put(sums.d_carried_CX, tokens.from_start_C1[head] * d_read_CP, head)
     blocks.put(sums.kept_CX, tokens.to_end_C1[head] * v_CP, head)
     d_v_CP += self._score_C1 * d_low_CP + jnp.where(self._is_last_C1, to_end_CP, 0.0)
     if self._stream.scale_BHG1C is not None:
@@ -164,12 +191,6 @@ class _Source:
       self._d_scale.append([jnp.sum(raw_CP * d_v_CP, axis=1, keepdims=True)])
     d_v_CP = tokens.scaled(d_v_CP, head)
     blocks.put(gradient.v_BTE, d_v_CP if d_x_CP is None else d_v_CP + d_x_CP, head)
-    if isinstance(gradient.gate, LowRank):
-      d_gate_CP = d_CP * self._whole_CP
-      d_gate_CP *= silu_slope(blocks.of(self._before_gate_CX, head))
-      blocks.put(sums.d_gate_CX, d_gate_CP, head)
-    elif gradient.gate is not None:
-      blocks.put(gradient.gate, d_CP * self._whole_CP, head)
 
   def finish(self) -> None:
     """Computes the gradients to which all heads contribute."""
@@ -179,11 +200,12 @@ class _Source:
     if gradient.scale_BHG1C is not None:
       write_rows(self._d_scale, gradient.scale_BHG1C, place)
 
-    d_carried_CX = sums.d_carried_CX[...]
-    sums.d_q_CN[...] += dot(d_carried_CX, self._before_XN[...], (1, 0), dtype)
     sums.d_k_CN[...] += dot(sums.kept_CX[...], self._dh_XN, (1, 0), dtype)
-    added_XN = dot(d_carried_CX, tokens.q_CN, (0, 0), dtype)
-    sums.dh[place.set_rows] = tokens.absorb(self._dh_XN, added_XN)
+    if self._leads:
+      d_carried_CX = sums.d_carried_CX[...]
+      sums.d_q_CN[...] += dot(d_carried_CX, self._before_XN[...], (1, 0), dtype)
+      added_XN = dot(d_carried_CX, tokens.q_CN, (0, 0), dtype)
+      sums.dh[place.set_rows] = tokens.decayed(self._dh_XN) + added_XN
 
     @pl.when(place.is_last_block)
     def _write_keys() -> None:
@@ -292,29 +314,30 @@ def backward_kernel(
     dy_CX: the gradient of the result.
     d_moments_U2C: that of its moments; None means zero.
     d_final_BEN: that of the first source's last state; None means zero.
-    before: each source's state before the chunk, before_XN.
+    before: each source's state before the chunk, before_XN; None for sources that join.
     gradients: the sources' gradients, outputs; for keys and queries, this set's share.
     d_finish: the epilogue's gradients, outputs.
     sums: each source's sums, in VMEM.
     end: the place of a row's last token in its chunk, where padding may follow.
   """
   place = Place.here(blocks)
-  sources = [
-      _Source(
-          blocks, place, stream, count_1C, before_XN, None if index else d_final_BEN, gradient,
-          part, end,
-      )
-      for index, (stream, before_XN, gradient, part) in enumerate(
-          zip(streams, before, gradients, sums, strict=True)
-      )
-  ]
+  sources: list[_Source] = []
+  leaders: list[_Source] = []
+  for stream, before_XN, gradient, part in zip(streams, before, gradients, sums, strict=True):
+    source = _Source(
+        blocks, place, stream, count_1C, before_XN, None if sources else d_final_BEN, gradient,
+        part, end, leaders[-1] if stream.joins else None,
+    )
+    sources.append(source)
+    if not stream.joins:
+      leaders.append(source)
   x_CX = sources[0].tokens.raw_CX if finish.x_BTE is None else finish.x_BTE[...]
   epilogue = _Finish(blocks, finish, x_CX, dy_CX, d_moments_U2C, d_finish)
   for head in range(blocks.heads):
-    own_CP, *others = [source.read(head) for source in sources]
+    own_CP, *others = [leader.read(head) for leader in leaders]
     d_CP, d_x_CP = epilogue.pull_back(sum(others, start=own_CP), head)
-    for index, source in enumerate(sources):
-      source.pull_back(d_CP, None if index else d_x_CP, head)
+    for index, leader in enumerate(leaders):
+      leader.pull_back(d_CP, None if index else d_x_CP, head)
   for source in sources:
     source.finish()
 

@@ -46,6 +46,9 @@ class Stream:
   K is J * N here. `sum_BHG2C` is the log decay, summed within each chunk: the rows `high` and
   `low` of a `LogDecay`. Its gradient has the row `low` alone. A gate is an array [B, T, E] or a
   `LowRank`. Without a scale, a gate or an initial state, those are None.
+
+  A source that joins is one of several keys and values a token of a recurrence whose state, gate
+  and initial state are those of its leader, the last source before it that does not join.
   """
 
   q_BTK: PyTree
@@ -55,6 +58,7 @@ class Stream:
   sum_BHG2C: PyTree
   gate: PyTree
   initial_BEN: PyTree
+  joins: bool = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -269,14 +273,14 @@ class Tokens:
     """Returns a bool mask, true where the query's token is the key's."""
     return self._query == self._key
 
-  def absorb(self, h_XN: Array, added_XN: Array) -> Array:
-    """Returns decay over the chunk * h + added."""
+  def decayed(self, h_XN: Array) -> Array:
+    """Returns the decay over the chunk times h."""
     width = self._blocks.width
     heads = [
         whole_11 * h_XN[head * width : (head + 1) * width]
         for head, whole_11 in enumerate(self.whole_11)
     ]
-    return (heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=0)) + added_XN
+    return heads[0] if len(heads) == 1 else jnp.concatenate(heads, axis=0)
 
 
 def sigmoid_and_silu(z: Array) -> tuple[Array, Array]:

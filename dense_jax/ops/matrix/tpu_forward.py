@@ -19,10 +19,10 @@ from dense_jax.ops.matrix.tpu_chunk import (
 from dense_jax.types import Array, PyTree
 
 
-def _source(
+def _read(
     blocks: Blocks, place: Place, source: Stream, tokens: Tokens, before_XN: PyTree, h: PyTree
 ) -> Array:
-  """Computes a source's gated read of a chunk, [C, X], and advances its state over the chunk."""
+  """Computes a source's read of a chunk, [C, X], and advances its state over the chunk."""
 
   @pl.when(place.is_first_chunk)
   def _begin() -> None:
@@ -31,18 +31,29 @@ def _source(
     else:
       pltpu.sync_copy(source.initial_BEN.at[place.row, place.all_rows], h.at[place.set_rows])
 
-  h_XN, dtype = h[place.set_rows], tokens.dtype
+  h_XN = h[place.set_rows]
   if before_XN is not None:
     before_XN[...] = h_XN.astype(before_XN.dtype)
-  carried_CX = dot(tokens.q_CN, h_XN, (1, 1), dtype)
+  carried_CX = dot(tokens.q_CN, h_XN, (1, 1), tokens.dtype)
+  read_CX, added_XN = _inside(blocks, tokens)
+  h[place.set_rows] = tokens.decayed(h_XN) + added_XN
+  return read_CX + joined([
+      tokens.from_start_C1[head] * blocks.of(carried_CX, head) for head in range(blocks.heads)
+  ])
+
+
+def _inside(blocks: Blocks, tokens: Tokens) -> tuple[Array, Array]:
+  """Returns the read of a chunk's own tokens, [C, X], and what they add to the state after it."""
   reads, kept = [], []
   for head in range(blocks.heads):
     v_CP = tokens.value_CP(head)
-    read_CP = dot(tokens.scores_CC * tokens.within_CC(head), v_CP, (1, 0), dtype)
-    reads.append(read_CP + tokens.from_start_C1[head] * blocks.of(carried_CX, head))
+    reads.append(dot(tokens.scores_CC * tokens.within_CC(head), v_CP, (1, 0), tokens.dtype))
     kept.append(tokens.to_end_C1[head] * v_CP.astype(jnp.float32))
-  h[place.set_rows] = tokens.absorb(h_XN, dot(joined(kept), tokens.k_CN, (0, 0), dtype))
-  y_CX = joined(reads)
+  return joined(reads), dot(joined(kept), tokens.k_CN, (0, 0), tokens.dtype)
+
+
+def _gated(place: Place, source: Stream, y_CX: Array, dtype: jnp.dtype) -> Array:
+  """Multiplies a read by its gate."""
   if isinstance(source.gate, LowRank):
     return y_CX * sigmoid_and_silu(source.gate.before(place, dtype))[1]
   return y_CX if source.gate is None else y_CX * source.gate[...].astype(jnp.float32)
@@ -71,7 +82,8 @@ def forward_kernel(
     moments_U2C: the result's sum and sum of squares over each head, outputs; None means not wanted.
     final_BEN: the first source's last state, an output.
     before: each source's state before the chunk, before_XN, outputs; None means not saved.
-    states: each source's states of a set of blocks, carried from chunk to chunk.
+    states: each source's states of a set of blocks, carried from chunk to chunk; None for sources
+      that join.
     scores: each source's scores_CC of the chunk, which the blocks of a set share.
   """
   place = Place.here(blocks)
@@ -79,10 +91,17 @@ def forward_kernel(
       Tokens(blocks, place, source, count_1C, scores_CC)
       for source, scores_CC in zip(streams, scores, strict=True)
   ]
-  own_CX, *others = [
-      _source(blocks, place, source, tokens, before_XN, h)
-      for source, tokens, before_XN, h in zip(streams, chunks, before, states, strict=True)
-  ]
+  reads: list[tuple[Stream, Array]] = []
+  for source, tokens, before_XN, h in zip(streams, chunks, before, states, strict=True):
+    if not source.joins:
+      leaders_h = h
+      reads.append((source, _read(blocks, place, source, tokens, before_XN, h)))
+      continue
+    leader, read_CX = reads.pop()
+    inside_CX, added_XN = _inside(blocks, tokens)
+    leaders_h[place.set_rows] += added_XN
+    reads.append((leader, read_CX + inside_CX))
+  own_CX, *others = [_gated(place, source, x_CX, chunks[0].dtype) for source, x_CX in reads]
   out_CX = sum(others, start=own_CX)
   if finish.skip_1E is not None:
     x_CX = chunks[0].raw_CX if finish.x_BTE is None else finish.x_BTE[...]

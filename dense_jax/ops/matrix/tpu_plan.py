@@ -1,6 +1,7 @@
 """The sizes that the TPU kernels of matrix states are compiled for, and what fits VMEM."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,6 +55,11 @@ def compute_dtype(stream: Stream) -> jnp.dtype:
   return jnp.result_type(stream.q_BTK, stream.k_BTK, stream.v_BTE)
 
 
+def states(streams: Sequence[Stream]) -> int:
+  """Returns the number of states: sources that join have that of another one."""
+  return sum(not stream.joins for stream in streams)
+
+
 def choose_blocks(
     plan: Plan, streams: tuple[Stream, ...], finish: Finish, *, save: bool, backward: bool
 ) -> Blocks:
@@ -89,13 +95,13 @@ def choose_blocks(
   fixed += len(low_rank) * chunk * LANES * (2 * dtype.itemsize * (1 + backward) + 4 * backward)
 
   def needed(rows: int, set_rows: int) -> int:
-    states = (4 * sources * lanes + gate_rows) * set_rows
+    kept_bytes = (4 * states(streams) * lanes + gate_rows) * set_rows
     if backward or save:
-      states += 2 * dtype.itemsize * sources * rows * lanes
+      kept_bytes += 2 * dtype.itemsize * states(streams) * rows * lanes
     values = 2 * token_bytes * chunk * rows + 4 * chunk * rows * (kept + 5 * spilled)
     # Each head's rows of numbers, such as summed log decays, fill a tile.
     heads = max(1, rows // channels) * 2 * 4 * SUBLANES * LANES * (4 if backward else 2) * sources
-    return fixed + states + values + heads + 2 * spilled * 4 * rows * lanes
+    return fixed + kept_bytes + values + heads + 2 * spilled * 4 * rows * lanes
 
   group, channels = plan.heads // plan.groups * plan.channels, plan.channels
 
@@ -187,7 +193,7 @@ class Specs:
         scale_BHG1C=_unless_none(stream.scale_BHG1C, self.heads),
         sum_BHG2C=self.heads(stream.sum_BHG2C),
         gate=_unless_none(stream.gate, self._gate),
-        initial_BEN=_unless_none(stream.initial_BEN, lambda _: self.whole),
+        initial_BEN=_unless_none(stream.initial_BEN, lambda _: self.whole), joins=stream.joins,
     )
 
   def _gate(self, gate: PyTree) -> PyTree:

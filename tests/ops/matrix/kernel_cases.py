@@ -24,6 +24,7 @@ class Case:
   """Sizes of the inputs.
 
   `gates` is, for each source, the index of its gate or None; those in `low_rank` are such gates.
+  `joins` are the sources that join the one before.
   `tail` names the epilogue's parts: "skip" of the values, "x" (skip of another array), "z",
   "moments".
   """
@@ -31,6 +32,7 @@ class Case:
   time: int
   gates: tuple[int | None, ...] = (None,)
   low_rank: tuple[int, ...] = ()
+  joins: tuple[int, ...] = ()
   tail: tuple[str, ...] = ()
   heads: int = 4
   groups: int = 2
@@ -81,7 +83,9 @@ def make_inputs(case):
       Source(
           normal(10 * i, *keys), normal(10 * i + 1, *keys), normal(10 * i + 2, *flat),
           jnp.exp(normal(10 * i + 6, *by_head)) if case.scale else None,
-          log_decay(10 * i + 3), normal(10 * i + 5, *states) if case.initial else None, index,
+          log_decay(10 * i + 3),
+          normal(10 * i + 5, *states) if case.initial and i not in case.joins else None, index,
+          i in case.joins,
       )
       for i, index in enumerate(case.gates)
   ]
@@ -123,6 +127,19 @@ def specification(sources, gates, epilogue, resets):
   return output.y.reshape(*by_head[:2], -1), output.moments, finals[0]
 
 
+def tied(sources):
+  """Gives sources that join the queries and decays of the one before."""
+  tied_sources = []
+  for source in sources:
+    if source.joins:
+      leader = tied_sources[-1]
+      source = dataclasses.replace(
+          source, q_BTJN=leader.q_BTJN, log_decay_BTH=leader.log_decay_BTH
+      )
+    tied_sources.append(source)
+  return tied_sources
+
+
 def kernels(finish, case):
   """Returns a platform's kernels as a function like `specification`."""
 
@@ -138,7 +155,9 @@ def everything(function, inputs, resets, cotangents):
 
   @fast_jit
   def run(inputs, cotangents):
-    outputs, vjp = jax.vjp(lambda inputs: function(*inputs, resets), inputs)
+    outputs, vjp = jax.vjp(
+        lambda inputs: function(tied(inputs[0]), *inputs[1:], resets), inputs
+    )
     cotangents = jax.tree.map(lambda x, y: x.astype(y.dtype), cotangents, outputs)
     return outputs, vjp(cotangents)[0]
 

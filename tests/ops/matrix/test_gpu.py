@@ -20,13 +20,17 @@ from tests.ops.matrix.kernel_cases import (
 
 QUICK = [
     Case(37, scale=True, tail=("skip", "z", "moments"), chunk=32),
-    Case(18, gates=(None, 0, 0), low_rank=(0,), heads=2, groups=1, channels=48, decay_rows=1,
-         tail=("moments",)),
+    Case(18, gates=(None, 0, 0), low_rank=(0,), joins=(2,), heads=2, groups=1, channels=48,
+         decay_rows=1, tail=("moments",)),
 ]
 # Everything at once, in heads of three parts.
 WHOLE = Case(40, gates=(None, 0), low_rank=(0,), heads=2, groups=1, channels=48, scale=True,
              tail=("skip", "x", "z", "moments"), rank=20)
 SLOW = [
+    Case(18, gates=(None, 0, 0), low_rank=(0,), heads=2, groups=1, channels=48, decay_rows=1,
+         tail=("moments",)),
+    Case(50, gates=(0, 0, 0, 0), joins=(2, 3), scale=True, tail=("skip", "z"), chunk=32),
+    Case(257, gates=(None, None, None), joins=(2,), chunk=0, strong=200.0),
     *(Case(time, tail=("x", "z"), scale=True, chunk=32) for time in (1, 16, 33)),
     Case(37), WHOLE, Case(130, gates=(None, 0), tail=("moments",), chunk=0),
     Case(33, gates=(0, 1), tail=("skip",), scale=True, initial=False),
@@ -43,6 +47,8 @@ SLOW = [
     Case(40, heads=2, groups=2, state_size=160, channels=96, tail=("moments", "z"), resets=False),
 ]
 EXHAUSTIVE = [
+    *(Case(time, gates=(None, 0, 0, 1, 1), joins=(2, 4)) for time in (1, 15, 17, 63)),
+    Case(37, gates=(None, 0, 0), joins=(2,), state_size=160, resets=False, initial=False),
     *(Case(time, tail=("x", "z"), scale=True, chunk=32) for time in (2, 15, 17, 257)),
     Case(63, tail=("z",), resets=False, initial=False),
     Case(17, groups=1, gates=(None, 0), tail=("moments",)),

@@ -33,12 +33,16 @@ _case = functools.partial(Case, gates=(None, 0), chunk=4)
 
 QUICK = [
     _case(63, scale=True, tail=("skip", "z", "moments")),
-    _case(17, gates=(None, 0, 1), low_rank=(0,), heads=2, groups=1, state_size=16, decay_rows=1,
-         initial=False, tail=("moments",)),
+    _case(17, gates=(None, 0, 0, 1), low_rank=(0,), joins=(2,), heads=2, groups=1, state_size=16,
+          decay_rows=1, tail=("moments",)),
     _case(16, gates=(0,), groups=4, resets=False, tail=("x", "z")),
     _case(97, gates=(None,), chunk=64, strong=60.0),
 ]
 SLOW = [
+    _case(17, gates=(None, 0, 1), low_rank=(0,), heads=2, groups=1, state_size=16, decay_rows=1,
+          initial=False, tail=("moments",)),
+    _case(33, gates=(0, 0, 0, 0), joins=(2, 3), scale=True, tail=("skip", "z")),
+    _case(257, gates=(None, None, None), joins=(2,), chunk=0, strong=200.0),
     *(_case(33, scale=scale, tail=tail, groups=1, state_size=16, resets=False)
       for scale, tail in (
           (True, ()), (False, ("skip", "moments")), (True, ("x",)), (False, ("z",)))),
@@ -56,6 +60,8 @@ SLOW = [
     _case(17, scale=True, tail=("x", "z", "moments"), heads=1, groups=1, channels=3),
 ]
 EXHAUSTIVE = [
+    *(_case(time, gates=(None, 0, 0, 1, 1), joins=(2, 4)) for time in (1, 15, 16, 63)),
+    _case(33, gates=(None, 0, 0), joins=(2,), resets=False, initial=False),
     *(_case(time) for time in (2, 15, 17)), *(_case(time, resets=False) for time in (17, 257)),
     _case(17, groups=1, gates=(0,)), _case(17, gates=(None, None, None)),
     _case(17, heads=6, groups=1, state_size=16, gates=(None,)),
