@@ -42,7 +42,7 @@ ROOMS = {
     "experiment": ("models", "errors", "config", "files"),
     "runs": (*_MODEL, "data", "training", "evaluation", "generation", "interop", "costs",
              "experiment", "outputs"),
-    "analysis": ("models", "layers", "batch", "files", "types"),
+    "analysis": ("models", "layers", "batch", "errors", "files", "types"),
     "sweeps": (*_MODEL, "data", "training", "experiment", "outputs", "runs"),
     "cli": (*_MODEL, "data", "generation", "interop", "costs", "experiment", "outputs", "runs",
             "analysis", "sweeps"),

@@ -1,11 +1,15 @@
-"""Draws what `look_into` has seen: heat maps of pairs of layers, and lines over layers."""
+"""Draws what `look_into` has seen: heat maps of pairs of layers, and lines over layers and runs."""
 
 import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from dense_jax.analysis.model import Seen
+from dense_jax.analysis.summary import Summary, borders, groups
 from dense_jax.files import write_atomically
 
 _TITLES = {
@@ -43,6 +47,42 @@ def plot_seen(seen: Seen, file: epath.Path) -> None:
   content = io.BytesIO()
   figure.savefig(content, dpi=110)
   write_atomically(file, content.getvalue())
+
+
+def plot_groups(summaries: Mapping[str, Summary], file: epath.Path) -> None:
+  """Draws the means of each group of runs, with their standard errors, into one PNG file."""
+  from matplotlib.figure import Figure
+
+  by_group = groups(summaries)
+  edges = borders(next(iter(summaries.values())).seen["length"])
+  figure = Figure(figsize=(15, 4.2), layout="constrained")
+  loss, recovered, lens = figure.subplots(1, 3)
+  for name, runs in by_group.items():
+    places = np.sqrt([max(begin, 1) * end for begin, end in itertools.pairwise(edges)])
+    _error_line(loss, places, [run.loss for run in runs], name)
+    depth = np.linspace(0, 1, len(runs[0].lens))
+    if runs[0].recovered:
+      _error_line(recovered, depth[:-1], [run.recovered[:-1] for run in runs], name)
+    _error_line(lens, depth, [run.lens for run in runs], name)
+  loss.set_xscale("log", base=2)
+  for axes, title, label in (
+      (loss, "loss by position in a row, nats", "position"),
+      (recovered, "state recovered from the last layer's, $R^2$", "depth"),
+      (lens, "loss if the head follows the layer, nats", "depth"),
+  ):
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+  loss.legend(fontsize=8)
+  content = io.BytesIO()
+  figure.savefig(content, dpi=110)
+  write_atomically(file, content.getvalue())
+
+
+def _error_line(axes: Any, places: np.ndarray, runs: Sequence[Sequence[float]], name: str) -> None:
+  values = np.array(runs)
+  errors = values.std(axis=0, ddof=1) / np.sqrt(len(runs)) if len(runs) > 1 else None
+  axes.errorbar(places, values.mean(axis=0), yerr=errors, fmt="o-", markersize=3, label=name)
 
 
 def _lines(axes: np.ndarray, seen: Seen) -> None:

@@ -1,20 +1,30 @@
 """Looks into a run's layers: what their states share, what is lost with depth, who reads what."""
 
+import argparse
+import shlex
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
+from tqdm import tqdm
 
 from dense_jax import runs
 from dense_jax.analysis.model import Seen, look_into
-from dense_jax.analysis.plot import plot_seen
+from dense_jax.analysis.plot import plot_groups, plot_seen
+from dense_jax.analysis.summary import add_summary, markdown, read_summaries, summarize
 from dense_jax.cli import common
 from dense_jax.config import invalid
+from dense_jax.files import write_atomically
 from dense_jax.outputs import check_file, write_json
 from dense_jax.runs.formatting import table
 
 _EPILOG = """
 Runs on one device, on the run's held-out text. Writes analysis.json and analysis.png into the run's
-folder. docs/evidence.md says what each figure is, and what it is not.
+folder. With --record it looks into several runs, such as those of a sweep
+(runs/sweeps/depth/*/seed*), and compares the means of those that differ in their seeds: a line for
+each run in FILE.jsonl, tables beside it in FILE.md and a picture in FILE.png. A run that is in the
+file is not looked into again.
+docs/evidence.md says what each figure is, and what it is not.
 """
 
 
@@ -22,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
   """Prints a table of the layers, and writes all figures and their picture."""
   command = common.parser("analyze", "Figures of a run's hidden states, layer by layer.")
   command.epilog = _EPILOG
-  common.add_checkpoint_arguments(command)
+  common.add_checkpoint_arguments(command, several=True)
   command.add_argument("--batches", type=int, default=16, metavar="N",
                        help="batches of the held-out text, spread over it (default 16)")
   command.add_argument("--batch-size", type=int, default=4, metavar="N",
@@ -31,20 +41,50 @@ def main(arguments: Sequence[str]) -> int:
                        help="tokens of a row; left out, as in training")
   command.add_argument("--samples", type=int, default=1024, metavar="N",
                        help="tokens to take states at, at least 64 (default 1024)")
+  command.add_argument("--record", metavar="FILE.jsonl",
+                       help="the file that has a line for each run; needed for several runs")
   options = command.parse_args(arguments)
   for name, low in (("batches", 1), ("batch_size", 1), ("length", 0), ("samples", 64)):
     if getattr(options, name) < low:
       raise invalid(f"--{name.replace('_', '-')}", getattr(options, name), f"an integer >= {low}")
-  json_file = check_file(f"{options.workdir}/analysis.json", "--workdir")
-  run = runs.restore(options.workdir, options.checkpoint, options.weights)
+  if options.record is not None:
+    _compare(options, "dense-jax analyze " + shlex.join(arguments))
+    return 0
+  if len(options.workdir) > 1:
+    raise invalid("--workdir", " ".join(options.workdir), "one folder without --record")
+  name, seen, json_file = _look(options, options.workdir[0])
+  print(f"{name}: {seen.samples:,} tokens\n\n{table(_rows(seen))}\n\n"
+        f"figures   {json_file}\nplot      {json_file.with_suffix('.png')}")
+  return 0
+
+
+def _look(options: argparse.Namespace, workdir: str) -> tuple[str, Seen, epath.Path]:
+  """Looks into a run, and writes its figures; returns its name, these, and their file."""
+  json_file = check_file(f"{workdir}/analysis.json", "--workdir")
+  run = runs.restore(workdir, options.checkpoint, options.weights)
   batches = runs.heldout_rows(run, options.batch_size, options.batches, options.length)
   seen = look_into(run.model, batches, samples=options.samples)
   write_json(json_file, {"run": run.name, **seen.as_dict()}, "--workdir")
-  picture = json_file.with_suffix(".png")
-  plot_seen(seen, picture)
-  print(f"{run.name}: {seen.samples:,} tokens\n\n{table(_rows(seen))}\n\n"
-        f"figures   {json_file}\nplot      {picture}")
-  return 0
+  plot_seen(seen, json_file.with_suffix(".png"))
+  return run.name, seen, json_file
+
+
+def _compare(options: argparse.Namespace, command: str) -> None:
+  """Looks into the runs that the record lacks, and writes tables and a picture of all."""
+  record = check_file(options.record, "--record")
+  if record.suffix != ".jsonl":
+    raise invalid("--record", options.record, "a file whose name ends in .jsonl")
+  summaries = read_summaries(record)
+  for workdir in tqdm(options.workdir, unit="run", disable=None):
+    if workdir not in summaries:
+      name, seen, _ = _look(options, workdir)
+      rows = options.batches * options.batch_size
+      add_summary(record, summaries, summarize(name, workdir, rows, seen))
+  tables, picture = record.with_suffix(".md"), record.with_suffix(".png")
+  text = markdown(summaries, command)
+  write_atomically(tables, text.encode())
+  plot_groups(summaries, picture)
+  print(f"{text}\nfigures   {record}\ntables    {tables}\nplot      {picture}")
 
 
 def _rows(seen: Seen) -> list[tuple[str, ...]]:

@@ -249,9 +249,12 @@ def check_no_choice(options: argparse.Namespace) -> None:
       raise invalid(f"--{name}", value, "no value with --hf, which is one model")
 
 
-def add_checkpoint_arguments(command: argparse.ArgumentParser) -> None:
-  """Adds --workdir, --checkpoint and --weights."""
-  command.add_argument("--workdir", required=True, help="the folder that training wrote")
+def add_checkpoint_arguments(command: argparse.ArgumentParser, *, several: bool = False) -> None:
+  """Adds --workdir, which may take `several` folders, --checkpoint and --weights."""
+  if several:
+    command.add_argument("--workdir", required=True, nargs="+", help="folders that training wrote")
+  else:
+    command.add_argument("--workdir", required=True, help="the folder that training wrote")
   _add_checkpoint(command)
 
 
