@@ -23,22 +23,33 @@ TRANSFORMER = {"model.family": "transformer", "model.layers": 4, "optimizer.lear
 SELECTIVE, LOWER_RATE = ("mamba", "mamba2"), {"optimizer.learning_rate": 5e-3}
 
 
+# Of three quarters of the layers and half of the tokens, as the sweep of parts has them.
+SHORT = {"gau_retnet": 6, "retnet": 4, "mamba": 6, "mamba2": 6, "transformer": 3}
+
+
 def get_sweep(arg: str = "") -> Sweep:
   """Returns the sweep; `:slower` is the selective families at a lower learning rate.
 
-  `:debug` and `:slower-debug` are smoke tests.
+  `:short` is all families by states, smaller and for half of the tokens: models to look into past
+  the length of training. `:debug`, `:slower-debug` and `:short-debug` are smoke tests.
   """
-  names = check_argument(arg, "debug", "slower", "slower-debug").split("-")
-  slower = "slower" in names
-  cells = [] if slower else [Cell("transformer", TRANSFORMER)]
+  names = check_argument(
+      arg, "debug", *(f"{name}{end}" for name in ("slower", "short") for end in ("", "-debug"))
+  ).split("-")
+  slower, short = "slower" in names, "short" in names
+
+  def options(family: str) -> dict[str, int | float]:
+    size = {"model.layers": SHORT[family], "train.steps": 1200} if short else {}
+    return size | (LOWER_RATE if slower else {})
+
+  cells = [] if slower else [Cell("transformer", TRANSFORMER | options("transformer"))]
   for family in SELECTIVE if slower else SHAPES:
-    shape = {"model.family": family, **SHAPES[family], **(LOWER_RATE if slower else {})}
-    cells += [
-        Cell(family, shape),
-        Cell(f"{family} state m=2", shape | {"model.dense.depth": 2}, base=family),
-        Cell(f"{family} inputs m=2",
-             shape | {"model.dense.depth": 2, "model.dense.inject": "inputs"}, base=family),
-    ]
+    shape = {"model.family": family, **SHAPES[family], **options(family)}
+    dense = shape | {"model.dense.depth": 2}
+    cells += [Cell(family, shape), Cell(f"{family} state m=2", dense, base=family)]
+    if not short:
+      cells.append(
+          Cell(f"{family} inputs m=2", dense | {"model.dense.inject": "inputs"}, base=family))
   sweep = Sweep(
       "experiments/evidence.py", tuple(cells), "mamba" if slower else "gau_retnet",
       more_seeds=(3, 4), question="Which architectures gain from dense connections?",
