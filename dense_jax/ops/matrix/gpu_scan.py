@@ -69,10 +69,10 @@ class _Recurrence(NamedTuple):
     """
     plan, rows = self.plan, self.plan.rows(chunk)
     q = plan.load(self.streams[0].q_BTK, rows)
-    read_TX = self.decays.from_start(chunk)[:, None] * plan.summed_dot(q, h, (1, 0))
     decay_QS = self.decays.within(chunk)
-    for stream, scores_TS in zip(self.streams, scores, strict=True):
-      weights_QS = scores_TS[rows, :] * decay_QS
+    weights = [scores_TS[rows, :] * decay_QS for scores_TS in scores]
+    read_TX = self.decays.from_start(chunk)[:, None] * plan.summed_dot(q, h, (1, 0))
+    for stream, weights_QS in zip(self.streams, weights, strict=True):
       read_TX += plan.dot(weights_QS, self.values(stream, chunk), (1, 0))
     return read_TX
 

@@ -35,19 +35,32 @@ def _read(
   if before_XN is not None:
     before_XN[...] = h_XN.astype(before_XN.dtype)
   carried_CX = dot(tokens.q_CN, h_XN, (1, 1), tokens.dtype)
-  read_CX, added_XN = _inside(blocks, tokens)
+  read_CX, added_XN = _of_chunk(blocks, tokens, carried_CX)
   h[place.set_rows] = tokens.decayed(h_XN) + added_XN
-  return read_CX + joined([
-      tokens.from_start_C1[head] * blocks.of(carried_CX, head) for head in range(blocks.heads)
-  ])
+  return read_CX
 
 
-def _inside(blocks: Blocks, tokens: Tokens) -> tuple[Array, Array]:
-  """Returns the read of a chunk's own tokens, [C, X], and what they add to the state after it."""
+def _of_chunk(
+    blocks: Blocks, tokens: Tokens, carried_CX: Array | None = None
+) -> tuple[Array, Array]:
+  """Reads a chunk's own tokens.
+
+  Args:
+    blocks: the division of states into blocks.
+    tokens: the chunk.
+    carried_CX: the product of queries and the state before the chunk, which is read too; None means
+      that another source reads it.
+
+  Returns:
+    The read, [C, X], and what the tokens add to the state after the chunk.
+  """
   reads, kept = [], []
   for head in range(blocks.heads):
     v_CP = tokens.value_CP(head)
-    reads.append(dot(tokens.scores_CC * tokens.within_CC(head), v_CP, (1, 0), tokens.dtype))
+    read_CP = dot(tokens.scores_CC * tokens.within_CC(head), v_CP, (1, 0), tokens.dtype)
+    if carried_CX is not None:
+      read_CP += tokens.from_start_C1[head] * blocks.of(carried_CX, head)
+    reads.append(read_CP)
     kept.append(tokens.to_end_C1[head] * v_CP.astype(jnp.float32))
   return joined(reads), dot(joined(kept), tokens.k_CN, (0, 0), tokens.dtype)
 
@@ -98,9 +111,9 @@ def forward_kernel(
       reads.append((source, _read(blocks, place, source, tokens, before_XN, h)))
       continue
     leader, read_CX = reads.pop()
-    inside_CX, added_XN = _inside(blocks, tokens)
+    joined_CX, added_XN = _of_chunk(blocks, tokens)
     leaders_h[place.set_rows] += added_XN
-    reads.append((leader, read_CX + inside_CX))
+    reads.append((leader, read_CX + joined_CX))
   own_CX, *others = [_gated(place, source, x_CX, chunks[0].dtype) for source, x_CX in reads]
   out_CX = sum(others, start=own_CX)
   if finish.skip_1E is not None:
