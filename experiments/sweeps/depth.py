@@ -2,7 +2,7 @@
 
 Command   dense-jax sweep experiments/sweeps/depth.py --workdir runs/sweeps/depth --jobs 2
 Hardware  two CPU cores
-Expected  m = 2 gains 0.05 nats at 16 layers; fewer layers are better still (docs/evidence.md)
+Expected  m = 2 gains 0.04 nats at 16 layers; fewer layers are better still (docs/evidence.md)
 """
 
 from dense_jax.experiment import check_argument
