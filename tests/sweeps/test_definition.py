@@ -63,6 +63,18 @@ def test_every_sweep_of_the_project_loads(file, argument, monkeypatch):
   assert sweep.question.endswith("?")
 
 
+def test_the_short_families_are_runs_of_the_sweep_of_parts(monkeypatch):
+  """So that neither trains what the other has."""
+  monkeypatch.chdir(ROOT)
+  short, parts = (
+      {cell.name: dict(cell.overrides) for cell in load_sweep(f"experiments/sweeps/{name}").cells}
+      for name in ("families.py:short", "parts.py")
+  )
+  for family in ("gau_retnet", "mamba2"):
+    assert short[family] == parts[family]
+    assert short[f"{family} state m=2"] == parts[f"{family} state"]
+
+
 def test_debug_keeps_the_last_cell_and_what_it_needs():
   cells = (
       Cell("a"), Cell("b"), Cell("c"),
