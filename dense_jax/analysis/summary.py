@@ -140,11 +140,12 @@ def groups(summaries: Mapping[str, Summary]) -> dict[str, list[Summary]]:
 
 def mean(values: Sequence[float]) -> str:
   """Formats the mean of some runs and its standard error, which takes two."""
-  center = f"{np.mean(values):.3f}" if abs(np.mean(values)) < 100 else f"{np.mean(values):.0f}"
+  center = float(np.mean(values))
+  digits = 3 if abs(center) < 10 else 1 if abs(center) < 100 else 0
   if len(values) < 2:
-    return center
+    return f"{center:.{digits}f}"
   error = np.std(values, ddof=1) / math.sqrt(len(values))
-  return f"{center} ± {error:.3f}" if error < 10 else f"{center} ± {error:.0f}"
+  return f"{center:.{digits}f} ± {error:.{digits}f}"
 
 
 def markdown(summaries: Mapping[str, Summary], command: str) -> str:

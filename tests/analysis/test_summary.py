@@ -13,6 +13,7 @@ from dense_jax.analysis.summary import (
     borders,
     group_of,
     markdown,
+    mean,
     read_summaries,
     summarize,
 )
@@ -73,11 +74,19 @@ def test_a_line_has_what_the_last_layer_tells_of_each(lines):
 
 def test_tables_have_means_and_standard_errors(lines):
   text = markdown(lines[0], "dense-jax analyze")
-  assert "| gau m=2 | 2 | 10.500 ± 1.000 | 26.500 ± 1.000 | 50.500 ± 1.000 |" in text
-  assert "| transformer | 1 | 10.500 | 26.500 | 50.500 |" in text
+  assert "| gau m=2 | 2 | 10.5 ± 1.0 | 26.5 ± 1.0 | 50.5 ± 1.0 |" in text
+  assert "| transformer | 1 | 10.5 | 26.5 | 50.5 |" in text
   # Layers at 0, 1/4, 1/2, 3/4 and all of the depth are 0, 0, 1, 2 and 2 of three.
   assert "| gau m=2 | 2.000 ± 0.000 | 2.000 ± 0.000 | 5.000 ± 0.000 | 8.000 ± 0.000 |" in text
   assert text.count("| transformer ") == 4  # Its states have no rank, and nothing recovers them.
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    ([0.5, 0.7], "0.600 ± 0.100"), ([20.0, 22.0], "21.0 ± 1.0"), ([200.0, 230.0], "215 ± 15"),
+    ([-3.0], "-3.000"),
+])
+def test_a_mean_has_the_digits_of_its_size(values, expected):
+  assert mean(values) == expected
 
 
 def test_the_picture_has_every_group(lines, tmp_path):
