@@ -2,7 +2,7 @@
 
 Command   dense-jax sweep experiments/sweeps/parts.py --workdir runs/sweeps/parts --jobs 2
 Hardware  two CPU cores
-Expected  an open gate, or none, is better than one that begins at zero (docs/evidence.md)
+Expected  undecided with two seeds; inputs and a linear map lead (docs/evidence.md)
 """
 
 from dense_jax.experiment import check_argument
