@@ -44,9 +44,7 @@ def plot_seen(seen: Seen, file: epath.Path) -> None:
   for place in axes.flat[len(maps) : -columns]:
     place.axis("off")
   _lines(axes[-1], seen)
-  content = io.BytesIO()
-  figure.savefig(content, dpi=110)
-  write_atomically(file, content.getvalue())
+  _save(figure, file)
 
 
 def plot_groups(summaries: Mapping[str, Summary], file: epath.Path) -> None:
@@ -74,6 +72,10 @@ def plot_groups(summaries: Mapping[str, Summary], file: epath.Path) -> None:
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
   loss.legend(fontsize=8)
+  _save(figure, file)
+
+
+def _save(figure: Any, file: epath.Path) -> None:
   content = io.BytesIO()
   figure.savefig(content, dpi=110)
   write_atomically(file, content.getvalue())

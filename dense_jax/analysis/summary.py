@@ -13,7 +13,7 @@ from dense_jax.analysis.model import Seen
 from dense_jax.errors import InputError
 from dense_jax.files import write_atomically
 
-# Of the first layer that a table has, to the last: what share of the layers lies before.
+# The layers that tables have, by the share of the way from the first layer to the last.
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 

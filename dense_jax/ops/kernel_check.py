@@ -209,16 +209,16 @@ def _matrix(sizes: Sizes, dtype: jnp.dtype, lead: tuple[int, int]) -> tuple[Make
   equal_BTH = jnp.broadcast_to(jnp.linspace(-0.01, -0.2, heads), (1, lead[1], heads))
 
   def states(seed: int) -> Inputs:
-    scale = 0.05 + 0.05 * _normal(seed + 2, (*lead, heads)) ** 2
     inputs = {
         "k": _normal(seed, (*lead, groups, size), dtype),
         "x": _normal(seed + 1, (*lead, width), dtype),
-        "scale": scale, "log_decay": -scale * jnp.linspace(0.2, 4, heads)[None, None],
         "initial": _normal(seed + 3, (lead[0], heads, sizes.channels, size)),
     }
     if sizes.equal_decays:  # Those of retention: constants, and values have no scale.
-      del inputs["log_decay"], inputs["scale"]
-    return inputs
+      return inputs
+    scale = 0.05 + 0.05 * _normal(seed + 2, (*lead, heads)) ** 2
+    log_decay = -scale * jnp.linspace(0.2, 4, heads)[None, None]
+    return inputs | {"scale": scale, "log_decay": log_decay}
 
   def make(implementation: str, inputs: Inputs, segments: Segments) -> Recurrence:
     x_BTHP = inputs["x"].reshape(*inputs["x"].shape[:2], heads, -1)

@@ -91,7 +91,10 @@ def assert_scores(seen, nats, targets):
   assert held_out.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
 
 
-@pytest.mark.parametrize(("seq_len", "batch_size"), [(3, 1), (4, 3), (16, 1)])
+@pytest.mark.parametrize(("seq_len", "batch_size"), [
+    (3, 1), (4, 3), (16, 1),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 3), (4, 1), (16, 3))),
+])
 def test_a_model_that_knows_nothing(seq_len, batch_size):
   """Logits of zero are 11 equally likely tokens: by hand, ln 11 nats and perplexity 11."""
   model = abstract_model(model_config("mamba", 1))
