@@ -26,6 +26,8 @@ ROOMS = {
     "types": ("batch",),
     "config": ("errors",),
     "files": ("errors",),
+    "statistics": (),
+    "formatting": ("types",),
     "outputs": ("errors", "config", "files"),
     "distributed": ("errors", "types"),
     "interrupt": (),
@@ -41,11 +43,13 @@ ROOMS = {
     "costs": ("errors",),
     "experiment": ("models", "errors", "config", "files"),
     "runs": (*_MODEL, "data", "training", "evaluation", "generation", "interop", "costs",
-             "experiment", "outputs"),
-    "analysis": ("models", "layers", "batch", "errors", "files", "types"),
-    "sweeps": (*_MODEL, "data", "training", "experiment", "outputs", "runs"),
+             "experiment", "outputs", "formatting"),
+    "analysis": ("models", "layers", "batch", "errors", "files", "types", "formatting",
+                 "statistics"),
+    "sweeps": (*_MODEL, "data", "training", "experiment", "outputs", "runs", "formatting",
+               "statistics"),
     "cli": (*_MODEL, "data", "generation", "interop", "costs", "experiment", "outputs", "runs",
-            "analysis", "sweeps"),
+            "analysis", "sweeps", "formatting"),
 }
 
 # Room -> libraries that it does without.

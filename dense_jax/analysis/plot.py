@@ -11,6 +11,7 @@ from etils import epath
 from dense_jax.analysis.model import Seen
 from dense_jax.analysis.summary import Summary, borders, groups
 from dense_jax.files import write_atomically
+from dense_jax.statistics import Estimate
 
 _TITLES = {
     "cosine": "cosine similarity", "cka": "linear CKA (debiased)",
@@ -82,9 +83,10 @@ def _save(figure: Any, file: epath.Path) -> None:
 
 
 def _error_line(axes: Any, places: np.ndarray, runs: Sequence[Sequence[float]], name: str) -> None:
-  values = np.array(runs)
-  errors = values.std(axis=0, ddof=1) / np.sqrt(len(runs)) if len(runs) > 1 else None
-  axes.errorbar(places, values.mean(axis=0), yerr=errors, fmt="o-", markersize=3, label=name)
+  found = [Estimate.of(values) for values in zip(*runs, strict=True)]
+  errors = [each.error for each in found] if len(runs) > 1 else None
+  means = [each.mean for each in found]
+  axes.errorbar(places, means, yerr=errors, fmt="o-", markersize=3, label=name)
 
 
 def _lines(axes: np.ndarray, seen: Seen) -> None:

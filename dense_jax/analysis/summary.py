@@ -12,6 +12,8 @@ from etils import epath
 from dense_jax.analysis.model import Seen
 from dense_jax.errors import InputError
 from dense_jax.files import write_atomically
+from dense_jax.formatting import markdown_table
+from dense_jax.statistics import Estimate
 
 # The layers that tables have, by the share of the way from the first layer to the last.
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -140,12 +142,10 @@ def groups(summaries: Mapping[str, Summary]) -> dict[str, list[Summary]]:
 
 def mean(values: Sequence[float]) -> str:
   """Formats the mean of some runs and its standard error, which takes two."""
-  center = float(np.mean(values))
-  digits = 3 if abs(center) < 10 else 1 if abs(center) < 100 else 0
-  if len(values) < 2:
-    return f"{center:.{digits}f}"
-  error = np.std(values, ddof=1) / math.sqrt(len(values))
-  return f"{center:.{digits}f} ± {error:.{digits}f}"
+  found = Estimate.of(values)
+  digits = 3 if abs(found.mean) < 10 else 1 if abs(found.mean) < 100 else 0
+  error = f" ± {found.error:.{digits}f}" if found.count > 1 else ""
+  return f"{found.mean:.{digits}f}{error}"
 
 
 def markdown(summaries: Mapping[str, Summary], command: str) -> str:
@@ -164,9 +164,10 @@ def markdown(summaries: Mapping[str, Summary], command: str) -> str:
       "Means over the runs of a group, which differ in their seeds, ± their standard error. "
       "docs/evidence.md says what each figure is.",
       "Loss by position in a row, nats:",
-      _markdown_table(["run", "runs", *spans], [
-          [name, str(len(runs)), *map(mean, zip(*(run.loss for run in runs), strict=True))]
-          for name, runs in by_group.items()
+      markdown_table([
+          ["run", "runs", *spans],
+          *([name, str(len(runs)), *map(mean, zip(*(run.loss for run in runs), strict=True))]
+            for name, runs in by_group.items()),
       ]),
   ]
   layers: dict[str, Callable[[Summary], list[float]]] = {
@@ -180,17 +181,13 @@ def markdown(summaries: Mapping[str, Summary], command: str) -> str:
   header = ["run", *("first layer" if not at else "last" if at == 1 else f"{at:.0%}"
                      for at in _DEPTHS)]
   for title, figure in layers.items():
-    parts += [f"{title}, by depth:", _markdown_table(header, [
-        [name, *(mean([_at_depth(figure(run), at) for run in runs]) for at in _DEPTHS)]
-        for name, runs in by_group.items() if figure(runs[0])
+    parts += [f"{title}, by depth:", markdown_table([
+        header,
+        *([name, *(mean([_at_depth(figure(run), at) for run in runs]) for at in _DEPTHS)]
+          for name, runs in by_group.items() if figure(runs[0])),
     ])]
   return "\n\n".join(parts) + "\n"
 
 
 def _at_depth(values: Sequence[float], share: float) -> float:
   return values[round(share * (len(values) - 1))]
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -15,8 +15,8 @@ from dense_jax.analysis.summary import add_summary, markdown, read_summaries, su
 from dense_jax.cli import common
 from dense_jax.config import invalid
 from dense_jax.files import write_atomically
+from dense_jax.formatting import table
 from dense_jax.outputs import check_file, write_json
-from dense_jax.runs.formatting import table
 
 _EPILOG = """
 Runs on one device, on the run's held-out text. Writes analysis.json and analysis.png into the run's

@@ -19,9 +19,9 @@ from dense_jax import distributed, runs
 from dense_jax.cli import CONSOLE_COMMAND, is_console_command
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.errors import DivergedError, InputError
+from dense_jax.formatting import printable
 from dense_jax.interrupt import Interrupt, Output, Stopped
 from dense_jax.runs import resume
-from dense_jax.runs.formatting import printable
 
 _LATEST, _AUTO = "latest", "auto"
 COMPILED = "~/.cache/dense_jax/compiled"

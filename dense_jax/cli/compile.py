@@ -9,10 +9,10 @@ from dense_jax.cli import common, config_help
 from dense_jax.config import MeshConfig, field_types, invalid
 from dense_jax.costs import largest
 from dense_jax.costs.hlo import Item, total
+from dense_jax.formatting import scaled, table
 from dense_jax.outputs import check_file, write_json
 from dense_jax.runs import compile as programs
 from dense_jax.runs import compile_targets as targets
-from dense_jax.runs.formatting import scaled, table
 
 _EPILOG = """
 for example

@@ -10,6 +10,7 @@ from pathlib import Path
 from dense_jax.cli import common
 from dense_jax.config import LARGEST_SEED, invalid
 from dense_jax.errors import InputError
+from dense_jax.formatting import printable
 from dense_jax.generation.generator import BATCH_SIZE, Generator
 from dense_jax.generation.requests import Prefix, Result
 from dense_jax.generation.sampling import Sampling
@@ -18,7 +19,6 @@ from dense_jax.generation.text import Spelling
 from dense_jax.interrupt import Break
 from dense_jax.outputs import check_file
 from dense_jax.runs import generating
-from dense_jax.runs.formatting import printable
 from dense_jax.runs.generating import MOST_NEW_TOKENS, SHOWN_TOKENS, Prompt, Settings
 from dense_jax.runs.restoring import LoadedModel
 

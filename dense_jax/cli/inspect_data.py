@@ -12,8 +12,8 @@ from dense_jax.config import LARGEST, invalid
 from dense_jax.data.corpus.opening import Corpus, is_corpus
 from dense_jax.data.pipeline import load_datasets
 from dense_jax.files import make_path
+from dense_jax.formatting import scaled
 from dense_jax.outputs import check_file
-from dense_jax.runs.formatting import scaled
 from dense_jax.runs.inspecting import batch_of, describe_batch, describe_stores, draw_batch
 
 

@@ -16,8 +16,8 @@ from dense_jax.data.corpus.documents import Reading
 from dense_jax.data.corpus.files import Input, Settings
 from dense_jax.data.corpus.manifest import Manifest
 from dense_jax.files import is_remote, make_path, read_object
+from dense_jax.formatting import scaled, table
 from dense_jax.outputs import check_file
-from dense_jax.runs.formatting import scaled, table
 
 _EPILOG = """
 A run trains on the folder with

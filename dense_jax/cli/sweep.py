@@ -11,8 +11,8 @@ from etils import epath
 from dense_jax.cli import common
 from dense_jax.config import invalid
 from dense_jax.files import make_path
+from dense_jax.formatting import table
 from dense_jax.outputs import check_file
-from dense_jax.runs.formatting import table
 from dense_jax.sweeps.budgets import describe_plan, plan
 from dense_jax.sweeps.definition import load_sweep
 from dense_jax.sweeps.results import Results

@@ -13,7 +13,7 @@ from dense_jax.data import identity, prepared
 from dense_jax.data.pipeline import load_datasets
 from dense_jax.data.token_store import TokenStore
 from dense_jax.files import is_remote, make_path
-from dense_jax.runs.formatting import scaled, table
+from dense_jax.formatting import scaled, table
 
 _EPILOG = """
 The folder holds the tokenizer, and the text to train on and to hold out, as ids of two or four

@@ -7,8 +7,8 @@ from typing import Any
 from dense_jax.config import ExperimentConfig
 from dense_jax.data.templates import parse_template
 from dense_jax.evaluation.perplexity import fixed
+from dense_jax.formatting import markdown_table, printable
 from dense_jax.interop import dense_retnet, native
-from dense_jax.runs.formatting import printable
 
 CARD_FILE = "README.md"
 _FAMILIES = {
@@ -297,9 +297,5 @@ def _code(text: Any) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """Returns a Markdown table."""
-  lines = [head, ["---"] * len(head), *rows]
-  return "\n".join(
-      "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
-      for line in lines
-  )
+  """Returns a table in Markdown whose columns are all words."""
+  return markdown_table([head, *rows], slice(0))

@@ -20,8 +20,8 @@ from dense_jax.config import ExperimentConfig
 from dense_jax.data.passing import PassingOver
 from dense_jax.errors import DivergedError, InputError
 from dense_jax.files import read_object, write_atomically
+from dense_jax.formatting import table
 from dense_jax.outputs import write_json
-from dense_jax.runs.formatting import table
 from dense_jax.training.diagnosis import Diagnosis, diagnose
 from dense_jax.training.events import record_event
 from dense_jax.training.guard import IN_A_ROW, SKIPPED

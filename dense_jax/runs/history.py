@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from dense_jax.runs.formatting import printable
+from dense_jax.formatting import printable
 from dense_jax.runs.watching import clock
 from dense_jax.training.events import Event
 

@@ -20,7 +20,7 @@ from dense_jax.data.pipeline import (
 from dense_jax.data.row_store import JoinedRows, RowStore
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.files import write_atomically
-from dense_jax.runs.formatting import printable, table
+from dense_jax.formatting import printable, table
 
 # Characters of a segment's text that are shown at its beginning and at its end.
 _SHOWN = 48

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from dense_jax.config import ExperimentConfig, defaults, invalid
 from dense_jax.errors import InputError
+from dense_jax.formatting import scaled
 from dense_jax.models.params import abstract_model, count_params, get_params
-from dense_jax.runs.formatting import scaled
 
 _CGROUP_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 

@@ -17,13 +17,13 @@ from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.evaluation.baselines import byte_ngram_bits_per_byte, xz_bits_per_byte
 from dense_jax.evaluation.perplexity import fixed
 from dense_jax.files import make_path, write_atomically
+from dense_jax.formatting import printable, table
 from dense_jax.generation.generator import Generator
 from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.outputs import check_file
 from dense_jax.runs import history
-from dense_jax.runs.formatting import printable, table
 from dense_jax.runs.plot import plot_loss
 from dense_jax.runs.recording import DEVICE_MEMORY, GOODPUT, HOST_MEMORY, MFU
 from dense_jax.runs.report_page import write_page

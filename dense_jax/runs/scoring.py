@@ -17,7 +17,7 @@ from dense_jax.data.row_store import RowStore
 from dense_jax.data.sources import TextSource
 from dense_jax.evaluation.exact_match import AnswerCounter, count_answers, describe_shares
 from dense_jax.evaluation.perplexity import HeldOut, Scorer
-from dense_jax.runs.formatting import scaled
+from dense_jax.formatting import scaled
 from dense_jax.runs.memory import device_memory
 from dense_jax.runs.restoring import LoadedModel, Run
 from dense_jax.runs.tasks import window_of

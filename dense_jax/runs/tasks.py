@@ -19,7 +19,7 @@ from dense_jax.evaluation.perplexity import fixed
 from dense_jax.evaluation.scoring import Partial, TaskScore, evaluate_task, item_lines
 from dense_jax.evaluation.task_data import TaskData, load_task
 from dense_jax.evaluation.tasks import DEFINITIONS, TASKS, parse_names
-from dense_jax.runs.formatting import table
+from dense_jax.formatting import table
 from dense_jax.runs.restoring import LoadedModel, Run
 
 # The harness's, for models whose configuration does not say how many tokens they read.

@@ -24,6 +24,7 @@ from dense_jax.data.row_store import RowStore
 from dense_jax.data.tokenizer import Tokenizer
 from dense_jax.evaluation.evaluators import Evaluator
 from dense_jax.files import make_path
+from dense_jax.formatting import parameter_table
 from dense_jax.interrupt import Interrupt
 from dense_jax.models.params import get_params
 from dense_jax.models.registry import family
@@ -32,7 +33,6 @@ from dense_jax.ops import resolver
 from dense_jax.runs import resume
 from dense_jax.runs import workdir as folders
 from dense_jax.runs.evaluating import Evaluations, with_standard
-from dense_jax.runs.formatting import parameter_table
 from dense_jax.runs.guarding import Guarding, with_fresh_count
 from dense_jax.runs.initial import Beginning, InitFrom, beginning
 from dense_jax.runs.kernels import check_kernels

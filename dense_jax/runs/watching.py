@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from dense_jax import experiment
-from dense_jax.runs.formatting import printable, scaled
+from dense_jax.formatting import printable, scaled
 from dense_jax.runs.guarding import PASSED_FILE
 from dense_jax.runs.life import ENDED, Heartbeat, read_heartbeat
 from dense_jax.runs.recording import CHECKPOINT_SECONDS, DEVICE_MEMORY, GOODPUT, HOST_MEMORY, MFU

@@ -15,8 +15,8 @@ from dense_jax.config import invalid
 from dense_jax.files import is_remote
 from dense_jax.sweeps.budgets import PlannedCell
 from dense_jax.sweeps.definition import Sweep
+from dense_jax.sweeps.differences import undecided
 from dense_jax.sweeps.results import Results, collect
-from dense_jax.sweeps.statistics import undecided
 from dense_jax.training.lock import RunLock
 
 _LOOK_SECONDS = 0.2

@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from etils import epath
 
 from dense_jax.files import write_atomically
+from dense_jax.formatting import markdown_table
 from dense_jax.runs.page import Page
+from dense_jax.statistics import Estimate
 from dense_jax.sweeps.budgets import PlannedCell
 from dense_jax.sweeps.definition import Cell, Sweep
+from dense_jax.sweeps.differences import difference
 from dense_jax.sweeps.results import Results
-from dense_jax.sweeps.statistics import Estimate, difference
 
 _HEADER = ("cell", "parameters", "tokens", "TFLOP", "tokens/s", "time, s", "by FLOPs, s", "seeds",
            "{metric}", "less base", "p", "verdict", "base", "equal")
@@ -85,12 +87,10 @@ def _verdict(sweep: Sweep, less: Estimate) -> str:
 
 def markdown(sweep: Sweep, planned: list[PlannedCell], results: Results, command: str) -> str:
   """Returns the table with its question, its command and what the columns mean."""
-  head, *body = rows(sweep, planned, results)
-  rule = ("---", *["---:"] * (len(head) - 1 - _TEXTS), *["---"] * _TEXTS)
-  lines = [f"| {' | '.join(row)} |" for row in (head, rule, *body)]
-  return "\n".join([
-      f"# {sweep.question or 'Results'}", "", f"`{command}`", "", _explained(sweep), "", *lines, "",
-  ])
+  table = markdown_table(rows(sweep, planned, results), slice(1, -_TEXTS))
+  return "\n\n".join([
+      f"# {sweep.question or 'Results'}", f"`{command}`", _explained(sweep), table,
+  ]) + "\n"
 
 
 def _explained(sweep: Sweep) -> str:

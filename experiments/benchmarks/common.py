@@ -29,6 +29,7 @@ from dense_jax import experiment, outputs, sharding
 from dense_jax.batch import Batch, Segments
 from dense_jax.config import ExperimentConfig
 from dense_jax.errors import InputError
+from dense_jax.formatting import markdown_table
 from dense_jax.generation.programs import BLOCK, Programs
 from dense_jax.generation.requests import Request
 from dense_jax.generation.sampling import Sampling
@@ -321,13 +322,6 @@ def _writable(path: str) -> str:
     raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-  """Formats a table; the first row is its header, and the first column is left-aligned."""
-  header, *body = rows
-  lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def parser(description: str | None, quick: str = "") -> argparse.ArgumentParser:
   """Makes a benchmark's argument parser, with --json.
 
@@ -364,7 +358,7 @@ class Table:
   results: dict[str, dict[str, float]]
 
   def __str__(self) -> str:
-    return f"{self.title}\n\n{markdown(self.rows)}\n"
+    return f"{self.title}\n\n{markdown_table(self.rows)}\n"
 
 
 def progress(cases: Sequence[CaseT], name: str) -> Iterator[CaseT]:

@@ -21,6 +21,7 @@ import jax
 import tqdm
 
 from dense_jax.errors import InputError
+from dense_jax.formatting import markdown_table
 from dense_jax.models.registry import FAMILIES
 from dense_jax.ops import resolver
 from experiments.benchmarks import common
@@ -99,7 +100,7 @@ def cells(measured: Measured | None) -> list[str]:
 def markdown(first: str, rows: dict[str, Measured | None]) -> str:
   """Formats a table of measurements, whose header begins with `first`."""
   header = [first, "base, ms", "dense, ms", "time ratio", "its range", "parameters added"]
-  return common.markdown([header, *([name, *cells(measured)] for name, measured in rows.items())])
+  return markdown_table([header, *([name, *cells(measured)] for name, measured in rows.items())])
 
 
 def running(families: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ from dense_jax.evaluation.harness_tasks import DEFINITIONS
 from dense_jax.evaluation.likelihood import Likelihood
 from dense_jax.evaluation.scoring import evaluate_task
 from dense_jax.evaluation.task_data import TaskData, load_task
+from dense_jax.formatting import markdown_table
 from dense_jax.runs import harness
 from experiments.benchmarks import common, harness_models
 
@@ -231,7 +232,7 @@ def agreement(results: dict[str, dict[str, Any]]) -> str:
         f"{found['adapter_difference']:.1e}", metrics("ours"), metrics("rival"),
         "yes" if agrees(found) else "NO",
     ])
-  return common.markdown(rows)
+  return markdown_table(rows)
 
 
 def speeds(results: dict[str, dict[str, Any]]) -> str:
@@ -246,7 +247,7 @@ def speeds(results: dict[str, dict[str, Any]]) -> str:
         name, rate("rival_seconds"), str(found["rival_batch_size"]), rate("ours_seconds"),
         f"{found['ratio']:.1f}", rate("ours_seconds_with_compilation"), rate("adapter_seconds"),
     ])
-  return common.markdown(rows)
+  return markdown_table(rows)
 
 
 def main(arguments: Sequence[str]) -> None:

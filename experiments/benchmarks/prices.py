@@ -36,6 +36,7 @@ from tqdm import tqdm
 from dense_jax import experiment
 from dense_jax.config import ModelConfig
 from dense_jax.costs.chips import CHIPS
+from dense_jax.formatting import markdown_table
 from dense_jax.models.registry import FAMILIES
 from experiments.benchmarks import common, cpu_dense
 
@@ -289,8 +290,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.json:
       note = "the report of dense_jax.cli.compile; null: the family has no such connections"
       common.write_json(options.json, common.record("prices", arguments, note, results))
-  print(common.markdown((decoding if any(options.decode) else prices)(cells, results)))
-  print("\n" + common.markdown(work(cells, results)))
+  print(markdown_table((decoding if any(options.decode) else prices)(cells, results)))
+  print("\n" + markdown_table(work(cells, results)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from dense_jax.formatting import markdown_table
 from experiments.benchmarks import common
 
 # Makes the compiler log what ptxas says of each kernel, which it compiles one by one.
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
         "registers", arguments, "per thread and per block; see registers.py",
         {name: dataclasses.asdict(kernel) for name, kernel in found.items()},
     ))
-  print(common.markdown(table(found)))
+  print(markdown_table(table(found)))
 
 
 if __name__ == "__main__":

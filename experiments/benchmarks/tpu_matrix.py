@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig, MeshConfig
 from dense_jax.costs.chips import CHIPS
+from dense_jax.formatting import markdown_table
 from dense_jax.models.flops import train_flops
 from dense_jax.runs.compile import compile_program
 from experiments.benchmarks import common
@@ -134,7 +135,7 @@ def page(results: Mapping[str, Any], command: str) -> str:
       f"Made by `{command}` ({said}), without a TPU: the compiler's word on memory and work of a "
       "train step, a chip, loops counted by their trips; bf16, AdamW in float32. `bound by` and "
       "`MFU at most` follow from published peaks: no run is faster, and no time is claimed."
-      f"{rest if missing else ''}\n\n{common.markdown(table(results))}\n"
+      f"{rest if missing else ''}\n\n{markdown_table(table(results))}\n"
   )
 
 
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str]) -> None:
     common.write_json(options.json, record)
     text = page(results, "python -m experiments.benchmarks.tpu_matrix")
     pathlib.Path(options.markdown).write_text(text)
-  print(common.markdown(table({case.name: results[case.name] for case in chosen})))
+  print(markdown_table(table({case.name: results[case.name] for case in chosen})))
 
 
 if __name__ == "__main__":

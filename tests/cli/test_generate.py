@@ -15,7 +15,6 @@ from dense_jax.generation.requests import Piece, Result
 from dense_jax.generation.text import Spelling
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import get_params
-from dense_jax.runs.formatting import printable
 
 TEXT = [f"the cat sat on number {i}, naïve café: def f_{i}(x)" for i in range(200)]
 STYLES = {
@@ -143,19 +142,3 @@ def test_a_prompt_that_is_not_utf8_is_named(prompt):
   text = prompt.decode("utf-8", "surrogateescape")
   with pytest.raises(InputError, match=r"^--prompt = .* is not valid: expected text in UTF-8$"):
     generate.main(["--workdir", "no run", "--prompt", "good", "--prompt", text])
-
-
-@pytest.mark.parametrize(("text", "shown"), [
-    ("plain\ttext\nand\r\nlines\n", "plain\ttext\nand\r\nlines\n"),
-    ("a\rb\r\r\nc\r", "a\ufffdb\ufffd\r\nc\ufffd"),
-    ("\0\x07\x08\x0b\x0c\x1b[2J\x7f", "\ufffd" * 6 + "[2J\ufffd"),
-    ("\x80\x85\x9b31m\x9f", "\ufffd\ufffd\ufffd31m\ufffd"),
-    ("\u202atext\u202e \u2066x\u2069", "\ufffdtext\ufffd \ufffdx\ufffd"),
-    # None of these is a control character, though Python calls some of them not printable.
-    *((text, text) for text in (
-        "\xa0 \u3000 \u2009", "👨\u200d👩\u200d👧 🏴\U000e0067\U000e007f", "e\u0301 \u200f\u200e",
-        "\xad \u200b \ufeff \u2028 \ue000", "\ufffd \U0010ffff", "हिन्दी ไทย 日本語",
-    )),
-])
-def test_only_controls_are_replaced(text, shown):
-  assert printable(text) == shown

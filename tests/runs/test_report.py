@@ -12,9 +12,9 @@ from PIL import Image
 from dense_jax.data.token_store import TokenStore
 from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.evaluation.perplexity import HeldOut
+from dense_jax.formatting import table
 from dense_jax.generation.requests import Result
 from dense_jax.runs import plot, report
-from dense_jax.runs.formatting import table
 from dense_jax.runs.scoring import Score
 
 NAN, INF = math.nan, math.inf

@@ -9,8 +9,8 @@ from etils import epath
 from dense_jax.errors import InputError
 from dense_jax.sweeps.budgets import plan
 from dense_jax.sweeps.definition import Cell, Sweep, load_sweep
+from dense_jax.sweeps.differences import difference, undecided
 from dense_jax.sweeps.results import Result, Results, course_digest, read_results
-from dense_jax.sweeps.statistics import Estimate, difference, undecided
 from dense_jax.sweeps.table import markdown, picture, rows, write_all
 from tests.helpers import ROOT
 
@@ -59,35 +59,13 @@ def test_results_that_were_recorded_before_a_key_existed_stay_valid(tmp_path, mo
   assert changed.course == cells[0].course | {"guard.skip": "none"}
 
 
-def test_means_errors_and_differences_by_hand(full):
-  base = Estimate.of(LOSSES["base"])
-  assert base.mean == pytest.approx(4.2) and base.error == pytest.approx(0.2 / math.sqrt(3))
+def test_differences_by_hand(full):
   dense = difference(SWEEP, full, SWEEP.cell("dense"))  # Each seed differs by 0.1: no spread.
   assert dense.mean == pytest.approx(-0.1) and dense.error == pytest.approx(0, abs=1e-12)
   wide = difference(SWEEP, full, SWEEP.cell("wide"))
   assert wide.mean == pytest.approx(0.1 / 3) and wide.error == pytest.approx(
       math.sqrt(0.01333333 / 3))
   assert undecided(SWEEP, full) == {"wide"}
-  assert math.isnan(Estimate.of([1.0]).error) and not Estimate.of([1.0]).decided
-  assert Estimate.of([]).count == 0
-
-
-@pytest.mark.parametrize(("values", "expected"), [
-    # Student's t in closed form, of one, two and four degrees of freedom.
-    ((1.0, 2.0), 1 - 2 / math.pi * math.atan(3)),
-    ((1.0, 2.0, 3.0), 1 - math.sqrt(12 / 14)),
-    ((-1.0, -2.0, -3.0), 1 - math.sqrt(12 / 14)),
-    ((-1.0, 0.0, 2.0, 4.0, 5.0), 1 - math.sqrt(10 / 23) * (1 + 13 / 46)),
-    ((0.5, 0.5), 0.0),
-    ((0.0, 0.0), 1.0),
-])
-def test_p_values_by_hand(values, expected):
-  assert Estimate.of(values).p_value == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_no_p_value_without_a_spread(count):
-  assert math.isnan(Estimate.of([1.0] * count).p_value)
 
 
 def test_only_seeds_that_both_have_are_compared(planned, tmp_path):

@@ -31,6 +31,21 @@ def table(rows: Sequence[Sequence[str]]) -> str:
   return "\n".join(lines)
 
 
+def markdown_table(rows: Sequence[Sequence[object]], numbers: slice = slice(1, None)) -> str:
+  """Formats rows as a table in Markdown.
+
+  Args:
+    rows: cells, which are put on one line each; the first row is the header.
+    numbers: the columns that are aligned to the right.
+  """
+  header, *body = rows
+  rule = ["---"] * len(header)
+  rule[numbers] = ["---:"] * len(rule[numbers])
+  lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+           for row in (header, rule, *body)]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def scaled(value: float, unit: str) -> str:
   """Formats a value with three digits and a decimal prefix, such as "4.83 MB"."""
   prefixes = ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"))
