@@ -18,10 +18,12 @@ SHAPES: dict[str, dict[str, int | float]] = {
 # It has no dense connections. Its rate is the best of 5e-4 to 1e-2, tried with one seed.
 TRANSFORMER = {"model.family": "transformer", "model.layers": 4, "optimizer.learning_rate": 2e-3}
 
+# Name -> what differs from m = 2 with the defaults.
+CONNECTIONS = {"state m=2": {}, "inputs m=2": {"model.dense.inject": "inputs"}}
+STATES = {"state m=2": {}, "state m=2 no gate": {"model.dense.gate": "none"}}
 
 # The rate of the others is 1e-2, at which three of fourteen dense selective runs became unstable.
 SELECTIVE, LOWER_RATE = ("mamba", "mamba2"), {"optimizer.learning_rate": 5e-3}
-
 
 # Of three quarters of the layers and half of the tokens, as the sweep of parts has them.
 SHORT = {"gau_retnet": 6, "retnet": 4, "mamba": 6, "mamba2": 6, "transformer": 3}
@@ -30,8 +32,9 @@ SHORT = {"gau_retnet": 6, "retnet": 4, "mamba": 6, "mamba2": 6, "transformer": 3
 def get_sweep(arg: str = "") -> Sweep:
   """Returns the sweep; `:slower` is the selective families at a lower learning rate.
 
-  `:short` is all families by states, smaller and for half of the tokens: models to look into past
-  the length of training. `:debug`, `:slower-debug` and `:short-debug` are smoke tests.
+  `:short` is all families by states, with the default gate and without one, smaller and for half of
+  the tokens: models to look into past the length of training. `:debug`, `:slower-debug` and
+  `:short-debug` are smoke tests.
   """
   names = check_argument(
       arg, "debug", *(f"{name}{end}" for name in ("slower", "short") for end in ("", "-debug"))
@@ -45,11 +48,11 @@ def get_sweep(arg: str = "") -> Sweep:
   cells = [] if slower else [Cell("transformer", TRANSFORMER | options("transformer"))]
   for family in SELECTIVE if slower else SHAPES:
     shape = {"model.family": family, **SHAPES[family], **options(family)}
-    dense = shape | {"model.dense.depth": 2}
-    cells += [Cell(family, shape), Cell(f"{family} state m=2", dense, base=family)]
-    if not short:
-      cells.append(
-          Cell(f"{family} inputs m=2", dense | {"model.dense.inject": "inputs"}, base=family))
+    cells.append(Cell(family, shape))
+    cells += [
+        Cell(f"{family} {name}", shape | {"model.dense.depth": 2} | connection, base=family)
+        for name, connection in (STATES if short else CONNECTIONS).items()
+    ]
   sweep = Sweep(
       "experiments/evidence.py", tuple(cells), "mamba" if slower else "gau_retnet",
       more_seeds=(3, 4), question="Which architectures gain from dense connections?",
