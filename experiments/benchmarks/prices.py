@@ -78,9 +78,17 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """The cell's name, such as "h100 | mamba2 | state m=2 | model.layers=10"."""
+    """The cell's name in results, such as "h100 | mamba2 | state m=2 | model.layers=10"."""
+    return " | ".join(self._parts())
+
+  @property
+  def label(self) -> str:
+    """The cell's name in tables, whose columns "|" would end."""
+    return ", ".join(self._parts())
+
+  def _parts(self) -> tuple[str, ...]:
     program = (f"decode B {self.decode}",) if self.decode else ()
-    return " | ".join((self.target, self.family, self.kind, *program, *self.overrides))
+    return (self.target, self.family, self.kind, *program, *self.overrides)
 
   def command(self) -> list[str]:
     """Returns the command that compiles it."""
@@ -188,7 +196,7 @@ def prices(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str]]
     other = price(base) if base and base["bound"] else None
     tokens = report["config"]["train"]["batch_size"] * report["config"]["data"]["seq_len"]
     rows.append([
-        cell.name, f"{report['bytes_accessed'] / tokens / _layers(report) / 1e3:.0f}",
+        cell.label, f"{report['bytes_accessed'] / tokens / _layers(report) / 1e3:.0f}",
         f"{1e3 * found.matmuls:.0f}", f"{1e3 * found.memory:.0f}",
         f"{found.launches:,.0f}" if CHIPS[cell.target].is_gpu else "", f"{1e3 * found.seconds:.0f}",
         common.ratio(found.seconds / other.seconds if other else None), bar(cell, found, other),
@@ -208,7 +216,7 @@ def decoding(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str
     ratio = report["bytes_accessed"] / (weights + states)
     found = price(report)
     rows.append([
-        cell.name, f"{weights / 1e6:.0f}", f"{states / 1e6:.0f}",
+        cell.label, f"{weights / 1e6:.0f}", f"{states / 1e6:.0f}",
         f"{report['bytes_accessed'] / 1e6:.0f}", f"{ratio:.2f}",
         f"<= {DECODE_BAR:g}: {'yes' if ratio <= DECODE_BAR else 'no'}", f"{found.launches:,.0f}",
         f"{1e3 * found.seconds:.2f}",
@@ -247,7 +255,7 @@ def work(cells: Sequence[Cell], results: Mapping[str, Any]) -> list[list[str]]:
     limits = WORK_BARS.get(cell.kind, (None, None)) if barred else (None, None)
     peak, flops = report["hbm"]["peak"], report["flops"]
     rows.append([
-        cell.name, f"{peak / 1e9:.2f}",
+        cell.label, f"{peak / 1e9:.2f}",
         f"{peak / base['hbm']['peak']:.3f}" if base else "", _limit(limits[0]),
         f"{flops / 1e12:.1f}" if flops else "refused",
         f"{flops / base['flops']:.3f}" if flops and base and base["flops"] else "",

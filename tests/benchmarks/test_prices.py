@@ -34,7 +34,7 @@ def rows(target, family, **reports):
 def test_prices_of_a_gpu_are_sums():
   base, dense = rows("h100", "mamba2", base=report("h100", 0.1, 0.3), m2=report("h100", 0.12, 0.38))
   kilobytes = 3e12 * 0.3 / (16 * 2048) / 48 / 1e3
-  assert base == ["h100 | mamba2 | base", f"{kilobytes:.0f}", "100", "300", "1,000", "400", "1.00",
+  assert base == ["h100, mamba2, base", f"{kilobytes:.0f}", "100", "300", "1,000", "400", "1.00",
                   "<= 195 ms: no"]
   assert dense[5:] == ["500", "1.25", "<= 1.3 of base: yes"]
   (mamba,) = rows("h100", "mamba", base=report("h100", 0.1, 0.1, launches=30_000))
@@ -60,7 +60,7 @@ def test_memory_and_work_over_the_base():
   base, dense = report("v5e", 0.1, 0.1), report("v5e", 0.1, 0.1, peak=11e9, flops=1.2e13)
   found = prices.work(cells, {cells[0].name: base, cells[1].name: dense, cells[2].name: None})
   assert found[2:] == [
-      ["v5e | mamba2 | state m=2", "11.00", "1.100", "<= 1.18", "12.0", "1.200", "<= 1.25", "60"]
+      ["v5e, mamba2, state m=2", "11.00", "1.100", "<= 1.18", "12.0", "1.200", "<= 1.25", "60"]
   ]
   refused = report("v5e", 0.1, 0.1) | {"flops": None, "bound": None}
   assert prices.work(cells[:1], {cells[0].name: refused})[1][4] == "refused"
@@ -70,6 +70,7 @@ def test_memory_and_work_over_the_base():
 def test_decoding_over_the_bytes_of_weights_and_states():
   cell = Cell("h100", "mamba2", "base", ("model.layers=3",), decode=6)
   assert cell.name == "h100 | mamba2 | base | decode B 6 | model.layers=3"
+  assert cell.label == "h100, mamba2, base, decode B 6, model.layers=3"
   command = cell.command()
   assert command[command.index("--program") + 1] == "decode"
   assert "--config.train.batch_size=6" in command
@@ -80,7 +81,7 @@ def test_decoding_over_the_bytes_of_weights_and_states():
             "dtype": loaded.dtype}
   found = report("h100", 1e-6, 9.9e-5) | {"bytes_accessed": moved, "config": {"model": values}}
   (row,) = prices.decoding([cell], {cell.name: found})[1:]
-  assert row[0] == cell.name and row[4:] == ["1.25", "<= 1.3: yes", "1,000", "0.10", "1.00"]
+  assert row[0] == cell.label and row[4:] == ["1.25", "<= 1.3: yes", "1,000", "0.10", "1.00"]
 
 
 def test_the_command_of_a_cell_takes_the_targets_batch():
@@ -112,7 +113,7 @@ def test_cells_of_the_file_are_not_compiled_again(monkeypatch, tmp_path, capsys)
   assert compiled == [(name, 0) for name in names]
   record = json.loads(file.read_text())
   assert list(record["results"]) == names and record["results"][names[1]] is None
-  assert "| h100 | retnet | base | 572 | 100 | 300 |" in capsys.readouterr().out
+  assert "| h100, retnet, base | 572 | 100 | 300 |" in capsys.readouterr().out
   # The instructions are not in the file.
   prices.main([*chosen, "base", "--largest", "20"])
   assert compiled[2:] == [(names[0], 20)]
