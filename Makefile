@@ -47,7 +47,7 @@ test: setup ## the tests that take seconds; ARGS="-k packing"
 	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
 test-slow: setup xpk extras ## the tests that take minutes
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not exhaustive" $(ARGS)
 
 test-exhaustive: setup ## every form, length and mesh of every family; more than an hour
 	$(PYTEST) -m exhaustive $(ARGS)

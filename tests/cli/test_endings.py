@@ -21,6 +21,7 @@ MOMENTS = {
     "first step": "metrics.jsonl", "first save": "checkpoints/*.orbax-checkpoint-tmp*",
     "later": "checkpoints/8", "end": "checkpoints/12",
 }
+SLOW_MOMENTS = ("begin", "folder", "first save", "end")
 MORE = ["--config.train.steps=12", "--config.train.checkpoint_every=2",
         "--config.train.keep_best=0", "--config.train.eval_every=12"]
 
@@ -53,8 +54,11 @@ def goes_on(text, workdir, unbroken):
   return out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [
+    pytest.param(moment, marks=pytest.mark.slow if moment in SLOW_MOMENTS else
+                 pytest.mark.exhaustive)
+    for moment in MOMENTS
+])
 def test_killed_at_any_moment(text, tmp_path, unbroken, moment):
   workdir = tmp_path / "run"
   process = start(TRAIN, *arguments(text, workdir, *MORE))
@@ -66,12 +70,12 @@ def test_killed_at_any_moment(text, tmp_path, unbroken, moment):
 
 @pytest.mark.parametrize(("name", "moment", "twice"), [
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("INT", "begin", False), ("HUP", "config", False), ("TERM", "first save", False),
-        ("QUIT", "later", False), ("TERM", "end", False), ("TERM", "first step", True),
-        ("INT", "later", True),
+        ("INT", "begin", False), ("TERM", "first save", False), ("QUIT", "later", False),
+        ("TERM", "first step", True), ("INT", "later", True),
     )),
     *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (
-        ("TERM", "lock", False), ("TERM", "folder", False), ("INT", "first step", False),
+        ("HUP", "config", False), ("TERM", "end", False), ("TERM", "lock", False),
+        ("TERM", "folder", False), ("INT", "first step", False),
         ("TERM", "config", True), ("USR1", "first save", True), ("HUP", "end", True),
     )),
 ])
@@ -102,7 +106,9 @@ def test_a_signal_at_any_moment_ends_with_a_true_sentence(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["stdout", "both"])
+@pytest.mark.parametrize("closed", [
+    pytest.param("stdout", marks=pytest.mark.exhaustive), "both",
+])
 def test_a_closed_output_saves(text, tmp_path, unbroken, closed):
   workdir = tmp_path / "run"
   merged = subprocess.STDOUT if closed == "both" else subprocess.PIPE

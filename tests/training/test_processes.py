@@ -131,7 +131,8 @@ def test_two_processes_train_as_one(text, tmp_path, alone):
 
 
 @pytest.mark.parametrize(("asked", "said"), [
-    ("launcher", "SIGTERM"), ("process 1", "a signal to another process"),
+    pytest.param("launcher", "SIGTERM", marks=pytest.mark.exhaustive),
+    ("process 1", "a signal to another process"),
 ])
 def test_a_signal_stops_all_after_the_same_step(text, tmp_path, alone, asked, said):
   workdir = tmp_path / "run"
@@ -153,7 +154,7 @@ def test_a_signal_stops_all_after_the_same_step(text, tmp_path, alone, asked, sa
 
 # One process with one device goes on, and four processes with two each.
 @pytest.mark.parametrize(("killed", "seconds", "processes", "devices"), [
-    (0, 0.0, 1, 1), (1, 0.02, 4, 8),
+    (0, 0.0, 1, 1), pytest.param(1, 0.02, 4, 8, marks=pytest.mark.exhaustive),
 ])
 def test_a_killed_process_stops_the_job_which_goes_on_from_a_whole_step(
     text, tmp_path, alone, killed, seconds, processes, devices
