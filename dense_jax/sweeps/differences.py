@@ -1,4 +1,4 @@
-"""What a sweep compares: the paired differences of its cells."""
+"""Paired differences of a sweep's cells, and which of them are not decided."""
 
 from dense_jax.statistics import Estimate
 from dense_jax.sweeps.definition import Cell, Sweep
