@@ -2,7 +2,7 @@
 
 Command   dense-jax sweep experiments/sweeps/parts.py --workdir runs/sweeps/parts --jobs 2
 Hardware  two CPU cores
-Expected  undecided with two seeds; inputs and a linear map lead (docs/evidence.md)
+Expected  gau_retnet gains most without a gate, mamba2 by nothing (docs/evidence.md)
 """
 
 from dense_jax.experiment import check_argument
