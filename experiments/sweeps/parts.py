@@ -15,7 +15,7 @@ FAMILIES: dict[str, dict[str, int]] = {
 # The cells are many, so that they are small: six layers, half of the others' tokens.
 SMALL = {"model.layers": 6, "train.steps": 1200}
 # Name -> what differs from m = 2 with the defaults.
-PARTS: dict[str, dict[str, str | bool]] = {
+PARTS: dict[str, dict[str, int | str]] = {
     "state": {},
     "linear": {"transition": "linear"},
     "gate channel_state": {"gate": "channel_state"},
@@ -29,21 +29,32 @@ PARTS: dict[str, dict[str, str | bool]] = {
     "inputs normal": {"inject": "inputs", "gate_init": "normal"},
     "inputs without norm": {"inject": "inputs", "input_norm": False},
 }
+# What `:open` has in place of these, at the other sweeps' size.
+OPEN: dict[str, dict[str, int | str]] = {
+    "m=2": {},
+    "m=1 no gate": {"depth": 1, "gate": "none"},
+    "m=2 no gate": {"gate": "none"},
+    "m=7 no gate": {"depth": 7, "gate": "none"},
+}
 
 
 def get_sweep(arg: str = "") -> Sweep:
-  """Returns the sweep; `:debug` is a smoke test of it."""
-  debug = check_argument(arg, "debug")
+  """Returns the sweep; `:open` is connections without a gate, in larger models that train longer.
+
+  `:debug` and `:open-debug` are smoke tests.
+  """
+  names = check_argument(arg, "debug", "open", "open-debug").split("-")
+  debug, large = "debug" in names, "open" in names
   cells = []
   for family, options in FAMILIES.items():
-    shape = {"model.family": family, **({} if debug else SMALL), **options}
+    shape = {"model.family": family, **({} if debug or large else SMALL), **options}
     cells.append(Cell(family, shape))
-    for name, part in PARTS.items():
-      dense = {f"model.dense.{key}": value for key, value in part.items()}
-      cells.append(
-          Cell(f"{family} {name}", shape | {"model.dense.depth": 2} | dense, base=family))
+    for name, part in (OPEN if large else PARTS).items():
+      dense = {f"model.dense.{key}": value for key, value in ({"depth": 2} | part).items()}
+      cells.append(Cell(f"{family} {name}", shape | dense, base=family))
+  question = ("Do connections without a gate gain, at the other sweeps' size?" if large else
+              "Which transition, fusion, injection and gate of a dense connection help?")
   sweep = Sweep(
-      "experiments/evidence.py", tuple(cells), "gau_retnet", more_seeds=(3, 4),
-      question="Which transition, fusion, injection and gate of a dense connection help?",
+      "experiments/evidence.py", tuple(cells), "gau_retnet", more_seeds=(3, 4), question=question,
   )
   return sweep.debug() if debug else sweep
