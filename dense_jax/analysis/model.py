@@ -18,6 +18,7 @@ from dense_jax.analysis.representations import (
     probe_recovery,
 )
 from dense_jax.batch import Batch
+from dense_jax.errors import InputError
 from dense_jax.layers.observation import Observer, observing
 from dense_jax.models.language_model import LanguageModel
 from dense_jax.models.params import (
@@ -28,9 +29,11 @@ from dense_jax.models.params import (
     unrolled_config,
     with_params,
 )
+from dense_jax.ops.cross_entropy import token_cross_entropy
 from dense_jax.types import Array
 
 _LOSS_CHUNK = 256
+_LEAST_SAMPLES = 32  # Four of each component in `gaussian_information`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Seen:
       `cut_gradient` none passes through dense connections.
     layers: for each layer, its metrics, such as gates and each source's share of the read
       (`dense_jax.layers.metrics`).
-    loss_at: mean loss in nats at each position of a row, [T].
+    loss_at: mean loss in nats of the targets at each position of a row, [T]; NaN where none is.
+    targets_at: the number of targets at each position, [T].
     samples: tokens that states and residual streams were taken at.
   """
 
@@ -58,6 +62,7 @@ class Seen:
   cut_gradient: np.ndarray
   layers: list[dict[str, float]]
   loss_at: np.ndarray
+  targets_at: np.ndarray
   samples: int
 
   def as_dict(self) -> dict[str, Any]:
@@ -86,27 +91,35 @@ def look_into(
       tokens of it.
     samples: the number of tokens to take states at, over all batches.
     seed: of the choice of tokens, and of the directions of gradients.
+
+  Raises:
+    InputError: the rows have too few targets.
   """
   model = observable(model)
   rows = list(batches)
+  counts = [min(int(np.sum(batch.loss_mask_BT)), -(-samples // len(rows))) for batch in rows]
+  if sum(counts) < _LEAST_SAMPLES:
+    raise InputError(
+        f"{sum(counts)} tokens with a target can be taken of {len(rows)} batches: expected at "
+        f"least {_LEAST_SAMPLES}, of more rows, longer ones, or with more samples"
+    )
   random = np.random.default_rng(seed)
   taken: dict[str, list[list[np.ndarray]]] = {"state": [], "residual": []}
-  lens, metrics, losses, targets = [], [], [], []
-  for batch in rows:
+  metrics, losses, targets = [], [], []
+  for batch, count in zip(rows, counts, strict=True):
     valid = np.flatnonzero(np.asarray(batch.loss_mask_BT))
-    count = min(len(valid), -(-samples // len(rows)))
     places = np.sort(random.choice(valid, count, replace=False))
-    states, residuals, of_lens, aux, nll_BT = _look(model, batch, jnp.asarray(places))
+    states, residuals, aux, nll_LBT = _look(model, batch, jnp.asarray(places))
     taken["state"].append([np.asarray(each) for each in states])
     taken["residual"].append([np.asarray(each) for each in residuals])
-    lens.append(np.asarray(of_lens))
     metrics.append(jax.device_get(aux))
-    losses.append(np.where(batch.loss_mask_BT, nll_BT, 0).sum(axis=0))
+    losses.append(np.where(batch.loss_mask_BT, nll_LBT, 0).sum(axis=1))
     targets.append(np.asarray(batch.loss_mask_BT).sum(axis=0))
   # Gradients differ little from row to row, and take L backward passes.
   whole, cut = (
       np.asarray(_gradients(model, rows[0], jax.random.key(seed), cut=cut)) for cut in (False, True)
   )
+  loss_LT, targets_T = sum(losses), sum(targets)
   joined = {
       kind: [Features(np.concatenate(parts)) for parts in zip(*of_rows, strict=True)]
       for kind, of_rows in taken.items() if of_rows[0]
@@ -114,12 +127,13 @@ def look_into(
   return Seen(
       similarity={kind: _similarities(layers) for kind, layers in joined.items()},
       rank={kind: np.array([effective_rank(x) for x in layers]) for kind, layers in joined.items()},
-      lens=np.mean(lens, axis=0), gradient=whole, cut_gradient=cut,
+      lens=loss_LT.sum(axis=1) / targets_T.sum(), gradient=whole, cut_gradient=cut,
       layers=[
           {name: float(np.mean([of_row[i][name] for of_row in metrics])) for name in layer}
           for i, layer in enumerate(metrics[0])
       ],
-      loss_at=sum(losses) / np.maximum(sum(targets), 1),
+      loss_at=np.where(targets_T, loss_LT[-1] / np.maximum(targets_T, 1), np.nan),
+      targets_at=targets_T,
       samples=len(joined["residual"][0].x_SF),
   )
 
@@ -140,8 +154,11 @@ def _similarities(layers: Sequence[Features]) -> dict[str, np.ndarray]:
 @jax.jit
 def _look(
     model: LanguageModel, batch: Batch, places: Array
-) -> tuple[list[Array], list[Array], Array, list[dict[str, Array]], Array]:
-  """Returns states and residual streams at places of the flattened batch, lens, metrics, losses."""
+) -> tuple[list[Array], list[Array], list[dict[str, Array]], Array]:
+  """Returns states and residual streams at places of the flattened batch, metrics, and losses.
+
+  The losses, [L, B, T], are those if the final norm and head follow each layer at once.
+  """
 
   def taken(value: Array) -> Array:
     batch_size, time = batch.tokens_BT.shape
@@ -151,17 +168,13 @@ def _look(
     _, _, aux = model.summed_losses(batch, z_loss=0.0, chunk=_LOSS_CHUNK, measure=True)
   residuals = observer.seen["residual"]
   states = [taken(value) for value in observer.seen.get("state", [])]
-  mask_BT = batch.loss_mask_BT.astype(jnp.float32)
 
   def losses_after(x_BTD: Array) -> Array:
     logits_BTV = model.logits(model.norm(x_BTD))
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, batch.targets_BT[..., None], axis=-1)[..., 0]
-    return log_z_BT - target_BT
+    return token_cross_entropy(logits_BTV, batch.targets_BT)[0]
 
-  nlls = [losses_after(x_BTD) for x_BTD in residuals]
-  lens = jnp.stack([jnp.sum(nll_BT * mask_BT) / jnp.sum(mask_BT) for nll_BT in nlls])
-  return states, [taken(x) for x in residuals], lens, aux, nlls[-1]
+  nll_LBT = jnp.stack([losses_after(x_BTD) for x_BTD in residuals])
+  return states, [taken(x) for x in residuals], aux, nll_LBT
 
 
 @functools.partial(jax.jit, static_argnames="cut")

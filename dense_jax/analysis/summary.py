@@ -79,7 +79,8 @@ def summarize(run: str, workdir: str, rows: int, seen: Seen) -> Summary:
       workdir=workdir, run=run, group=group_of(workdir),
       seen={"length": len(seen.loss_at), "rows": rows, "samples": seen.samples},
       loss=_rounded([
-          np.mean(seen.loss_at[begin:end]) for begin, end in itertools.pairwise(edges)
+          _mean(seen.loss_at[begin:end], seen.targets_at[begin:end])
+          for begin, end in itertools.pairwise(edges)
       ]),
       recovered=_rounded(states["probe"][:, -1]) if states else [],
       rank=_rounded(seen.rank.get("state", [])), lens=_rounded(seen.lens),
@@ -89,6 +90,12 @@ def summarize(run: str, workdir: str, rows: int, seen: Seen) -> Summary:
           for layer in seen.layers
       ],
   )
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> float:
+  """Returns the weighted mean, in which a weight of 0 leaves out a NaN; NaN without weights."""
+  total = weights.sum()
+  return float(np.where(weights, values * weights, 0).sum() / total) if total else math.nan
 
 
 def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:

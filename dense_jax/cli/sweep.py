@@ -27,7 +27,7 @@ needs no network (.html).
 --limit-minutes ends the sweep in time, on a machine that one has for minutes. On a GPU, runs side
 by side (--jobs) share its memory.
 --commands prints a training command for each run that is left, for a launcher (see launch/); once
-they have ended, this command collects what lies in --workdir, which may be in a bucket.
+they have ended, --table collects what lies in --workdir, which may be in a bucket.
 """
 
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
   command.add_argument("--commands", action="store_true", help="print the commands of the runs "
                        "that are left only")
   command.add_argument("--table", action="store_true", help="print the table of what is finished "
-                       "only")
+                       "in --workdir or --record only")
   options, overrides = common.split_overrides(command, arguments)
   if options.jobs < 1:
     raise invalid("--jobs", options.jobs, "an integer >= 1")
@@ -71,14 +71,18 @@ def main(arguments: Sequence[str]) -> int:
   for name in options.known:
     count = results.adopt(_known(name), {*sweep.seeds, *sweep.more_seeds})
     print(f"{count} runs are known from {name}")
-  if options.commands:
-    for job in next_jobs(sweep, planned, folder, results):
-      print(shlex.join(["dense-jax", "train", *job.arguments]))
-    return 0
-  failed = {} if options.table else run_sweep(
-      sweep, planned, folder, results, side_by_side=options.jobs,
-      say=lambda line: print(line, flush=True), deadline=deadline,
-  )
+  failed: dict[tuple[str, int], str] = {}
+  if options.commands or options.table:
+    left = next_jobs(sweep, planned, folder, results)  # Collects what has ended in the folder.
+    if options.commands:
+      for job in left:
+        print(shlex.join(["dense-jax", "train", *job.arguments]))
+      return 0
+  else:
+    failed = run_sweep(
+        sweep, planned, folder, results, side_by_side=options.jobs,
+        say=lambda line: print(line, flush=True), deadline=deadline,
+    )
   again = shlex.join(["dense-jax", "sweep", *arguments])
   written = write_all(sweep, planned, results, again, record)
   print(table(rows(sweep, planned, results)))

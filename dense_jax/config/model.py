@@ -30,9 +30,9 @@ class ModelConfig:
       "text, to the next; training keeps none, and the transformer has none; docs/generation.md "
       "says what bfloat16 costs")
   block_layers: int = integer(
-      0, 0, help="layers of a super-block, the body of the scan over layers; 0 means max(m, 1) "
-      "rounded up to a multiple of dense.stride; with the number of layers, each is compiled "
-      "apart")
+      0, 0, help="layers of a super-block, the body of the scan over layers; 0 means the farthest "
+      "distance that a layer reads, at least 1, rounded up to a multiple of dense.stride; with the "
+      "number of layers, each is compiled apart")
   remat: str = choice(
       "none", "none", "minimal", "reads", "full",
       help="how much the backward pass computes again to save memory, from nothing to nearly "

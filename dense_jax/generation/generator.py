@@ -91,11 +91,15 @@ class Generator:
     Args:
       requests: the texts to continue.
       block: tokens that are decoded between pieces, from 1 to 64; no result depends on it.
-      stop: is called between blocks; if it returns true, all continuations end where they are.
+      stop: is called between blocks, and between prompts that are read; once it returns true, all
+        continuations end where they are, and no other prompt is read.
 
     Raises:
-      InputError: a request is not valid, or there is none; nothing has been read then.
+      InputError: a request or `block` is not valid, or there is no request; nothing has been read
+        then.
     """
+    if not 1 <= block <= BLOCK:
+      raise invalid("block", block, f"an integer from 1 to {BLOCK}")
     if not requests:
       raise InputError("prompts = [] is not valid: expected at least one")
     for request in requests:
@@ -113,15 +117,17 @@ class Generator:
     programs = self.programs
     waiting = deque(enumerate(requests))
     rows, running = programs.empty(), dict[int, _Continuation]()
-    while waiting or running:
-      for row in range(programs.batch_size):
-        if row in running or not waiting:
-          continue
+    is_stopped = False
+    while running or (waiting and not is_stopped):
+      free = [row for row in range(programs.batch_size) if row not in running][: len(waiting)]
+      for row in free:
+        if row != free[0] and (is_stopped := stop()):
+          break
         index, request = waiting.popleft()
         prefix = programs.read(request.ids, request.prefix)
         rows = programs.insert(rows, row, prefix, request)
         running[row] = _Continuation(index, request, prefix, self._tokenizer)
-      is_stopped = stop()
+      is_stopped = is_stopped or stop()
       keeps = any(each.request.keep_state for each in running.values())
       before, count = rows, 0
       if not is_stopped and any(each.left for each in running.values()):
@@ -139,6 +145,8 @@ class Generator:
         text += each.end()
         del running[row]
         yield Piece(each.index, text, each.result(kept))
+    for index, _ in waiting:
+      yield Piece(index, "", Result([], [], "", "interrupted"))
 
   def _after(
       self, before: Rows, after: Rows, row: int, used: int, count: int, each: "_Continuation"

@@ -9,6 +9,8 @@ from dense_jax.generation.sampling import PLAIN, Sampling
 from dense_jax.models.language_model import ModelState
 from dense_jax.types import Array
 
+_MOST_NEW = 2**31 - 1  # They are counted on the device, by int32.
+
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
@@ -66,8 +68,8 @@ class Request:
       wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
       if wrong is not None:
         raise invalid(f"a token of {name}", wrong, f"an id from 0 to {vocab_size - 1}")
-    if self.max_new_tokens < 0:
-      raise invalid("max_new_tokens", self.max_new_tokens, "an integer >= 0")
+    if not 0 <= self.max_new_tokens <= _MOST_NEW:
+      raise invalid("max_new_tokens", self.max_new_tokens, f"an integer from 0 to {_MOST_NEW}")
     if not 0 <= self.seed <= LARGEST_SEED:
       raise invalid("seed", self.seed, f"an integer from 0 to {LARGEST_SEED}")
     if not all(self.stop_strings):
@@ -85,7 +87,8 @@ class Result:
       softmax of its logits, before penalty, temperature and all that restricts the choice.
     text: the continuation's text, which ends before the stop string; empty without a tokenizer.
     reason: "stop" (a stop id or string), "length" (`max_new_tokens`) or "interrupted".
-    prefix: the prompt and `ids` as the prefix of what may follow; None unless asked for.
+    prefix: the prompt and `ids` as the prefix of what may follow; None unless asked for, or where
+      the prompt was not read before the interruption.
   """
 
   ids: list[int]

@@ -73,7 +73,10 @@ class Spelling:
 
 
 class TextEnd:
-  """Ends a text before the first of its stop strings that is complete, wherever pieces end."""
+  """Ends a text before the first of its stop strings that is complete, wherever pieces end.
+
+  Of those that are complete at one place, the longest counts.
+  """
 
   def __init__(self, stop_strings: Sequence[str]) -> None:
     """Begins with no text; `stop_strings` are not empty."""
@@ -84,10 +87,12 @@ class TextEnd:
   def push(self, text: str) -> tuple[str, bool]:
     """Adds text; returns what no stop string can begin in, and whether one is complete."""
     held = self._held + text
-    found = [place for stop in self._stops if (place := held.find(stop)) >= 0]
+    found = [
+        (place + len(stop), place) for stop in self._stops if (place := held.find(stop)) >= 0
+    ]
     if found:
       self._held = ""
-      return held[: min(found)], True
+      return held[: min(found)[1]], True
     size = min(self._longest - 1, len(held))
     while size > 0 and not any(stop.startswith(held[-size:]) for stop in self._stops):
       size -= 1

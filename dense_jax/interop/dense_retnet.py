@@ -84,16 +84,21 @@ def layout(config: Config) -> Layout | None:
 def _is_released(config: ModelConfig) -> bool:
   """Returns whether the released code can compute the model.
 
-  Options that only affect the initialisation may differ from those of the released code.
+  Its gates have D / 32 channels inside, and D / 2 for keys and 2 D for values whatever the widths
+  of these are. Options that only affect the initialisation may differ from those it has.
   """
+  options = config.mixer
+  if not isinstance(options, GauRetNetConfig):
+    return False
   released = DenseConfig(depth=config.dense.depth, inject="inputs")
   alike = dataclasses.replace(
       config.dense, gate_init=released.gate_init, gate_reduction=released.gate_reduction,
       transition_rank=released.transition_rank,
   )
   return (
-      config.family == "gau_retnet" and config.dense.depth > 0 and alike == released
-      and bottleneck(config) == bottleneck(dataclasses.replace(config, dense=released))
+      config.dense.depth > 0 and alike == released
+      and bottleneck(config) == config.width // 32
+      and 2 * (options.key_dim or config.width // 2) == config.width and options.expand == 2
   )
 
 

@@ -65,7 +65,7 @@ class Recorder(MetricsWriter):
     self._began = first_start(workdir)
     chip = find_chip(jax.devices()[0].device_kind)
     self._peak = chip.flops * jax.device_count() if chip else 0.0
-    self._flops = train_flops(config.model) if chip else 0
+    self._flops = train_flops(config.model, config.data.seq_len) if chip else 0
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one record; adds the numbers of the machine if it has a training speed."""

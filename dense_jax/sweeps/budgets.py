@@ -48,9 +48,14 @@ class PlannedCell:
     return train.steps * train.batch_size * self.config.data.seq_len
 
   @functools.cached_property
+  def token_flops(self) -> int:
+    """The model FLOPs of training on one token."""
+    return train_flops(self.config.model, self.config.data.seq_len)
+
+  @property
   def flops(self) -> int:
     """The model FLOPs of a run's training; see `dense_jax.models.flops`."""
-    return self.tokens * train_flops(self.config.model)
+    return self.tokens * self.token_flops
 
   @property
   def course(self) -> dict[str, object]:
@@ -83,7 +88,7 @@ def plan(
         change = {"model.width": _width(sweep, cell, other.parameters)}
       else:
         if cell.match.by == "flops":
-          ratio = train_flops(planned.config.model) / train_flops(other.config.model)
+          ratio = planned.token_flops / other.token_flops
         else:
           ratio = _measured(folder, planned, other, measure or time_ratio)
         change = {"train.steps": _steps(planned.config, other.config, ratio)}

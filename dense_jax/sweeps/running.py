@@ -1,5 +1,6 @@
 """Runs what is left of a sweep: each run is a process of its own, several side by side."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -120,6 +121,25 @@ def _environment(side_by_side: int) -> dict[str, str]:
   return own
 
 
+def _all_cores() -> set[int]:
+  """Returns the cores that this process may use; none where the system does not tell, as macOS."""
+  return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+@contextlib.contextmanager
+def _pinned(cores: set[int]) -> Iterator[None]:
+  """Holds this process on some cores; a child inherits them, and sizes its thread pool by them."""
+  before = _all_cores()
+  if not before:
+    yield
+    return
+  os.sched_setaffinity(0, cores)
+  try:
+    yield
+  finally:
+    os.sched_setaffinity(0, before)
+
+
 class _Process:
   """A run's process, on cores of its own, with its output in a file beside the run's folder."""
 
@@ -127,16 +147,11 @@ class _Process:
     self.job, self.cores = job, cores
     self.log = job.workdir.parent / f"{job.workdir.name}.log"
     job.workdir.parent.mkdir(parents=True, exist_ok=True)
-    all_cores = os.sched_getaffinity(0)
-    with self.log.open("wb") as output:
-      os.sched_setaffinity(0, cores)  # The child inherits it, and sizes its thread pool by it.
-      try:
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env=_environment(side_by_side),
-        )
-      finally:
-        os.sched_setaffinity(0, all_cores)
+    with self.log.open("wb") as output, _pinned(cores):
+      self.process = subprocess.Popen(
+          command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+          env=_environment(side_by_side),
+      )
 
   def why(self) -> str:
     """Returns the last lines that the process printed."""
@@ -164,7 +179,7 @@ def run_jobs(
   Returns:
     (name, seed) -> what a run that failed printed last.
   """
-  all_cores = sorted(os.sched_getaffinity(0))
+  all_cores = sorted(_all_cores())
   shares = [set(all_cores[i::side_by_side]) or set(all_cores) for i in range(side_by_side)]
   waiting, running = list(todo), list[_Process]()
   failed: dict[tuple[str, int], str] = {}

@@ -61,16 +61,19 @@ def peak_memory(device: jax.Device) -> float | None:
   return statistics and statistics.get("peak_bytes_in_use")
 
 
-def utilization(config: ModelConfig, tokens_per_second: float, device_kind: str) -> float | None:
+def utilization(
+    config: ModelConfig, seq_len: int, tokens_per_second: float, device_kind: str
+) -> float | None:
   """Returns the MFU in bf16 on one device; None means that the device's peak is not known.
 
   Args:
     config: the model.
+    seq_len: the tokens of a row.
     tokens_per_second: the measured speed of training.
     device_kind: jax's name of the device, such as "NVIDIA H200".
   """
   chip = find_chip(device_kind)
-  return train_flops(config) * tokens_per_second / chip.flops if chip else None
+  return train_flops(config, seq_len) * tokens_per_second / chip.flops if chip else None
 
 
 def train(settings: ExperimentConfig) -> dict[str, Any]:
@@ -86,8 +89,8 @@ def train(settings: ExperimentConfig) -> dict[str, Any]:
   peak = peak_memory(device)
   return {
       "tokens_per_second": rate,
-      "mfu": utilization(settings.model, rate, device.device_kind),
-      "flops_per_token": train_flops(settings.model),
+      "mfu": utilization(settings.model, settings.data.seq_len, rate, device.device_kind),
+      "flops_per_token": train_flops(settings.model, settings.data.seq_len),
       "peak_bytes": peak,
       "parameters": step.parameters,
       "compile_seconds": compile_seconds,

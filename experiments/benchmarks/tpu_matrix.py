@@ -102,7 +102,7 @@ def measure(case: Case) -> dict[str, Any]:
   if report.bound:
     chip = CHIPS[case.topology.partition(":")[0]]
     tokens = case.rows * case.length / report.chips
-    ceiling = train_flops(config.model) * tokens / chip.flops / report.bound.seconds
+    ceiling = train_flops(config.model, case.length) * tokens / chip.flops / report.bound.seconds
   return report.as_dict() | {"mfu_ceiling": ceiling}
 
 

@@ -11,6 +11,7 @@ import pytest
 from dense_jax.analysis.model import look_into, observable
 from dense_jax.analysis.plot import plot_seen
 from dense_jax.batch import Batch, Segments
+from dense_jax.errors import InputError
 from dense_jax.layers.observation import Observer, observing
 from tests.builders import model_config, random_model, random_tokens
 
@@ -34,9 +35,9 @@ def seen_and_model():
 @pytest.mark.slow
 def test_what_is_seen_is_what_the_model_computes(seen_and_model):
   seen, model = seen_and_model
-  losses = [model.summed_losses(x, z_loss=0.0, chunk=8)[1] / x.loss_mask_BT.sum()
-            for x in (batch(0), batch(1, masked=4))]
-  assert seen.lens[-1] == pytest.approx(np.mean(losses), rel=1e-5)
+  both = batch(0), batch(1, masked=4)
+  loss = sum(model.summed_losses(x, z_loss=0.0, chunk=8)[1] for x in both)
+  assert seen.lens[-1] == pytest.approx(float(loss) / (B * (2 * T - 4)), rel=1e-5)  # Of targets.
   nll_BT = np.asarray(model.token_losses(batch(0), chunk=8)[0])
   assert seen.loss_at[0] == pytest.approx(nll_BT[:, 0].mean(), rel=1e-5)  # Masked in the other.
   assert len(seen.layers) == 4 and "source_1_ratio" in seen.layers[1]
@@ -91,9 +92,18 @@ def test_a_scanned_model_is_seen_as_it_is(seen_and_model):
   assert np.isfinite(seen.lens).all()
 
 
-def test_attention_has_no_states():
-  seen = look_into(random_model(model_config("transformer", 0, layers=2)), [batch(0)], samples=40)
+def test_attention_has_no_states_and_a_masked_position_no_loss():
+  model = random_model(model_config("transformer", 0, layers=2))
+  seen = look_into(model, [batch(0, masked=4)], samples=40)
   assert set(seen.similarity) == {"residual"} and set(seen.rank) == {"residual"}
+  assert np.isnan(seen.loss_at[:4]).all() and np.isfinite(seen.loss_at[4:]).all()
+  np.testing.assert_array_equal(seen.targets_at, [0] * 4 + [B] * (T - 4))
+
+
+def test_too_few_targets_are_refused():
+  model = random_model(model_config("transformer", 0, layers=2))
+  with pytest.raises(InputError, match=f"{B} tokens with a target .* expected at least 32"):
+    look_into(model, [batch(0, masked=T - 1)])
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def seen(loss, layers=3, states=True):
       layers=[
           {}, {"source_1_ratio": 0.5, "other": 2.0}, {"source_1_ratio": 1, "source_2_ratio": 3}
       ],
-      loss_at=loss + np.arange(64.0), samples=80,
+      loss_at=loss + np.arange(64.0), targets_at=np.full(64, 2), samples=80,
   )
 
 
@@ -53,6 +53,14 @@ def lines(tmp_path):
 ])
 def test_positions_are_averaged_between_doubled_ones(length, expected):
   assert borders(length) == expected
+
+
+def test_a_mean_of_positions_is_that_of_their_targets():
+  targets = np.zeros(64, int)
+  targets[[0, 1, 40]] = 1, 3, 5
+  losses = np.where(targets, 2.0 + np.arange(64.0), np.nan)
+  figures = dataclasses.replace(seen(2.0), loss_at=losses, targets_at=targets)
+  np.testing.assert_equal(summarize("a", "a", 1, figures).loss, [2.75, np.nan, 42.0])
 
 
 def test_runs_of_a_cell_are_one_group():

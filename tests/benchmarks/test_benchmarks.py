@@ -203,9 +203,9 @@ def test_gpu_cases_begin_with_what_matters_most():
 
 def test_utilization():
   config = model_config("mamba", layers=3)
-  rate = 989e12 / train_flops(config)
-  assert gpu_case.utilization(config, 0.5 * rate, "NVIDIA H200") == pytest.approx(0.5)
-  assert gpu_case.utilization(config, rate, "cpu") is None
+  rate = 989e12 / train_flops(config, 64)
+  assert gpu_case.utilization(config, 64, 0.5 * rate, "NVIDIA H200") == pytest.approx(0.5)
+  assert gpu_case.utilization(config, 64, rate, "cpu") is None
 
 
 def test_bytes_of_a_decoding_step():

@@ -245,6 +245,17 @@ def test_an_interrupted_continuation_goes_on_as_if_it_had_not_been():
   assert last.result.ids + generate([rest])[0].ids == whole.ids
 
 
+def test_what_was_not_read_before_an_interruption_stays_unread(monkeypatch):
+  generate, read = _generator("mamba"), []
+  once = generate.programs.read
+  monkeypatch.setattr(generate.programs, "read", lambda *given: read.append(given) or once(*given))
+  requests = [Request(PROMPTS[0], max_new_tokens=NEW, keep_state=True) for _ in range(20)]
+  results = {piece.index: piece.result for piece in generate.stream(requests, stop=lambda: True)}
+  assert len(read) == 1 and list(results) == list(range(20))
+  assert {result.reason for result in results.values()} == {"interrupted"}
+  assert results[0].prefix is not None and results[19].prefix is None
+
+
 def test_nothing_is_drawn_for_no_new_tokens():
   (result,) = _generator("mamba")([Request(PROMPTS[0], max_new_tokens=0, keep_state=True)])
   assert (result.ids, result.text, result.reason) == ([], "", "length")
@@ -256,7 +267,8 @@ def test_nothing_is_drawn_for_no_new_tokens():
 @pytest.mark.parametrize(("values", "message"), [
     ({"ids": []}, "prompt"), ({"ids": [VOCAB]}, "a token of prompt = 11"),
     ({"ids": [1, -1]}, "a token of prompt = -1"), ({"stop_ids": [99]}, "a token of stop_ids = 99"),
-    ({"max_new_tokens": -1}, "max_new_tokens"), ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"),
+    ({"max_new_tokens": -1}, "max_new_tokens"), ({"max_new_tokens": 2**31}, "from 0 to 2147483647"),
+    ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"),
     ({"stop_strings": ["a", ""]}, "stop_strings"),
 ])
 def test_an_invalid_request_is_named_before_anything_is_read(values, message):
@@ -273,6 +285,9 @@ def test_rows_are_one_or_a_multiple_of_four(batch_size, rows):
 def test_no_request_no_rows_and_no_tokenizer():
   with pytest.raises(InputError, match="prompts"):
     _generator("mamba")([])
+  for block in (0, 65):
+    with pytest.raises(InputError, match=f"block = {block} .* from 1 to"):
+      _generator("mamba").stream([Request([1])], block=block)
   with pytest.raises(InputError, match="batch_size = 0"):
     Generator(_model("mamba"), batch_size=0)
   with pytest.raises(InputError, match="stop_strings"):

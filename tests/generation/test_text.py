@@ -69,7 +69,8 @@ def test_the_time_of_a_piece_does_not_grow_with_the_text():
 
 @pytest.mark.parametrize(("stops", "text", "expected"), [
     (["\n\n"], "a\n\nb", "a"), (["END", "\n"], "one END\n", "one "), (["ab", "b"], "xxab", "xx"),
-    (["bc", "abcd"], "xabc", "xa"), (["aab"], "aaab", "a"), (["x"], "x", ""),
+    (["bc", "abcd"], "xabc", "xa"), (["b", "abc"], "abc", "a"), (["aab"], "aaab", "a"),
+    (["x"], "x", ""),
     (["none"], "no non nono", "no non nono"), ([], "text", "text"), (["😀é"], "a😀é", "a"),
 ])
 def test_a_text_ends_before_a_stop_string_wherever_pieces_end(stops, text, expected):

@@ -17,7 +17,8 @@ from dense_jax.models.params import get_params, unrolled
 from dense_jax.models.registry import FAMILIES
 from tests.builders import fast_jit, model_config, random_model, random_tokens
 
-RELEASED = {"depth": 1, "inject": "inputs", "gate_reduction": 32, "layers": 4}
+RELEASED = {"depth": 1, "inject": "inputs", "gate_reduction": 32, "layers": 4, "width": 32,
+            "key_dim": 16}
 # (layout, family, options): five layers make scanned super-blocks unless it is said otherwise.
 MODELS = [
     ("mamba", "mamba", {}),
@@ -28,7 +29,7 @@ MODELS = [
     ("llama", "transformer", {"kv_heads": 2}),
     ("llama", "transformer", {"tie_embeddings": True, "head_dim": 6, "rope_theta": 500.0}),
     ("DenseRetNet", "gau_retnet", RELEASED),
-    ("DenseRetNet", "gau_retnet", RELEASED | {"depth": 2, "key_dim": 12, "gate_reduction": 20}),
+    ("DenseRetNet", "gau_retnet", RELEASED | {"depth": 2, "key_dim": 0, "gate_reduction": 20}),
     # Models that the layouts above cannot represent.
     ("dense_jax", "mamba", {"depth": 1}),
     ("dense_jax", "mamba", {"depth": 2, "transition": "linear", "fusion": "attention"}),
@@ -36,6 +37,10 @@ MODELS = [
     ("dense_jax", "transformer", {"width": 18, "head_dim": 4}),
     ("dense_jax", "gau_retnet", {}),
     ("dense_jax", "gau_retnet", RELEASED | {"gate_reduction": 4}),
+    # The released gates have widths that follow from D alone: here they would be others.
+    ("dense_jax", "gau_retnet", RELEASED | {"key_dim": 8}),
+    ("dense_jax", "gau_retnet", RELEASED | {"expand": 3}),
+    ("dense_jax", "gau_retnet", RELEASED | {"width": 16, "key_dim": 8}),
     ("dense_jax", "gau_retnet", RELEASED | {"input_norm": False}),
     ("dense_jax", "gau_retnet", RELEASED | {"stride": 2}),
     ("dense_jax", "gau_retnet", RELEASED | {"inject": "state"}),
@@ -101,7 +106,7 @@ def test_every_option_of_a_family_comes_back(tmp_path, family):
   fields = {field.name: field.default for field in dataclasses.fields(mixer)}
   assert all(getattr(mixer, name) != default for name, default in fields.items())
   if family == "gau_retnet":
-    values |= RELEASED
+    values |= RELEASED | {"expand": 2}
   config = model_config(family, **values, norm_eps=0.01, tie_embeddings=True)
   assert choose(config)[0] != "dense_jax"
   save_hf(random_model(config), str(tmp_path / "saved"))

@@ -10,9 +10,18 @@ def test_flops_by_hand():
   base = model_config("mamba", layers=3)
   assert matmul_parameters(base) == 3 * layer + 16 * 11
   recurrence = 3 * 4 * 32 * 3
-  assert train_flops(base) == 3 * (2 * (3 * layer + 16 * 11) + recurrence)
+  assert train_flops(base, 24) == 3 * (2 * (3 * layer + 16 * 11) + recurrence)
 
   dense = model_config("mamba", depth=2, layers=3)
   gates = 2 * (16 * 4 + 4 * 32)
   reads = 2 * (1 + 2) * 32 * 3  # The second layer has one source, the third two.
-  assert train_flops(dense) == train_flops(base) + 3 * (2 * gates + reads)
+  assert train_flops(dense, 24) == train_flops(base, 24) + 3 * (2 * gates + reads)
+
+
+def test_attention_by_hand():
+  """Three heads of 4 channels, which need not make up D; a token sees five tokens at most."""
+  model = model_config("transformer", layers=2, heads=3, kv_heads=3, head_dim=4, context=5)
+  matmuls = 3 * 2 * matmul_parameters(model)
+  seen = 1 + 2 + 3 + 4 + 5 + 5 + 5 + 5
+  assert train_flops(model, 8) == matmuls + 3 * (2 * 4 * 12 * seen // 8)
+  assert train_flops(model, 1) == matmuls + 3 * 2 * 4 * 12

@@ -40,7 +40,7 @@ def test_utilization_of_the_published_peak(tmp_path, config, monkeypatch):
   recorder = Recorder(epath.Path(tmp_path), 0, config)
   recorder.write(1, STEP)
   recorder.close()
-  expected = train_flops(config.model) * 1e6 / (197e12 * jax.device_count())
+  expected = train_flops(config.model, config.data.seq_len) * 1e6 / (197e12 * jax.device_count())
   assert recorder.newest["mfu"] == pytest.approx(expected)
 
 

@@ -37,7 +37,7 @@ def test_equal_flops_take_more_steps_of_a_cheaper_model(tmp_path):
   dense, base = found["dense"], found["base"]
   assert base.config.train.steps > 200
   assert base.flops == pytest.approx(dense.flops, rel=0.01)
-  assert dense.flops == 100 * 4 * 64 * train_flops(dense.config.model)
+  assert dense.flops == 100 * 4 * 64 * train_flops(dense.config.model, 64)
 
 
 def test_a_time_is_measured_once(tmp_path):

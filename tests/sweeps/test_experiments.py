@@ -24,7 +24,7 @@ for command in commands.getvalue().splitlines():
   program, task, *arguments = shlex.split(command)
   assert (program, task) == ("dense-jax", "train")
   assert not train.main(arguments)
-sys.exit(sweep.main(sys.argv[1:]))
+sys.exit(sweep.main([*sys.argv[1:], "--table"]))
 """
 
 

@@ -84,6 +84,17 @@ def test_runs_side_by_side_share_the_cores(sweep):
     assert cores[0].isdisjoint(cores[1]) and cores[0] | cores[1] == before
 
 
+def test_a_system_without_affinity_runs_them_too(sweep, monkeypatch):
+  planned, folder, results = sweep
+  before = sorted(os.sched_getaffinity(0))
+  for name in ("sched_getaffinity", "sched_setaffinity"):
+    monkeypatch.delattr(os, name)
+  assert not run_jobs(list(jobs(SWEEP, planned, folder, [0])), results, side_by_side=2,
+                      say=lambda _: None, command=write_loss)
+  for name in LOSSES:
+    assert json.loads((folder / name / "seed0" / "loss.json").read_text())[1] == before
+
+
 def test_a_finished_run_that_is_not_among_the_results_is_collected(sweep):
   planned, folder, results = sweep
   todo = next_jobs(SWEEP, planned, folder, results)

@@ -123,6 +123,18 @@ def test_slices_and_kernels_change_nothing(mesh, implementation, inject):
   assert_trees_close(actual, after_a_step(config("mamba2", inject=inject)))
 
 
+@pytest.mark.slow
+def test_maps_of_states_are_not_split_with_the_heads():
+  """With one group there is one map, which two devices cannot share out."""
+  options = {"depth": 1, "groups": 1, "transition": "linear", "fusion": "concat"}
+  settings = config("mamba2")
+  settings = dataclasses.replace(
+      settings, model=model_config("mamba2", vocab_size=16, layers=3, **options)
+  )
+  actual = after_a_step(dataclasses.replace(settings, mesh=MeshConfig(data=1, tensor=2)))
+  assert_trees_close(actual, after_a_step(settings))
+
+
 @functools.cache
 def collectives(settings):
   """Returns kind -> (count, bytes) of the collectives in a step's program."""

@@ -43,10 +43,12 @@ def project_query(query_N: Array, matrix: Array) -> Array:
 
 
 def identity_matrices(rngs: nnx.Rngs, count: int, query: tuple[int, ...]) -> nnx.Param:
-  """Makes `count` identity maps over the state axis, for queries of trailing shape `query`."""
+  """Makes `count` identity maps over the state axis, for queries of trailing shape `query`.
+
+  Every device has all of them: they are small, and a mesh need not divide the number of groups.
+  """
   return parameter(
-      rngs, (count, *query, query[-1]),
-      (None, "heads", None, None) if len(query) == 2 else (None, None, None),
+      rngs, (count, *query, query[-1]), (None,) * (len(query) + 2),
       lambda _, shape: jnp.broadcast_to(jnp.eye(shape[-1], dtype=jnp.float32), shape),
   )
 
