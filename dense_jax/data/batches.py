@@ -1,6 +1,8 @@
 """Batches of training rows, as a function of the step, and batches of held-out rows in order."""
 
 import logging
+import multiprocessing
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from dense_jax.batch import Batch, Segments
 from dense_jax.config import invalid
 from dense_jax.config.mixture import KEY, Mixture
 from dense_jax.data import order
+from dense_jax.data.child_process import end_with
 from dense_jax.data.row_store import JoinedRows, RowStore
 from dense_jax.errors import InputError
 
@@ -44,6 +47,7 @@ class _Source:
       mixtures: Sequence[Mixture], rows: slice | None,
   ) -> None:
     self.threads: set[threading.Thread] = set()
+    self._process = os.getpid()
     self._store, self._seq_len, self._batch_size = store, seq_len, batch_size
     self._rows = range(batch_size)[slice(None) if rows is None else rows]
     self._parts = _parts(store, mixtures)
@@ -68,6 +72,12 @@ class _Source:
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "threads": set()}  # Threads stay in their process.
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__ |= state
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid == self._process:  # A worker of `config.data.workers`.
+      end_with(self._process)
 
 
 def _parts(store: RowStore, mixtures: Sequence[Mixture]) -> Mapping[str, RowStore]:

@@ -9,20 +9,12 @@ Standard output: the model (status 0), or the trainer's error message (status 3)
 
 import io
 import json
-import os
 import signal
 import sys
-import threading
-import time
+
+from dense_jax.data.child_process import end_with
 
 REFUSED = 3
-_POLL_SECONDS = 0.2
-
-
-def _end_with_parent(parent: int) -> None:
-  while os.getppid() == parent:
-    time.sleep(_POLL_SECONDS)
-  os._exit(1)
 
 
 def main(parent: int) -> int:
@@ -30,7 +22,7 @@ def main(parent: int) -> int:
   # A terminal sends these to parent and child alike; the parent decides what to do.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-  threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+  end_with(parent)
   import sentencepiece  # After the signal handlers are set, because the import is slow.
 
   sentences, options = json.load(sys.stdin.buffer)

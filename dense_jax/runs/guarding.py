@@ -17,16 +17,20 @@ from etils import epath
 
 from dense_jax import distributed
 from dense_jax.config import ExperimentConfig
+from dense_jax.data.cache import digest
 from dense_jax.data.passing import PassingOver
 from dense_jax.errors import DivergedError, InputError
 from dense_jax.files import read_object, write_atomically
 from dense_jax.formatting import table
 from dense_jax.outputs import write_json
+from dense_jax.runs import resume
+from dense_jax.runs.workdir import CHECKPOINTS
 from dense_jax.training.diagnosis import Diagnosis, diagnose
-from dense_jax.training.events import record_event
+from dense_jax.training.events import note_event
 from dense_jax.training.guard import IN_A_ROW, SKIPPED
 from dense_jax.training.loop import Moment
 from dense_jax.training.step import Metrics, Trainer, TrainState
+from dense_jax.training.stored import saved_steps
 
 PASSED_FILE = "passed_over.json"
 DIAGNOSIS_FILE = "diagnosis.json"
@@ -66,6 +70,7 @@ class Guarding:
     self._workdir, self._config, self._say = workdir, config, say
     self._batches = batches
     self._identity = {key: value for key, value in batches.get_state().items() if key != "step"}
+    self._course = digest(json.dumps(resume.course(config), sort_keys=True))
     self._returns = _Returns()
     self._skipped = 0
     self._read()
@@ -75,22 +80,27 @@ class Guarding:
     file = self._workdir / PASSED_FILE
     if not file.is_file():
       return
-    valid = "what a run wrote: spans, step, returns and batches"
+    valid = "what a run wrote: spans, step, returns, batches and course"
     values = read_object(file, valid)
     try:
       spans = [(int(first), int(end)) for first, end in values["spans"]]
       returns = _Returns(int(values["step"]), int(values["returns"]))
-      identity = values["batches"]
+      identity, course = values["batches"], values.get("course", self._course)
     except (KeyError, TypeError, ValueError) as error:
       raise InputError(f"{file} is not valid: expected {valid}") from error
-    if identity == self._identity:  # Else it is of a run that was begun here before.
+    # With a checkpoint the course may have been changed by name. Without one, another course is
+    # that of another run, which was begun here before.
+    has_checkpoint = bool(saved_steps(self._workdir / CHECKPOINTS))
+    if identity == self._identity and (has_checkpoint or course == self._course):
       self._batches.pass_over(spans)
       self._returns = returns
+    elif not has_checkpoint:
+      distributed.by_first(lambda: file.unlink(missing_ok=True))
 
   def _write(self) -> None:
     content = {
         "batches": self._identity, "spans": self._batches.spans, "step": self._returns.step,
-        "returns": self._returns.count,
+        "returns": self._returns.count, "course": self._course,
     }
     file = self._workdir / PASSED_FILE
     distributed.by_first(lambda: write_atomically(file, json.dumps(content, indent=1).encode()))
@@ -196,7 +206,7 @@ class Guarding:
 
   def _record(self, step: int, kind: str, text: str) -> None:
     self._say(f"step {step}  {text}")
-    record_event(self._workdir, step, kind, text)
+    note_event(self._workdir, step, kind, text)
 
 
 def layer_table(found: Diagnosis) -> str:

@@ -4,7 +4,6 @@ heartbeat.json says what the run was doing when, so that anybody can see whether
 is written by the thread that trains: where that hangs, the heartbeat stops.
 """
 
-import contextlib
 import dataclasses
 import faulthandler
 import json
@@ -13,7 +12,6 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -23,7 +21,7 @@ from etils import epath
 from dense_jax import distributed
 from dense_jax.errors import DivergedError
 from dense_jax.files import is_remote, parse_json, write_atomically
-from dense_jax.training.events import read_events, record_event
+from dense_jax.training.events import note_event, read_events
 from dense_jax.training.loop import Hook, Moment
 
 HEARTBEAT_FILE = "heartbeat.json"
@@ -141,21 +139,14 @@ class Life:
       return
     beat = Heartbeat(time.time(), self._step, self._steps, self._doing, socket.gethostname(),
                      os.getpid())
-    with self._only_warns():
-      content = json.dumps(dataclasses.asdict(beat)).encode()
+    content = json.dumps(dataclasses.asdict(beat)).encode()
+    try:
       write_atomically(self._workdir / HEARTBEAT_FILE, content)
+    except Exception as error:  # A bucket has errors of its own.
+      _LOG.warning("a sign of life could not be written: %s", error)
 
   def _record(self, kind: str, text: str) -> None:
-    with self._only_warns():
-      record_event(self._workdir, self._step, kind, text)
-
-  @contextlib.contextmanager
-  def _only_warns(self) -> Iterator[None]:
-    """Turns an error of the file system into a warning: a run does not end for want of a sign."""
-    try:
-      yield
-    except OSError as error:
-      _LOG.warning("a sign of life could not be written: %s", error)
+    note_event(self._workdir, self._step, kind, text)
 
   def __exit__(
       self, kind: type[BaseException] | None, error: BaseException | None,

@@ -41,7 +41,7 @@ from dense_jax.runs.memory import check_memory
 from dense_jax.runs.profiling import Profile
 from dense_jax.runs.recording import CHECKPOINT_SECONDS, Recorder
 from dense_jax.training.checkpoint import Checkpoints, check_name, clear_uncommitted
-from dense_jax.training.events import record_event
+from dense_jax.training.events import note_event
 from dense_jax.training.lock import RunLock
 from dense_jax.training.loop import DataWait, Hook, Logger, Moment, checkpoint_hook, train
 from dense_jax.training.metrics import Progress
@@ -196,6 +196,7 @@ def train_run(
         step = int(state.step)
         # Saving raises an error once too many saves have failed.
         while not checkpoints.is_saved() and not guarding.must_return(state):
+          checkpoints.wait_to_retry(lambda: bool(interrupt.requested))
           saving.run(Moment(step, state, step < config.train.steps))
       if not guarding.must_return(state):
         break
@@ -214,8 +215,7 @@ def train_run(
 def _tell(workdir: epath.Path, step: int, kind: str, text: str) -> None:
   """Warns of what happened to a checkpoint, and records it."""
   _LOG.warning("%s", text)
-  with contextlib.suppress(OSError):  # Of a full disk, which the run itself will meet.
-    record_event(workdir, step, kind, text)
+  note_event(workdir, step, kind, text)
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,9 +16,9 @@ from dense_jax.data.pipeline import Datasets
 from dense_jax.errors import InputError
 from dense_jax.files import PARTIALS, is_remote, parse_json, write_atomically
 from dense_jax.runs import resume
-from dense_jax.training.events import EVENTS_FILE
+from dense_jax.training.events import EVENTS_FILE, read_events
 from dense_jax.training.lock import LOCK_FILE
-from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE
+from dense_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE, read_metrics
 from dense_jax.training.stored import saved_steps
 
 CHECKPOINTS = "checkpoints"
@@ -43,8 +44,9 @@ def check_config(
 ) -> None:
   """Checks that training with this configuration may begin or resume in a folder.
 
-  A run without a checkpoint has nothing to lose, so it may begin again, even with another
-  configuration.
+  A run that never had a checkpoint has nothing to lose, so it may begin again, even with another
+  configuration. One whose checkpoints are missing, on a disk that is not mounted for example, may
+  not.
 
   Args:
     workdir: the folder, which may not exist yet.
@@ -62,7 +64,13 @@ def check_config(
     )
   if steps:
     resume.check(experiment.read(workdir), config, steps[-1], allow_change)
-  elif workdir.exists() and not holds_run(workdir):
+  elif holds_run(workdir):
+    if had := _had_checkpoints(workdir):
+      raise invalid(
+          "--workdir", str(workdir), f"a folder whose checkpoints are there: its run {had}, and "
+          f"{CHECKPOINTS} has none now. Put them back where they were, or name a new folder",
+      )
+  elif workdir.exists():
     foreign = [e.name for e in workdir.iterdir() if e != workdir and not _is_leftover(e)]
     if foreign:
       raise invalid(
@@ -71,7 +79,8 @@ def check_config(
       )
   for name in (*_FILES, *_FOLDERS):
     entry, kind = workdir / name, "folder" if name in _FOLDERS else "file"
-    if entry.exists() and entry.is_dir() != (kind == "folder"):
+    is_there = entry.exists() or os.path.islink(os.fspath(entry))  # A link may lead nowhere.
+    if is_there and entry.is_dir() != (kind == "folder"):
       raise invalid("--workdir", str(workdir), f"a folder whose {name} is a {kind}")
 
 
@@ -82,9 +91,28 @@ def holds_run(workdir: epath.Path) -> bool:
     return False
   try:
     config = parse_json(file.read_bytes())
-  except ValueError:
-    return True  # A run's, but damaged.
+  except ValueError:  # A run's, but damaged, if a run's next file is there.
+    return (workdir / DATA_FILE).is_file()
   return isinstance(config, dict) and config.keys() >= _GROUPS
+
+
+def _had_checkpoints(workdir: epath.Path) -> str:
+  """Returns what shows that the run in a folder without checkpoints has had some; "" if nothing."""
+  kinds: dict[str, int] = {}
+  for event in read_events(workdir):
+    kinds[event.kind] = max(event.step, kinds.get(event.kind, 0))
+  for kind, said in (("end", "has ended"), ("interrupted", "was saved"), ("start", "went on")):
+    if kinds.get(kind):
+      return f"{said} at step {kinds[kind]}"
+  newest = max((record["step"] for record in read_metrics(workdir)), default=0)
+  try:
+    every = experiment.read(workdir).train.checkpoint_every
+  except InputError:
+    return ""
+  # The first save may take long, but the second waits for it.
+  if newest >= 2 * every and "save failed" not in kinds:
+    return f"has trained to step {newest} with a checkpoint every {every} steps"
+  return ""
 
 
 def _is_leftover(entry: epath.Path) -> bool:

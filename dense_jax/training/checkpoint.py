@@ -39,6 +39,7 @@ from dense_jax.training.stored import HELDOUT_LOSS, DamagedError, Stored, saved_
 # After a save has failed, the first, second and third of those that try again begin so many seconds
 # after the one before began. If the third fails too, the run stops.
 _RETRY_SECONDS = (0.0, 10.0, 60.0)
+_LOOK_SECONDS = 0.2
 # The most times, 0.1 s apart, that what a failed save left is removed.
 _MOST_REMOVED = 50
 # Old checkpoints are renamed into this folder before they are deleted, so that a kill leaves none
@@ -244,6 +245,11 @@ class Checkpoints(CheckpointReader):
     if self._error is not None:
       return self._is_last_try or now - self._saved >= _RETRY_SECONDS[self._failures]
     return not self._under_way and 0 < 60 * minutes <= now - self._saved
+
+  def wait_to_retry(self, stop: Callable[[], bool]) -> None:
+    """Waits until a save that failed may be tried again, or `stop` returns true."""
+    while self._error is not None and not self.wants_save(0) and not stop():
+      time.sleep(_LOOK_SECONDS)
 
   def is_saved(self) -> bool:
     """Waits for the last save; returns whether it succeeded, in all processes."""

@@ -7,6 +7,7 @@ earlier step, keeps what it has met.
 
 import dataclasses
 import json
+import logging
 import os
 import time
 
@@ -16,6 +17,7 @@ from dense_jax import distributed
 from dense_jax.files import is_remote, parse_json, write_atomically
 
 EVENTS_FILE = "events.jsonl"
+_LOG = logging.getLogger(__name__)
 
 # Kind -> what it says. A reader counts kinds; the rest is in the text.
 KINDS = {
@@ -59,8 +61,7 @@ def record_event(workdir: epath.Path, step: int, kind: str, text: str) -> None:
     ValueError: `kind` is not one of `KINDS`.
     OSError: the file cannot be written.
   """
-  if kind not in KINDS:
-    raise ValueError(f"unknown kind of event {kind!r}: expected one of {', '.join(KINDS)}")
+  _check_kind(kind)
   if not distributed.is_first():
     return
   event = Event(time.time(), step, kind, text)
@@ -78,6 +79,24 @@ def record_event(workdir: epath.Path, step: int, kind: str, text: str) -> None:
     lines.write(line)
     lines.flush()
     os.fsync(lines.fileno())
+
+
+def _check_kind(kind: str) -> None:
+  if kind not in KINDS:
+    raise ValueError(f"unknown kind of event {kind!r}: expected one of {', '.join(KINDS)}")
+
+
+def note_event(workdir: epath.Path, step: int, kind: str, text: str) -> None:
+  """Records an event, and only warns if that fails: a run does not end for want of a line.
+
+  Raises:
+    ValueError: `kind` is not one of `KINDS`.
+  """
+  _check_kind(kind)
+  try:
+    record_event(workdir, step, kind, text)
+  except Exception as error:  # A bucket has errors of its own.
+    _LOG.warning("%s: the event %r could not be written: %s", EVENTS_FILE, kind, error)
 
 
 def read_events(workdir: epath.Path) -> list[Event]:

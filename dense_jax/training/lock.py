@@ -10,6 +10,7 @@ when its number has not changed for 35 seconds.
 import contextlib
 import functools
 import json
+import logging
 import os
 import socket
 import threading
@@ -26,6 +27,7 @@ from dense_jax.errors import InputError
 from dense_jax.files import is_remote, parse_json, try_lock
 
 LOCK_FILE = "lock.json"
+_LOG = logging.getLogger(__name__)
 _RENEW_SECONDS = 10.0
 # A holder whose number has not changed for so long is dead.
 _SILENT_SECONDS = 35.0
@@ -34,6 +36,8 @@ _LOOK_SECONDS = 2.0
 # A holder that has not written for so long is dead: no two machines' clocks differ by that much.
 _SURELY_SILENT_SECONDS = 600.0
 _CONTENT_BYTES = 512
+_READ_BYTES = 4096
+_BEGIN = b'{"host": '
 
 
 class RunLock:
@@ -79,12 +83,12 @@ class RunLock:
 
   def _take_local(self, say: Callable[[str], None]) -> None:
     while self._handle is None:
-      handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+      handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
       try:
         locked = try_lock(handle)
         if locked and not _is_at(handle, self._file):
           continue  # Its holder released it in between: the name is now another file's, or none's.
-        holder = _read(handle)
+        holder = self._holder(os.pread(handle, _READ_BYTES, 0))
         here = holder.get("host") == self._content["host"]
         if locked is False and (here or not holder):
           raise self._held(holder)
@@ -102,7 +106,7 @@ class RunLock:
     self._renew()
 
   def _take_remote(self, say: Callable[[str], None]) -> None:
-    holder = self._read_remote()
+    holder = self._holder(self._remote_content())
     if holder:
       self._wait_for_silence(holder, say, self._read_remote)
       say(f"took over the lock of a run that ended without releasing it: {_name(holder)}")
@@ -134,11 +138,27 @@ class RunLock:
         f"a folder into which no other run writes; this one is used by {_name(holder)}",
     )
 
-  def _read_remote(self) -> dict[str, Any]:
+  def _remote_content(self) -> bytes:
     try:
-      return _parse(self._file.read_bytes())
+      return self._file.read_bytes()
     except FileNotFoundError:
-      return {}
+      return b""
+
+  def _read_remote(self) -> dict[str, Any]:
+    return _parse(self._remote_content())
+
+  def _holder(self, content: bytes) -> dict[str, Any]:
+    """Returns who holds the lock, which is to be taken, or {} if nobody does.
+
+    Raises:
+      InputError: the file is another program's, and no lock may overwrite it.
+    """
+    said = content.strip(b"\0 \n")  # A crash of the machine may leave zeros.
+    if len(content) > _CONTENT_BYTES or (said and not said.startswith(_BEGIN)):
+      raise invalid(
+          "--workdir", str(self._workdir), f"a folder in which no other program has a {LOCK_FILE}"
+      )
+    return _parse(content)
 
   def _renew(self) -> None:
     """Increases the number and writes the lock's content."""
@@ -160,7 +180,9 @@ class RunLock:
       if self._look():
         return
       if time.monotonic() - renewed >= _RENEW_SECONDS:
-        with contextlib.suppress(OSError):  # A full disk is for the run itself to report.
+        # A full disk is for the run itself to report, and so is a bucket that does not answer, which
+        # has errors of its own.
+        with contextlib.suppress(Exception):
           self._renew()
         renewed = time.monotonic()
 
@@ -175,8 +197,8 @@ class RunLock:
         self._lost = f"it, or {LOCK_FILE} in it, was removed, replaced or unmounted"
       elif not self._is_own(holder):
         self._lost = f"it was taken over by {_name(holder)}"
-    except OSError:
-      pass  # A file system that does not answer now may answer later.
+    except Exception:  # What does not answer now may answer later: a file system, or a bucket.
+      _LOG.debug("the lock could not be read", exc_info=True)
     return self._lost
 
   def _is_own(self, holder: dict[str, Any]) -> bool:
@@ -204,7 +226,7 @@ class RunLock:
     self._ended.set()
     if self._thread.is_alive():
       self._thread.join()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # As in `_keep`.
       if self._handle is not None:
         if _is_at(self._handle, self._file):
           self._file.unlink()
@@ -239,7 +261,7 @@ def _is_at(handle: int, file: epath.Path) -> bool:
 
 
 def _read(handle: int) -> dict[str, Any]:
-  return _parse(os.pread(handle, 4096, 0))
+  return _parse(os.pread(handle, _READ_BYTES, 0))
 
 
 def _parse(content: bytes) -> dict[str, Any]:

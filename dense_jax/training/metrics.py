@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import IO, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import tqdm
 from etils import epath
@@ -68,7 +68,9 @@ class Writer(Protocol):
 class MetricsWriter:
   """Appends to metrics.jsonl, to TensorBoard's events, and to other writers.
 
-  A run that resumes from a checkpoint drops the lines of later steps, which it will write again.
+  A run that resumes from a checkpoint drops the lines of later steps, which it will write again. No
+  run ends for want of a record: what a full disk or a bucket refuses is warned of, and tried again
+  with the next record.
   """
 
   def __init__(
@@ -96,30 +98,37 @@ class MetricsWriter:
           beside.name,
       )
     kept = [record for record in records if record["step"] <= first_step]
-    self._lines = _open_lines(file, "".join(json.dumps(line) + "\n" for line in kept))
-    self._writers: list[Writer] = [_Events(workdir / EVENTS_FOLDER, first_step), *also]
+    lines = _RemoteLines if is_remote(file) else _LocalLines
+    self._writers: list[Writer] = [
+        lines(file, "".join(_line(**line) for line in kept)),
+        _Events(workdir / EVENTS_FOLDER, first_step), *also,
+    ]
+    self._warned = False
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one record; floats keep all their digits."""
-    if not self._enabled:
-      return
-    self._lines.write(json.dumps({"step": step, **values}) + "\n")
-    for writer in self._writers:
-      writer.write(step, values)
+    self._each(lambda writer: writer.write(step, values))
 
   def flush(self) -> None:
     """Hands all records over to the file system or the bucket."""
-    if self._enabled:
-      self._lines.flush()
-      for writer in self._writers:
-        writer.flush()
+    self._each(lambda writer: writer.flush())
 
   def close(self) -> None:
     """Flushes and closes both files, and the other writers."""
+    self._each(lambda writer: writer.close())
+
+  def _each(self, act: Callable[[Writer], None]) -> None:
+    failed = False
+    for writer in self._writers if self._enabled else ():
+      try:
+        act(writer)
+      except Exception as error:  # A bucket has errors of its own.
+        failed = True
+        if not self._warned:
+          _LOG.warning("records cannot be written (%s): training goes on, and they are tried again",
+                       error)
     if self._enabled:
-      self._lines.close()
-      for writer in self._writers:
-        writer.close()
+      self._warned = failed
 
 
 def _unused(file: epath.Path) -> epath.Path:
@@ -163,21 +172,52 @@ class _Events:
     self._writer.close()
 
 
-def _open_lines(file: epath.Path, begin: str) -> "IO[str] | _RemoteLines":
-  """Replaces the file's content with `begin`, and opens it for appending lines."""
-  write_atomically(file, begin.encode())
-  return _RemoteLines(file, begin) if is_remote(file) else open(file, "a", buffering=1)
+def _line(step: float, **values: float) -> str:
+  return json.dumps({"step": step, **values}) + "\n"
+
+
+class _LocalLines:
+  """A file that lines are appended to; one that a full disk refuses is appended with the next."""
+
+  def __init__(self, file: epath.Path, text: str) -> None:
+    """Replaces the file's content with `text`, and opens it."""
+    write_atomically(file, text.encode())
+    self._file = os.open(file, os.O_WRONLY | os.O_APPEND)
+    self._waiting = b""
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self._waiting += _line(step, **values).encode()
+    self.flush()
+
+  def flush(self) -> None:
+    size = os.fstat(self._file).st_size
+    rest = self._waiting
+    try:
+      while rest:
+        rest = rest[os.write(self._file, rest):]
+    except OSError:
+      os.ftruncate(self._file, size)  # No line is left cut off.
+      raise
+    self._waiting = b""
+
+  def close(self) -> None:
+    try:
+      self.flush()
+    finally:
+      os.close(self._file)
 
 
 class _RemoteLines:
   """A text file in a bucket, which cannot be appended to: it is rewritten now and then."""
 
   def __init__(self, file: epath.Path, text: str) -> None:
+    """Replaces the file's content with `text`."""
+    write_atomically(file, text.encode())
     self._file, self._text = file, text
     self._uploaded, self._time = text, time.monotonic()
 
-  def write(self, line: str) -> None:
-    self._text += line
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self._text += _line(step, **values)
     if time.monotonic() - self._time > _UPLOAD_SECONDS:
       self.flush()
 

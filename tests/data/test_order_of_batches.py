@@ -7,7 +7,14 @@ processes are slices of rows here. `tests/training/test_processes.py` starts rea
 import contextlib
 import hashlib
 import json
+import multiprocessing
+import os
+import pathlib
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +24,7 @@ from dense_jax.data.batches import TrainBatches
 from dense_jax.data.best_fit import best_fit
 from dense_jax.data.row_store import JoinedRows
 from dense_jax.data.token_store import TokenStore
+from tests.helpers import ROOT
 
 T, ROWS, STEPS, SEED = 16, 8, 40, 11
 MIXED = parse_mixtures("web=5,books=2,code=1; 13: web=1,code=3")
@@ -107,10 +115,6 @@ def test_batches_of_worker_processes_are_the_same(kind, processes, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_started_again(caplog):
-  import multiprocessing
-  import os
-  import signal
-
   store, _ = _plain(None)
   expected = TrainBatches(store, T, ROWS, SEED)
   with contextlib.closing(TrainBatches(store, T, ROWS, SEED, workers=2)) as batches:
@@ -120,6 +124,36 @@ def test_a_worker_that_is_killed_is_started_again(caplog):
       np.testing.assert_array_equal(next(batches).tokens_BT, next(expected).tokens_BT)
   expected.close()
   assert caplog.text.count("a worker of config.data.workers is gone") >= 1
+
+
+# Reads a batch with two workers, says which processes they are, and waits.
+WAIT = """
+import multiprocessing, time
+from dense_jax.data.batches import TrainBatches
+from tests.data.test_order_of_batches import ROWS, SEED, T, _plain
+if __name__ == "__main__":
+  batches = TrainBatches(_plain(None)[0], T, ROWS, SEED, workers=2)
+  next(batches)
+  print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+  time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+  (tmp_path / "wait.py").write_text(WAIT)  # Workers import the file that has begun them.
+  with subprocess.Popen(
+      [sys.executable, tmp_path / "wait.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+      stdout=subprocess.PIPE, text=True,
+  ) as trainer:
+    workers = [pathlib.Path("/proc", pid) for pid in trainer.stdout.readline().split()]
+    are_there = [worker.exists() for worker in workers]
+    trainer.kill()
+  assert are_there == [True, True]
+  end = time.monotonic() + 60
+  while any(worker.exists() for worker in workers):
+    assert time.monotonic() < end
+    time.sleep(0.2)
 
 
 @pytest.mark.parametrize("kind", [*KINDS])

@@ -64,7 +64,7 @@ def _full(base: Base, place: pathlib.Path, left: int) -> Trial:
     [child] = yield [base.train(workdir, kill_at=80)]
     newest, logged = max(runs.saved(workdir), default=0), runs.done(workdir)
     ballast = fill(place, left)
-    [child] = yield [base.train(workdir)]
+    [child] = yield [base.train(workdir, before=_impatient)]
     if child.status != 2 or "No space left on device" not in child.said:
       return Outcome(FULL, 1, runs.tail(child))
     if "Traceback" in child.said:
@@ -77,12 +77,8 @@ def _full(base: Base, place: pathlib.Path, left: int) -> Trial:
 
 
 def _passing(base: Base, workdir: pathlib.Path, left: int) -> Trial:
-  """The disk is full during one save: that is told, and the next one is tried and succeeds.
-
-  It is the disk of the checkpoints alone: without space for its metrics, a run ends.
-  """
-  workdir.mkdir()
-  with disk(workdir / "checkpoints", 64 * 2**20) as place:
+  """The disk is full during one save: that is told, and the next one is tried and succeeds."""
+  with disk(workdir, 64 * 2**20) as place:
     ballast: list[pathlib.Path] = []
 
     def during(child: Child) -> None:
@@ -98,6 +94,13 @@ def _passing(base: Base, workdir: pathlib.Path, left: int) -> Trial:
     if not wrong and "could not be saved, and" not in child.said:
       wrong = "no save failed"
     return Outcome(PASSING, 1, wrong)
+
+
+def _impatient() -> None:
+  """Lets saves that fail be tried again within two seconds."""
+  from dense_jax.training import checkpoint
+
+  checkpoint._RETRY_SECONDS = (0.0, 0.5, 1.0)
 
 
 def _slow_steps() -> None:
@@ -127,7 +130,7 @@ def _read_only(base: Base, place: pathlib.Path) -> Trial:
   subprocess.run(["mount", "--bind", folder, folder], check=True)
   try:
     subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
-    [child] = yield [base.train(workdir)]
+    [child] = yield [base.train(workdir, before=_impatient)]
   finally:
     subprocess.run(["umount", "--lazy", folder], check=True)
   if child.status != 2 or "Read-only file system" not in child.said:

@@ -109,7 +109,7 @@ def test_a_folder_that_is_gone_is_no_error_of_its_own(tmp_path, caplog):
   with pytest.raises(RuntimeError, match="another"), Life(folder, 0, 9, 0):
     shutil.rmtree(folder)
     raise RuntimeError("another")
-  assert "a sign of life could not be written" in caplog.text
+  assert "the event 'failed' could not be written" in caplog.text
   assert not folder.exists()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 from etils import epath
@@ -12,6 +13,7 @@ from dense_jax.config import DataConfig, build
 from dense_jax.data.pipeline import load_datasets
 from dense_jax.errors import InputError
 from dense_jax.runs import workdir
+from dense_jax.training.events import record_event
 from tests.helpers import write_text
 
 
@@ -90,6 +92,9 @@ def test_checkpoints_without_a_configuration_are_no_place_to_begin(run, config):
     check(run, config)
 
 
+GROUPS = json.dumps({"model": {}, "data": {}, "optimizer": {}, "train": {}, "mesh": {}})
+
+
 @pytest.mark.parametrize("left", [
     (), ("lock.json",), (".config.json.0123.partial", "lock.json"), (".nfs01",), ("lost+found/",),
     ("lock.json", "config.json"), ("config.json", "data.json", "metrics.jsonl", "tokenizer/"),
@@ -102,9 +107,42 @@ def test_what_a_run_left_before_its_first_checkpoint_is_no_obstacle(tmp_path, co
   folder.mkdir()
   for name in left:
     path = folder / name
-    path.mkdir(parents=True) if name.endswith("/") else path.write_text("{")
+    content = GROUPS if name == "config.json" else "{"
+    path.mkdir(parents=True) if name.endswith("/") else path.write_text(content)
   check(folder, config)
   check(folder, with_values(config, model={"width": 24}))
+
+
+@pytest.mark.parametrize("shown", [
+    [("start", 0), ("end", 4)], [("start", 0), ("killed", 2), ("start", 2)],
+    [("start", 0), ("interrupted", 3)],
+])
+def test_a_run_whose_checkpoints_are_missing_does_not_begin_again(run, config, shown):
+  shutil.rmtree(run / "checkpoints")
+  for kind, step in shown:
+    record_event(epath.Path(run), step, kind, "")
+  with pytest.raises(InputError, match=f"its run .* at step {shown[-1][1]}, and checkpoints has"):
+    check(run, config)
+
+
+@pytest.mark.parametrize(("newest", "kind", "is_refused"), [
+    (8, "killed", True), (7, "killed", False), (9, "save failed", False)
+])
+def test_a_run_that_came_far_had_checkpoints_unless_its_saves_failed(
+    run, config, newest, kind, is_refused
+):
+  shutil.rmtree(run / "checkpoints")
+  (run / "checkpoints").symlink_to(run / "unmounted")
+  experiment.save(with_values(config, train={"checkpoint_every": 4}), epath.Path(run))
+  record_event(epath.Path(run), newest, kind, "")
+  (run / "metrics.jsonl").write_text(json.dumps({"step": newest, "loss": 1.0}) + "\n")
+  message = f"has trained to step {newest} with a checkpoint every 4 steps" if is_refused else (
+      "a folder whose checkpoints is a folder")
+  with pytest.raises(InputError, match=message):
+    check(run, config)
+  (run / "checkpoints").unlink()
+  if not is_refused:
+    check(run, config)
 
 
 @pytest.mark.parametrize("left", ["thesis.tex", "checkpoints/model.pt", "metrics.jsonl", "4/"])
@@ -114,6 +152,12 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, config, left):
   path.mkdir() if left.endswith("/") else path.touch()
   with pytest.raises(InputError, match=f"a new or empty folder.*it holds {left.partition('/')[0]}"):
     check(tmp_path / "run", config)
+
+
+def test_another_programs_configuration_is_left_alone(tmp_path, config):
+  (tmp_path / "config.json").write_text('{"strict": true}  // of a compiler')
+  with pytest.raises(InputError, match=r"it holds config\.json"):
+    check(tmp_path, config)
 
 
 @pytest.fixture

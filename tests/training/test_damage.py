@@ -292,6 +292,37 @@ def test_saves_that_go_on_failing_stop_the_run(tmp_path, full_disk, monkeypatch)
   assert ["another save is tried" in text for _, text in told] == [True, True, True, False]
 
 
+def test_a_last_save_waits_between_its_tries(tmp_path, full_disk, monkeypatch):
+  now, waits = [100.0], []
+  monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(checkpoints, "_RETRY_SECONDS", RETRY_SECONDS)
+  monkeypatch.setattr(checkpoints, "_LOOK_SECONDS", 0.0)
+  writer = Checkpoints(epath.Path(tmp_path), MODEL, tell=Told())
+  full_disk[0] = 3
+
+  def a_second_passes():
+    now[0] += 1
+    return False
+
+  while writer.save(state(1), 1, {"step": 1}, None) and not writer.is_saved():
+    before = now[0]
+    writer.wait_to_retry(a_second_passes)
+    waits.append(now[0] - before)
+  assert waits == [0, 10, 60] and saved_steps(epath.Path(tmp_path)) == [1]
+  writer.wait_to_retry(lambda: pytest.fail("nothing failed"))
+  writer.close()
+
+
+def test_whoever_asks_for_the_end_is_not_kept_waiting(tmp_path, full_disk, monkeypatch):
+  monkeypatch.setattr(checkpoints, "_RETRY_SECONDS", (600.0,))
+  writer = Checkpoints(epath.Path(tmp_path), MODEL, tell=Told())
+  full_disk[0] = 1
+  assert writer.save(state(1), 1, {"step": 1}, None) and not writer.is_saved()
+  writer.wait_to_retry(lambda: True)
+  assert writer.save(state(1), 1, {"step": 1}, None) and writer.is_saved()
+  writer.close()
+
+
 def test_minutes_since_the_last_save_ask_for_another(tmp_path, monkeypatch):
   now = [100.0]
   monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])

@@ -159,10 +159,46 @@ def test_a_file_system_without_locks_goes_by_the_number(take, tmp_path, monkeypa
   take()
 
 
-@pytest.mark.parametrize("content", ["", "\n", "garbage", "[" * 100_000, "[]", "{}", "\0" * 99])
+@pytest.mark.parametrize("content", ["", "\n", "\0" * 99, '{"host": "a", "pi', '{"host": [' * 40])
 def test_a_damaged_lock_is_taken_over(take, tmp_path, content):
   (tmp_path / LOCK_FILE).write_text(content)
   take().check()
+
+
+@pytest.mark.parametrize("content", ["garbage", "[" * 100_000, "[]", "{}", '{"host": "a"}' * 99])
+def test_another_programs_file_is_no_lock(take, tmp_path, content):
+  (tmp_path / LOCK_FILE).write_text(content)
+  with pytest.raises(InputError, match=r"in which no other program has a lock\.json"):
+    take()
+  assert (tmp_path / LOCK_FILE).read_text() == content
+
+
+def test_a_link_is_no_lock(take, tmp_path):
+  (tmp_path / "elsewhere").write_text("")
+  (tmp_path / LOCK_FILE).symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(InputError, match=r"lock\.json: Too many levels of symbolic links"):
+    take()
+  assert (tmp_path / "elsewhere").read_text() == ""
+
+
+def test_a_bucket_that_does_not_answer_for_a_while_costs_no_lock(take, tmp_path, monkeypatch):
+  holder, renew, failing = take(), RunLock._renew, threading.Event()
+
+  def fail(self):
+    failing.set()
+    raise RuntimeError("503")  # What a bucket's library raises is no OSError.
+
+  monkeypatch.setattr(RunLock, "_renew", fail)
+  monkeypatch.setattr(lock, "_read", fail)
+  assert failing.wait(10)
+  monkeypatch.setattr(RunLock, "_renew", renew)
+  monkeypatch.undo()
+  before = (tmp_path / LOCK_FILE).read_bytes()
+  end = time.monotonic() + 30
+  while (tmp_path / LOCK_FILE).read_bytes() == before:
+    assert time.monotonic() < end
+    time.sleep(0.05)
+  holder.check()
 
 
 @pytest.mark.parametrize("how", ["removed", "renamed", "replaced", "taken over"])

@@ -1,6 +1,8 @@
 """metrics.jsonl and events: damage is reported and kept, and written records stay."""
 
+import errno
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -76,6 +78,27 @@ def test_not_finite_numbers_are_lines_too(tmp_path):
   writer.close()
   MetricsWriter(epath.Path(tmp_path), 1).close()
   assert len(read_metrics(epath.Path(tmp_path))) == 1 and not list(tmp_path.glob("*.damaged*"))
+
+
+def test_what_a_full_disk_refuses_is_written_with_the_next_record(tmp_path, monkeypatch, caplog):
+  writer = MetricsWriter(epath.Path(tmp_path), 0)
+  written = os.write
+  writer.write(1, {"loss": 1.0})
+  with monkeypatch.context() as full:
+
+    def fails(handle, content):
+      if len(content) < 9:
+        raise OSError(errno.ENOSPC, "No space left on device")
+      return written(handle, content[:9])  # A disk has some room left.
+
+    full.setattr(os, "write", fails)
+    writer.write(2, {"loss": 2.0})
+    writer.write(3, {"loss": 3.0})
+    assert [line["step"] for line in read_metrics(epath.Path(tmp_path))] == [1]
+  writer.write(4, {"loss": 4.0})
+  writer.close()
+  assert [line["step"] for line in read_metrics(epath.Path(tmp_path))] == [1, 2, 3, 4]
+  assert caplog.text.count("records cannot be written") == 1
 
 
 def test_events_hold_what_the_lines_hold_whenever_it_is_killed(tmp_path):
