@@ -126,10 +126,11 @@ class Guarding:
       return False
     skipped, in_a_row = int(metrics[SKIPPED]), int(metrics[IN_A_ROW])
     if skipped > self._skipped:
-      row = f", {in_a_row} in a row by now" if in_a_row else ""
-      self._record(step, "skipped", f"skipped {skipped - self._skipped} of the last steps{row} "
-                   f"(loss {float(metrics['loss']):.4g}, "
-                   f"gradient norm {float(metrics['grad_norm']):.4g})")
+      row = ""
+      if in_a_row:  # This step is one of them.
+        row = (f", {in_a_row} in a row by now (loss {float(metrics['loss']):.4g}, gradient norm "
+               f"{float(metrics['grad_norm']):.4g})")
+      self._record(step, "skipped", f"skipped {skipped - self._skipped} of the last steps{row}")
     self._skipped = skipped
     return in_a_row >= self._config.guard.in_a_row
 

@@ -180,7 +180,7 @@ class RunLock:
       if self._look():
         return
       if time.monotonic() - renewed >= _RENEW_SECONDS:
-        # A full disk is for the run itself to report, and so is a bucket that does not answer, which
+        # A full disk is for the run itself to report, and so is a bucket without an answer, which
         # has errors of its own.
         with contextlib.suppress(Exception):
           self._renew()
