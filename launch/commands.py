@@ -1,9 +1,12 @@
 """Code shared by the launchers: showing and running commands, and checking common arguments."""
 
 import argparse
+import contextlib
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +15,9 @@ from collections.abc import Callable, Sequence
 from dense_jax.cli import common
 from dense_jax.config import invalid
 from dense_jax.errors import InputError
+
+# A connection may hang for ever. The workers themselves answer within seconds.
+_LOOK_SECONDS = 180.0
 
 
 class CommandError(RuntimeError):
@@ -54,7 +60,7 @@ class Runner:
   def output(self, command: Sequence[str], if_dry: str) -> str:
     """Runs a command that changes nothing, and returns its standard output.
 
-    The command is printed only the first time.
+    The command is printed only the first time. It has no input, and 180 s to answer.
 
     Args:
       command: the program and its arguments.
@@ -62,20 +68,18 @@ class Runner:
 
     Raises:
       InputError: the program is not installed.
-      CommandError: its status is not 0; the error has its `stderr`.
+      CommandError: its status is not 0, and the error has its `stderr`; or it did not answer.
     """
     if shlex.join(command) not in self._asked:
       self.show(command)
     self._asked.add(shlex.join(command))
     if self.dry_run:
       return if_dry
-    result = subprocess.run(_found(command), capture_output=True, text=True)
-    if result.returncode:
-      reason = result.stderr.strip() or "no reason given"
-      raise CommandError(
-          f"{shlex.join(command)} had status {result.returncode}: {reason}", result.stderr
-      )
-    return result.stdout
+    status, output, errors = _answer(_found(command))
+    if status:
+      reason = errors.strip() or "no reason given"
+      raise CommandError(f"{shlex.join(command)} had status {status}: {reason}", errors)
+    return output
 
   def sleep(self, seconds: float) -> None:
     """Waits for some seconds, except in a dry run."""
@@ -97,6 +101,29 @@ def execute(command: Sequence[str]) -> None:
   status = subprocess.run(_found(command)).returncode
   if status:
     raise CommandError(f"{shlex.join(command)} had status {status}")
+
+
+def _answer(command: Sequence[str]) -> tuple[int, str, str]:
+  """Runs a command in the background; returns its status, standard output and standard error.
+
+  Raises:
+    CommandError: it did not answer in time, and was killed with all that it had started.
+  """
+  with subprocess.Popen(
+      command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      start_new_session=True,
+  ) as process:
+    try:
+      output, errors = process.communicate(timeout=_LOOK_SECONDS)
+    except BaseException as error:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      if isinstance(error, subprocess.TimeoutExpired):
+        raise CommandError(
+            f"{shlex.join(command)} did not answer within {_LOOK_SECONDS:g} s"
+        ) from error
+      raise
+  return process.returncode, output, errors
 
 
 def _found(command: Sequence[str]) -> Sequence[str]:

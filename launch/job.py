@@ -7,12 +7,17 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from etils import epath
 from jax.sharding import AbstractMesh
 
 from dense_jax import experiment, sharding
 from dense_jax.cli import common
-from dense_jax.config import invalid
+from dense_jax.config import DataConfig, EvalConfig, invalid
 from dense_jax.costs.chips import CHIPS
+from dense_jax.evaluation.tasks import parse_names
+from dense_jax.files import is_remote
+from dense_jax.runs.profiling import Profile
+from dense_jax.training.checkpoint import check_name
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Prefix of a TPU type's name -> (generation, units per chip): the number in the name counts
@@ -170,8 +175,8 @@ def parse_job(options: argparse.Namespace, overrides: Sequence[tuple[str, str]])
     overrides: changes of the configuration: pairs of a dotted key without "config." and text.
 
   Raises:
-    InputError: the TPU type, slices, experiment, overrides, mesh, batch, workdir, paths of data
-      or environment variables are not valid.
+    InputError: the TPU type, slices, experiment, overrides, mesh, batch, workdir, paths of data,
+      tasks or environment variables are not valid, or a profile is asked for.
   """
   tpu_type = parse_tpu_type(options.tpu_type)
   slices = check_slices(options.slices)
@@ -184,9 +189,11 @@ def parse_job(options: argparse.Namespace, overrides: Sequence[tuple[str, str]])
   )
   if not re.fullmatch(r"gs://[^/]+/.+", options.workdir):
     raise invalid("--workdir", options.workdir, "gs://BUCKET/..., as workers share no disk")
-  _check_everywhere("config.data.path", config.data.path, "stdlib")
-  _check_everywhere("config.data.heldout_path", config.data.heldout_path, "")
-  _check_everywhere("config.data.tokenizer", config.data.tokenizer, "train", "bytes")
+  workdir = epath.Path(options.workdir)
+  check_name(workdir, "--workdir")
+  Profile(workdir, config.watch)  # Raises an error if it would be written into the bucket.
+  _check_data(config.data)
+  _check_tasks(config.eval)
   for key, value in overrides:
     if not value.isprintable():
       raise invalid(f"config.{key}", value, "text in one line")
@@ -195,6 +202,30 @@ def parse_job(options: argparse.Namespace, overrides: Sequence[tuple[str, str]])
       tuple(common.allowed_changes(options, config)), _environment(options.env), tpu_type, slices,
       config.train.batch_size,
   )
+
+
+def _check_data(config: DataConfig) -> None:
+  """Raises InputError for paths of data that cannot be used on a worker."""
+  _check_everywhere("config.data.path", config.path, "stdlib")
+  _check_everywhere("config.data.heldout_path", config.heldout_path, "")
+  _check_everywhere("config.data.tokenizer", config.tokenizer, "train", "bytes")
+  for field, path in {"path": config.path, "heldout_path": config.heldout_path}.items():
+    if is_remote(path) and "**" in path:
+      raise invalid(f"config.data.{field}", path, "a glob without ** where files are in a bucket")
+  if config.mixtures() and not config.path.startswith("/"):
+    raise invalid(
+        "config.data.mixture", config.mixture, "empty, unless config.data.path is a corpus at an "
+        "absolute path that each worker has",
+    )
+  if is_remote(config.cache_dir):
+    raise invalid("config.data.cache_dir", config.cache_dir, "a local directory")
+
+
+def _check_tasks(config: EvalConfig) -> None:
+  """Raises InputError for tasks that cannot be scored on a worker."""
+  if config.tasks:
+    parse_names(config.tasks, "config.eval.tasks")
+    _check_everywhere("config.eval.data", config.data)
 
 
 def _check_everywhere(field: str, value: str, *words: str) -> None:

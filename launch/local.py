@@ -11,8 +11,9 @@ interface, and they communicate with gloo. Their devices are simulated on the CP
 The output of process 0 is shown unchanged, that of the others on standard error, with the number
 of the process before each line, as "[1] ...". Ctrl-C, SIGTERM, a closed terminal and the signals
 of schedulers are passed on. When a process fails, the others have 20 seconds to notice and to
-end; then they are killed. The exit status is that of the first process that failed, or 128 + N
-if signal N ended it.
+end; then they are killed. What a process leaves behind in its process group is killed when it ends.
+The exit status is that of the first process that failed, or 128 + N if signal N ended it; it is 2
+if the command cannot be started.
 """
 
 import argparse
@@ -27,8 +28,13 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
+
+from dense_jax.errors import InputError
 
 GRACE_SECONDS = 20.0
+# After the end of all processes, for their last lines.
+_READ_SECONDS = 5.0
 # The signals that ask a training process to save and to end.
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
               signal.SIGUSR2, signal.SIGXCPU)
@@ -72,25 +78,79 @@ def _show(number: int, child: subprocess.Popen[str]) -> None:
       print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
 
 
-def _start(options: argparse.Namespace) -> list[subprocess.Popen[str]]:
+class _Signals:
+  """A context in which signals are passed on; those that come before `begin` wait for it.
+
+  Thus none ends this process between the starts of two others, which would be left alone.
+  """
+
+  def __init__(self) -> None:
+    self._children: Sequence[subprocess.Popen[str]] | None = None
+    self._waiting: list[int] = []
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> "_Signals":
+    for number in _PASSED_ON:
+      # Under nohup SIGHUP is ignored, and must stay so for the processes too.
+      if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+        self._before[number] = signal.signal(number, self._receive)
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def begin(self, children: Sequence[subprocess.Popen[str]]) -> None:
+    """Passes on to `children` what has come, and from now on what comes."""
+    self._children = children
+    for number in self._waiting:
+      self._send(number, children)
+
+  def _receive(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    if self._children is None:
+      self._waiting.append(number)
+    else:
+      self._send(number, self._children)
+
+  def _send(self, number: int, children: Sequence[subprocess.Popen[str]]) -> None:
+    for child in children:
+      child.send_signal(number)  # Does nothing if the process has ended.
+
+
+def _start(options: argparse.Namespace, children: list[subprocess.Popen[str]]) -> None:
+  """Starts the processes, and appends each to `children`.
+
+  Raises:
+    InputError: the command cannot be started.
+  """
   coordinator = f"127.0.0.1:{_free_port()}"
-  children = []
   for number in range(options.processes):
-    children.append(
-        subprocess.Popen(
-            [*options.command, f"--coordinator={coordinator}",
-             f"--processes={options.processes}", f"--process-id={number}"],
-            env=_environment(options.devices_per_process),
-            stdout=subprocess.PIPE if number else None,
-            stderr=subprocess.STDOUT if number else None,
-            text=True,
-            errors="replace",
-            # Otherwise a terminal's Ctrl-C would reach them twice, and a second one is obeyed
-            # at once, without saving.
-            start_new_session=True,
-        )
-    )
-  return children
+    try:
+      child = subprocess.Popen(
+          [*options.command, f"--coordinator={coordinator}",
+           f"--processes={options.processes}", f"--process-id={number}"],
+          env=_environment(options.devices_per_process),
+          stdout=subprocess.PIPE if number else None,
+          stderr=subprocess.STDOUT if number else None,
+          text=True,
+          errors="replace",
+          # Otherwise a terminal's Ctrl-C would reach them twice, and a second one is obeyed
+          # at once, without saving.
+          start_new_session=True,
+      )
+    except OSError as error:
+      raise InputError(
+          f"{options.command[0]!r} cannot be started ({error.strerror}): expected a program "
+          "after --"
+      ) from error
+    children.append(child)
+
+
+def _kill_group(child: subprocess.Popen[str]) -> None:
+  """Kills a process and those of its group, which may outlive it and hold its output open."""
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(child.pid, signal.SIGKILL)
 
 
 def _wait(children: Sequence[subprocess.Popen[str]]) -> int:
@@ -102,6 +162,7 @@ def _wait(children: Sequence[subprocess.Popen[str]]) -> int:
       code = child.poll()
       if code is None:
         continue
+      _kill_group(child)
       del running[number]
       if not code:
         continue
@@ -114,39 +175,51 @@ def _wait(children: Sequence[subprocess.Popen[str]]) -> int:
       print(f"killing {', '.join(map(str, running))}: still there after {GRACE_SECONDS:g} s",
             file=sys.stderr, flush=True)
       for child in running.values():
-        child.kill()
+        _kill_group(child)
       deadline = math.inf
     time.sleep(0.05)
   return status
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the command; returns the exit status."""
+  """Runs the command; returns the exit status.
+
+  Raises:
+    InputError: the command cannot be started.
+  """
   options = _parse(arguments)
-  children = _start(options)
-
-  def pass_on(number: int, frame: FrameType | None) -> None:
-    del frame
-    for child in children:
-      child.send_signal(number)  # Does nothing if the process has ended.
-
-  for number in _PASSED_ON:
-    # Under nohup SIGHUP is ignored, and must stay so for the processes too.
-    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-      signal.signal(number, pass_on)
-  pids = (f"process {number} is {child.pid}" for number, child in enumerate(children))
-  print(", ".join(pids), file=sys.stderr, flush=True)
-  readers = [
-      threading.Thread(target=_show, args=(number, child))
-      for number, child in enumerate(children) if number
-  ]
-  for reader in readers:
-    reader.start()
-  status = _wait(children)
-  for reader in readers:
-    reader.join()
+  children: list[subprocess.Popen[str]] = []
+  with _Signals() as signals:
+    try:
+      _start(options, children)
+      signals.begin(children)
+      pids = (f"process {number} is {child.pid}" for number, child in enumerate(children))
+      print(", ".join(pids), file=sys.stderr, flush=True)
+      readers = [
+          threading.Thread(target=_show, args=(number, child), daemon=True)
+          for number, child in enumerate(children) if number
+      ]
+      for reader in readers:
+        reader.start()
+      status = _wait(children)
+    except BaseException:
+      for child in children:
+        _kill_group(child)
+        child.wait()
+      raise
+  deadline = time.monotonic() + _READ_SECONDS
+  for reader in readers:  # A process that left its group may keep the output open for ever.
+    reader.join(max(0.0, deadline - time.monotonic()))
   return status
 
 
+def _run() -> int:
+  try:
+    return main(sys.argv[1:])
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  sys.exit(_run())

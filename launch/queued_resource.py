@@ -5,6 +5,8 @@ import re
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Callable
+from typing import TypeVar
 
 from dense_jax.errors import InputError
 from launch import commands, job, workers
@@ -16,6 +18,9 @@ PREEMPTED = ("SUSPENDING", "SUSPENDED")
 FAILED = "FAILED"
 DELETING = "DELETING"
 ABSENT = ""
+# After so many failed looks in a row, give up: this machine's network may be down for a while.
+_FAILED_LOOKS = 10
+_Seen = TypeVar("_Seen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +87,7 @@ class QueuedResource:
   def wait(self) -> str:
     """Waits until the resource is active, failed, preempted or absent; returns its state."""
     before = None
-    while (state := self.state()) not in (ACTIVE, ABSENT, FAILED, *PREEMPTED):
+    while (state := self.persist(self.state)) not in (ACTIVE, ABSENT, FAILED, *PREEMPTED):
       if state != before:
         self.runner.say(f"{self.name} is {state}")
       before = state
@@ -141,6 +146,16 @@ class QueuedResource:
     self.runner.run(
         [*self._vm("ssh"), self.nodes[0], f"--worker={worker}", f"--command={command}"]
     )
+
+  def persist(self, look: Callable[[], _Seen]) -> _Seen:
+    """Returns what `look` returns, which is called again after CommandError, ten times in all."""
+    for _ in range(_FAILED_LOOKS - 1):
+      try:
+        return look()
+      except commands.CommandError as error:
+        self.runner.say(f"{error}; asking again")
+        self.pause()
+    return look()
 
   def pause(self) -> None:
     """Waits for the polling interval."""

@@ -34,8 +34,6 @@ from launch.queued_resource import (
 # The software version of a TPU VM, by generation of the chips.
 _RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5",
              "v6e": "v2-alpha-tpuv6e"}
-# After so many failed polls in a row, give up: this machine's network may be down for a while.
-_FAILED_POLLS = 10
 _LOG_LINES = 40
 
 
@@ -135,7 +133,7 @@ def _activate(resource: QueuedResource, capacity: Capacity) -> str:
 
 def _watch(resource: QueuedResource, work: job.Job) -> _Outcome:
   """Starts training unless it is running, and waits until it has ended; returns how it ended."""
-  statuses = resource.statuses(if_dry=workers.ABSENT)
+  statuses = resource.persist(lambda: resource.statuses(if_dry=workers.ABSENT))
   if any(status != workers.RUNNING for status in statuses):
     if workers.RUNNING in statuses:
       resource.stop()
@@ -144,20 +142,16 @@ def _watch(resource: QueuedResource, work: job.Job) -> _Outcome:
   else:
     resource.runner.say("training is running already, as it was started: watching it")
   resource.runner.say("log: " + _subcommand("logs", resource))
-  failed_polls = 0
+
+  def look() -> tuple[str, list[str]]:
+    state = resource.state()
+    return state, resource.statuses() if state == ACTIVE else []
+
   while True:
     resource.pause()
-    try:
-      if (state := resource.state()) != ACTIVE:
-        return _gone(state)
-      statuses = resource.statuses()
-    except commands.CommandError as error:
-      failed_polls += 1
-      if failed_polls == _FAILED_POLLS:
-        raise
-      resource.runner.say(f"{error}; asking again")
-      continue
-    failed_polls = 0
+    state, statuses = resource.persist(look)
+    if state != ACTIVE:
+      return _gone(state)
     for status, outcome in _FINAL.items():
       if str(status) in statuses:
         return outcome

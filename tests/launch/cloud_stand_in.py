@@ -4,7 +4,8 @@ It records each call, plays back the given states of a queued resource, and runs
 a worker in that worker's home folder, where `python3` and the programs it installs are stand-ins
 too. The stand-in for the training's python records its arguments, the environment variable A and
 its folder, and exits with the given statuses, one at each start; the status "hang" means that it
-runs until it is killed.
+runs until it is killed, and "orphan" that it has started a process by then, whose id is in the file
+`orphan` of the home folder.
 """
 
 import json
@@ -91,7 +92,7 @@ else:
 """
 
 _TRAIN = """\
-import json, os, pathlib, sys, time
+import json, os, pathlib, subprocess, sys, time
 home = pathlib.Path.home()
 record = home / "trained"
 before = record.read_text().splitlines() if record.exists() else []
@@ -102,7 +103,10 @@ print("training on", home.name, flush=True)
 statuses = pathlib.Path({statuses!r}) / home.name
 lines = statuses.read_text().splitlines()
 statuses.write_text("\\n".join(lines[1:]))
-if lines[0] == "hang":
+if lines[0] == "orphan":
+  child = subprocess.Popen([sys.executable, "-IS", "-c", "import time; time.sleep(120)"])
+  (home / "orphan").write_text(str(child.pid))
+if lines[0] in ("hang", "orphan"):
   time.sleep(120)
 sys.exit(int(lines[0]))
 """

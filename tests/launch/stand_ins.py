@@ -31,3 +31,11 @@ def read_calls(calls: pathlib.Path) -> list[tuple[list[str], str]]:
   """Returns the calls in order: (program and arguments, the value of XLA_FLAGS)."""
   lines = calls.read_text().splitlines() if calls.exists() else []
   return [(call, flags) for call, flags in map(json.loads, lines)]
+
+
+def is_running(pid: int) -> bool:
+  """Returns whether a process runs; one that has ended may still be in the table of processes."""
+  try:
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except FileNotFoundError:
+    return False

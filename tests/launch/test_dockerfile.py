@@ -10,6 +10,7 @@ import tomllib
 
 import pytest
 
+from launch import workers
 from tests.helpers import ROOT
 
 DOCKERFILE = (ROOT / "launch" / "Dockerfile").read_text()
@@ -25,7 +26,10 @@ def test_the_extra_is_read_from_pyproject(extra, tmp_path):
       ["sh", "-c", f"{shlex.quote(sys.executable)} {command}"],
       cwd=tmp_path, env=environment, check=True,
   )
-  assert (tmp_path / "extras.txt").read_text().splitlines() == [*EXTRAS[extra], *EXTRAS["gcs"]]
+  installed = (tmp_path / "extras.txt").read_text().splitlines()
+  tpu, *others = workers.EXTRAS.split(",")
+  assert tpu == "tpu"
+  assert installed == [each for name in (extra, *others) for each in EXTRAS[name]]
 
 
 def test_tpu_is_the_default_and_the_python_is_supported():

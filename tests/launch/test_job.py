@@ -95,6 +95,15 @@ def test_each_slice_is_compiled_with_its_part_of_the_batch():
     (["--config.data.path=pile/*.jsonl"], "expected stdlib, gs://BUCKET/... or an absolute path"),
     (["--config.data.heldout_path=x"], "config.data.heldout_path = 'x'"),
     (["--config.data.tokenizer=llama.model"], "expected train, bytes, gs://BUCKET/..."),
+    (["--config.data.path=gs://b/**/x.txt"], "expected a glob without **"),
+    (["--config.data.heldout_path=gs://b/**"], "config.data.heldout_path = 'gs://b/**'"),
+    (["--config.data.mixture=a=1,b=1"], "config.data.mixture = 'a=1,b=1'"),
+    (["--config.data.cache_dir=gs://b/cache"], "expected a local directory"),
+    (["--config.eval.tasks=piqa", "--config.eval.data=tasks"], "config.eval.data = 'tasks'"),
+    (["--config.eval.tasks=piqa"], "config.eval.data = ''"),
+    (["--config.eval.tasks=piqqa", "--config.eval.data=/tasks"], "config.eval.tasks = 'piqqa'"),
+    (["--config.watch.profile_from=10"], "expected 0 with a --workdir in a bucket"),
+    (["--workdir=gs://b/run[1]"], "--workdir = 'gs://b/run[1]'"),
     (["--config.data.path=/a\nb"], "expected text in one line"),
     (["--env=1A=b"], "--env = '1A=b'"), (["--env=A"], "expected NAME=VALUE"),
     (['--env=A="b"'], "without quotes"), (["--env=A=b\nc"], "in one line"),
@@ -113,5 +122,7 @@ def test_an_experiment_that_workers_do_not_have_is_refused(tmp_path):
 
 def test_paths_that_all_workers_have_are_accepted():
   work = parse(*PLACE, SMOKE, ROWS, "--config.data.path=/mnt/pile/*.txt",
-               "--config.data.tokenizer=gs://b/llama.model", "--env=A=b c", "--env=B=")
+               "--config.data.tokenizer=gs://b/llama.model", "--config.data.mixture=a=1,b=1",
+               "--config.eval.tasks=piqa", "--config.eval.data=gs://b/tasks", "--env=A=b c",
+               "--env=B=")
   assert work.environment == {"A": "b c", "B": ""}

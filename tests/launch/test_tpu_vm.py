@@ -1,17 +1,20 @@
 """The launcher of TPU VMs with a stand-in for gcloud: its calls and their order."""
 
 import os
+import pathlib
 import re
 import signal
 import subprocess
+import time
 
 import pytest
 
 from dense_jax.errors import InputError
-from launch import queued_resource, tpu_vm, workers
+from launch import commands, queued_resource, tpu_vm, workers
 from launch.commands import CommandError
 from tests.helpers import ROOT
 from tests.launch.cloud_stand_in import Cloud
+from tests.launch.stand_ins import is_running, write_program
 
 WHERE = ["--name=retnet", "--project=my-project", "--zone=us-east5-b", "--poll-seconds=0.02"]
 PATH = "gs://b/a 'quoted' $HOME {x} *.jsonl"
@@ -32,6 +35,7 @@ def cloud(tmp_path, monkeypatch):
   subprocess.run(["git", "init", "--quiet", project], check=True)
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(workers, "_END_SECONDS", 1)
+  monkeypatch.setattr(workers, "_KILL_SECONDS", 1)
   stand_in = Cloud(tmp_path)
   monkeypatch.setenv("PATH", str(stand_in.bin), prepend=os.pathsep)
   monkeypatch.setattr(queued_resource, "SOURCE", project)
@@ -178,6 +182,14 @@ def test_the_network_may_be_down_for_a_while(cloud, monkeypatch, failures, raise
     assert len(pauses) > 2 + failures
 
 
+def test_the_network_may_be_down_while_it_waits(cloud, capfd):
+  cloud.is_there()
+  cloud.states("PROVISIONING", "ACTIVE")
+  cloud.fails(4)
+  assert tpu_vm.main(["wait", *WHERE]) == 0
+  assert capfd.readouterr().out.count("asking again") == 4
+
+
 def test_how_a_job_has_ended(cloud, capfd):
   cloud.is_there()
   cloud.trains("hang")
@@ -197,6 +209,62 @@ def test_how_a_job_has_ended(cloud, capfd):
   assert status() == ["137, 137"]
   (jobs[1] / "status").unlink()  # As after a restart of the machine.
   assert status() == ["137, killed"]
+
+
+def killed_with_an_orphan(cloud, *others):
+  """Starts training, and kills its leaders and `others` of each worker; returns the orphans."""
+  cloud.is_there()
+  cloud.trains("orphan", "hang")
+  tpu_vm.main(["sync", *WHERE])
+  tpu_vm.main(["run", *WHERE, *JOB])
+  homes = [cloud.home("retnet", worker) for worker in range(2)]
+  while not all((home / "orphan").exists() and (home / "orphan").read_text() for home in homes):
+    time.sleep(0.02)
+  for home in homes:
+    leader = int((home / "dense_jax_job" / "pid").read_text())
+    for other in others:
+      os.kill(other(leader), signal.SIGKILL)
+    os.kill(leader, signal.SIGKILL)
+    while pathlib.Path(f"/proc/{leader}").exists():  # Until its parent has asked for its status.
+      time.sleep(0.02)
+  return [int((home / "orphan").read_text()) for home in homes]
+
+
+def test_what_a_killed_job_leaves_behind_is_killed_before_it_is_over(cloud, capfd):
+  orphans = killed_with_an_orphan(cloud)
+  tpu_vm.main(["status", *WHERE])
+  assert "training on its workers: 137, 137" in capfd.readouterr().out
+  assert not any(map(is_running, orphans))
+
+
+def test_another_start_kills_what_a_job_left_whose_shell_was_killed(cloud, capfd):
+  orphans = killed_with_an_orphan(cloud, parent)
+  tpu_vm.main(["status", *WHERE])
+  assert "training on its workers: killed, killed" in capfd.readouterr().out
+  tpu_vm.main(["run", *WHERE, *JOB])
+  assert not any(map(is_running, orphans))
+  tpu_vm.main(["status", *WHERE])
+  assert "training on its workers: running, running" in capfd.readouterr().out
+
+
+def parent(pid):
+  return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_look_that_hangs_is_an_answer_that_did_not_come(tmp_path, monkeypatch):
+  monkeypatch.setattr(commands, "_LOOK_SECONDS", 1)
+  child = tmp_path / "child"
+  write_program(tmp_path / "bin", "gcloud", (
+      "import subprocess, sys, time\n"
+      "child = subprocess.Popen([sys.executable, '-IS', '-c', 'import time; time.sleep(60)'])\n"
+      f"open({str(child)!r}, 'w').write(str(child.pid))\n"
+      "time.sleep(60)\n"
+  ))
+  monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+  with pytest.raises(CommandError, match="did not answer within 1 s"):
+    tpu_vm.main(["status", *WHERE])
+  time.sleep(0.1)
+  assert not is_running(int(child.read_text()))
 
 
 def test_slices_are_nodes(capfd, monkeypatch):
