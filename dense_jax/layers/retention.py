@@ -20,7 +20,7 @@ from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.dense import make_connection
 from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.linear import Linear, xavier_uniform
-from dense_jax.layers.metrics import record_spread
+from dense_jax.layers.metrics import record_memory
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue, Output
@@ -160,7 +160,7 @@ class Retention(nnx.Module):
         self.log_decay_H().reshape((1,) * (x_D.ndim - 1) + (-1,)),
         (1, *x_D.shape[1:-1], self.heads),
     )
-    record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
+    record_memory(lambda: log_decay_H)
     before_BHPN = None if state is None else state.h_BHPN
     states = self.recurrence(
         k_HN, inputs.fused["v"], None, log_decay_H, tokens, before_BHPN

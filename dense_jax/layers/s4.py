@@ -29,7 +29,7 @@ from dense_jax.layers.dense import make_connection
 from dense_jax.layers.dense.connection import NO_INPUTS, Shared
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
-from dense_jax.layers.metrics import record_spread
+from dense_jax.layers.metrics import record_memory
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue
@@ -157,10 +157,7 @@ class S4D(nnx.Module):
   ) -> MixerOutput:
     """See `Mixer`."""
     # From the diagonal part in continuous time: |exp(dt a)| = exp(dt Re a).
-    record_spread(
-        "memory_tokens",
-        lambda: -1 / jnp.expm1(-jnp.exp(self.log_dt[...][None] + self.log_a[...])),
-    )
+    record_memory(lambda: -jnp.exp(self.log_dt[...][None] + self.log_a[...]))
     before_BNE = None if state is None else state.h_BNE
     states = self.recurrence(self.system(), x_D, tokens, before_BNE)
     epilogue = Epilogue(self.d[...], x_D)
