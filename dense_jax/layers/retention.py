@@ -29,6 +29,9 @@ from dense_jax.ops.recurrence import Sizes
 from dense_jax.ops.rotary import rotate_neighbours
 from dense_jax.types import Array
 
+# Over 2^31 tokens, a head that forgets 2^-100 a token still keeps all of them in float32.
+_LAST_EXPONENT = 100.0
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +122,13 @@ class Retention(nnx.Module):
     return None
 
   def log_decay_H(self) -> Array:
-    """Returns log gamma_H, with gamma = 1 - 2^(-5 - head) (arXiv 2307.08621, section 2.2)."""
-    return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))
+    """Returns log gamma_H, with gamma = 1 - 2^(-5 - head) (arXiv 2307.08621, section 2.2).
+
+    The exponent ends at -`_LAST_EXPONENT`: below, 1 - gamma would become a subnormal number, which
+    devices take as 0, and the mass of `_output` 0 / 0.
+    """
+    exponents_H = jnp.minimum(5.0 + jnp.arange(self.heads, dtype=jnp.float32), _LAST_EXPONENT)
+    return jnp.log1p(-(2.0**-exponents_H))
 
   def _by_head(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.heads, -1)
