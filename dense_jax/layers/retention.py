@@ -52,7 +52,7 @@ class Retention(nnx.Module):
     sources: S, the layers that are read.
 
   Raises:
-    InputError: K is not a multiple of 2 H, or E not one of H.
+    InputError: K is 0 or not a multiple of 2 H, or E not a multiple of H.
   """
 
   form: ClassVar[str] = "matrix"
@@ -62,12 +62,17 @@ class Retention(nnx.Module):
       rngs: nnx.Rngs,
   ) -> None:
     self.heads, self.key_dim, self.width = heads, key_dim, width
-    for name, value in (("key_dim", key_dim), ("heads", width)):
-      if value % heads or (name == "key_dim" and (value // heads) % 2):
-        raise invalid(
-            f"config.model.mixer.{name}", getattr(config.mixer, name),
-            "key_dim a multiple of 2 * heads and expand * width a multiple of heads",
-        )
+    if not key_dim or key_dim % (2 * heads):
+      raise invalid(
+          "config.model.mixer.heads", heads,
+          f"an integer whose double divides K = {key_dim}, as key_dim = {config.mixer.key_dim} and "
+          f"width = {config.width} make it",
+      )
+    if width % heads:
+      raise invalid(
+          "config.model.mixer.heads", heads,
+          f"a divisor of E = expand * width = {config.mixer.expand} * {config.width}",
+      )
     self.recurrence = resolver.matrix_form(
         config.implementation, config.chunk, equal_decays=True
     )

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from dense_jax.batch import Segments, Token
-from dense_jax.config import ModelConfig, choice, integer, invalid, number
+from dense_jax.config import Config, ModelConfig, choice, integer, invalid, number
 from dense_jax.layers.dense import make_connection
 from dense_jax.layers.dense.connection import NO_INPUTS, Shared
 from dense_jax.layers.feed_forward import FeedForward
@@ -39,7 +39,7 @@ from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class S4Config:
+class S4Config(Config, key="config.model.mixer"):
   """S4's own options."""
 
   state_size: int = integer(
@@ -50,6 +50,7 @@ class S4Config:
   ffn_width: int = integer(0, 0, help="width of the feed-forward layer; 0 means 4 D")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.state_size % 2:
       raise invalid("config.model.mixer.state_size", self.state_size, "an even integer >= 2")
     if self.dt_min > self.dt_max:
