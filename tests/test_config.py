@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 
 from dense_jax.config import (
+  DenseConfig,
   ExperimentConfig,
+  ModelConfig,
+  OptimizerConfig,
   build,
   choice,
   defaults,
@@ -50,6 +53,37 @@ def test_every_field_says_what_it_means_and_its_default_is_valid(cls):
     assert field.metadata.get("help"), f"{cls.__name__}.{field.name} has no help"
     if "check" in field.metadata:
       assert field.metadata["check"](field.default), field.name
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_python_code_is_refused_in_the_same_words(cls):
+  for name, kind in field_types(cls).items():
+    if dataclasses.is_dataclass(kind):
+      wrong, valid = "?", f"a value of type {kind.__name__}"
+    elif kind is int:
+      wrong, valid = -(2**40), "an integer >= "
+    elif kind in (float, bool):
+      wrong, valid = "1", f"a value of type {kind.__name__}"
+    elif kind is str:
+      wrong, valid = 1, "a value of type str"
+    else:
+      continue
+    with pytest.raises(InputError) as error:
+      cls(**{name: wrong})
+    assert str(error.value).startswith(
+        f"{cls.key}.{name} = {wrong!r} is not valid: expected {valid}"
+    )
+
+
+def test_python_code_is_refused_before_fields_are_compared():
+  with pytest.raises(InputError, match=r"config\.model\.layers = -3 is not valid: expected an int"):
+    ModelConfig(layers=-3)
+  with pytest.raises(InputError, match=r"config\.model\.remat = 'recompute' .* one of none"):
+    ModelConfig(remat="recompute")
+  with pytest.raises(InputError, match=r"config\.model\.dense\.gate_sharing = 'sharde' is not"):
+    DenseConfig(gate_sharing="sharde")
+  one = OptimizerConfig(learning_rate=1)
+  assert isinstance(one.learning_rate, float) and one == OptimizerConfig(learning_rate=1.0)
 
 
 def test_a_nested_dict_and_back():

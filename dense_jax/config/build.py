@@ -1,10 +1,10 @@
 """Converts config dataclasses to nested dicts, and back with every check."""
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from dense_jax.config.checked import checked, field_types
 from dense_jax.config.fields import invalid, unknown_key
 
 ConfigT = TypeVar("ConfigT")
@@ -14,21 +14,6 @@ def defaults(config: Any) -> dict[str, Any]:
   """Returns a config dataclass (or a class, for its defaults) as a nested plain dict."""
   instance = config() if isinstance(config, type) else config
   return dataclasses.asdict(instance)
-
-
-def field_types(cls: type) -> dict[str, Any]:
-  """Returns the fields of a config dataclass and their annotated types."""
-  hints = typing.get_type_hints(cls)
-  return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-
-
-def _typed(key: str, value: Any, annotation: Any) -> Any:
-  """Returns `value` as `annotation`; an int is also a float, nothing else is converted."""
-  if annotation is float and type(value) is int and abs(value) < 2**1023:  # A float holds it.
-    return float(value)
-  if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
-    raise invalid(key, value, f"a value of type {annotation.__name__}")
-  return value
 
 
 def build(
@@ -65,7 +50,5 @@ def build(
         raise invalid(path, value, f"the keys {', '.join(field_types(nested))}")
       built[field.name] = build(nested, value, path, variants)
       continue
-    built[field.name] = _typed(path, value, types[field.name])
-    if "check" in field.metadata and not field.metadata["check"](built[field.name]):
-      raise invalid(path, value, field.metadata["valid"])
+    built[field.name] = checked(path, value, types[field.name], field)
   return cls(**built)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import choice, group, integer, text
 from dense_jax.config.mixture import VALID as MIXTURE
 from dense_jax.config.mixture import Mixture, parse_mixtures
@@ -12,7 +13,7 @@ _TOKENIZED = "a folder that `dense-jax tokenize` or `dense-jax prepare` wrote"
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Config, key="config.data"):
   """Text, tokens and batches.
 
   A .txt file is one document of at most 1 GiB. A .jsonl file has one document of at most 128 MiB in

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import choice, flag, integer, invalid
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(Config, key="config.model.dense"):
   """Dense hidden connections (arXiv 2403.00818); docs/dense.md says when to use which."""
 
   depth: int = integer(
@@ -53,6 +54,7 @@ class DenseConfig:
       "DenseRetNet; without it a gate of zero is the base model exactly")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.inject == "inputs":
       self._require("with inject=inputs, which adds vectors and reads no states",
                     transition=("identity",), gate=("none", "channel"), fusion=("add",))

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import integer, text
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Config, key="config.eval"):
   """Tasks from local files, scored during training without examples in their prompts.
 
   A context is read from its beginning, with the state carried. docs/evaluation.md defines the

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.data import DataConfig
 from dense_jax.config.eval import EvalConfig
 from dense_jax.config.fields import LARGEST_SEED, group, integer
@@ -14,7 +15,7 @@ from dense_jax.config.watch import WatchConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(Config, key="config"):
   """The complete configuration of a run, which an experiment file edits."""
 
   seed: int = integer(

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import choice, integer, number
 
 
 @dataclasses.dataclass(frozen=True)
-class GuardConfig:
+class GuardConfig(Config, key="config.guard"):
   """Steps that are skipped, and what follows if one after the other is (docs/reliability.md).
 
   A skipped step leaves parameters, moments, averages and the schedule as they were; its batch is

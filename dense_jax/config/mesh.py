@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import integer
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Config, key="config.mesh"):
   """Devices by axis; one size may be -1, which takes the devices that are left."""
 
   slices: int = integer(

@@ -4,12 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
+from dense_jax.config.checked import Config
 from dense_jax.config.dense import DenseConfig
 from dense_jax.config.fields import choice, flag, group, integer, invalid, number, text
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config, key="config.model"):
   """One language model."""
 
   family: str = text(
@@ -49,6 +50,7 @@ class ModelConfig:
   mixer: Any = group(None, help="the family's own options")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.dense.depth >= self.layers:
       raise invalid(
           "config.model.dense.depth", self.dense.depth,

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import choice, integer, invalid, number
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Config, key="config.optimizer"):
   """AdamW and its learning-rate schedule."""
 
   learning_rate: float = number(1e-3, 0, open_low=True, help="the peak, reached after warm-up")
@@ -38,6 +39,7 @@ class OptimizerConfig:
       "that changes by less than its last bit stands still")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.second_moment_dtype == "bfloat16" and self.beta2 > 0.99:
       raise invalid(
           "config.optimizer.second_moment_dtype", self.second_moment_dtype,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import LARGEST_SEED, choice, integer, invalid, number, text
 
 _LENGTHS = "empty, or numbers of tokens with commas between, such as 512,1024"
@@ -9,7 +10,7 @@ _DEPTHS = "empty, or numbers from 0 to 1 with commas between, such as 0,0.5,1"
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Config, key="config.data.task"):
   """A synthetic task, whose rows are made when they are needed.
 
   A row is a function of these keys, of data.seq_len and of its number. The loss counts the answers

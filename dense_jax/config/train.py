@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import integer, invalid, number
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config, key="config.train"):
   """The training run."""
 
   steps: int = integer(1000, 1, help="optimizer updates in all")
@@ -39,6 +40,7 @@ class TrainConfig:
       0, 0, help="keep the checkpoints whose step is a multiple of this besides; 0 means none")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.batch_size % self.accumulate:
       raise invalid(
           "config.train.accumulate", self.accumulate,

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+from dense_jax.config.checked import Config
 from dense_jax.config.fields import integer, invalid, text
 
 
 @dataclasses.dataclass(frozen=True)
-class WatchConfig:
+class WatchConfig(Config, key="config.watch"):
   """Signs of a run while it trains, beside its numbers (docs/reliability.md)."""
 
   hang_seconds: int = integer(
@@ -21,5 +22,6 @@ class WatchConfig:
       "metrics too (pip install -e '.[wandb]'); empty means none")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.profile_from == 1:
       raise invalid("config.watch.profile_from", 1, "0, or an integer >= 2")

@@ -67,19 +67,18 @@ CHIPS = {
 }
 
 
-# Names that jax gives to TPUs -> theirs here. A GPU's name has its own as a word.
-_TPU_KINDS = {
+# Names that jax gives to these chips -> theirs here. Cards of another form, with other clocks or
+# memory, have longer or other names: H100 PCIe, H100 NVL, H200 NVL, a slice of a card (MIG).
+_KINDS = {
     "tpu v4": "v4", "tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v5": "v5p", "tpu v5p": "v5p",
-    "tpu v6 lite": "v6e", "tpu v6e": "v6e",
+    "tpu v6 lite": "v6e", "tpu v6e": "v6e", "nvidia h100 80gb hbm3": "h100", "nvidia h200": "h200",
 }
 
 
 def find_chip(device_kind: str) -> Chip | None:
   """Returns the figures of a device, named as jax does ("NVIDIA H100 80GB HBM3"), if known."""
-  kind = device_kind.lower()
-  if kind in _TPU_KINDS:
-    return CHIPS[_TPU_KINDS[kind]]
-  return next((CHIPS[word] for word in kind.split() if word in CHIPS and CHIPS[word].is_gpu), None)
+  name = _KINDS.get(device_kind.lower())
+  return CHIPS[name] if name else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,11 +94,6 @@ class Item:
   cost: Cost
 
 
-def program_cost(text: str, *, open_trips: int | None = None) -> Cost:
-  """Returns the cost of one run of a compiled program on one chip; see `program_items`."""
-  return total(program_items(text, open_trips=open_trips))
-
-
 def program_items(text: str, *, open_trips: int | None = None) -> list[Item]:
   """Returns the instructions that one run of a compiled program executes on one chip.
 

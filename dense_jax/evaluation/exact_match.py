@@ -66,6 +66,9 @@ class AnswerCounter:
       params: the model's parameters.
       batches: host batches; each row has a target, unless it is padding.
       put: places a host batch on the devices.
+
+    Raises:
+      ValueError: the batches have no target.
     """
     counts = np.zeros(4, np.int64)
     for batch in batches:
@@ -73,7 +76,10 @@ class AnswerCounter:
         right_B, targets_B = distributed.to_host(self.count(params, put(batch)))
       exact_B = (right_B == targets_B) & (targets_B > 0)
       counts += [right_B.sum(), targets_B.sum(), exact_B.sum(), (targets_B > 0).sum()]
-    return Answers(*counts.tolist())
+    answers = Answers(*counts.tolist())
+    if not answers.targets:
+      raise ValueError("no held-out targets: the held-out rows have no answer to predict")
+    return answers
 
 
 def count_answers(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.batch import Segments, Token
-from dense_jax.config import ModelConfig, integer, invalid, number
+from dense_jax.config import Config, ModelConfig, integer, invalid, number
 from dense_jax.errors import InputError
 from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.feed_forward import FeedForward
@@ -36,7 +36,7 @@ from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(Config, key="config.model.mixer"):
   """Options of attention."""
 
   heads: int = integer(4, 1, help="H: heads of queries")
@@ -52,6 +52,7 @@ class AttentionConfig:
       0, 0, help="width of the feed-forward layer; 0 means 8/3 D rounded up to a multiple of 64")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.kv_heads and self.heads % self.kv_heads:
       raise invalid(
           "config.model.mixer.kv_heads", self.kv_heads,

@@ -11,14 +11,14 @@ import dataclasses
 import jax
 from flax import nnx
 
-from dense_jax.config import ModelConfig, integer
+from dense_jax.config import Config, ModelConfig, integer
 from dense_jax.layers.linear import RMSNorm
 from dense_jax.layers.retention import Retention
 from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class GauRetNetConfig:
+class GauRetNetConfig(Config, key="config.model.mixer"):
   """Options of GAU-RetNet."""
 
   heads: int = integer(2, 1, help="H: heads; N = K / H")

@@ -23,7 +23,7 @@ from dense_jax.config import ModelConfig, integer
 from dense_jax.layers.dense import make_connection
 from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.linear import Linear, fan_in_uniform, parameter
-from dense_jax.layers.metrics import record_spread
+from dense_jax.layers.metrics import record_memory
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
@@ -119,11 +119,8 @@ class Mamba(nnx.Module):
     own = {"b": b_N, "x": x_E}
     inputs = self.dense.fuse_inputs(x_D, own, shallow)
     a_NE = -jnp.exp(self.a_log[...])
-    record_spread(
-        "memory_tokens",
-        lambda: -1 / jnp.expm1(
-            dt.dt()[..., None, :] * jnp.expand_dims(a_NE, range(x_D.ndim - 1))
-        ),
+    record_memory(
+        lambda: dt.dt()[..., None, :] * jnp.expand_dims(a_NE, range(x_D.ndim - 1))
     )
     states = self.recurrence(
         dt, a_NE, inputs.fused["x"], inputs.fused["b"], tokens, h_BNE

@@ -23,7 +23,7 @@ from dense_jax.config import ModelConfig, integer, invalid, number
 from dense_jax.layers.dense import make_connection
 from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.linear import Linear, RMSNorm, fan_in_uniform, parameter
-from dense_jax.layers.metrics import record_spread
+from dense_jax.layers.metrics import record_memory
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.layers.selective import SelectiveConfig, ShortConv
 from dense_jax.ops import resolver
@@ -163,7 +163,7 @@ class Mamba2(nnx.Module):
     own = {"b": b, "x": x_E}
     inputs = self.dense.fuse_inputs(x_D, own, shallow)
     log_decay_H = dt_H * spread(-jnp.exp(self.a_log[...]), dt_H)
-    record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
+    record_memory(lambda: log_decay_H)
     states = self.recurrence(
         self._by_group(inputs.fused["b"]), inputs.fused["x"], dt_H, log_decay_H, tokens, h_BHPN
     )

@@ -23,6 +23,11 @@ Aux = dict[str, Array]
 Value = Array | Callable[[], Array]
 """An array that the layer computes anyway, or a function that makes one only for the metric."""
 
+LONGEST_MEMORY = 2.0**24
+"""The memory in tokens of the largest float32 decay below 1."""
+# The square of a smaller number is no normal float32.
+_LEAST_RMS = 2.0**-63
+
 _AUX: contextvars.ContextVar[Aux | None] = contextvars.ContextVar("aux", default=None)
 
 
@@ -72,10 +77,28 @@ def record_spread(name: str, value: Value) -> None:
     record_rms(f"{name}_std", lambda: _float32(value) - mean)
 
 
+def record_memory(log_decay: Callable[[], Array]) -> None:
+  """Records a recurrence's memory in tokens, 1 / (1 - a), of decays a, as `memory_tokens`.
+
+  It counts as `LONGEST_MEMORY` at most: where a step size underflows, a is 1 and keeps everything.
+
+  Args:
+    log_decay: makes log a, float32.
+  """
+  def tokens() -> Array:
+    return 1 / jnp.maximum(-jnp.expm1(log_decay()), 1 / LONGEST_MEMORY)
+
+  record_spread("memory_tokens", tokens)
+
+
 def record_ratio(name: str, part: Array | None, whole: Array | None) -> None:
-  """Adds the ratio of two metrics that were recorded before; nothing where none are collected."""
+  """Adds the ratio of two root mean squares that were recorded before, if they were collected.
+
+  A whole of 0, as of states that nothing has entered, counts as the least number above 0 that a
+  root mean square is in float32: the ratio is finite, and 0 where the part is 0 too.
+  """
   if part is not None and whole is not None:
-    record(name, part / whole)
+    record(name, part / jnp.maximum(whole, _LEAST_RMS))
 
 
 def _float32(value: Value) -> Array:

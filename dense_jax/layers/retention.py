@@ -20,7 +20,7 @@ from dense_jax.config import ModelConfig, invalid
 from dense_jax.layers.dense import make_connection
 from dense_jax.layers.dense.connection import Shared
 from dense_jax.layers.linear import Linear, xavier_uniform
-from dense_jax.layers.metrics import record_spread
+from dense_jax.layers.metrics import record_memory
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue, Output
@@ -28,6 +28,9 @@ from dense_jax.ops.gated_norm import gated_norm
 from dense_jax.ops.recurrence import Sizes
 from dense_jax.ops.rotary import rotate_neighbours
 from dense_jax.types import Array
+
+# Over 2^31 tokens, a head that forgets 2^-100 a token still keeps all of them in float32.
+_LAST_EXPONENT = 100.0
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +52,7 @@ class Retention(nnx.Module):
     sources: S, the layers that are read.
 
   Raises:
-    InputError: K is not a multiple of 2 H, or E not one of H.
+    InputError: K is 0 or not a multiple of 2 H, or E not a multiple of H.
   """
 
   form: ClassVar[str] = "matrix"
@@ -59,12 +62,17 @@ class Retention(nnx.Module):
       rngs: nnx.Rngs,
   ) -> None:
     self.heads, self.key_dim, self.width = heads, key_dim, width
-    for name, value in (("key_dim", key_dim), ("heads", width)):
-      if value % heads or (name == "key_dim" and (value // heads) % 2):
-        raise invalid(
-            f"config.model.mixer.{name}", getattr(config.mixer, name),
-            "key_dim a multiple of 2 * heads and expand * width a multiple of heads",
-        )
+    if not key_dim or key_dim % (2 * heads):
+      raise invalid(
+          "config.model.mixer.heads", heads,
+          f"an integer whose double divides K = {key_dim}, as key_dim = {config.mixer.key_dim} and "
+          f"width = {config.width} make it",
+      )
+    if width % heads:
+      raise invalid(
+          "config.model.mixer.heads", heads,
+          f"a divisor of E = expand * width = {config.mixer.expand} * {config.width}",
+      )
     self.recurrence = resolver.matrix_form(
         config.implementation, config.chunk, equal_decays=True
     )
@@ -119,8 +127,13 @@ class Retention(nnx.Module):
     return None
 
   def log_decay_H(self) -> Array:
-    """Returns log gamma_H, with gamma = 1 - 2^(-5 - head) (arXiv 2307.08621, section 2.2)."""
-    return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.heads, dtype=jnp.float32))))
+    """Returns log gamma_H, with gamma = 1 - 2^(-5 - head) (arXiv 2307.08621, section 2.2).
+
+    The exponent ends at -`_LAST_EXPONENT`: below, 1 - gamma would become a subnormal number, which
+    devices take as 0, and the mass of `_output` 0 / 0.
+    """
+    exponents_H = jnp.minimum(5.0 + jnp.arange(self.heads, dtype=jnp.float32), _LAST_EXPONENT)
+    return jnp.log1p(-(2.0**-exponents_H))
 
   def _by_head(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -160,7 +173,7 @@ class Retention(nnx.Module):
         self.log_decay_H().reshape((1,) * (x_D.ndim - 1) + (-1,)),
         (1, *x_D.shape[1:-1], self.heads),
     )
-    record_spread("memory_tokens", lambda: -1 / jnp.expm1(log_decay_H))
+    record_memory(lambda: log_decay_H)
     before_BHPN = None if state is None else state.h_BHPN
     states = self.recurrence(
         k_HN, inputs.fused["v"], None, log_decay_H, tokens, before_BHPN

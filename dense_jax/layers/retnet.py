@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dense_jax.config import ModelConfig, integer
+from dense_jax.config import Config, ModelConfig, integer
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.retention import Retention
 from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class RetNetConfig:
+class RetNetConfig(Config, key="config.model.mixer"):
   """Options of RetNet."""
 
   heads: int = integer(4, 1, help="H: heads; N = K / H")

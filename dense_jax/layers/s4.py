@@ -24,12 +24,12 @@ import numpy as np
 from flax import nnx
 
 from dense_jax.batch import Segments, Token
-from dense_jax.config import ModelConfig, choice, integer, invalid, number
+from dense_jax.config import Config, ModelConfig, choice, integer, invalid, number
 from dense_jax.layers.dense import make_connection
 from dense_jax.layers.dense.connection import NO_INPUTS, Shared
 from dense_jax.layers.feed_forward import FeedForward
 from dense_jax.layers.linear import Linear, fan_in_uniform, normal, parameter
-from dense_jax.layers.metrics import record_spread
+from dense_jax.layers.metrics import record_memory
 from dense_jax.layers.mixer import MixerOutput
 from dense_jax.ops import resolver
 from dense_jax.ops.epilogue import Epilogue
@@ -39,7 +39,7 @@ from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class S4Config:
+class S4Config(Config, key="config.model.mixer"):
   """S4's own options."""
 
   state_size: int = integer(
@@ -50,6 +50,7 @@ class S4Config:
   ffn_width: int = integer(0, 0, help="width of the feed-forward layer; 0 means 4 D")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.state_size % 2:
       raise invalid("config.model.mixer.state_size", self.state_size, "an even integer >= 2")
     if self.dt_min > self.dt_max:
@@ -157,10 +158,7 @@ class S4D(nnx.Module):
   ) -> MixerOutput:
     """See `Mixer`."""
     # From the diagonal part in continuous time: |exp(dt a)| = exp(dt Re a).
-    record_spread(
-        "memory_tokens",
-        lambda: -1 / jnp.expm1(-jnp.exp(self.log_dt[...][None] + self.log_a[...])),
-    )
+    record_memory(lambda: -jnp.exp(self.log_dt[...][None] + self.log_a[...]))
     before_BNE = None if state is None else state.h_BNE
     states = self.recurrence(self.system(), x_D, tokens, before_BNE)
     epilogue = Epilogue(self.d[...], x_D)

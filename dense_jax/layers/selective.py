@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dense_jax.batch import Segments, Token
-from dense_jax.config import ModelConfig, integer, invalid, number
+from dense_jax.config import Config, ModelConfig, integer, invalid, number
 from dense_jax.layers.linear import parameter, uniform
 from dense_jax.ops import resolver
 from dense_jax.ops.short_conv import short_conv, short_conv_step
@@ -16,7 +16,7 @@ from dense_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectiveConfig:
+class SelectiveConfig(Config, key="config.model.mixer"):
   """Options that selective families share."""
 
   expand: int = integer(2, 1, help="E = expand * D: inner channels")
@@ -29,6 +29,7 @@ class SelectiveConfig:
       1e-4, 0, open_low=True, help="dt at initialisation is raised to at least this")
 
   def __post_init__(self) -> None:
+    super().__post_init__()
     if self.dt_min > self.dt_max:
       raise invalid(
           "config.model.mixer.dt_min", self.dt_min, f"a number <= dt_max = {self.dt_max:g}"

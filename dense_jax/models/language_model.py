@@ -46,10 +46,17 @@ class ModelState:
     return ModelState(jnp.take(self.position_B, index_B, axis=0), layers)
 
 
+def _check_shape(tokens: Array, axes: str) -> None:
+  if tokens.ndim != axes.count(",") + 1 or not tokens.size:
+    raise invalid("the tokens' shape", tokens.shape, f"{axes}, none of them 0")
+
+
 class LanguageModel(nnx.Module):
   """A language model: token ids to next-token logits.
 
-  Its methods are pure functions, which work with and without jit.
+  Its methods are pure functions, which work with and without jit. They raise an InputError if the
+  tokens have another number of axes, or none are there. Ids are not checked, as only the device
+  knows their values: one from V on is taken as V - 1.
 
   Example:
     model = LanguageModel(config, rngs=nnx.Rngs(0))
@@ -98,6 +105,7 @@ class LanguageModel(nnx.Module):
       keep_state: bool = True, measure: bool = False,
   ) -> tuple[Array, ModelState, list[Aux]]:
     """Runs `hidden`, and returns each layer's metrics too; the two flags are the stack's."""
+    _check_shape(tokens_BT, "[B, T]")
     batch, time = tokens_BT.shape
     before_B = jnp.zeros(batch, jnp.int32) if state is None else state.position_B
     if segments is None:
@@ -189,6 +197,7 @@ class LanguageModel(nnx.Module):
 
   def step(self, state: ModelState, tokens_B: Array) -> tuple[ModelState, Array]:
     """Reads one token of each row; returns the next state and float32 logits_BV."""
+    _check_shape(tokens_B, "[B]")
     x_BD = self.embedding[...].astype(self.dtype)[tokens_B]
     layers = cast_recurrences(state.layers, jnp.float32)
     x_BD, layers, _ = self.stack(x_BD, Token(state.position_B), layers)

@@ -94,7 +94,10 @@ class Recurrence(Protocol):
     """
 
   def materialize(self) -> Array:
-    """Computes the states of all tokens, N last; for tests and analysis, never for training."""
+    """Computes the states of all tokens, N last; for tests and analysis, never for training.
+
+    At padding they are undefined, as reads are there.
+    """
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from dense_jax.errors import InputError
+from dense_jax.ops import affine
 from dense_jax.types import SEQUENCE_AXIS, Array, PyTree
 
 Join = Callable[[tuple[Array, Array], tuple[Array, Array], int], tuple[Array, Array]]
@@ -69,7 +70,7 @@ def elementwise(
 ) -> tuple[Array, Array]:
   """Composes maps whose A multiplies the state elementwise; see `Join`."""
   del devices
-  return left[0] * right[0], right[0] * left[1] + right[1]
+  return affine.compose(left, right)
 
 
 def on_first_shard(initial: Array) -> Array:

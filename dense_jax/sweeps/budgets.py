@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 from etils import epath
 
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig, invalid
+from dense_jax.data.cache import digest
 from dense_jax.errors import InputError
 from dense_jax.files import parse_json
 from dense_jax.models.flops import train_flops
@@ -16,10 +18,12 @@ from dense_jax.outputs import write_json
 from dense_jax.runs import resume
 from dense_jax.runs.compile import with_vocab
 from dense_jax.sweeps.definition import Cell, Sweep
-from dense_jax.sweeps.timing import time_ratio
+from dense_jax.sweeps.timing import device_kind, time_ratio
 
 TIMES_FILE = "times.json"
 _WIDTH_STEP = 8
+
+Measure = Callable[[ExperimentConfig, ExperimentConfig], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +67,23 @@ class PlannedCell:
     return resume.course(self.config)
 
 
+def course_digest(planned: PlannedCell) -> str:
+  """Returns the digest of a cell's settings that its results and measured times carry."""
+  return digest(json.dumps(planned.course, sort_keys=True))
+
+
 def plan(
-    sweep: Sweep, folder: epath.Path,
-    measure: Callable[[ExperimentConfig, ExperimentConfig], float] | None = None,
+    sweep: Sweep, folder: epath.Path, measure: Measure = time_ratio,
+    device: Callable[[], str] = device_kind,
 ) -> list[PlannedCell]:
   """Gives each cell its budget.
 
   Args:
     sweep: the sweep.
     folder: where measured ratios of times are kept, so that a sweep that goes on has the budgets
-      that it began with.
-    measure: (one, other) -> the time of a step of the one over the other's; None takes
-      `dense_jax.sweeps.timing.time_ratio`.
+      that it began with. A ratio holds for two cells of these courses and this kind of device.
+    measure: (one, other) -> the time of a step of the one over the other's.
+    device: returns the kind of device that `measure` measures on.
 
   Raises:
     InputError: a cell's configuration is not valid, or no width has the wanted parameters.
@@ -90,7 +99,7 @@ def plan(
         if cell.match.by == "flops":
           ratio = planned.token_flops / other.token_flops
         else:
-          ratio = _measured(folder, planned, other, measure or time_ratio)
+          ratio = _measured(folder, planned, other, measure, device())
         change = {"train.steps": _steps(planned.config, other.config, ratio)}
       planned = _planned(sweep, cell, change)
     found[cell.name] = planned
@@ -139,7 +148,7 @@ def _width(sweep: Sweep, cell: Cell, parameters: int) -> int:
 
 def _measured(
     folder: epath.Path, planned: PlannedCell, other: PlannedCell,
-    measure: Callable[[ExperimentConfig, ExperimentConfig], float],
+    measure: Measure, device: str,
 ) -> float:
   """Returns the ratio of the times of a token, which is measured once in a sweep's folder."""
   file = folder / TIMES_FILE
@@ -147,7 +156,8 @@ def _measured(
     times = parse_json(file.read_bytes()) if file.is_file() else {}
   except ValueError as error:
     raise InputError(f"{file} is damaged ({error}): expected what this sweep wrote") from error
-  key = f"{planned.cell.name} / {other.cell.name}"
+  one, two = (f"{each.cell.name} ({course_digest(each)})" for each in (planned, other))
+  key = f"{one} / {two} on {device}"
   if key not in times:
     tokens = planned.config.train.batch_size * planned.config.data.seq_len
     others = other.config.train.batch_size * other.config.data.seq_len

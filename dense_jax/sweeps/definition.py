@@ -132,13 +132,20 @@ class Sweep:
   def debug(self) -> "Sweep":
     """Returns a smoke test: `:debug` of the experiment, the last cell with those it needs, a seed.
 
+    It needs the cell that it is compared with, all that these two name, and so on. What names no
+    base is compared with the last cell's.
+
     Of an experiment with an argument, FILE.py:ARG, it is `:ARG-debug`. That has to set all keys
     that make runs long; overrides of the cells stay.
     """
     last = self.cells[-1]
     base = self.base_of(last).name
-    needed = {last.name, base}
-    needed |= {last.match.cell} if last.match else set()
+    needed, found = set[str](), {last.name, base}
+    while found:
+      needed |= found
+      kept = [self.cell(name) for name in found]
+      named = {cell.base for cell in kept} | {cell.match.cell for cell in kept if cell.match}
+      found = named - needed - {""}
     cells = tuple(cell for cell in self.cells if cell.name in needed)
     joint = "-" if ":" in self.experiment else ":"
     return dataclasses.replace(

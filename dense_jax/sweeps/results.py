@@ -9,13 +9,12 @@ from etils import epath
 
 from dense_jax import experiment
 from dense_jax.data import order
-from dense_jax.data.cache import digest
 from dense_jax.errors import InputError
 from dense_jax.files import parse_json, write_atomically
 from dense_jax.runs import resume
 from dense_jax.runs.recording import OF_MACHINE
 from dense_jax.runs.workdir import CHECKPOINTS, DATA_FILE
-from dense_jax.sweeps.budgets import PlannedCell
+from dense_jax.sweeps.budgets import PlannedCell, course_digest
 from dense_jax.training.metrics import read_metrics
 from dense_jax.training.stored import saved_steps
 
@@ -47,11 +46,6 @@ class Result:
 
 
 _FIELDS = {field.name for field in dataclasses.fields(Result)}
-
-
-def course_digest(planned: PlannedCell) -> str:
-  """Returns the digest of a cell's settings that its results carry."""
-  return digest(json.dumps(planned.course, sort_keys=True))
 
 
 def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | None:

@@ -2,10 +2,12 @@
 
     python -m dense_jax.sweeps.timing WORKDIR WORKDIR
 
-prints the ratio of two runs' steps: of the first one's over the second's.
+prints the ratio of two runs' steps: of the first one's over the second's. Without folders, it
+prints the kind of device that would run them.
 """
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import subprocess
@@ -25,6 +27,16 @@ from dense_jax.training.step import Trainer
 _PAIRS, _STEPS = 5, 3
 
 
+@functools.cache  # It stays the same, and a process takes seconds to start.
+def device_kind() -> str:
+  """Returns the kind of device, as jax names it, on which `time_ratio` measures.
+
+  Raises:
+    RuntimeError: the process that looks at the devices failed.
+  """
+  return _printed()
+
+
 def time_ratio(config: ExperimentConfig, other: ExperimentConfig) -> float:
   """Measures the time of a train step over that of another, in a process of its own.
 
@@ -39,13 +51,18 @@ def time_ratio(config: ExperimentConfig, other: ExperimentConfig) -> float:
       folders.append(pathlib.Path(temporary, name))
       folders[-1].mkdir()
       experiment.save(each, epath.Path(folders[-1]))
-    done = subprocess.run(
-        [sys.executable, "-m", "dense_jax.sweeps.timing", *map(str, folders)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
-    )
+    return float(_printed(*map(str, folders)))
+
+
+def _printed(*folders: str) -> str:
+  """Returns what this module prints in a process of its own."""
+  done = subprocess.run(
+      [sys.executable, "-m", "dense_jax.sweeps.timing", *folders],
+      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
+  )
   if done.returncode:
-    raise RuntimeError(f"the process that times two steps ended with status {done.returncode}")
-  return float(done.stdout)
+    raise RuntimeError(f"the process that times steps ended with status {done.returncode}")
+  return done.stdout.strip()
 
 
 def step_time_ratio(config: ExperimentConfig, other: ExperimentConfig) -> float:
@@ -85,7 +102,10 @@ class _Timed:
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Prints the ratio of the times of two runs' steps."""
+  """Prints the ratio of the times of two runs' steps, or the kind of device."""
+  if not arguments:
+    print(jax.devices()[0].device_kind)
+    return
   one, other = (experiment.read(epath.Path(folder)) for folder in arguments)
   print(step_time_ratio(one, other))
 

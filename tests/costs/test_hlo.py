@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from dense_jax.costs.hlo import Cost, program_cost
+from dense_jax.costs.hlo import Cost
 from dense_jax.costs.hlo_text import HloError, OpenLoopError, parse_module, parse_shape
 from dense_jax.models.params import abstract_model, get_params, with_params
 from tests.builders import model_config
+from tests.programs import program_cost
 
 TRIPS, ROWS, WIDTH = 10, 16, 32
 MATMUL = 2 * ROWS * WIDTH * WIDTH

@@ -8,9 +8,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from dense_jax.costs import largest
-from dense_jax.costs.hlo import program_cost, program_items, total
+from dense_jax.costs.hlo import program_items, total
 from dense_jax.costs.hlo_text import HloError, parse_module
 from dense_jax.ops.kernel_cost import KernelCost
+from tests.programs import program_cost
 
 # A scanned product of matrices, abridged: a fusion with a matmul, a call of a kernel, a scalar.
 TEXT = (pathlib.Path(__file__).parent / "gpu_loop.hlo").read_text()

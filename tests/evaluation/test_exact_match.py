@@ -10,6 +10,7 @@ from dense_jax.data.batches import heldout_batches
 from dense_jax.data.pipeline import load_datasets
 from dense_jax.evaluation.evaluators import HeldOutLoss, Snapshot
 from dense_jax.evaluation.exact_match import AnswerCounter, Answers, ExactMatch, count_answers
+from dense_jax.evaluation.perplexity import Scorer
 from dense_jax.models.params import get_params
 from dense_jax.runs.evaluating import with_standard
 from dense_jax.sharding import make_mesh
@@ -60,6 +61,12 @@ def test_answers_counted_by_hand(model):
   )
   assert answers == Answers(right=3, targets=6, exact=1, rows=4)
   assert answers.shares() == {"accuracy": 0.5, "exact": 0.25}
+
+
+@pytest.mark.parametrize("counter", [AnswerCounter, Scorer])
+def test_rows_without_a_target_have_no_score(model, counter):
+  with pytest.raises(ValueError, match="no held-out targets"):
+    counter(model, chunk=5)(get_params(model), [], jax.device_put)
 
 
 @pytest.mark.slow

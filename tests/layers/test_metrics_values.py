@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dense_jax.layers.metrics import collecting
+from dense_jax.layers.metrics import LONGEST_MEMORY, collecting, record_memory
 from tests.builders import fast_jit, model_config, normal, packed, random_model
 from tests.helpers import assert_trees_close
 
@@ -44,8 +44,14 @@ def gate_of(gate, x):
   return silu(silu(x @ values(gate.down)) @ values(gate.up))
 
 
-def run(family, inject="state", documents=DOCUMENTS):
+def run(family, inject="state", documents=DOCUMENTS, **changed):
   """Runs a model's first two layers, of which the second reads the first.
+
+  Args:
+    family: the model's.
+    inject: what its second layer fuses.
+    documents: the rows' documents.
+    **changed: the mixers' parameters that have one value everywhere.
 
   Returns:
     The layers; what enters and leaves them, [B, T, D]; what each recorded.
@@ -65,6 +71,10 @@ def run(family, inject="state", documents=DOCUMENTS):
     return stream, recorded
 
   layers = random_model(config).stack.prefix_layers
+  for layer in layers:
+    for name, value in changed.items():
+      parameter = getattr(layer.mixer, name)
+      parameter[...] = np.full_like(parameter[...], value)
   return layers, *through(layers, normal(0, len(documents), T, config.width))
 
 
@@ -167,3 +177,13 @@ def test_the_memory_in_tokens(family, decay):
     check(aux, spread("memory_tokens", 1 / (1 - decay(layer, after_norm(layer, x)))))
   if family == "gau_retnet":  # 32 and 64 tokens.
     check(recorded[0], {"memory_tokens_mean": 48, "memory_tokens_std": 16})
+
+
+def test_steps_that_underflow_leave_finite_metrics():
+  with collecting() as aux:
+    record_memory(lambda: np.float32([0.0, -0.0, -1e-30, -np.inf]))
+  check(aux, spread("memory_tokens", [LONGEST_MEMORY] * 3 + [1]))
+  _, _, recorded = run("mamba2", dt_bias=-200)  # Step sizes underflow.
+  for aux in recorded:
+    check(aux, {"memory_tokens_mean": LONGEST_MEMORY, "memory_tokens_std": 0, "own_read_rms": 0})
+  check(recorded[1], {"source_1_ratio": 0})

@@ -1,4 +1,4 @@
-"""Step sizes and decays at the ends of their ranges, over 16k tokens: all stays finite."""
+"""Step sizes and decays at the ends of their ranges: all stays finite, over 16k tokens too."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,11 @@ from tests.builders import (
     TWINS,
     fast_jit,
     model_config,
+    random_model,
     random_params,
     random_tokens,
 )
+from tests.helpers import assert_trees_close
 
 T = 16384
 # Of a parameter's every number: dt from 2e-9 to 20, |A| from 5e-5 to 400; S4 likewise.
@@ -57,3 +59,15 @@ def test_extreme_steps_and_decays_stay_finite(family, dtype):
         changed[name] = jnp.full_like(value, ENDS[last][which]) if last in ENDS else value
       for path, leaf in jax.tree_util.tree_leaves_with_path(run(changed)):
         assert np.isfinite(np.asarray(leaf, np.float32)).all(), (steps, decays, path)
+
+
+@pytest.mark.parametrize("family", ["retnet", "gau_retnet"])
+def test_heads_that_forget_nothing_stay_finite(family):
+  """1 - gamma of the last of 128 heads would be 2^-132, which is no normal float32."""
+  config = model_config(family, layers=1, width=128, heads=128, key_dim=256, expand=8)
+  model, tokens = random_model(config), random_tokens(0, 1, 5)
+  logits_BTV = fast_jit(lambda tokens: model(tokens))(tokens)
+  assert np.isfinite(logits_BTV).all()
+  state, _ = fast_jit(lambda tokens: model.prefill(tokens))(tokens[:, :-1])
+  _, last_BV = fast_jit(lambda state, tokens: model.step(state, tokens))(state, tokens[:, -1])
+  assert_trees_close(last_BV, logits_BTV[:, -1])

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dense_jax.costs.hlo import program_cost
+from dense_jax.costs.hlo import program_items, total
 from dense_jax.ops import resolver
 from dense_jax.ops.diagonal.kernel_inputs import LowRank, Source
 from dense_jax.ops.diagonal.tpu import selective_finish
@@ -182,7 +182,7 @@ def compile_for(topology: str, program: Program) -> dict[str, float]:
       "temporaries": memory.temp_size_in_bytes,
       "flops": cost["flops"],
       "transcendentals": cost["transcendentals"],
-      "bytes": program_cost(compiled.as_text(), open_trips=1).bytes_accessed,
+      "bytes": total(program_items(compiled.as_text(), open_trips=1)).bytes_accessed,
   }
 
 

@@ -5,9 +5,9 @@ import pytest
 from etils import epath
 
 from dense_jax import experiment, runs
-from dense_jax.sweeps.budgets import plan
+from dense_jax.sweeps.budgets import course_digest, plan
 from dense_jax.sweeps.definition import Cell, Sweep
-from dense_jax.sweeps.results import Result, Results, course_digest
+from dense_jax.sweeps.results import Result, Results
 from dense_jax.sweeps.table import write_all
 from tests.browser import open_browser
 from tests.helpers import ROOT, write_text

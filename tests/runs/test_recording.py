@@ -30,6 +30,8 @@ def config():
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("TPU v4", "v4"),
     ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("cpu", None),
     ("NVIDIA A100-SXM4-80GB", None), ("TPU v7x", None), ("v5e", None),
+    ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("TPU v4 lite", None),
 ])
 def test_devices_by_their_names(kind, name):
   assert find_chip(kind) is (CHIPS[name] if name else None)

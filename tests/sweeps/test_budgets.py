@@ -1,5 +1,7 @@
 """Budgets: equal parameters by the width, equal FLOPs and time by the steps."""
 
+import dataclasses
+
 import pytest
 from etils import epath
 
@@ -7,16 +9,17 @@ from dense_jax.errors import InputError
 from dense_jax.models.flops import train_flops
 from dense_jax.sweeps.budgets import describe_plan, plan
 from dense_jax.sweeps.definition import Cell, Match, Sweep
-from dense_jax.sweeps.timing import time_ratio
+from dense_jax.sweeps.timing import device_kind, time_ratio
 from tests.helpers import ROOT
 
 EXPERIMENT = str(ROOT / "experiments/smoke.py:debug")
 DENSE = Cell("dense", {"model.dense.depth": 2, "model.layers": 4, "train.steps": 100})
 
 
-def planned(tmp_path, *cells, measure=None):
+def planned(tmp_path, *cells, measure=None, device="cpu"):
   sweep = Sweep(EXPERIMENT, (DENSE, *cells), "dense")
-  return {each.cell.name: each for each in plan(sweep, epath.Path(tmp_path), measure)}
+  found = plan(sweep, epath.Path(tmp_path), measure, lambda: device)
+  return {each.cell.name: each for each in found}
 
 
 def test_equal_parameters_are_as_near_as_a_width_gets(tmp_path):
@@ -52,6 +55,10 @@ def test_a_time_is_measured_once(tmp_path):
   assert calls == [(3, 4)] and found["base"].config.train.steps == 400
   again = planned(tmp_path, base, measure=lambda *_: pytest.fail("measured again"))
   assert again["base"].config == found["base"].config
+  wider = dataclasses.replace(base, overrides={**base.overrides, "model.width": 64})
+  assert planned(tmp_path, wider, measure=lambda *_: 0.5)["base"].config.train.steps == 200
+  on_gpu = planned(tmp_path, base, measure=lambda *_: 0.1, device="NVIDIA H100 80GB HBM3")
+  assert on_gpu["base"].config.train.steps == 1000
   (tmp_path / "times.json").write_text("{")
   with pytest.raises(InputError, match=r"times\.json is damaged"):
     planned(tmp_path, base)
@@ -62,6 +69,7 @@ def test_the_ratio_measured_in_another_process(tmp_path, monkeypatch):
   monkeypatch.delenv("XLA_FLAGS")  # One device: a step on the eight that tests have takes long.
   cells = Cell("wide", {"model.width": 256}), Cell("narrow")
   found = planned(tmp_path, *cells)
+  assert device_kind() == "cpu"
   assert time_ratio(found["wide"].config, found["narrow"].config) > 1
 
 

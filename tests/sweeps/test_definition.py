@@ -84,3 +84,13 @@ def test_debug_keeps_the_last_cell_and_what_it_needs():
   assert [cell.name for cell in found.cells] == ["b", "c", "d"]
   assert (found.experiment, found.base, found.seeds, found.more_seeds) == (
       "x.py:debug", "c", (4,), ())
+
+
+def test_debug_keeps_what_the_cells_need_that_a_cell_needs():
+  cells = (
+      Cell("a"), Cell("b", base="f"), Cell("c", base="d", match=Match("flops", "b")), Cell("d"),
+      Cell("e", base="c"), Cell("f"), Cell("last", base="e"),
+  )
+  found = Sweep("x.py", cells, "a").debug()
+  assert [cell.name for cell in found.cells] == ["b", "c", "d", "e", "f", "last"]
+  assert found.base == "e"

@@ -7,10 +7,10 @@ import pytest
 from etils import epath
 
 from dense_jax.errors import InputError
-from dense_jax.sweeps.budgets import plan
+from dense_jax.sweeps.budgets import course_digest, plan
 from dense_jax.sweeps.definition import Cell, Sweep, load_sweep
 from dense_jax.sweeps.differences import difference, undecided
-from dense_jax.sweeps.results import Result, Results, course_digest, read_results
+from dense_jax.sweeps.results import Result, Results, read_results
 from dense_jax.sweeps.table import markdown, picture, rows, write_all
 from tests.helpers import ROOT
 

@@ -10,9 +10,9 @@ import pytest
 from etils import epath
 
 from dense_jax.sweeps import running
-from dense_jax.sweeps.budgets import plan
+from dense_jax.sweeps.budgets import course_digest, plan
 from dense_jax.sweeps.definition import Cell, Sweep
-from dense_jax.sweeps.results import Result, Results, course_digest
+from dense_jax.sweeps.results import Result, Results
 from dense_jax.sweeps.running import Job, jobs, next_jobs, run_jobs, run_sweep, train_command
 from tests.helpers import ROOT
 

@@ -15,7 +15,6 @@ from dense_jax.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from dense_jax.costs.hlo import program_cost
 from dense_jax.errors import InputError
 from dense_jax.sharding import make_mesh
 from dense_jax.training.step import Trainer
@@ -29,6 +28,7 @@ from tests.builders import (
   random_params,
 )
 from tests.helpers import assert_trees_close
+from tests.programs import program_cost
 
 T = 24
 # Documents that begin and end inside a device's tokens, cross several devices, and end in

@@ -1,7 +1,8 @@
 """Hidden fusion: the functions Fuse of equation (3), which join sources' reads to a layer's own.
 
-Every fusion returns the own read unchanged if the reads of all sources and the fusion's own gates
-are zero. All are functions of reads and queries, so none needs stored states.
+Every fusion but `Concat`, which maps the own states too, returns the own read unchanged if the
+reads of all sources and the fusion's own gates are zero. All are functions of reads and queries,
+so none needs stored states.
 """
 
 from collections.abc import Mapping, Sequence

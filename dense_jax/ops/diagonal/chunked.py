@@ -9,11 +9,13 @@ and needs less memory.
 """
 
 import functools
+from typing import TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from dense_jax.ops import affine
 from dense_jax.ops.chunks import chunk_length
 from dense_jax.ops.diagonal.reference import diagonal_read, diagonal_step
 from dense_jax.ops.token_scan import join_chunks, split_chunks, token_scan
@@ -25,11 +27,8 @@ from dense_jax.types import Array
 DEFAULT_CHUNK = 16
 
 
-def _combine(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-  """Composes two steps h -> a h + u, the left one first."""
-  a_left, u_left = left
-  a_right, u_right = right
-  return a_left * a_right, a_right * u_left + u_right
+# An array of queries, or None, for which there is no read.
+QueryT = TypeVar("QueryT", Array, None)
 
 
 def _associative_chunk(
@@ -42,7 +41,7 @@ def _associative_chunk(
     decay = jnp.where(resets_CB[:, :, None, None], 0.0, decay)
   u_CBE = dt_CBE * x_CBE.astype(jnp.float32)
   u = u_CBE[:, :, None, :] * b_CBN.astype(jnp.float32)[..., None]
-  decay, u = jax.lax.associative_scan(_combine, (decay, u))
+  decay, u = jax.lax.associative_scan(affine.compose, (decay, u))
   h = decay * h_BNE[None] + u
   if c_CBN is None:
     return h[-1], None
@@ -54,12 +53,12 @@ def token_by_token(
     a_BNE: Array,
     x_BTE: Array,
     b_BTN: Array,
-    c_BTN: Array | None,
+    c_BTN: QueryT,
     resets_BT: Array | None,
     initial_BNE: Array,
     *,
     chunk: int = 0,
-) -> tuple[Array, Array]:
+) -> tuple[QueryT, Array]:
   """Computes the read of one query by a `jax.lax.scan` over tokens.
 
   Arguments and results are those of `associative_scan`, except that the decay rates `a_BNE` have
@@ -81,12 +80,12 @@ def associative_scan(
     a_NE: Array,
     x_BTE: Array,
     b_BTN: Array,
-    c_BTN: Array | None,
+    c_BTN: QueryT,
     resets_BT: Array | None,
     initial_BNE: Array,
     *,
     chunk: int = 0,
-) -> tuple[Array, Array]:
+) -> tuple[QueryT, Array]:
   """Computes the read of one query by `jax.lax.associative_scan` (arXiv 2312.00752, algorithm 2).
 
   Args:

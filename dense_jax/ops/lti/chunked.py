@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dense_jax.ops.chunks import chunk_length, split_time
-from dense_jax.ops.lti.system import System
+from dense_jax.ops.lti.system import System, contract
 from dense_jax.ops.token_scan import token_scan
 from dense_jax.types import Array
 
@@ -20,10 +20,6 @@ from dense_jax.types import Array
 # other work too (8 x 256 tokens, E 256, N 64): S4D takes 0.09 s at 16, 0.10 at 32 and 0.15 at
 # 64, S4 0.10, 0.10 and 0.17; documents change little. The number of kept states falls with 1 / C.
 DEFAULT_CHUNK = 32
-
-
-def _contract(formula: str, *arrays: Array) -> Array:
-  return jnp.einsum(formula, *arrays, precision=jax.lax.Precision.HIGHEST)
 
 
 def lti_chunk_states(
@@ -64,7 +60,7 @@ def lti_chunk_states(
     carried_BG = last_BG1[..., 0] == 0
     inputs_BGCE = jnp.where((count_BGC == last_BG1)[..., None], x_BGCE, 0)
   to_end_CNE = system.input_powers(chunk)[::-1]
-  added_BGNE = _contract("bgce,cne->bgne", inputs_BGCE, to_end_CNE)
+  added_BGNE = contract("bgce,cne->bgne", inputs_BGCE, to_end_CNE)
   advance = system.advance(chunk)
 
   def step(h_BNE: Array, inputs: tuple[Array, Array | None]) -> tuple[Array, Array]:
@@ -118,7 +114,7 @@ def _by_document(k_ECQ: Array, x_EBGC: Array, count_BGC: Array) -> Array:
 
   def body(document: Array, y_EBGQ: Array) -> Array:
     mask = (count_BGC == document)[None]
-    return jnp.where(mask, _contract("ebgc,ecq->ebgq", jnp.where(mask, x_EBGC, 0), k_ECQ), y_EBGQ)
+    return jnp.where(mask, contract("ebgc,ecq->ebgq", jnp.where(mask, x_EBGC, 0), k_ECQ), y_EBGQ)
 
   return jax.lax.fori_loop(0, jnp.max(count_BGC) + 1, body, jnp.zeros_like(x_EBGC))
 
@@ -138,8 +134,8 @@ def _by_document_backward(
     by_k_ECQ, by_x_EBGC = sums
     mask = (count_BGC == document)[None]
     gradient = jnp.where(mask, gradient_EBGQ, 0)
-    by_k_ECQ += _contract("ebgc,ebgq->ecq", jnp.where(mask, x_EBGC, 0), gradient)
-    return by_k_ECQ, jnp.where(mask, _contract("ebgq,ecq->ebgc", gradient, k_ECQ), by_x_EBGC)
+    by_k_ECQ += contract("ebgc,ebgq->ecq", jnp.where(mask, x_EBGC, 0), gradient)
+    return by_k_ECQ, jnp.where(mask, contract("ebgq,ecq->ebgc", gradient, k_ECQ), by_x_EBGC)
 
   zero = jnp.zeros_like(k_ECQ), jnp.zeros_like(x_EBGC)
   return *jax.lax.fori_loop(0, jnp.max(count_BGC) + 1, body, zero), None
@@ -152,7 +148,7 @@ def _inside(k_CE: Array, x_BGCE: Array, count_BGC: Array | None) -> Array:
   """Computes each token's read of itself and of earlier tokens of its chunk and document."""
   k_ECQ, x_EBGC = _toeplitz(k_CE), jnp.moveaxis(x_BGCE, 3, 0)
   if count_BGC is None:
-    y_EBGQ = _contract("ebgc,ecq->ebgq", x_EBGC, k_ECQ)
+    y_EBGQ = contract("ebgc,ecq->ebgq", x_EBGC, k_ECQ)
   else:
     y_EBGQ = _by_document(k_ECQ, x_EBGC, count_BGC)
   return jnp.moveaxis(y_EBGQ, 0, 3)
@@ -179,8 +175,8 @@ def lti_chunk_read(
   count_BGC = None
   if resets_BT is not None:
     count_BGC = jnp.cumsum(split_time(resets_BT, chunk), axis=2, dtype=jnp.int32)
-  k_CE = _contract("en,cne->ce", c_EN, system.input_powers(chunk))
-  carried_BGCE = _contract("cne,bgne->bgce", system.query_powers(c_EN, chunk), before_BGNE)
+  k_CE = contract("en,cne->ce", c_EN, system.input_powers(chunk))
+  carried_BGCE = contract("cne,bgne->bgce", system.query_powers(c_EN, chunk), before_BGNE)
   if count_BGC is not None:
     carried_BGCE = jnp.where((count_BGC == 0)[..., None], carried_BGCE, 0)
   y_BGCE = _inside(k_CE, x_BGCE, count_BGC) + carried_BGCE

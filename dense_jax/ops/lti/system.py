@@ -52,7 +52,7 @@ def _inverse(x: Pair) -> Pair:
   return x[0] / square, -x[1] / square
 
 
-def _einsum(formula: str, *arrays: Array) -> Array:
+def contract(formula: str, *arrays: Array) -> Array:
   """Contracts in full float32, as powers of A would amplify the errors of lower precision."""
   return jnp.einsum(formula, *arrays, precision=jax.lax.Precision.HIGHEST)
 
@@ -238,7 +238,7 @@ class DiagonalSystem:
     """See `System`: k_TE, from about sqrt(length) powers each of input and query."""
     low = _low_digit(length)
     queries_GNE = self._queries(c_EN, low * np.arange(-(-length // low)))
-    k_GCE = _einsum("gne,cne->gce", queries_GNE, self.input_powers(low))
+    k_GCE = contract("gne,cne->gce", queries_GNE, self.input_powers(low))
     return k_GCE.reshape(-1, k_GCE.shape[-1])[:length]
 
 
@@ -335,25 +335,25 @@ class DplrSystem:
   def advance(self, length: int) -> Advance:
     """See `System`: h_BNE -> h_BNE."""
     a_ENN = self._power(length)
-    return lambda h_BNE: _einsum("enk,bke->bne", a_ENN, h_BNE)
+    return lambda h_BNE: contract("enk,bke->bne", a_ENN, h_BNE)
 
   def _power(self, length: int) -> Array:
     """Returns A^length, a_ENN, from steps of a vector or, if length > 2 N, by squaring."""
     if length <= 2 * self.b_NE.shape[0]:
       power, g_CNE, q_CNE = self._low_rank_power(length)
-      return _block_matrix(power) - _einsum("cne,cke->enk", g_CNE, q_CNE)
+      return _block_matrix(power) - contract("cne,cke->enk", g_CNE, q_CNE)
     half_ENN = self._power(length // 2)
-    a_ENN = _einsum("enk,ekm->enm", half_ENN, half_ENN)
-    return _einsum("enk,ekm->enm", a_ENN, self.dense()[0]) if length % 2 else a_ENN
+    a_ENN = contract("enk,ekm->enm", half_ENN, half_ENN)
+    return contract("enk,ekm->enm", a_ENN, self.dense()[0]) if length % 2 else a_ENN
 
   def _leap(self, length: int) -> Advance:
     """Returns the map x_NE -> (A^T)^length x_NE."""
     (re, im), g_CNE, q_CNE = self._low_rank_power(length)
 
     def leap(x_NE: Array) -> Array:
-      read_CE = _einsum("cne,ne->ce", g_CNE, x_NE)
+      read_CE = contract("cne,ne->ce", g_CNE, x_NE)
       kept_NE = _join(_times((re, -im), _pair(x_NE)))
-      return kept_NE - _einsum("cne,ce->ne", q_CNE, read_CE)
+      return kept_NE - contract("cne,ce->ne", q_CNE, read_CE)
 
     return leap
 

@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from dense_jax.ops import affine
 from dense_jax.ops.chunks import chunk_ends, chunk_length, split_time
 from dense_jax.ops.matrix.log_decay import LogDecay, summed_log_decay, weight
 from dense_jax.types import Array
@@ -37,12 +38,6 @@ def _cumulative(
 def _by_group(x: Array, groups: int, axis: int) -> Array:
   """Splits the axis of heads, [..., H, ...] -> [..., J, H / J, ...]."""
   return x.reshape(*x.shape[:axis], groups, x.shape[axis] // groups, *x.shape[axis + 1 :])
-
-
-def _compose(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
-  a_left, h_left = left
-  a_right, h_right = right
-  return a_left * a_right, a_right[..., None, None] * h_left + h_right
 
 
 def chunk_states(
@@ -101,7 +96,9 @@ def chunk_states(
   ).reshape(batch, -1, heads, channels, state_size)
 
   if associative:
-    decay_BGH, sum_BGHPN = jax.lax.associative_scan(_compose, (decay_BGH, added_BGHPN), axis=1)
+    decay_BGH, sum_BGHPN = jax.lax.associative_scan(
+        affine.compose, (decay_BGH, added_BGHPN), axis=1
+    )
     after_BGHPN = decay_BGH[..., None, None] * initial_BHPN[:, None] + sum_BGHPN
     before_BGHPN = jnp.concatenate([initial_BHPN[:, None], after_BGHPN[:, :-1]], axis=1)
     return before_BGHPN, after_BGHPN[:, -1]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dense_jax.costs.hlo import program_cost
+from dense_jax.costs.hlo import program_items, total
 from dense_jax.ops.attention.blockwise import blockwise_attention
 from dense_jax.ops.attention.reference import Documents
 from dense_jax.ops.attention.tpu import splash_attention
@@ -40,7 +40,7 @@ def compile_for(form: str, kind: str, time: int) -> dict[str, float]:
 
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     compiled = jax.jit(passes).lower(row, row, row, number, row).compile()
-  cost = program_cost(compiled.as_text())
+  cost = total(program_items(compiled.as_text()))
   return {
       "temporaries": compiled.memory_analysis().temp_size_in_bytes,
       "bytes": cost.bytes_accessed,
