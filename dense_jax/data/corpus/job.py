@@ -19,7 +19,12 @@ import numpy as np
 from etils import epath
 
 from dense_jax.config import DataConfig, invalid
-from dense_jax.data.corpus.documents import check_packages, find_inputs, read_documents
+from dense_jax.data.corpus.documents import (
+    PartNames,
+    check_packages,
+    find_inputs,
+    read_documents,
+)
 from dense_jax.data.corpus.encoding import token_dtype
 from dense_jax.data.corpus.files import (
     RESULTS,
@@ -205,7 +210,7 @@ def _sample(job: Job, files: Sequence[Input]) -> Iterator[str]:
   trained = [file for file in files if not file.heldout]
   for file in trained[:: -(-len(trained) // _SAMPLED_FILES)]:
     left = _SAMPLED_CHARACTERS
-    for _, text in read_documents(
+    for *_, text in read_documents(
         input_path(file), file.field, job.settings.reading, lambda *_: None
     ):
       yield text[:left]
@@ -225,7 +230,8 @@ def prepare(job: Job, progress: Callable[[Input, int], None]) -> tuple[Manifest,
     The manifest, and the most memory that a process has had that encoded; 0 if none was needed.
 
   Raises:
-    InputError: an input cannot be read, too many lines are bad, or the folder cannot be written.
+    InputError: an input cannot be read, too many lines are bad, two values make one part's name, or
+      the folder cannot be written.
   """
   files = job.files()
   with opened(job, files):
@@ -247,7 +253,16 @@ def prepare(job: Job, progress: Callable[[Input, int], None]) -> tuple[Manifest,
     if bad > job.most_bad:  # Of files that were not read in one process.
       raise InputError(f"{bad:,} lines are no documents. Expected other files, or a larger "
                        f"--most-bad than {job.most_bad:,}")
+    _part_names([*done.values()])
     return finish(job, tokenizer, [done[file.number] for file in files]), peak
+
+
+def _part_names(results: Sequence[FileResult]) -> PartNames:
+  names = PartNames()
+  for result in results:
+    for name, value in result.values.items():
+      names.add(name, value)
+  return names
 
 
 def _done(job: Job, files: Sequence[Input]) -> dict[int, FileResult]:
@@ -274,13 +289,14 @@ def run_files(
   Args:
     job: the job.
     files: those to do.
-    done: the results of the others, whose bad lines count too.
+    done: the results of the others, whose bad lines count and whose parts are named too.
     encoder: encodes documents.
     tokenizer: the encoder's.
     progress: see `prepare`.
   """
   bad = _BadLines(job.most_bad, sum(result.source.bad for result in done))
   dtype = token_dtype(tokenizer.vocab_size)
+  names = _part_names(done)
   with contextlib.ExitStack() as stack:
     seen = None
     if job.settings.deduplicate:
@@ -290,7 +306,7 @@ def run_files(
           if hashes_file(job.folder, number).is_file():
             seen.add_file(hashes_file(job.folder, number))
     groups = itertools.chain.from_iterable(
-        read_groups(file, job.settings, seen, bad) for file in files
+        read_groups(file, job.settings, seen, names, bad) for file in files
     )
     encoded = encoder.map(groups)
     for file in files:

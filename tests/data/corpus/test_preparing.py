@@ -123,6 +123,31 @@ def test_parts_by_a_field(tmp_path):
         "--most-bad", "5")
 
 
+def test_values_that_come_to_one_name_are_refused(tmp_path):
+  text = tmp_path / "text"
+  text.mkdir()
+
+  def write(name, language):
+    content = [{"text": f"{language} {n}", "language": language} for n in range(20)]
+    (text / name).write_text("".join(json.dumps(line) + "\n" for line in content))
+
+  options = ["--part-field", "language", "--heldout-every", "4"]
+  message = r"^--part-field: the values 'C' and 'C\+\+' .* part 'C'\. Expected --parts FILE\.json"
+  write("a.jsonl", "C")
+  write("b.jsonl", "D")
+  run(text, tmp_path / "out", *options)
+  # The job goes on with the second file; the first is done.
+  (tmp_path / "out/manifest.json").unlink()
+  (tmp_path / "out/files/000001.json").unlink()
+  write("b.jsonl", "C++")
+  for folder in ("out", "new"):
+    with pytest.raises(InputError, match=message):
+      run(text, tmp_path / folder, *options)
+  (tmp_path / "parts.json").write_text('{"C": "c", "*": "other"}')
+  run(text, tmp_path / "named", *options, "--parts", str(tmp_path / "parts.json"))
+  assert {*Corpus(tmp_path / "named").train.parts} == {"c", "other"}
+
+
 def test_bad_lines_are_counted_and_named(tmp_path, caplog):
   text = tmp_path / "text"
   text.mkdir()
