@@ -161,7 +161,9 @@ def read_object(file: Path, valid: str) -> dict[str, Any]:
   """
   try:
     values = parse_json(file.read_bytes())
-  except (OSError, ValueError) as error:
+  except OSError as error:
+    raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+  except ValueError as error:
     raise InputError(f"{file} is not JSON: {error}") from error
   if not isinstance(values, dict):
     raise InputError(f"{file} is not valid: expected {valid}")

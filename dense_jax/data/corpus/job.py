@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dense_jax.config import DataConfig, invalid
+from dense_jax.config import invalid
 from dense_jax.data.corpus.documents import (
     PartNames,
     check_packages,
@@ -67,6 +67,7 @@ from dense_jax.files import (
 )
 
 LOCK = ".lock"
+_FIELD = "--tokenizer"
 _TRAIN = "train:"
 # A tokenizer is trained on the beginnings of so many files, of so many characters each at most.
 _SAMPLED_FILES, _SAMPLED_CHARACTERS = 64, 1 << 24
@@ -132,9 +133,14 @@ class Job:
 def opened(job: Job, files: Sequence[Input]) -> Iterator[None]:
   """Makes the folder or goes on with it, as the only process.
 
+  A job that has no tokenizer yet has made nothing; one of other options may take its place.
+
   Raises:
-    InputError: the folder holds something else, or another job, or another process works on it.
+    InputError: the folder holds something else, or another job, or another process works on it, or
+      there is no such tokenizer.
   """
+  if not (job.folder / TOKENIZER).is_dir():
+    _named_tokenizer(job)  # Before anything is written.
   held = {entry.name for entry in job.folder.iterdir()} if job.folder.is_dir() else set()
   others = {name for name in held if not name.startswith(".")}
   if others and JOB not in held:
@@ -147,7 +153,10 @@ def opened(job: Job, files: Sequence[Input]) -> Iterator[None]:
     if try_lock(lock) is False:
       raise invalid("--output", str(job.folder), "a folder that no other process works on")
     wanted = parse_json(json.dumps(job.described(files)))
-    if (job.folder / JOB).is_file():
+    begun = (job.folder / JOB).is_file() and (
+        (job.folder / TOKENIZER).is_dir() or any(job.folder.glob(f"{RESULTS}/*"))
+    )
+    if begun:
       before = read_object(job.folder / JOB, "what prepare wrote")
       different = [key for key in wanted if before.get(key) != wanted[key]]
       if different:
@@ -157,7 +166,7 @@ def opened(job: Job, files: Sequence[Input]) -> Iterator[None]:
         )
     folders = [job.folder / name for name in (SHARDS, RESULTS)]
     with _named_errors(job.folder):
-      if not (job.folder / JOB).is_file():  # It comes first: it says whose the folder is.
+      if not begun:  # It comes first: it says whose the folder is.
         write_atomically(job.folder / JOB, (json.dumps(wanted, indent=1) + "\n").encode())
       for folder in folders:
         folder.mkdir(exist_ok=True)
@@ -188,22 +197,29 @@ def tokenizer_of(job: Job, files: Sequence[Input]) -> Tokenizer:
   kept = job.folder / TOKENIZER
   if kept.is_dir():
     return load_saved_tokenizer(kept)
-  number = job.tokenizer.removeprefix(_TRAIN)
+  tokenizer = _named_tokenizer(job)
   with _named_errors(job.folder), whole_folder(kept) as partial:
-    if job.tokenizer == "train":
-      raise invalid("--tokenizer", job.tokenizer, "train:N, with N the number of pieces")
-    if number == job.tokenizer:
-      tokenizer = load_named_tokenizer(DataConfig(tokenizer=job.tokenizer))
-    else:
-      if not (number.isdecimal() and len(number) < 10):
-        raise invalid("--tokenizer", job.tokenizer, "train:N, with N < 1e9 the number of pieces")
+    if tokenizer is None:
       # In a file of the partial folder, which replaces the folder `kept` when all is written.
       model = partial / "model"
-      train_sentencepiece(_sample(job, files), int(number), model, "--tokenizer")
-      tokenizer = load_named_tokenizer(DataConfig(tokenizer=str(partial / "model")))
+      number = int(job.tokenizer.removeprefix(_TRAIN))
+      train_sentencepiece(_sample(job, files), number, model, _FIELD)
+      tokenizer = load_named_tokenizer(str(model), _FIELD)
       model.unlink()
     tokenizer.save(epath.Path(partial))
   return tokenizer
+
+
+def _named_tokenizer(job: Job) -> Tokenizer | None:
+  """Loads the tokenizer that a job names; None means that it is to be trained."""
+  if job.tokenizer == "train":
+    raise invalid(_FIELD, job.tokenizer, "train:N, with N the number of pieces")
+  number = job.tokenizer.removeprefix(_TRAIN)
+  if number == job.tokenizer:
+    return load_named_tokenizer(job.tokenizer, _FIELD, 'train:N, "bytes"')
+  if not (number.isdecimal() and len(number) < 10):
+    raise invalid(_FIELD, job.tokenizer, "train:N, with N < 1e9 the number of pieces")
+  return None
 
 
 def _sample(job: Job, files: Sequence[Input]) -> Iterator[str]:
