@@ -130,6 +130,35 @@ def try_lock(file: int | IO[bytes]) -> bool | None:
   return True
 
 
+@contextlib.contextmanager
+def locked(path: epath.PathLike) -> Iterator[None]:
+  """Lets one process at a time read a file and replace it; waits for the others.
+
+  In a bucket, and on a file system without locks, nobody waits.
+
+  Args:
+    path: the file, which need not exist; its folder must. A lock file is beside it meanwhile.
+  """
+  if is_remote(path):
+    yield
+    return
+  beside = Path(path).with_name(f".{Path(path).name}.lock")
+  while True:
+    held = False
+    with beside.open("ab") as lock:
+      with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+      # Where its last holder removed it in between, the name is another file's now, or none's.
+      with contextlib.suppress(FileNotFoundError):
+        held = os.path.samestat(os.fstat(lock.fileno()), beside.stat())
+      if held:
+        try:
+          yield
+        finally:
+          beside.unlink(missing_ok=True)
+        return
+
+
 def parse_json(
     content: bytes | str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:

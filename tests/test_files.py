@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import threading
+import time
 
 import pytest
 from etils import epath
@@ -187,3 +189,22 @@ def test_heldout_text_that_is_trained_on(texts):
 def test_the_cache_is_local():
   with pytest.raises(InputError, match=r"config\.data\.cache_dir = 'gs://x/y' is not valid"):
     cache.cache_folder("gs://x/y", "tokens")
+
+
+def test_a_file_is_changed_by_one_at_a_time(tmp_path):
+  file = tmp_path / "count"
+  file.write_text("0")
+
+  def count():
+    for _ in range(50):
+      with files.locked(file):
+        before = int(file.read_text())
+        time.sleep(1e-5)
+        file.write_text(str(before + 1))
+
+  threads = [threading.Thread(target=count) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert file.read_text() == "200" and os.listdir(tmp_path) == ["count"]

@@ -258,7 +258,7 @@ def test_options_that_are_not_valid(tmp_path, options, message):
 def test_a_tokenizer_that_is_not_valid_leaves_no_job(tmp_path, mistake, begins):
   """The command is given again with another one; whether training works is known late."""
   text = write_corpus(tmp_path / "text")
-  with pytest.raises(InputError, match="^--tokenizer"):
+  with pytest.raises(InputError, match=r"^--tokenizer"):
     run(text, tmp_path / "out", tokenizer=mistake)
   assert (tmp_path / "out").exists() == begins
   run(text, tmp_path / "out")
