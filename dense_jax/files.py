@@ -1,6 +1,7 @@
 """Paths, atomic writes, locks and JSON, for local files and for files in a bucket."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import json
@@ -27,8 +28,9 @@ def make_path(text: str, field: str) -> epath.Path:
     field: the field or option it was given for, for error messages.
 
   Raises:
-    InputError: the path is empty (an unset variable), its home directory does not exist, its
-      scheme is not gs, or it is in a bucket and gcsfs is not installed.
+    InputError: the path is empty (an unset variable) or longer than the system takes, its home
+      directory does not exist, its scheme is not gs, or it is in a bucket and gcsfs is not
+      installed.
   """
   if not text.strip():
     raise InputError(f"{field} = {text!r} is not valid: expected a path; it is empty")
@@ -42,9 +44,18 @@ def make_path(text: str, field: str) -> epath.Path:
   if separator:
     return epath.Path(text)
   try:
-    return epath.Path(os.fspath(Path(text).expanduser()))
-  except RuntimeError as error:
+    path = Path(text).expanduser()
+    os.lstat(path)  # Whether anything can have this name, not whether it is there.
+  except OSError as error:
+    if error.errno == errno.ENAMETOOLONG:
+      shown = f"{text[:40]}...{text[-40:]}"
+      raise InputError(
+          f"{field} = {shown!r} is not valid: expected a path that is shorter than its "
+          f"{len(text):,} characters ({error.strerror})"
+      ) from error
+  except (RuntimeError, ValueError) as error:  # No such home directory; a null character.
     raise InputError(f"{field} = {text!r} is not valid: {error}") from error
+  return epath.Path(os.fspath(path))
 
 
 def _reads_buckets() -> bool:

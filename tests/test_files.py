@@ -12,7 +12,7 @@ from etils.epath import backend, gpath
 
 from dense_jax import experiment, files
 from dense_jax.config import DataConfig, ExperimentConfig
-from dense_jax.data import cache, sources, tokenizer
+from dense_jax.data import cache, finding, sources, tokenizer
 from dense_jax.errors import InputError
 from dense_jax.training import metrics
 
@@ -88,6 +88,18 @@ def test_what_cannot_be_reached_is_named(monkeypatch, path, message):
   with pytest.raises(InputError) as error:
     files.make_path(path, "--workdir")
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("path", "message"), [
+    ("a" * 5000, r"^config\.data\.path = 'a{40}\.\.\.a{40}' .* shorter than its 5,000 characters"),
+    ("x/" * 2600, r"^config\.data\.path = .*File name too long"),
+    ("a\0b", r"^config\.data\.path = .*null"),
+])
+def test_a_path_that_nothing_can_have_is_named(path, message):
+  with pytest.raises(InputError, match=message):
+    files.make_path(path, "config.data.path")
+  with pytest.raises(InputError, match=message):
+    finding.find_files(path, "config.data.path")
 
 
 def test_writing_whole_files(folder):

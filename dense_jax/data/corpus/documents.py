@@ -82,7 +82,8 @@ class PartNames:
     if other != value:
       raise InputError(
           f"--part-field: the values {other[:60]!r} and {value[:60]!r} would both be the part "
-          f"{name!r}. Expected --parts FILE.json, which names the part of each value, and a new --output"
+          f"{name!r}. Expected --parts FILE.json, which names the part of each value, and a new "
+          "--output"
       )
 
 
