@@ -112,7 +112,10 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file so that other processes see all of the new content or none of it."""
+  """Writes a file so that other processes see all of the new content or none of it.
+
+  Once it returns, the new content is there even after the machine stops.
+  """
   if is_remote(path):
     epath.Path(path).write_bytes(content)  # A bucket shows an object only when it is complete.
     return
@@ -125,6 +128,8 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
+  with contextlib.suppress(OSError):  # Not every file system flushes folders.
+    sync(Path(path).parent)
 
 
 def try_lock(file: int | IO[bytes]) -> bool | None:

@@ -1,8 +1,10 @@
 """Paths in buckets and on this machine go through the same code."""
 
+import errno
 import json
 import os
 import pathlib
+import stat
 import threading
 import time
 
@@ -88,6 +90,22 @@ def test_what_cannot_be_reached_is_named(monkeypatch, path, message):
   with pytest.raises(InputError) as error:
     files.make_path(path, "--workdir")
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize("flushes_folders", [True, False])
+def test_the_new_name_is_flushed_after_the_content(tmp_path, monkeypatch, flushes_folders):
+  file, flushed, flush = tmp_path / "x.json", [], os.fsync
+
+  def fsync(descriptor):
+    is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    flushed.append((is_folder, file.exists()))
+    if is_folder and not flushes_folders:
+      raise OSError(errno.EINVAL, "Invalid argument")
+    flush(descriptor)
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  files.write_atomically(file, b"one")
+  assert flushed == [(False, False), (True, True)] and file.read_bytes() == b"one"
 
 
 @pytest.mark.parametrize(("path", "message"), [
