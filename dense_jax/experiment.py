@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,11 +25,13 @@ from dense_jax.config import (
   unknown_key,
 )
 from dense_jax.errors import InputError
-from dense_jax.files import parse_json, write_atomically
+from dense_jax.files import make_path, parse_json, write_atomically
 from dense_jax.models.registry import family
 
 CONFIG_FILE = "config.json"
 _MIXER = "config.model.mixer"
+# What the names of experiments' modules begin with.
+_MODULE = "experiment_"
 
 
 def default_config(family_name: str = "mamba") -> ConfigDict:
@@ -80,7 +83,9 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
     if part not in types or not dataclasses.is_dataclass(nested):
       groups = [field for field, kind in types.items() if dataclasses.is_dataclass(kind)]
       raise unknown_key(f"{path}.{part}", groups or list(types))
-    group, node, path = nested, node[part], f"{path}.{part}"
+    group, node, path = nested, node.get(part), f"{path}.{part}"
+    if not isinstance(node, dict):
+      raise invalid(path, node, "the group of keys that default_config has")
   types = field_types(group)
   if name not in types:
     raise unknown_key(f"{path}.{name}", list(types))
@@ -94,7 +99,7 @@ def get_config(file: pathlib.Path, argument: str = "") -> ConfigDict:
 
   Experiments call this too, to start from another experiment.
   """
-  module_spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+  module_spec = importlib.util.spec_from_file_location(f"{_MODULE}{file.stem}", file)
   if module_spec is None or module_spec.loader is None:
     raise InputError(f"--config = {str(file)!r} is not valid: expected a Python file")
   module = importlib.util.module_from_spec(module_spec)
@@ -108,21 +113,40 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConf
   An override of `model.family` replaces `model.mixer` by the defaults of that family.
 
   Args:
-    spec: FILE.py or FILE.py:ARG.
+    spec: FILE.py or FILE.py:ARG. A leading ~ is expanded.
     overrides: pairs of a dotted key without "config." and its value as text.
 
   Raises:
-    InputError: the file, a key or a value is not valid.
+    InputError: the file, a key or a value is not valid. Of an exception that the file raises, it
+      gives the line.
   """
   name, _, argument = spec.partition(":")
-  file = pathlib.Path(name)
+  file = pathlib.Path(make_path(name, "--config"))
   if not file.is_file():
     raise invalid("--config", spec, "an experiment file, FILE.py[:ARG]")
   try:
     config = get_config(file, argument)
-  except (AttributeError, KeyError, TypeError, SyntaxError) as error:
-    raise InputError(f"{file}: {error}") from error
+  except InputError:
+    raise
+  except Exception as error:
+    what = error.msg if isinstance(error, SyntaxError) else error
+    raise InputError(f"{_place(error, file)}: {type(error).__name__}: {what}") from error
+  if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict):
+    raise InputError(f"{file}: get_config returned {type(config).__name__}, expected a ConfigDict "
+                     "with the groups that default_config has")
   return _changed(config.to_dict(), overrides)
+
+
+def _place(error: Exception, file: pathlib.Path) -> str:
+  """Returns FILE:LINE of the innermost line of an experiment that an exception passed."""
+  if isinstance(error, SyntaxError) and error.filename:
+    return f"{error.filename}:{error.lineno}"
+  lines = [
+      f"{frame.f_code.co_filename}:{line}"
+      for frame, line in traceback.walk_tb(error.__traceback__)
+      if frame.f_globals.get("__name__", "").startswith(_MODULE)
+  ]
+  return lines[-1] if lines else str(file)
 
 
 def change(config: ExperimentConfig, overrides: Sequence[tuple[str, str]]) -> ExperimentConfig:

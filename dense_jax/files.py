@@ -1,6 +1,7 @@
 """Paths, atomic writes, locks and JSON, for local files and for files in a bucket."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import json
@@ -27,8 +28,9 @@ def make_path(text: str, field: str) -> epath.Path:
     field: the field or option it was given for, for error messages.
 
   Raises:
-    InputError: the path is empty (an unset variable), its home directory does not exist, its
-      scheme is not gs, or it is in a bucket and gcsfs is not installed.
+    InputError: the path is empty (an unset variable) or longer than the system takes, its home
+      directory does not exist, its scheme is not gs, or it is in a bucket and gcsfs is not
+      installed.
   """
   if not text.strip():
     raise InputError(f"{field} = {text!r} is not valid: expected a path; it is empty")
@@ -42,9 +44,18 @@ def make_path(text: str, field: str) -> epath.Path:
   if separator:
     return epath.Path(text)
   try:
-    return epath.Path(os.fspath(Path(text).expanduser()))
-  except RuntimeError as error:
+    path = Path(text).expanduser()
+    os.lstat(path)  # Whether anything can have this name, not whether it is there.
+  except OSError as error:
+    if error.errno == errno.ENAMETOOLONG:
+      shown = f"{text[:40]}...{text[-40:]}"
+      raise InputError(
+          f"{field} = {shown!r} is not valid: expected a path that is shorter than its "
+          f"{len(text):,} characters ({error.strerror})"
+      ) from error
+  except (RuntimeError, ValueError) as error:  # No such home directory; a null character.
     raise InputError(f"{field} = {text!r} is not valid: {error}") from error
+  return epath.Path(os.fspath(path))
 
 
 def _reads_buckets() -> bool:
@@ -101,7 +112,10 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file so that other processes see all of the new content or none of it."""
+  """Writes a file so that other processes see all of the new content or none of it.
+
+  Once it returns, the new content is there even after the machine stops.
+  """
   if is_remote(path):
     epath.Path(path).write_bytes(content)  # A bucket shows an object only when it is complete.
     return
@@ -114,6 +128,8 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
+  with contextlib.suppress(OSError):  # Not every file system flushes folders.
+    sync(Path(path).parent)
 
 
 def try_lock(file: int | IO[bytes]) -> bool | None:
@@ -128,6 +144,35 @@ def try_lock(file: int | IO[bytes]) -> bool | None:
   except OSError as error:
     return False if isinstance(error, BlockingIOError) else None
   return True
+
+
+@contextlib.contextmanager
+def locked(path: epath.PathLike) -> Iterator[None]:
+  """Lets one process at a time read a file and replace it; waits for the others.
+
+  In a bucket, and on a file system without locks, nobody waits.
+
+  Args:
+    path: the file, which need not exist; its folder must. A lock file is beside it meanwhile.
+  """
+  if is_remote(path):
+    yield
+    return
+  beside = Path(path).with_name(f".{Path(path).name}.lock")
+  while True:
+    held = False
+    with beside.open("ab") as lock:
+      with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+      # Where its last holder removed it in between, the name is another file's now, or none's.
+      with contextlib.suppress(FileNotFoundError):
+        held = os.path.samestat(os.fstat(lock.fileno()), beside.stat())
+      if held:
+        try:
+          yield
+        finally:
+          beside.unlink(missing_ok=True)
+        return
 
 
 def parse_json(
@@ -161,7 +206,9 @@ def read_object(file: Path, valid: str) -> dict[str, Any]:
   """
   try:
     values = parse_json(file.read_bytes())
-  except (OSError, ValueError) as error:
+  except OSError as error:
+    raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+  except ValueError as error:
     raise InputError(f"{file} is not JSON: {error}") from error
   if not isinstance(values, dict):
     raise InputError(f"{file} is not valid: expected {valid}")

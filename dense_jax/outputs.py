@@ -47,6 +47,28 @@ def check_file(text: str, field: str) -> epath.Path:
   raise invalid(field, text, f"{valid}; it is {what}")
 
 
+def check_folder(text: str, field: str) -> Path:
+  """Checks that files can be written into a folder, new or old, and leaves nothing behind.
+
+  Args:
+    text: the path, on this machine.
+    field: the field or option it was given for, for error messages.
+
+  Returns:
+    The path.
+
+  Raises:
+    InputError: the path is that of a file, is in a bucket, or no file can be written there.
+  """
+  path = make_path(text, field)
+  valid = "a folder that can be written"
+  if is_remote(path):
+    raise invalid(field, text, f"{valid}, on this machine")
+  with _refusing(field, text, valid):
+    _write_and_remove(Path(path).resolve() / "file")
+  return Path(path)
+
+
 def check_destination(text: str, field: str) -> Path:
   """Checks that a path is a new or empty folder that can be written.
 

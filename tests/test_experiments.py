@@ -1,6 +1,7 @@
 """Every experiment file loads, is valid, and has the size that its header says."""
 
 import pathlib
+import re
 
 import pytest
 from flax import nnx
@@ -85,14 +86,47 @@ def test_another_family_brings_its_own_options():
     experiment.load(str(file), [("model.mixer.heads", "4")])
 
 
-def test_a_wrong_key_in_a_file_is_an_input_error(tmp_path):
+@pytest.mark.parametrize(("body", "message"), [
+    ("  config.train.stepz = 3\n  return config\n", r"^unknown key config\.train\.stepz"),
+    ("  return config.training.steps\n", r":4: AttributeError: .*training"),
+    ("  return confg\n", r":4: NameError: name 'confg' is not defined"),
+    ("  import no_such_module\n", r":4: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("  return [][0]\n", r":4: IndexError: list index out of range"),
+    ("  return config.train.helper(\n", r":4: SyntaxError: '\(' was never closed"),
+    ("  from wrong_helper import fails\n  return fails()\n", r":5: ZeroDivisionError: division by"),
+    ("  pass\n", r": get_config returned NoneType, expected a ConfigDict"),
+    ("  return type(config)()\n", r": get_config returned ConfigDict, expected a ConfigDict with"),
+    ("  del config.train\n  return config\n", r"^config\.train = None .*default_config has"),
+    ("  return config\ndel get_config\n", r": AttributeError: module .* no attribute 'get_config'"),
+])
+def test_a_bug_in_a_file_is_an_input_error_with_its_line(tmp_path, monkeypatch, body, message):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / "wrong_helper.py").write_text("def fails():\n  return 1 / 0\n")
   file = tmp_path / "wrong.py"
   file.write_text(
       "from dense_jax.experiment import default_config\n"
       "def get_config(arg=''):\n"
-      "  config = default_config()\n"
-      "  config.train.stepz = 3\n"
-      "  return config\n"
+      "  config = default_config()\n" + body
   )
-  with pytest.raises(InputError, match="stepz"):
-    experiment.load(str(file))
+  message = message if message.startswith("^") else rf"^{re.escape(str(file))}{message}"
+  with pytest.raises(InputError, match=message):
+    experiment.load(str(file), [("train.steps", "3")])
+
+
+def test_a_bug_in_an_experiment_that_another_begins_with(tmp_path):
+  (tmp_path / "inner.py").write_text("def get_config(arg=''):\n  return arg + 1\n")
+  (tmp_path / "outer.py").write_text(
+      "import pathlib\nfrom dense_jax import experiment\ndef get_config(arg=''):\n"
+      "  return experiment.get_config(pathlib.Path(__file__).with_name('inner.py'))\n"
+  )
+  with pytest.raises(InputError, match=r"^/.*/inner\.py:2: TypeError"):
+    experiment.load(str(tmp_path / "outer.py"))
+
+
+def test_a_file_below_the_home_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "mine.py").write_text(
+      "from dense_jax.experiment import default_config\n"
+      "def get_config(arg=''):\n  return default_config(arg)\n"
+  )
+  assert experiment.load("~/mine.py:mamba2").model.family == "mamba2"

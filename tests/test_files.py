@@ -1,8 +1,12 @@
 """Paths in buckets and on this machine go through the same code."""
 
+import errno
 import json
 import os
 import pathlib
+import stat
+import threading
+import time
 
 import pytest
 from etils import epath
@@ -10,7 +14,7 @@ from etils.epath import backend, gpath
 
 from dense_jax import experiment, files
 from dense_jax.config import DataConfig, ExperimentConfig
-from dense_jax.data import cache, sources, tokenizer
+from dense_jax.data import cache, finding, sources, tokenizer
 from dense_jax.errors import InputError
 from dense_jax.training import metrics
 
@@ -86,6 +90,34 @@ def test_what_cannot_be_reached_is_named(monkeypatch, path, message):
   with pytest.raises(InputError) as error:
     files.make_path(path, "--workdir")
   assert message in str(error.value)
+
+
+@pytest.mark.parametrize("flushes_folders", [True, False])
+def test_the_new_name_is_flushed_after_the_content(tmp_path, monkeypatch, flushes_folders):
+  file, flushed, flush = tmp_path / "x.json", [], os.fsync
+
+  def fsync(descriptor):
+    is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    flushed.append((is_folder, file.exists()))
+    if is_folder and not flushes_folders:
+      raise OSError(errno.EINVAL, "Invalid argument")
+    flush(descriptor)
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  files.write_atomically(file, b"one")
+  assert flushed == [(False, False), (True, True)] and file.read_bytes() == b"one"
+
+
+@pytest.mark.parametrize(("path", "message"), [
+    ("a" * 5000, r"^config\.data\.path = 'a{40}\.\.\.a{40}' .* shorter than its 5,000 characters"),
+    ("x/" * 2600, r"^config\.data\.path = .*File name too long"),
+    ("a\0b", r"^config\.data\.path = .*null"),
+])
+def test_a_path_that_nothing_can_have_is_named(path, message):
+  with pytest.raises(InputError, match=message):
+    files.make_path(path, "config.data.path")
+  with pytest.raises(InputError, match=message):
+    finding.find_files(path, "config.data.path")
 
 
 def test_writing_whole_files(folder):
@@ -187,3 +219,22 @@ def test_heldout_text_that_is_trained_on(texts):
 def test_the_cache_is_local():
   with pytest.raises(InputError, match=r"config\.data\.cache_dir = 'gs://x/y' is not valid"):
     cache.cache_folder("gs://x/y", "tokens")
+
+
+def test_a_file_is_changed_by_one_at_a_time(tmp_path):
+  file = tmp_path / "count"
+  file.write_text("0")
+
+  def count():
+    for _ in range(50):
+      with files.locked(file):
+        before = int(file.read_text())
+        time.sleep(1e-5)
+        file.write_text(str(before + 1))
+
+  threads = [threading.Thread(target=count) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert file.read_text() == "200" and os.listdir(tmp_path) == ["count"]

@@ -15,6 +15,7 @@ from dense_jax.files import make_path
 from dense_jax.formatting import scaled
 from dense_jax.outputs import check_file
 from dense_jax.runs.inspecting import batch_of, describe_batch, describe_stores, draw_batch
+from dense_jax.runs.memory import check_batch, host_memory
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 <= getattr(options, name) <= LARGEST:
       raise invalid(f"--{name}", getattr(options, name), f"an integer >= 0 and <= {LARGEST}")
   config = experiment.load(options.config, overrides)
+  check_batch(config, host_memory())
   corpus = Path(make_path(config.data.path, "config.data.path"))
   if options.verify and not is_corpus(corpus):
     raise invalid("config.data.path", config.data.path, "with --verify, a folder that "

@@ -15,9 +15,10 @@ from dense_jax.data.corpus import beam, job, workers
 from dense_jax.data.corpus.documents import Reading
 from dense_jax.data.corpus.files import Input, Settings
 from dense_jax.data.corpus.manifest import Manifest
-from dense_jax.files import is_remote, make_path, read_object
+from dense_jax.errors import InputError
+from dense_jax.files import make_path, read_object
 from dense_jax.formatting import scaled, table
-from dense_jax.outputs import check_file
+from dense_jax.outputs import check_folder
 
 _EPILOG = """
 A run trains on the folder with
@@ -62,14 +63,16 @@ def main(arguments: Sequence[str]) -> int:
       raise invalid(f"--{name.replace('_', '-')}", getattr(options, name), f"an integer >= {least}")
   parts = {}
   if options.parts:
-    parts = read_object(Path(make_path(options.parts, "--parts")), "an object of parts' names")
-  folder = make_path(options.output, "--output")
-  if is_remote(folder):
-    raise invalid("--output", options.output, "a folder on this machine")
-  check_file(str(folder / job.LOCK), "--output")
+    file = Path(make_path(options.parts, "--parts"))
+    valid = "an object of parts' names"
+    try:
+      parts = read_object(file, valid)
+    except InputError as error:
+      raise invalid("--parts", options.parts, f"a JSON file with {valid} ({error})") from error
+  folder = check_folder(options.output, "--output")
   wanted = job.Job(
       inputs=options.input, heldout=options.heldout, tokenizer=options.tokenizer,
-      folder=Path(folder),
+      folder=folder,
       settings=Settings(
           Reading(options.column, options.part_field, parts),
           0 if options.heldout else options.heldout_every, options.deduplicate,

@@ -9,6 +9,7 @@ Documents are packed 65,536 at a time, so that memory does not grow with the tex
 kept in the cache. Packing takes one core about two seconds a million documents.
 """
 
+import collections
 import contextlib
 import dataclasses
 import shutil
@@ -178,8 +179,10 @@ def pack(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
   Returns:
     The indices of each row's pieces. Of rows with the same space, the newest is taken.
   """
+  # All pieces fit into one row of so much space; what follows takes time and memory by the space.
+  seq_len = min(seq_len, int(lengths.sum()))
   rows: list[list[int]] = []
-  by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
+  by_space: collections.defaultdict[int, list[int]] = collections.defaultdict(list)
   spaces = 0  # Bit s is set where a row has space s left.
   for piece in np.argsort(-lengths, kind="stable").tolist():
     length = int(lengths[piece])

@@ -97,7 +97,8 @@ def _load_prepared(config: DataConfig, tokenizer: Tokenizer | None) -> Datasets:
   """Opens tokenized text; `config.tokenizer = "train"` means its tokenizer."""
   text = prepared.read(config)
   if config.tokenizer != "train":
-    _check_named(load_named_tokenizer(config), text.tokenizer, config, "the tokenized text")
+    named = load_named_tokenizer(config.tokenizer)
+    _check_named(named, text.tokenizer, config, "the tokenized text")
   if tokenizer is not None and tokenizer.fingerprint != text.tokenizer.fingerprint:
     raise invalid(
         "config.data.path", config.path, "text that was tokenized as the model was trained with "

@@ -106,9 +106,7 @@ def read(config: DataConfig) -> Prepared:
   if corpus:
     return Prepared(corpus.tokenizer, corpus.train, corpus.heldout, corpus.describe())
   folder = _file(config).parent
-  tokenizer = load_named_tokenizer(
-      dataclasses.replace(config, tokenizer=str(folder / _TOKENIZER))
-  )
+  tokenizer = load_named_tokenizer(str(folder / _TOKENIZER))
   stores: dict[str, TokenStore] = {}
   for part in _PARTS:
     store = open_store(folder / part, str(described[_STORES].get(part)))

@@ -30,9 +30,9 @@ from dense_jax.errors import InputError
 from dense_jax.files import make_path
 
 _FIELD = "config.data.tokenizer"
-_VALID = (
-    '"train", "bytes", the path of a SentencePiece .model file or of a tokenizer.json, or a folder '
-    "that holds one"
+_NAMES = '"train", "bytes"'
+_FILES = (
+    "the path of a SentencePiece .model file or of a tokenizer.json, or a folder that holds one"
 )
 # The folder of a run in which its tokenizer lies.
 _OF_RUN = "tokenizer"
@@ -107,7 +107,7 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
       (see `train_sentencepiece`).
   """
   if config.tokenizer != "train":
-    return load_named_tokenizer(config)
+    return load_named_tokenizer(config.tokenizer)
   key = digest(train_source.fingerprint, training_settings(config.vocab_size))
   path = cache_folder(config.cache_dir, "tokenizers") / f"{key}.model"
   if not path.exists():
@@ -124,27 +124,31 @@ def load_tokenizer(config: DataConfig, train_source: TextSource) -> Tokenizer:
   )
 
 
-def load_named_tokenizer(config: DataConfig) -> Tokenizer:
-  """Loads the tokenizer that `config.tokenizer` names, which is not "train".
+def load_named_tokenizer(name: str, field: str = _FIELD, names: str = _NAMES) -> Tokenizer:
+  """Loads a tokenizer by a name as in `config.data.tokenizer`, which is not "train".
+
+  Args:
+    name: the name.
+    field: the field or option that it was given for, for error messages.
+    names: what is valid for it besides files.
 
   Raises:
     InputError: see `load_tokenizer`.
   """
-  if config.tokenizer == "bytes":
+  if name == "bytes":
     return ByteTokenizer()
-  path = make_path(config.tokenizer, _FIELD)
+  path = make_path(name, field)
   if path.is_dir():
     inner = path / _OF_RUN
     try:
       return _load_folder(inner if inner.is_dir() else path, add_bos=True)
     except InputError as error:
-      raise InputError(f"{_FIELD} = {str(path)!r} is not valid: {error}") from error
+      raise InputError(f"{field} = {str(path)!r} is not valid: {error}") from error
+  valid = f"{names}, {_FILES}"
   if path.suffix != ".json":
-    return _load_file(path, SentencePieceTokenizer, _FIELD, _VALID, add_bos=True)
+    return _load_file(path, SentencePieceTokenizer, field, valid, add_bos=True)
   settings = read_description(path.parent) if path.name == HUGGING_FACE_FILE else {}
-  return _load_file(
-      path, HuggingFaceTokenizer, _FIELD, _VALID, settings=settings, add_bos=True
-  )
+  return _load_file(path, HuggingFaceTokenizer, field, valid, settings=settings, add_bos=True)
 
 
 def _load_file(

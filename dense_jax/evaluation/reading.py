@@ -13,6 +13,8 @@ from dense_jax.batch import Batch, Segments
 from dense_jax.config import ModelConfig
 from dense_jax.models.language_model import ModelState
 from dense_jax.models.params import abstract_model, with_params
+from dense_jax.models.registry import family
+from dense_jax.ops import resolver
 from dense_jax.types import Array, Params
 
 # Lengths to which rows may be padded. A row that is longer than the last is read in several calls.
@@ -136,8 +138,16 @@ class Programs:
       return self._score(params, self._take(hidden_BTD, place), target, number)
 
 
-programs_of = functools.lru_cache(maxsize=8)(Programs)
-"""Returns the programs of a configuration, which are made once."""
+def programs_of(config: ModelConfig) -> Programs:
+  """Returns the programs of a configuration, which are made once for an implementation."""
+  form = family(config.family).form
+  return _programs_by(config, resolver.resolve(form, config.implementation))
+
+
+@functools.lru_cache(maxsize=8)
+def _programs_by(config: ModelConfig, implementation: str) -> Programs:
+  del implementation  # What "auto" means here and now, which the model asks by itself.
+  return Programs(config)
 
 
 def _log_likelihood(logits_KV: Array, target_K: Array) -> tuple[Array, Array]:

@@ -230,5 +230,5 @@ def _read_record(file: epath.Path) -> dict[str, Any]:
 
 
 def _same_path(given: str, recorded: str) -> bool:
-  return os.path.normpath(given) == os.path.normpath(recorded) or (
-      os.path.abspath(given) == os.path.abspath(recorded))
+  one, other = (os.path.abspath(os.path.expanduser(path)) for path in (given, recorded))
+  return one == other

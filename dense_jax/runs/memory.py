@@ -85,16 +85,28 @@ def check_memory(config: ExperimentConfig) -> None:
   activations = rows * (
       kept * seq_len * model.width + min(train.loss_chunk, seq_len) * model.vocab_size
   )
-  batch = train.batch_size * seq_len * 17  # Four int32 and a bool for each token.
-  for needed, memory, what in (
-      (activations * jnp.dtype(model.dtype).itemsize, available, "activations and logits"),
-      (batch, host_memory() * jax.process_count(), "the tokens of a batch"),
-  ):
-    if needed > memory:
-      raise invalid(
-          "config.train.batch_size", train.batch_size,
-          f"fewer rows, more parts (config.train.accumulate = {train.accumulate}), or a shorter "
-          f"config.data.seq_len than {seq_len}: {what} take {scaled(needed, 'B')}, and there are "
-          f"{scaled(memory, 'B')}",
-      )
+  _check_rows(
+      config, activations * jnp.dtype(model.dtype).itemsize, available, "activations and logits"
+  )
+  check_batch(config, host_memory() * jax.process_count())
 
+
+def check_batch(config: ExperimentConfig, memory: int) -> None:
+  """Refuses a batch whose tokens do not fit into so many bytes of memory.
+
+  Raises:
+    InputError: they do not; the error names the sizes, the need and the memory.
+  """
+  batch = config.train.batch_size * config.data.seq_len * 17  # Of a token, four int32 and a bool.
+  _check_rows(config, batch, memory, "the tokens of a batch")
+
+
+def _check_rows(config: ExperimentConfig, needed: int, memory: int, what: str) -> None:
+  if needed > memory:
+    train = config.train
+    raise invalid(
+        "config.train.batch_size", train.batch_size,
+        f"fewer rows, more parts (config.train.accumulate = {train.accumulate}), or a shorter "
+        f"config.data.seq_len than {config.data.seq_len}: {what} take {scaled(needed, 'B')}, and "
+        f"there are {scaled(memory, 'B')}",
+    )

@@ -1,6 +1,7 @@
 """Records some steps of a run with `jax.profiler`."""
 
 import jax
+import tqdm
 from etils import epath
 
 from dense_jax.config import WatchConfig, invalid
@@ -30,22 +31,36 @@ class Profile:
     self._before = config.profile_from - 1
     self._last = self._before + config.profile_steps
     self._records = False
+    self._is_told = not config.profile_from  # Whether there is nothing to say at the end.
 
   def hooks(self) -> list[Hook]:
     """Returns the hook that begins and ends the profile; none if there is to be none."""
     return [Hook(1, self._run)] if self._before > 0 else []
 
   def _run(self, moment: Moment) -> None:
-    if moment.step == self._before and not moment.interrupted:
+    if self._records:
+      self._is_told = True
+      if moment.step == self._last or moment.interrupted:
+        jax.block_until_ready(moment.state.step)
+        self.close()
+    elif moment.step == self._before and not moment.interrupted:
       jax.block_until_ready(moment.state.step)
       jax.profiler.start_trace(self._folder)
       self._records = True
-    elif self._records and (moment.step == self._last or moment.interrupted):
-      jax.block_until_ready(moment.state.step)
-      self.close()
+    elif moment.step > self._before:
+      self._tell(f"step {moment.step} is the first that this process has done")
 
   def close(self) -> None:
-    """Ends the profile, if it is being recorded."""
+    """Ends the profile, if it is being recorded; says so if none was."""
+    self._tell("the run ended before it")
     if self._records:
       self._records = False
       jax.profiler.stop_trace()
+
+  def _tell(self, why: str) -> None:
+    """Says that no step is profiled, unless one is or that was said."""
+    if not self._is_told:
+      self._is_told = True
+      tqdm.tqdm.write(
+          f"no step is profiled: config.watch.profile_from = {self._before + 1}, and {why}"
+      )

@@ -10,7 +10,7 @@ from etils import epath
 from dense_jax import experiment
 from dense_jax.data import order
 from dense_jax.errors import InputError
-from dense_jax.files import parse_json, write_atomically
+from dense_jax.files import locked, parse_json, write_atomically
 from dense_jax.runs import resume
 from dense_jax.runs.recording import OF_MACHINE
 from dense_jax.runs.workdir import CHECKPOINTS, DATA_FILE
@@ -101,7 +101,7 @@ class Results:
   """The file of a sweep's results; a line is appended for each finished run.
 
   A last line that a kill cut off is dropped. Every change replaces the file as a whole, so that it
-  is never half written.
+  is never half written. Several sweeps may write one file: each reads it again before it writes.
   """
 
   def __init__(self, file: epath.Path, planned: Sequence[PlannedCell], metric: str) -> None:
@@ -114,14 +114,21 @@ class Results:
     self._file, self._metric = file, metric
     self._lines: dict[tuple[str, int], Result] = {}
     self._courses = {each.cell.name: course_digest(each) for each in planned}
-    for number, result in read_results(file) if file.is_file() else ():
+    self._read()
+
+  def _read(self) -> None:
+    """Takes over the lines of the file, to which other sweeps may have added."""
+    before, self._lines = self._lines, {}
+    for number, result in read_results(self._file) if self._file.is_file() else ():
       if self._courses.get(result.cell, result.course) != result.course:
         raise InputError(
-            f"{file}:{number}: cell {result.cell!r} was run with other settings than the sweep "
-            "has now: expected another name for the changed cell, or another file (--record)"
+            f"{self._file}:{number}: cell {result.cell!r} was run with other settings than the "
+            "sweep has now: expected another name for the changed cell, or another file (--record)"
         )
       self._check(result)
       self._lines[result.cell, result.seed] = result
+    for key, result in before.items():
+      self._lines.setdefault(key, result)
 
   def _check(self, result: Result) -> None:
     if self._metric not in result.metrics:
@@ -145,13 +152,16 @@ class Results:
     """Adds a finished run.
 
     Raises:
-      InputError: it does not have the metric, or saw other text than the others.
+      InputError: it does not have the metric, or saw other text than the others; or what another
+        sweep has added to the file does not go with this one.
     """
-    self._check(result)
-    self._lines[result.cell, result.seed] = result
     self._file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(dataclasses.asdict(each)) for each in self._lines.values()]
-    write_atomically(self._file, "".join(line + "\n" for line in lines).encode())
+    with locked(self._file):
+      self._read()
+      self._check(result)
+      self._lines[result.cell, result.seed] = result
+      lines = [json.dumps(dataclasses.asdict(each)) for each in self._lines.values()]
+      write_atomically(self._file, "".join(line + "\n" for line in lines).encode())
 
   def adopt(self, record: epath.Path, seeds: Collection[int]) -> int:
     """Takes from another sweep's file the runs that are this sweep's too; returns how many.

@@ -31,6 +31,11 @@ def test_pieces_go_where_they_fit_best():
   assert pack(np.array([16, 1, 15]), 16) == [[0], [2, 1]]
 
 
+def test_a_row_of_any_length_costs_no_more_than_its_text():
+  """Of the longest that a configuration takes; a list of all spaces would not fit the memory."""
+  assert pack(np.array([7, 4, 10, 6, 9]), (1 << 31) - 1) == [[2, 4, 0, 3, 1]]
+
+
 @pytest.mark.parametrize("documents", [1, 7, 65_536])
 def test_every_target_is_in_one_row_and_documents_are_whole(tmp_path, monkeypatch, documents):
   monkeypatch.setattr(module, "_DOCUMENTS", documents)

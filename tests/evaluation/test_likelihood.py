@@ -13,8 +13,9 @@ from dense_jax.data.tokenizer import ByteTokenizer
 from dense_jax.errors import InputError
 from dense_jax.evaluation.likelihood import Likelihood, Request, encode_pair, encode_pairs
 from dense_jax.evaluation.prefixes import build_tree
-from dense_jax.evaluation.reading import LENGTHS, choose_lengths
+from dense_jax.evaluation.reading import LENGTHS, choose_lengths, programs_of
 from dense_jax.models.params import get_params, logical_axes
+from dense_jax.ops import resolver
 from tests.builders import FAMILIES, STATE_FAMILIES, TWINS, VOCAB, model_config, random_model
 
 RNG = np.random.default_rng(3)
@@ -243,3 +244,16 @@ def test_scores_on_a_mesh(family, axes):
   np.testing.assert_allclose(
       values(likelihood.score(requests)), values(make(model).score(requests)), rtol=1e-6,
       atol=1e-4)
+
+
+def test_programs_are_those_of_the_form_that_runs_now(monkeypatch):
+  config = model_config("mamba2")
+  monkeypatch.setattr(resolver, "_REFUSED", set())
+  before = programs_of(config)
+  with resolver.compiling_for("tpu"):
+    kernels = programs_of(config)
+    resolver.refuse_kernels("matrix")
+    refused = programs_of(config)
+  resolver._choose.cache_clear()
+  assert kernels is not before and refused is not kernels
+  assert programs_of(config) is before

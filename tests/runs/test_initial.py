@@ -117,6 +117,10 @@ def test_a_run_that_began_otherwise_is_not_begun_again(source, tmp_path, monkeyp
     begun = beginning(workdir, init)
     assert (begun.source, begun.vocab_size, begun.record) == (None, 260, record)
     assert begun.tokenizer.vocab_size == 258
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (workdir / "init.json").write_text(json.dumps(record | {"source": "~/first/run"}))
+  for path in ("~/first/run", f"{tmp_path}/first/run"):
+    assert beginning(workdir, runs.InitFrom(path)).source is None
 
 
 def test_which_parameters_it_begins_with(source, config):

@@ -78,3 +78,11 @@ def test_a_damaged_shard_is_named(arguments, tmp_path):
 def test_what_is_not_valid(options):
   with pytest.raises(InputError, match=rf"^{options[0]} = -1 is not valid"):
     inspect_data.main([*SMOKE, *options])
+
+
+def test_a_row_that_does_not_fit_the_memory_is_refused(arguments, monkeypatch):
+  monkeypatch.setattr(inspect_data, "host_memory", lambda: 64 << 30)
+  for packing in ("best_fit", "stream"):
+    with pytest.raises(InputError, match=r"seq_len than 2147483647: the tokens of a batch take"):
+      inspect_data.main([*arguments, "--config.data.seq_len=2147483647",
+                         f"--config.data.packing={packing}"])

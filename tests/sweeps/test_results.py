@@ -87,6 +87,17 @@ def test_the_file_is_read_again(full, planned, tmp_path):
   assert len(Results(epath.Path(file), planned, SWEEP.metric).of("wide")) == 3
 
 
+def test_two_sweeps_with_one_record_keep_each_others_lines(planned, tmp_path):
+  file = epath.Path(tmp_path) / "results.jsonl"
+  first, second = (Results(file, planned, SWEEP.metric) for _ in range(2))
+  first.add(result(planned, "base", 0, 4.0))
+  second.add(result(planned, "dense", 0, 3.9))
+  first.add(result(planned, "wide", 0, 4.1))
+  assert [each.cell for _, each in read_results(file)] == ["base", "dense", "wide"]
+  assert ("dense", 0) in first and ("wide", 0) not in second
+  assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda line: "{" + line, r"results\.jsonl:9 is damaged"),
     (lambda line: line.replace('"seed"', '"sead"'), r"results\.jsonl:9 is damaged: expected"),

@@ -27,8 +27,8 @@ class Reading:
     column: the key of a .jsonl's object, or the column of a .parquet, that has the text.
     part_field: the key that says which part a document belongs to, with dots between keys of
       objects in objects, such as "meta.pile_set_name"; "" puts all into one part, "text".
-    parts: value of that key -> the part's name; "*" stands for all other values. Empty makes a
-      value its part's own name.
+    parts: value of that key -> the part's name; "*" stands for all other values. Empty names a
+      part after its value's ASCII letters and digits.
   """
 
   column: str = "text"
@@ -42,14 +42,16 @@ class Reading:
     if self.parts and not self.part_field:
       raise invalid("--parts", dict(self.parts), "nothing without --part-field")
 
-  def part_of(self, values: Any) -> str:
-    """Returns the part that a document belongs to.
+  def part_of(self, values: Any) -> tuple[str, str]:
+    """Returns the part that a document belongs to, and the one value that may have this name.
+
+    The latter is the name itself where no value makes it.
 
     Raises:
       ValueError: no part is named, or one that a file cannot be called by.
     """
     if not self.part_field:
-      return TEXT
+      return TEXT, TEXT
     for key in self.part_field.split("."):
       values = values.get(key) if isinstance(values, dict) else None
     if not isinstance(values, str):
@@ -60,7 +62,29 @@ class Reading:
       name = self.parts.get(values, self.parts.get("*", ""))
     if not NAME.fullmatch(name):
       raise ValueError(f"{self.part_field} = {values[:60]!r} belongs to no part")
-    return name
+    return name, name if self.parts else values
+
+
+class PartNames:
+  """The values that parts are named after: no two may come to one name, as C, C++ and C# do."""
+
+  def __init__(self) -> None:
+    """Knows no parts yet."""
+    self._values: dict[str, str] = {}
+
+  def add(self, name: str, value: str) -> None:
+    """Notes that a value has made a part's name.
+
+    Raises:
+      InputError: another one has made it as well.
+    """
+    other = self._values.setdefault(name, value)
+    if other != value:
+      raise InputError(
+          f"--part-field: the values {other[:60]!r} and {value[:60]!r} would both be the part "
+          f"{name!r}. Expected --parts FILE.json, which names the part of each value, and a new "
+          "--output"
+      )
 
 
 def find_inputs(path: str, field: str) -> tuple[Path, list[Path]]:
@@ -71,8 +95,10 @@ def find_inputs(path: str, field: str) -> tuple[Path, list[Path]]:
 
 def read_documents(
     file: Path, field: str, reading: Reading, on_bad: OnBad
-) -> Iterator[tuple[str, str]]:
-  """Yields (part, text) of each document of a file; texts may be empty.
+) -> Iterator[tuple[str, str, str]]:
+  """Yields (part, value, text) of each document of a file; texts may be empty.
+
+  Part and value are those of `Reading.part_of`.
 
   Args:
     file: a .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet file.
@@ -92,18 +118,18 @@ def read_documents(
       raise invalid("--part-field", reading.part_field,
                     f"nothing where files are plain text, as {readable(str(file))} is")
     for _, text in read_texts(file, field):
-      yield TEXT, text
+      yield TEXT, TEXT, text
   else:
     valid = f'a JSON object with a string "{reading.column}"'
     for _, document in read_lines(file, field, valid, lambda v: _document(v, reading), on_bad):
       yield document
 
 
-def _document(values: Any, reading: Reading) -> tuple[str, str]:
+def _document(values: Any, reading: Reading) -> tuple[str, str, str]:
   text = values.get(reading.column) if isinstance(values, dict) else None
   if not isinstance(text, str):
     raise ValueError(f"it has no string {reading.column!r}")
-  return reading.part_of(values), whole_characters(text)
+  return *reading.part_of(values), whole_characters(text)
 
 
 def check_packages(files: list[Path]) -> None:
@@ -120,7 +146,7 @@ def check_packages(files: list[Path]) -> None:
 
 def _read_parquet(
     file: Path, field: str, reading: Reading, on_bad: OnBad
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, str, str]]:
   check_packages([file])
   import pyarrow  # An optional dependency, needed for .parquet only.
   import pyarrow.parquet

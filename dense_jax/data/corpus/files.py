@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from dense_jax.config import invalid
-from dense_jax.data.corpus.documents import Reading, read_documents
+from dense_jax.data.corpus.documents import PartNames, Reading, read_documents
 from dense_jax.data.corpus.manifest import SHARDS, Source, from_json
 from dense_jax.data.corpus.seen import HASH_BYTES, Seen, content_hash
 from dense_jax.data.corpus.shards import Shard, ShardWriter, shard_name
@@ -69,6 +69,7 @@ class Group:
   Attributes:
     texts, parts, heldout, sizes: of each document, its text, part, whether it is held out, and its
       UTF-8 bytes.
+    values: part -> the value that it is named after.
     hashes: their content hashes, if documents are de-duplicated, else [].
     source: what the whole file is, after its last documents; else None.
     stamp: the file's size and times when it was opened; [] if it has none.
@@ -76,6 +77,7 @@ class Group:
 
   texts: list[str]
   parts: list[str]
+  values: dict[str, str]
   heldout: list[bool]
   sizes: list[int]
   hashes: list[bytes]
@@ -91,15 +93,18 @@ class FileResult:
     source: the file.
     stamp: its size and times, by which a job that goes on knows it again.
     shards: its shards.
+    values: part -> the value that it is named after.
   """
 
   source: Source
   stamp: list[int]
   shards: list[Shard]
+  values: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_groups(
-    file: Input, settings: Settings, seen: Seen | None, on_bad: Callable[[str, str], None]
+    file: Input, settings: Settings, seen: Seen | None, names: PartNames,
+    on_bad: Callable[[str, str], None],
 ) -> Iterator[Group]:
   """Yields a file's documents, and in the last group what the file is.
 
@@ -107,10 +112,11 @@ def read_groups(
     file: the file.
     settings: which documents are taken.
     seen: the documents of all files before, if the settings de-duplicate.
+    names: the parts of all files before.
     on_bad: called with "NAME:LINE" and the reason for each line that is no document.
 
   Raises:
-    InputError: the file cannot be read, or changed meanwhile.
+    InputError: the file cannot be read, or changed meanwhile, or two values make one part's name.
   """
   path = input_path(file)
   stamp = _stamp(path, file)
@@ -121,7 +127,7 @@ def read_groups(
     on_bad(file.name + place, why)
 
   group, characters = _empty(stamp), 0
-  for part, text in read_documents(path, file.field, settings.reading, bad):
+  for part, value, text in read_documents(path, file.field, settings.reading, bad):
     if not text:
       counts["empty"] += 1
       continue
@@ -133,10 +139,12 @@ def read_groups(
       counts["duplicates"] += 1
       continue
     counts["documents"] += 1
+    names.add(part, value)
     every = 0 if file.heldout else settings.heldout_every
     held = file.heldout or bool(every and int.from_bytes(known[:8], "little") % every == 0)
     group.texts.append(text)
     group.parts.append(part)
+    group.values[part] = value
     group.heldout.append(held)
     group.sizes.append(len(content))
     if seen is not None:
@@ -153,7 +161,7 @@ def read_groups(
 
 
 def _empty(stamp: list[int]) -> Group:
-  return Group([], [], [], [], [], None, stamp)
+  return Group([], [], {}, [], [], [], None, stamp)
 
 
 def input_path(file: Input) -> Any:
@@ -177,11 +185,13 @@ class FileWriter:
     self._writers: dict[tuple[bool, str], ShardWriter] = {}
     self._hashes = temporary_beside(hashes_file(folder, file.number))
     self._hashed = False
+    self._values: dict[str, str] = {}
 
   def add(self, group: Group, rows: list[bytes]) -> None:
     """Adds documents and their ids."""
     for part, held, size, ids in zip(group.parts, group.heldout, group.sizes, rows, strict=True):
       self._writer(held, part).add(ids, size)
+    self._values |= group.values
     if group.hashes:
       self._hashed = True
       with self._hashes.open("ab") as file:
@@ -202,7 +212,7 @@ class FileWriter:
     if self._hashed:
       sync(self._hashes)
       os.replace(self._hashes, hashes_file(self._folder, self._file.number))
-    result = FileResult(group.source, group.stamp, shards)
+    result = FileResult(group.source, group.stamp, shards, self._values)
     content = json.dumps(dataclasses.asdict(result), indent=1) + "\n"
     write_atomically(result_file(self._folder, self._file.number), content.encode())
     return result
@@ -235,13 +245,16 @@ def finished(folder: Path, file: Input, settings: Settings) -> FileResult | None
     return None
   values = read_object(path, "what prepare wrote")
   try:
+    named = values.pop("values", {})  # A job that an older version began has none.
     if values.keys() != {"source", "stamp", "shards"} or not isinstance(values["shards"], list):
       raise ValueError("it has other keys")
+    if not isinstance(named, dict) or not all(isinstance(value, str) for value in named.values()):
+      raise ValueError("its values are no object of strings")
     if not isinstance(values["stamp"], list):
       raise ValueError("its stamp is no list")
     result = FileResult(
         from_json(Source, values["source"]), values["stamp"],
-        [from_json(Shard, shard) for shard in values["shards"]],
+        [from_json(Shard, shard) for shard in values["shards"]], named,
     )
   except ValueError as error:
     raise InputError(

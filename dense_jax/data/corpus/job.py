@@ -18,8 +18,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dense_jax.config import DataConfig, invalid
-from dense_jax.data.corpus.documents import check_packages, find_inputs, read_documents
+from dense_jax.config import invalid
+from dense_jax.data.corpus.documents import (
+    PartNames,
+    check_packages,
+    find_inputs,
+    read_documents,
+)
 from dense_jax.data.corpus.encoding import token_dtype
 from dense_jax.data.corpus.files import (
     RESULTS,
@@ -62,6 +67,7 @@ from dense_jax.files import (
 )
 
 LOCK = ".lock"
+_FIELD = "--tokenizer"
 _TRAIN = "train:"
 # A tokenizer is trained on the beginnings of so many files, of so many characters each at most.
 _SAMPLED_FILES, _SAMPLED_CHARACTERS = 64, 1 << 24
@@ -127,9 +133,14 @@ class Job:
 def opened(job: Job, files: Sequence[Input]) -> Iterator[None]:
   """Makes the folder or goes on with it, as the only process.
 
+  A job that has no tokenizer yet has made nothing; one of other options may take its place.
+
   Raises:
-    InputError: the folder holds something else, or another job, or another process works on it.
+    InputError: the folder holds something else, or another job, or another process works on it, or
+      there is no such tokenizer.
   """
+  if not (job.folder / TOKENIZER).is_dir():
+    _named_tokenizer(job)  # Before anything is written.
   held = {entry.name for entry in job.folder.iterdir()} if job.folder.is_dir() else set()
   others = {name for name in held if not name.startswith(".")}
   if others and JOB not in held:
@@ -142,7 +153,10 @@ def opened(job: Job, files: Sequence[Input]) -> Iterator[None]:
     if try_lock(lock) is False:
       raise invalid("--output", str(job.folder), "a folder that no other process works on")
     wanted = parse_json(json.dumps(job.described(files)))
-    if (job.folder / JOB).is_file():
+    begun = (job.folder / JOB).is_file() and (
+        (job.folder / TOKENIZER).is_dir() or any(job.folder.glob(f"{RESULTS}/*"))
+    )
+    if begun:
       before = read_object(job.folder / JOB, "what prepare wrote")
       different = [key for key in wanted if before.get(key) != wanted[key]]
       if different:
@@ -152,7 +166,7 @@ def opened(job: Job, files: Sequence[Input]) -> Iterator[None]:
         )
     folders = [job.folder / name for name in (SHARDS, RESULTS)]
     with _named_errors(job.folder):
-      if not (job.folder / JOB).is_file():  # It comes first: it says whose the folder is.
+      if not begun:  # It comes first: it says whose the folder is.
         write_atomically(job.folder / JOB, (json.dumps(wanted, indent=1) + "\n").encode())
       for folder in folders:
         folder.mkdir(exist_ok=True)
@@ -183,29 +197,36 @@ def tokenizer_of(job: Job, files: Sequence[Input]) -> Tokenizer:
   kept = job.folder / TOKENIZER
   if kept.is_dir():
     return load_saved_tokenizer(kept)
-  number = job.tokenizer.removeprefix(_TRAIN)
+  tokenizer = _named_tokenizer(job)
   with _named_errors(job.folder), whole_folder(kept) as partial:
-    if job.tokenizer == "train":
-      raise invalid("--tokenizer", job.tokenizer, "train:N, with N the number of pieces")
-    if number == job.tokenizer:
-      tokenizer = load_named_tokenizer(DataConfig(tokenizer=job.tokenizer))
-    else:
-      if not (number.isdecimal() and len(number) < 10):
-        raise invalid("--tokenizer", job.tokenizer, "train:N, with N < 1e9 the number of pieces")
+    if tokenizer is None:
       # In a file of the partial folder, which replaces the folder `kept` when all is written.
       model = partial / "model"
-      train_sentencepiece(_sample(job, files), int(number), model, "--tokenizer")
-      tokenizer = load_named_tokenizer(DataConfig(tokenizer=str(partial / "model")))
+      number = int(job.tokenizer.removeprefix(_TRAIN))
+      train_sentencepiece(_sample(job, files), number, model, _FIELD)
+      tokenizer = load_named_tokenizer(str(model), _FIELD)
       model.unlink()
     tokenizer.save(epath.Path(partial))
   return tokenizer
+
+
+def _named_tokenizer(job: Job) -> Tokenizer | None:
+  """Loads the tokenizer that a job names; None means that it is to be trained."""
+  if job.tokenizer == "train":
+    raise invalid(_FIELD, job.tokenizer, "train:N, with N the number of pieces")
+  number = job.tokenizer.removeprefix(_TRAIN)
+  if number == job.tokenizer:
+    return load_named_tokenizer(job.tokenizer, _FIELD, 'train:N, "bytes"')
+  if not (number.isdecimal() and len(number) < 10):
+    raise invalid(_FIELD, job.tokenizer, "train:N, with N < 1e9 the number of pieces")
+  return None
 
 
 def _sample(job: Job, files: Sequence[Input]) -> Iterator[str]:
   trained = [file for file in files if not file.heldout]
   for file in trained[:: -(-len(trained) // _SAMPLED_FILES)]:
     left = _SAMPLED_CHARACTERS
-    for _, text in read_documents(
+    for *_, text in read_documents(
         input_path(file), file.field, job.settings.reading, lambda *_: None
     ):
       yield text[:left]
@@ -225,7 +246,8 @@ def prepare(job: Job, progress: Callable[[Input, int], None]) -> tuple[Manifest,
     The manifest, and the most memory that a process has had that encoded; 0 if none was needed.
 
   Raises:
-    InputError: an input cannot be read, too many lines are bad, or the folder cannot be written.
+    InputError: an input cannot be read, too many lines are bad, two values make one part's name, or
+      the folder cannot be written.
   """
   files = job.files()
   with opened(job, files):
@@ -247,7 +269,16 @@ def prepare(job: Job, progress: Callable[[Input, int], None]) -> tuple[Manifest,
     if bad > job.most_bad:  # Of files that were not read in one process.
       raise InputError(f"{bad:,} lines are no documents. Expected other files, or a larger "
                        f"--most-bad than {job.most_bad:,}")
+    _part_names([*done.values()])
     return finish(job, tokenizer, [done[file.number] for file in files]), peak
+
+
+def _part_names(results: Sequence[FileResult]) -> PartNames:
+  names = PartNames()
+  for result in results:
+    for name, value in result.values.items():
+      names.add(name, value)
+  return names
 
 
 def _done(job: Job, files: Sequence[Input]) -> dict[int, FileResult]:
@@ -274,13 +305,14 @@ def run_files(
   Args:
     job: the job.
     files: those to do.
-    done: the results of the others, whose bad lines count too.
+    done: the results of the others, whose bad lines count and whose parts are named too.
     encoder: encodes documents.
     tokenizer: the encoder's.
     progress: see `prepare`.
   """
   bad = _BadLines(job.most_bad, sum(result.source.bad for result in done))
   dtype = token_dtype(tokenizer.vocab_size)
+  names = _part_names(done)
   with contextlib.ExitStack() as stack:
     seen = None
     if job.settings.deduplicate:
@@ -290,7 +322,7 @@ def run_files(
           if hashes_file(job.folder, number).is_file():
             seen.add_file(hashes_file(job.folder, number))
     groups = itertools.chain.from_iterable(
-        read_groups(file, job.settings, seen, bad) for file in files
+        read_groups(file, job.settings, seen, names, bad) for file in files
     )
     encoded = encoder.map(groups)
     for file in files:

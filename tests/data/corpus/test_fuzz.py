@@ -140,7 +140,7 @@ def test_texts(tmp_path, suffix, data):
   file.write_bytes(content)
   bad = []
   with _opens_only(tmp_path), contextlib.suppress(InputError):
-    for _, text in read_documents(file, "--input", Reading(), lambda *line: bad.append(line)):
+    for *_, text in read_documents(file, "--input", Reading(), lambda *line: bad.append(line)):
       text.encode()
   assert all(place[1:].isdecimal() and why for place, why in bad)
   with _opens_only(tmp_path), contextlib.suppress(InputError):

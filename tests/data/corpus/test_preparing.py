@@ -123,6 +123,31 @@ def test_parts_by_a_field(tmp_path):
         "--most-bad", "5")
 
 
+def test_values_that_come_to_one_name_are_refused(tmp_path):
+  text = tmp_path / "text"
+  text.mkdir()
+
+  def write(name, language):
+    content = [{"text": f"{language} {n}", "language": language} for n in range(20)]
+    (text / name).write_text("".join(json.dumps(line) + "\n" for line in content))
+
+  options = ["--part-field", "language", "--heldout-every", "4"]
+  message = r"^--part-field: the values 'C' and 'C\+\+' .* part 'C'\. Expected --parts FILE\.json"
+  write("a.jsonl", "C")
+  write("b.jsonl", "D")
+  run(text, tmp_path / "out", *options)
+  # The job goes on with the second file; the first is done.
+  (tmp_path / "out/manifest.json").unlink()
+  (tmp_path / "out/files/000001.json").unlink()
+  write("b.jsonl", "C++")
+  for folder in ("out", "new"):
+    with pytest.raises(InputError, match=message):
+      run(text, tmp_path / folder, *options)
+  (tmp_path / "parts.json").write_text('{"C": "c", "*": "other"}')
+  run(text, tmp_path / "named", *options, "--parts", str(tmp_path / "parts.json"))
+  assert {*Corpus(tmp_path / "named").train.parts} == {"c", "other"}
+
+
 def test_bad_lines_are_counted_and_named(tmp_path, caplog):
   text = tmp_path / "text"
   text.mkdir()
@@ -215,7 +240,10 @@ def test_held_out_files_are_known_by_any_name(tmp_path):
     (["--tokenizer", "train:100"], r"^--tokenizer = 100 is not valid: expected an integer >= "),
     (["--tokenizer", "train"], r"^--tokenizer = 'train' .*train:N"),
     (["--beam=--runner='Direct"], r"^--beam = .*No closing quotation"),
-    (["--tokenizer", "TEXT/none"], r"^config\.data\.tokenizer"),
+    (["--tokenizer", "TEXT/none"], r"^--tokenizer = .*expected train:N, \"bytes\", the path"),
+    (["--tokenizer", "TEXT"], r"^--tokenizer = .*no tokenizer in"),
+    (["--parts", "TEXT/none.json"], r"^--parts = .*cannot be read: No such file"),
+    (["--output", "TEXT/a.jsonl"], r"^--output = '[^']*/a\.jsonl' .*a file is where a folder"),
 ])
 def test_options_that_are_not_valid(tmp_path, options, message):
   text = write_corpus(tmp_path / "text")
@@ -224,6 +252,18 @@ def test_options_that_are_not_valid(tmp_path, options, message):
   options = [option.replace("TEXT", str(text)) for option in options]
   with pytest.raises(InputError, match=message):
     run(text, tmp_path / "out", "--most-bad", "10", *options)
+
+
+@pytest.mark.parametrize("mistake, begins", [("nobody.model", False), ("train:100", True)])
+def test_a_tokenizer_that_is_not_valid_leaves_no_job(tmp_path, mistake, begins):
+  """The command is given again with another one; whether training works is known late."""
+  text = write_corpus(tmp_path / "text")
+  with pytest.raises(InputError, match=r"^--tokenizer"):
+    run(text, tmp_path / "out", tokenizer=mistake)
+  assert (tmp_path / "out").exists() == begins
+  run(text, tmp_path / "out")
+  run(text, tmp_path / "fresh")
+  assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "zeros"])
