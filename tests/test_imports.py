@@ -44,7 +44,7 @@ ROOMS = {
     "experiment": ("models", "errors", "config", "files"),
     "runs": (*_MODEL, "data", "training", "evaluation", "generation", "interop", "costs",
              "experiment", "outputs", "formatting"),
-    "analysis": ("models", "layers", "batch", "errors", "files", "types", "formatting",
+    "analysis": ("models", "layers", "ops", "batch", "errors", "files", "types", "formatting",
                  "statistics"),
     "sweeps": (*_MODEL, "data", "training", "experiment", "outputs", "runs", "formatting",
                "statistics"),

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import pathlib
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -178,6 +179,17 @@ def grid(
   return cells
 
 
+def _place(error: Exception, file: pathlib.Path) -> str:
+  """Returns FILE:LINE of the innermost line of a sweep's file that an exception passed."""
+  if isinstance(error, SyntaxError) and error.filename:
+    return f"{error.filename}:{error.lineno}"
+  lines = [
+      frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+      if pathlib.Path(frame.filename) == file.absolute()
+  ]
+  return f"{file}:{lines[-1]}" if lines else str(file)
+
+
 def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
   """Loads FILE.py or FILE.py:ARG.
 
@@ -186,7 +198,8 @@ def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
     overrides: dotted keys with values as texts, for all cells; a cell's own come after them.
 
   Raises:
-    InputError: it is not a file with `get_sweep`, or its sweep is not valid.
+    InputError: it is not a file with `get_sweep`, or its sweep is not valid. Of an exception that
+      the file raises, it gives the line.
   """
   name, _, argument = spec.partition(":")
   file = pathlib.Path(name)
@@ -199,8 +212,11 @@ def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
   try:
     found.loader.exec_module(module)
     sweep = module.get_sweep(argument)
-  except (AttributeError, TypeError, SyntaxError) as error:
-    raise InputError(f"{file}: {error}") from error
+  except InputError:
+    raise
+  except Exception as error:
+    what = error.msg if isinstance(error, SyntaxError) else error
+    raise InputError(f"{_place(error, file)}: {type(error).__name__}: {what}") from error
   if not isinstance(sweep, Sweep):
     raise InputError(f"{file}: get_sweep returned {type(sweep).__name__}, expected a Sweep")
   cells = tuple(

@@ -54,6 +54,22 @@ def test_files_that_are_no_sweeps(tmp_path):
     load_sweep(str(ROOT / "experiments/smoke.py"))
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("x = 1\nimport no_such_module\n", ":2: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("def get_sweep(arg):\n  return inner()\n\ndef inner():\n  return Sweap\n",
+     ":5: NameError: name 'Sweap' is not defined"),
+    ("def get_sweep(arg):\n  return len(3)\n", ":2: TypeError: object of type 'int' has no len()"),
+    ("def get_sweep(arg):\n  return {}[arg]\n", ":2: KeyError: ''"),
+    ("\ndef get_sweep(arg:\n", ":2: SyntaxError: '(' was never closed"),
+])
+def test_a_files_own_error_has_its_line(tmp_path, text, message):
+  file = tmp_path / "own.py"
+  file.write_text(text)
+  with pytest.raises(InputError) as error:
+    load_sweep(str(file))
+  assert str(error.value) == f"{file}{message}"
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments/sweeps").glob("*.py")),
                          ids=lambda file: file.stem)
 @pytest.mark.parametrize("argument", ["", ":debug"])
