@@ -83,9 +83,10 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
     if part not in types or not dataclasses.is_dataclass(nested):
       groups = [field for field, kind in types.items() if dataclasses.is_dataclass(kind)]
       raise unknown_key(f"{path}.{part}", groups or list(types))
-    group, node, path = nested, node.get(part), f"{path}.{part}"
-    if not isinstance(node, dict):
-      raise invalid(path, node, "the group of keys that default_config has")
+    group, path = nested, f"{path}.{part}"
+    if not isinstance(node.get(part), dict):
+      raise invalid(path, node.get(part), "the group of keys that default_config has")
+    node = node[part]
   types = field_types(group)
   if name not in types:
     raise unknown_key(f"{path}.{name}", list(types))

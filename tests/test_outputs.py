@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from dense_jax.errors import InputError
-from dense_jax.outputs import check_destination, check_file, write_json
+from dense_jax.outputs import check_destination, check_file, check_folder, write_json
 
 
 @pytest.fixture
@@ -80,6 +80,22 @@ def test_a_folder_that_cannot_be_made_is_named(here, path, monkeypatch):
   before = _tree(here)
   with pytest.raises(InputError) as error:
     check_destination(path, "--output")
+  assert f"--output = {path!r} is not valid: expected a " in str(error.value)
+  assert _tree(here) == before
+
+
+@pytest.mark.parametrize("path", ["new", "a/deep/new", "full", "empty", "to_empty", "~/new"])
+def test_a_folder_that_can_be_written(here, path):
+  before = _tree(here)
+  assert str(check_folder(path, "--output")) == os.path.expanduser(path)
+  assert _tree(here) == before
+
+
+@pytest.mark.parametrize("path", ["", "file", "to_file", "file/new", "/proc/new", "loop"])
+def test_a_folder_that_cannot_be_written_is_named(here, path):
+  before = _tree(here)
+  with pytest.raises(InputError) as error:
+    check_folder(path, "--output")
   assert f"--output = {path!r} is not valid: expected a " in str(error.value)
   assert _tree(here) == before
 

@@ -16,7 +16,7 @@ from dense_jax.cli import common
 from dense_jax.config import invalid
 from dense_jax.files import write_atomically
 from dense_jax.formatting import table
-from dense_jax.outputs import check_file, write_json
+from dense_jax.outputs import check_file, check_folder, write_json
 
 _EPILOG = """
 Runs on one device, on the run's held-out text. Writes analysis.json and analysis.png into the run's
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _look(options: argparse.Namespace, workdir: str) -> tuple[str, Seen, epath.Path]:
   """Looks into a run, and writes its figures; returns its name, these, and their file."""
-  json_file = check_file(f"{workdir}/analysis.json", "--workdir")
+  json_file = check_folder(workdir, "--workdir") / "analysis.json"
   run = runs.restore(workdir, options.checkpoint, options.weights)
   batches = runs.heldout_rows(run, options.batch_size, options.batches, options.length)
   seen = look_into(run.model, batches, samples=options.samples)

@@ -16,7 +16,7 @@ from dense_jax.data.corpus.documents import Reading
 from dense_jax.data.corpus.files import Input, Settings
 from dense_jax.data.corpus.manifest import Manifest
 from dense_jax.errors import InputError
-from dense_jax.files import make_path, read_object
+from dense_jax.files import is_remote, make_path, read_object
 from dense_jax.formatting import scaled, table
 from dense_jax.outputs import check_folder
 
@@ -70,9 +70,11 @@ def main(arguments: Sequence[str]) -> int:
     except InputError as error:
       raise invalid("--parts", options.parts, f"a JSON file with {valid} ({error})") from error
   folder = check_folder(options.output, "--output")
+  if is_remote(folder):
+    raise invalid("--output", options.output, "a folder on this machine")
   wanted = job.Job(
       inputs=options.input, heldout=options.heldout, tokenizer=options.tokenizer,
-      folder=folder,
+      folder=Path(folder),
       settings=Settings(
           Reading(options.column, options.part_field, parts),
           0 if options.heldout else options.heldout_every, options.deduplicate,

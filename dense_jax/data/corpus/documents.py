@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,16 @@ class Reading:
 class PartNames:
   """The values that parts are named after: no two may come to one name, as C, C++ and C# do."""
 
-  def __init__(self) -> None:
-    """Knows no parts yet."""
+  def __init__(self, known: Iterable[Mapping[str, str]]) -> None:
+    """Takes the parts of files that are done: of each, part -> value.
+
+    Raises:
+      InputError: see `add`.
+    """
     self._values: dict[str, str] = {}
+    for values in known:
+      for name, value in values.items():
+        self.add(name, value)
 
   def add(self, name: str, value: str) -> None:
     """Notes that a value has made a part's name.

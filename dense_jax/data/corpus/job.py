@@ -19,12 +19,7 @@ import numpy as np
 from etils import epath
 
 from dense_jax.config import invalid
-from dense_jax.data.corpus.documents import (
-    PartNames,
-    check_packages,
-    find_inputs,
-    read_documents,
-)
+from dense_jax.data.corpus.documents import PartNames, check_packages, find_inputs, read_documents
 from dense_jax.data.corpus.encoding import token_dtype
 from dense_jax.data.corpus.files import (
     RESULTS,
@@ -265,20 +260,13 @@ def prepare(job: Job, progress: Callable[[Input, int], None]) -> tuple[Manifest,
         results = run_files(job, left, [*done.values()], pool, tokenizer, progress)
         done |= {file.number: result for file, result in zip(left, results, strict=True)}
         peak = pool.peak_memory()
+    # Of files that were not read in one process.
+    PartNames(result.values for result in done.values())
     bad = sum(result.source.bad for result in done.values())
-    if bad > job.most_bad:  # Of files that were not read in one process.
+    if bad > job.most_bad:
       raise InputError(f"{bad:,} lines are no documents. Expected other files, or a larger "
                        f"--most-bad than {job.most_bad:,}")
-    _part_names([*done.values()])
     return finish(job, tokenizer, [done[file.number] for file in files]), peak
-
-
-def _part_names(results: Sequence[FileResult]) -> PartNames:
-  names = PartNames()
-  for result in results:
-    for name, value in result.values.items():
-      names.add(name, value)
-  return names
 
 
 def _done(job: Job, files: Sequence[Input]) -> dict[int, FileResult]:
@@ -312,7 +300,7 @@ def run_files(
   """
   bad = _BadLines(job.most_bad, sum(result.source.bad for result in done))
   dtype = token_dtype(tokenizer.vocab_size)
-  names = _part_names(done)
+  names = PartNames(result.values for result in done)
   with contextlib.ExitStack() as stack:
     seen = None
     if job.settings.deduplicate:
