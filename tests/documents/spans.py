@@ -55,7 +55,7 @@ def _first(problems: Iterator[str | None]) -> str | None:
 
 def _is_path(name: str) -> bool:
   return "/" in name or name.startswith(".") or pathlib.PurePath(name).suffix in {
-      *CODE_SUFFIXES, ".json", ".jsonl", ".png", ".bin", ".safetensors", ".model", ".yaml"
+      *CODE_SUFFIXES, ".json", ".jsonl", ".html", ".png", ".bin", ".safetensors", ".model", ".yaml"
   } or name in ("Makefile", "Dockerfile")
 
 
