@@ -1,6 +1,8 @@
-"""`InputError`, the one exception for wrong user input, its hint; and `DivergedError`."""
+"""`InputError`, the one exception for wrong user input, and its hints; and `DivergedError`."""
 
 import difflib
+import pathlib
+import traceback
 from collections.abc import Collection
 
 
@@ -33,3 +35,23 @@ def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
   """
   near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   return f"; did you mean {prefix}{near[0]}?" if near else "."
+
+
+def raised_by(error: Exception, file: pathlib.Path, module: str) -> InputError:
+  """Returns an error that names the line of a user's file that raised an exception.
+
+  Args:
+    error: the exception.
+    file: the file that was run.
+    module: what the names of the modules of such files begin with: of those that the exception
+      passed, the innermost line is named.
+  """
+  lines = [
+      f"{frame.f_code.co_filename}:{line}"
+      for frame, line in traceback.walk_tb(error.__traceback__)
+      if frame.f_globals.get("__name__", "").startswith(module)
+  ]
+  place, what = lines[-1] if lines else str(file), str(error)
+  if isinstance(error, SyntaxError) and error.filename:
+    place, what = f"{error.filename}:{error.lineno}", error.msg
+  return InputError(f"{place}: {type(error).__name__}: {what}")

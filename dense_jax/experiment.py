@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from dense_jax.config import (
   invalid,
   unknown_key,
 )
-from dense_jax.errors import InputError
+from dense_jax.errors import InputError, raised_by
 from dense_jax.files import make_path, parse_json, write_atomically
 from dense_jax.models.registry import family
 
@@ -130,24 +129,11 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConf
   except InputError:
     raise
   except Exception as error:
-    what = error.msg if isinstance(error, SyntaxError) else error
-    raise InputError(f"{_place(error, file)}: {type(error).__name__}: {what}") from error
+    raise raised_by(error, file, _MODULE) from error
   if not isinstance(config, ConfigDict) or not isinstance(config.get("model"), ConfigDict):
     raise InputError(f"{file}: get_config returned {type(config).__name__}, expected a ConfigDict "
                      "with the groups that default_config has")
   return _changed(config.to_dict(), overrides)
-
-
-def _place(error: Exception, file: pathlib.Path) -> str:
-  """Returns FILE:LINE of the innermost line of an experiment that an exception passed."""
-  if isinstance(error, SyntaxError) and error.filename:
-    return f"{error.filename}:{error.lineno}"
-  lines = [
-      f"{frame.f_code.co_filename}:{line}"
-      for frame, line in traceback.walk_tb(error.__traceback__)
-      if frame.f_globals.get("__name__", "").startswith(_MODULE)
-  ]
-  return lines[-1] if lines else str(file)
 
 
 def change(config: ExperimentConfig, overrides: Sequence[tuple[str, str]]) -> ExperimentConfig:

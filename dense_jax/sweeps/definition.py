@@ -9,14 +9,14 @@ import importlib.util
 import itertools
 import pathlib
 import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dense_jax.config import invalid
-from dense_jax.errors import InputError, did_you_mean
+from dense_jax.errors import InputError, did_you_mean, raised_by
 
 BUDGETS = ("parameters", "flops", "time")
+_MODULE = "sweep_"  # What the names of sweeps' modules begin with.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,17 +179,6 @@ def grid(
   return cells
 
 
-def _place(error: Exception, file: pathlib.Path) -> str:
-  """Returns FILE:LINE of the innermost line of a sweep's file that an exception passed."""
-  if isinstance(error, SyntaxError) and error.filename:
-    return f"{error.filename}:{error.lineno}"
-  lines = [
-      frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-      if pathlib.Path(frame.filename) == file.absolute()
-  ]
-  return f"{file}:{lines[-1]}" if lines else str(file)
-
-
 def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
   """Loads FILE.py or FILE.py:ARG.
 
@@ -205,7 +194,7 @@ def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
   file = pathlib.Path(name)
   if not file.is_file() or file.suffix != ".py":
     raise invalid("sweep", spec, "a sweep file, FILE.py[:ARG]")
-  found = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
+  found = importlib.util.spec_from_file_location(f"{_MODULE}{file.stem}", file)
   if found is None or found.loader is None:
     raise invalid("sweep", spec, "a Python file")
   module = importlib.util.module_from_spec(found)
@@ -215,8 +204,7 @@ def load_sweep(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Sweep:
   except InputError:
     raise
   except Exception as error:
-    what = error.msg if isinstance(error, SyntaxError) else error
-    raise InputError(f"{_place(error, file)}: {type(error).__name__}: {what}") from error
+    raise raised_by(error, file, _MODULE) from error
   if not isinstance(sweep, Sweep):
     raise InputError(f"{file}: get_sweep returned {type(sweep).__name__}, expected a Sweep")
   cells = tuple(
