@@ -154,7 +154,7 @@ class RunLock:
       InputError: the file is another program's, and no lock may overwrite it.
     """
     said = content.strip(b"\0 \n")  # A crash of the machine may leave zeros.
-    if len(content) > _CONTENT_BYTES or (said and not said.startswith(_BEGIN)):
+    if said and not said.startswith(_BEGIN):
       raise invalid(
           "--workdir", str(self._workdir), f"a folder in which no other program has a {LOCK_FILE}"
       )
