@@ -109,8 +109,9 @@ def _had_checkpoints(workdir: epath.Path) -> str:
     every = experiment.read(workdir).train.checkpoint_every
   except InputError:
     return ""
-  # The first save may take long, but the second waits for it.
-  if newest >= 2 * every and "save failed" not in kinds:
+  # The first save may take long, but the second waits for it, before a later step is recorded. No
+  # save may have succeeded, or been made while steps were skipped.
+  if newest > 2 * every and kinds.keys().isdisjoint(("save failed", "skipped", "returned")):
     return f"has trained to step {newest} with a checkpoint every {every} steps"
   return ""
 

@@ -126,7 +126,7 @@ def test_a_run_whose_checkpoints_are_missing_does_not_begin_again(run, config, s
 
 
 @pytest.mark.parametrize(("newest", "kind", "is_refused"), [
-    (8, "killed", True), (7, "killed", False), (9, "save failed", False)
+    (9, "killed", True), (8, "killed", False), (9, "save failed", False), (9, "skipped", False),
 ])
 def test_a_run_that_came_far_had_checkpoints_unless_its_saves_failed(
     run, config, newest, kind, is_refused
