@@ -101,7 +101,8 @@ def _had_checkpoints(workdir: epath.Path) -> str:
   kinds: dict[str, int] = {}
   for event in read_events(workdir):
     kinds[event.kind] = max(event.step, kinds.get(event.kind, 0))
-  for kind, said in (("end", "has ended"), ("interrupted", "was saved"), ("start", "went on")):
+  # Not "interrupted": a second request ends a run at once, without a save.
+  for kind, said in (("end", "has ended"), ("start", "went on")):
     if kinds.get(kind):
       return f"{said} at step {kinds[kind]}"
   newest = max((record["step"] for record in read_metrics(workdir)), default=0)

@@ -115,7 +115,6 @@ def test_what_a_run_left_before_its_first_checkpoint_is_no_obstacle(tmp_path, co
 
 @pytest.mark.parametrize("shown", [
     [("start", 0), ("end", 4)], [("start", 0), ("killed", 2), ("start", 2)],
-    [("start", 0), ("interrupted", 3)],
 ])
 def test_a_run_whose_checkpoints_are_missing_does_not_begin_again(run, config, shown):
   shutil.rmtree(run / "checkpoints")
@@ -126,7 +125,8 @@ def test_a_run_whose_checkpoints_are_missing_does_not_begin_again(run, config, s
 
 
 @pytest.mark.parametrize(("newest", "kind", "is_refused"), [
-    (9, "killed", True), (8, "killed", False), (9, "save failed", False), (9, "skipped", False),
+    (9, "killed", True), (9, "interrupted", True), (8, "interrupted", False), (8, "killed", False),
+    (9, "save failed", False), (9, "skipped", False),
 ])
 def test_a_run_that_came_far_had_checkpoints_unless_its_saves_failed(
     run, config, newest, kind, is_refused
