@@ -119,7 +119,7 @@ def look_into(
   whole, cut = (
       np.asarray(_gradients(model, rows[0], jax.random.key(seed), cut=cut)) for cut in (False, True)
   )
-  loss_LT, targets_T = sum(losses), sum(targets)
+  loss_LT, targets_T = np.sum(losses, axis=0), np.sum(targets, axis=0)
   joined = {
       kind: [Features(np.concatenate(parts)) for parts in zip(*of_rows, strict=True)]
       for kind, of_rows in taken.items() if of_rows[0]
