@@ -3,12 +3,14 @@
 import os
 import pathlib
 
+from tests.xla_flags import FAST_TO_COMPILE
+
 # Tests run side by side, and threads of OpenBLAS that wait for each other use whole cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), FAST_TO_COMPILE, "--xla_force_host_platform_device_count=8",
+]).strip()
 
 import jax
 

@@ -17,6 +17,7 @@ from dense_jax.cli import train
 from dense_jax.errors import InputError
 from dense_jax.runs import resume
 from tests.helpers import ROOT, write_text
+from tests.xla_flags import FAST_TO_COMPILE
 
 TRAIN = "dense_jax.cli.train"
 SMALL = ["--config.data.tokenizer=bytes", "--config.data.seq_len=32", "--config.train.batch_size=2",
@@ -25,7 +26,7 @@ SMALL = ["--config.data.tokenizer=bytes", "--config.data.seq_len=32", "--config.
 
 # Programs that one process compiled are read by the next ones.
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_TO_COMPILE,
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax_tests"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }

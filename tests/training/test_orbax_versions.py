@@ -15,6 +15,7 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
+from tests.xla_flags import FAST_TO_COMPILE
 
 pytestmark = pytest.mark.slow
 
@@ -106,7 +107,7 @@ def test_versions_read_each_others_checkpoints(tmp_path, place, mode):
         [sys.executable, "-c", SCRIPT, tmp_path / "checkpoints", mode, *actions], cwd=ROOT,
         env=os.environ | {
             "PYTHONPATH": f"{installed(version, str(place))}{os.pathsep}{ROOT}",
-            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_TO_COMPILE,
         },
         capture_output=True, text=True, check=False, timeout=120,
     )
