@@ -296,9 +296,15 @@ def _take_lock(stack: contextlib.ExitStack, folder: epath.Path) -> RunLock | Non
   """Takes the folder's lock in the first process, on behalf of all; returns None in the others."""
   locks: list[RunLock] = []
 
+  def explain(_: object, error: BaseException | None, __: object) -> None:
+    """Names the folder that is gone, whichever file in it was missed first."""
+    if isinstance(error, OSError):
+      locks[0].check()
+
   def take() -> None:
     locks.append(RunLock(folder, lambda said: print(said, flush=True)))
     stack.callback(locks[0].release)
+    stack.push(explain)
 
   distributed.by_first(take)
   return locks[0] if locks else None

@@ -321,3 +321,17 @@ def test_moments_of_another_dtype_are_the_runs_own_rounded(config, tmp_path):
       lambda old, new: np.testing.assert_array_equal(old.astype(new.dtype), new),
       state.opt_state, restored.opt_state,
   )
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_file_that_is_missed_because_the_folder_is_gone(config, tmp_path, is_gone):
+  workdir = tmp_path / "run"
+
+  def reads(moment):
+    if is_gone:
+      workdir.rename(tmp_path / "aside")
+    (workdir / "missed").read_bytes()
+
+  expected = (InputError, "is gone while the run writes") if is_gone else (OSError, "missed")
+  with pytest.raises(expected[0], match=expected[1]):
+    runs.train_run(config, workdir, hooks=[Hook(1, reads)])
