@@ -92,6 +92,7 @@ def test_a_scanned_model_is_seen_as_it_is(seen_and_model):
   assert np.isfinite(seen.lens).all()
 
 
+@pytest.mark.slow
 def test_attention_has_no_states_and_a_masked_position_no_loss():
   model = random_model(model_config("transformer", 0, layers=2))
   seen = look_into(model, [batch(0, masked=4)], samples=40)

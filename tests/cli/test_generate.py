@@ -107,6 +107,7 @@ def test_bytes_of_one_character_in_prompt_and_continuation(tokenizers, monkeypat
   assert capsys.readouterr().out == expected
 
 
+@pytest.mark.slow
 def test_a_real_model_with_absurd_options(tokenizers, monkeypatch, capsys):
   """Options: top_k above the vocabulary, the largest seed, and an empty prompt."""
   _restores(monkeypatch, tokenizers["bytes"])

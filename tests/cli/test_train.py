@@ -185,6 +185,7 @@ def test_killed_while_saving_goes_on_bitwise(text, tmp_path, losses_without_kill
   assert training_losses(parts) == losses_without_kill
 
 
+@pytest.mark.slow
 def test_another_model_other_data_or_changed_text_is_refused(text, tmp_path):
   workdir, copy = tmp_path / "run", tmp_path / "text"
   shutil.copytree(text, copy)

@@ -80,6 +80,7 @@ def check_all(model, requests, batch_sizes):
   )
 
 
+@pytest.mark.slow
 def test_a_score_depends_on_its_request_alone():
   requests = [*questions(5), Request(ids(1), ids(3)), Request(ids(2), ())]
   requests.append(requests[2])
@@ -115,6 +116,7 @@ def test_a_context_that_no_state_carries_is_cut_on_the_left():
     fresh.score([Request((), ids(13))])
 
 
+@pytest.mark.slow
 def test_windows_of_a_document():
   model = random_model(model_config("gau_retnet", vocab_size=258))
   fresh, carried = make(model, window=4, carried=False), make(model, window=4)

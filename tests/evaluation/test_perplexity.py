@@ -110,7 +110,9 @@ def test_a_model_that_knows_nothing(seq_len, batch_size):
   )
 
 
-@pytest.mark.parametrize(("seq_len", "parts"), [(16, WHOLE), (3, CUT)])
+@pytest.mark.parametrize(("seq_len", "parts"), [
+    pytest.param(16, WHOLE, marks=pytest.mark.slow), (3, CUT),
+])
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_by_hand_from_a_models_logits(seq_len, parts, batch_size):
   """Computes each context by itself, and the softmax in float64."""

@@ -16,7 +16,7 @@ def test_nothing_but_an_input_error(name, tmp_path, watch):
   assert tried >= 60 and refused
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 # Of orbax, which leaves the rest of a read behind where a part of it has failed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", fuzzing.TARGETS)

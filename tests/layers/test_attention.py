@@ -252,6 +252,7 @@ def test_bfloat16_is_near_and_its_softmax_is_float32():
     assert all(":f32[" in line for line in exponentials)
 
 
+@pytest.mark.slow
 def test_the_layer_around_it():
   """The layer is x + attention(norm(x)), then x + swiglu(norm(x)); for a sequence and a token."""
   model = _randomized(LanguageModel(_config(layers=1, ffn_width=24), rngs=nnx.Rngs(0)))

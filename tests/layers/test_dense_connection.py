@@ -390,6 +390,7 @@ def test_the_layers_that_are_read_are_the_m_nearest(family, inject):
   assert _felt(family, inject) == [False, True, True, True]
 
 
+@pytest.mark.slow
 def test_transitions_belong_to_the_sources_nearest_first():
   name = "stack.prefix_layers.3.mixer.dense.transition.linear"
   felt = _felt(

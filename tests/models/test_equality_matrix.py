@@ -100,7 +100,7 @@ def _marks(family, option, length, scene, number):
   if scene == "strong-decays":  # A family that has two lengths has the longer one there.
     return pytest.mark.exhaustive if (family, length) == ("mamba2", 63) else pytest.mark.slow
   if plain and length == C + 1 and scene == "documents":
-    return () if family in (*QUICK_FAMILIES, "transformer") else pytest.mark.slow
+    return () if family in QUICK_FAMILIES else pytest.mark.slow
   turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
   if turn and option not in ("base", "m2") and scene == "documents":  # One family each.
     return () if option in QUICK_OPTIONS else pytest.mark.slow

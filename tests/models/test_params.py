@@ -205,6 +205,7 @@ def test_shapes_keep_their_shardings_by_layer():
 
 
 @each_family
+@pytest.mark.slow
 def test_fresh_parameters_do_not_depend_on_how_layers_are_scanned(family):
   """A layer's numbers follow from the seed and its own number.
 
@@ -232,9 +233,11 @@ def test_fresh_parameters_do_not_depend_on_how_layers_are_scanned(family):
 
 
 @pytest.mark.parametrize("kind", [
-    ("mamba", {}), ("mamba2", {"depth": 2, "inject": "state"}), ("gau_retnet", {}),
-    ("gau_retnet", {"depth": 1, "inject": "inputs"}), ("retnet", {}), ("s4d", {}),
-    ("transformer", {}),
+    ("mamba2", {"depth": 2, "inject": "state"}),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in (
+        ("mamba", {}), ("gau_retnet", {}), ("gau_retnet", {"depth": 1, "inject": "inputs"}),
+        ("retnet", {}), ("s4d", {}), ("transformer", {}),
+    )),
 ], ids=str)
 def test_decoding_with_rounded_matrices_is_exactly_the_same(kind):
   family, dense = kind

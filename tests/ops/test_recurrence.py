@@ -23,7 +23,8 @@ H, P, N, E = 2, 3, 4, 6
 SEGMENTS = packed([[4, 9], [6, 4]], time=T, first=[2, 0])
 FORMS = [
     ("diagonal", "associative"), ("diagonal", "recurrent"),
-    ("matrix", "chunked"), ("matrix", "associative"), ("matrix", "recurrent"),
+    ("matrix", "chunked"), pytest.param("matrix", "associative", marks=pytest.mark.slow),
+    ("matrix", "recurrent"),
     *(pytest.param(*kernel, marks=pytest.mark.slow)
       for kernel in (("diagonal", "pallas"), ("matrix", "pallas"), ("matrix", "triton"))),
 ]

@@ -129,9 +129,10 @@ def test_padding_leaves_the_tail_of_the_last_valid_tokens():
   ]))
 
 
-@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("tail", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("time, lengths", [
-    (37, [[2, 30, 5], [1, 1, 9], []]), (300, [[37, 250, 8], [290], [1, 2, 1, 255]]), (2, None),
+    (37, [[2, 30, 5], [1, 1, 9], []]), (2, None),
+    pytest.param(300, [[37, 250, 8], [290], [1, 2, 1, 255]], marks=pytest.mark.slow),
 ])
 def test_gradients_by_the_kernel_are_those_of_the_plain_form(time, lengths, tail):
   inputs = _inputs(4, time, 6)

@@ -102,6 +102,7 @@ def test_a_skipped_batch_leaves_the_run_that_never_saw_it(config, tmp_path, monk
   assert params(tmp_path / "without") == params(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_it_goes_back_and_ends_as_a_run_that_passed_over_the_window(
     config, tmp_path, monkeypatch, capsys
 ):

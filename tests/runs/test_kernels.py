@@ -82,8 +82,10 @@ def test_right_kernels_run(capsys):
 
 
 @pytest.mark.parametrize("spoiled", [
-    lambda y: 1.01 * y, lambda y: y.at[:, 141].set(y[:, 140]), lambda y: y * jnp.nan,
-], ids=["scaled", "one-token", "nan"])
+    pytest.param(lambda y: 1.01 * y, id="scaled"),
+    pytest.param(lambda y: y.at[:, 141].set(y[:, 140]), id="one-token", marks=pytest.mark.slow),
+    pytest.param(lambda y: y * jnp.nan, id="nan", marks=pytest.mark.slow),
+])
 def test_wrong_kernels_are_left_out_loudly(monkeypatch, capsys, spoiled):
   _spoil(monkeypatch, spoiled)
   assert not check_kernels(CONFIG)

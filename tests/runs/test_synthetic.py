@@ -34,6 +34,7 @@ def finished(tmp_path_factory):
   return folder, result
 
 
+@pytest.mark.slow
 def test_a_run_records_its_answers(finished):
   folder, result = finished
   scored = [record for record in _records(folder) if "task_accuracy" in record]
@@ -48,6 +49,7 @@ def test_a_run_records_its_answers(finished):
   assert described["texts"] == [] and described["files"] == {}
 
 
+@pytest.mark.slow
 def test_what_it_recorded_is_what_a_restored_run_scores(finished, capsys):
   folder, result = finished
   score = runs.evaluate_run(runs.restore(folder), batch_size=4)

@@ -155,6 +155,7 @@ def test_times_as_measured_and_by_flops(planned, tmp_path):
   assert planned[2].flops > planned[0].flops
 
 
+@pytest.mark.slow
 def test_what_all_cells_share_is_said_once(planned, tmp_path):
   shared = [dataclasses.replace(each, overrides={**each.overrides, "data.path": "novels"})
             for each in planned]

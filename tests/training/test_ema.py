@@ -108,6 +108,7 @@ def test_evaluation_takes_the_average_or_what_it_is_asked_for(trained):
   assert any(np.any(states[2].ema[name] != states[2].params[name]) for name in shapes)
 
 
+@pytest.mark.slow
 def test_without_it_nothing_is_there(tmp_path, monkeypatch):
   monkeypatch.setattr(steps, "_averaged", None)
   trainer = make_trainer(config(ema=0.0))

@@ -76,9 +76,8 @@ def test_off_it_is_no_part_of_the_program_or_of_the_state():
   assert len(of_a_number.findall(lowered(make_trainer(GuardConfig())))) == 2  # Loss and norm.
 
 
-@pytest.mark.parametrize("skip", [
-    "nonfinite", pytest.param("spikes", marks=pytest.mark.slow),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", ["nonfinite", "spikes"])
 def test_where_nothing_is_wrong_it_changes_no_bit(skip):
   ends = []
   for guard in (OFF, GuardConfig(skip)):

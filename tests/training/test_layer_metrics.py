@@ -173,6 +173,7 @@ def test_tokens_on_several_devices_have_one_mean():
   assert_trees_close(params, expected_params)
 
 
+@pytest.mark.slow
 def test_unmeasured_steps_are_the_program_without_metrics(monkeypatch):
   def text(every):
     trainer = _trainer(_config(train={"layer_metrics_every": every}))
@@ -193,6 +194,7 @@ def test_which_steps_are_measured():
     assert steps == measured
 
 
+@pytest.mark.slow
 def test_names_sort_as_layers_do():
   config = _config(layers=12, block_layers=12)
   trainer = _trainer(config)

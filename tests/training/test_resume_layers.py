@@ -104,6 +104,7 @@ def test_a_run_goes_on_with_layers_scanned_in_another_way(begun, block_layers, r
   np.testing.assert_allclose(actual, losses, **TOLERANCE["float32"])
 
 
+@pytest.mark.slow
 def test_a_mesh_restores_what_another_one_saved(tmp_path):
   before = _config(2, mesh=MeshConfig(data=1, fsdp=4), layers=5)
   saved = _trainer(before).init(0)

@@ -179,6 +179,7 @@ def test_the_metrics_are_the_definitions():
   assert metrics[1]["loss"] != metrics[0]["loss"]
 
 
+@pytest.mark.slow
 def test_z_loss_and_its_gradient():
   config = _config().model
   model, batch = abstract_model(config), random_batch(packed(ROWS, time=T))

@@ -26,14 +26,15 @@ B, E, N = 3, 3, 8
 ROW = [3, *[7] * 4, 32, 1, 1, 200]
 KINDS = ["zoh", "bilinear", "dplr"]
 # For the sequence forms the two discretisations differ only in numbers.
-SEQUENCE_KINDS = ["zoh", pytest.param("bilinear", marks=pytest.mark.slow), "dplr"]
+SEQUENCE_KINDS = [*(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2]), KINDS[2]]
 # (length, chunks, with documents); without documents, only the masks differ.
-QUICK = [("zoh", 4, (3,), False), ("dplr", 4, (3,), True), ("bilinear", 63, (3,), True)]
+QUICK = [("zoh", 4, (3,), False), ("dplr", 4, (3,), True)]
 SLOW = [(1, (3,), True), (33, (32,), True), (257, (3, 32), True), (1, (), False)]
 RARE = [(time, (3,), True) for time in (2, 3)] + [(time, (32,), True) for time in (31, 32)]
 RARE += [(63, (1,), True), (33, (32,), False), (64, (32,), False), (257, (3,), False)]
 CASES = [
     *QUICK,
+    pytest.param("bilinear", 63, (3,), True, marks=pytest.mark.slow),
     pytest.param("zoh", 4, (3,), True, marks=pytest.mark.slow),
     pytest.param("dplr", 4, (3,), False, marks=pytest.mark.slow),
     *(
@@ -141,7 +142,9 @@ def test_powers_are_those_of_the_dense_matrix(kind):
 @pytest.mark.parametrize(
     ("size", "length"), [(2, 32), (64, 257), *((N, time) for time in (1, 2, 31, 32, 33, 257))]
 )
-@pytest.mark.parametrize("noise", [0.0, 0.3], ids=["legs", "perturbed"])
+@pytest.mark.parametrize("noise", [
+    pytest.param(0.0, id="legs", marks=pytest.mark.slow), pytest.param(0.3, id="perturbed"),
+])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernel_is_that_of_float64_powers(kind, noise, size, length):
   system, c = _system(kind, noise, size=size), normal(0, E, size)
@@ -152,6 +155,7 @@ def test_the_kernel_is_that_of_float64_powers(kind, noise, size, length):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_kernels_gradient_is_float64s_difference(kind):
   """Along one direction of each parameter; the only test of the branches of discretisation."""
   length, weight = 40, np.asarray(normal(1, 40, E), np.float64)
@@ -355,7 +359,7 @@ def test_steps_do_not_drift(kind):
   assert_trees_close(run(system, jnp.asarray(x)), expected, scale=size)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEQUENCE_KINDS)
 def test_bfloat16_inputs_keep_float32_states(kind):
   inputs, segments = _inputs(kind, 29), documents(29, ROW)
   low = inputs | {"x": inputs["x"].astype(jnp.bfloat16)}
@@ -368,6 +372,7 @@ def test_bfloat16_inputs_keep_float32_states(kind):
 
 @pytest.mark.parametrize("form", ["convolution", "chunked", "documents"])
 @pytest.mark.parametrize("kind", SEQUENCE_KINDS)
+@pytest.mark.slow
 def test_training_never_holds_all_states(kind, form):
   batch, time, width, size = 8, 1024, 16, 64
   inputs = {
