@@ -43,7 +43,7 @@ def run(module: str, folder, *arguments: str, environment=TOY_ENVIRONMENT) -> tu
   return record, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cpu(tmp_path):
   record, output = run("cpu", tmp_path, "--quick")
   results = record["results"]

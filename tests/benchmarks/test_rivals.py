@@ -143,7 +143,7 @@ def test_a_wrong_path_is_said_before_anything_is_timed(
   assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tables_beside_rivals(rivals, tmp_path, monkeypatch):
   (tmp_path / MODELLING_FILE).write_text("# The authors' code.\n")
   monkeypatch.setattr(torch_client, "AGREEMENT", float("inf"))  # It knows no loss.

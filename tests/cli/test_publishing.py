@@ -15,7 +15,7 @@ def losses(workdir, name):
   return {line["step"]: line[name] for line in lines if name in line}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_model_goes_out_and_comes_back_and_is_trained_on(tmp_path, capsys):
   text = write_text(tmp_path)
   m1, hf, back, m2, mean = (tmp_path / name for name in ("m1", "hf", "back", "m2", "mean"))

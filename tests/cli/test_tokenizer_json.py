@@ -75,6 +75,7 @@ def test_it_serves_training_evaluation_generation_and_conversion(folder, tmp_pat
   assert load_saved_tokenizer(folder / "hf").fingerprint == loaded.tokenizer.fingerprint
 
 
+@pytest.mark.exhaustive
 def test_fine_tuning_counts_the_responses(folder, tmp_path):
   workdir = tmp_path / "tuned"
   arguments = _arguments(

@@ -167,7 +167,7 @@ def test_interrupted_run_goes_on_bitwise(text, tmp_path, losses_without_kill):
   assert training_losses(parts) == losses_without_kill
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seconds", [0.0, 0.03])
 def test_killed_while_saving_goes_on_bitwise(text, tmp_path, losses_without_kill, seconds):
   parts = tmp_path / "parts"

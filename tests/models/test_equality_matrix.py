@@ -107,7 +107,7 @@ def _marks(family, option, length, scene, number):
   scenes = {"documents": 257, "carried": C + 1}
   if family == "s4d":  # It has a form of its own for one document, and long rows take long.
     scenes = {"one-document": 63}
-  ordinary = option in ("base", "m2") and length == scenes.get(scene)
+  ordinary = plain and length == scenes.get(scene)
   ordinary |= _kernels_take_part(family, option, length, scene)
   return pytest.mark.slow if ordinary and family not in TWINS else pytest.mark.exhaustive
 

@@ -154,7 +154,7 @@ def test_a_kill_after_the_return_changes_nothing(config, tmp_path, monkeypatch):
   assert column(tmp_path / "run", "loss") == column(tmp_path / "whole", "loss")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_before_the_first_checkpoint_it_begins_again(config, tmp_path, monkeypatch):
   faulty.install(monkeypatch, {0: "nan", 1: "nan", 2: "nan"})
   runs.train_run(config, tmp_path / "run")

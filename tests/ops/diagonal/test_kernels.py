@@ -170,10 +170,15 @@ def _segments(time, packed):
                 (40, 2, False, "", 4, 32, "product", 16),
                 (63, 3, True, "skip z", 16, 32, "shared", 17),
                 (37, 3, True, "z", 4, 32, "each", 5),
+                (33, 2, False, "z", 3, 512, "product", 5),  # On a TPU two blocks of 256 channels.
+            ]
+        ),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [
                 (37, 3, False, "skip", 4, 32, "all", 5),
                 (257, 2, True, "skip z", 3, 32, "array", 0),
-                (33, 1, True, "skip z", 3, 300, "product", 5),  # Three blocks of 128 channels.
-                (33, 2, False, "z", 3, 512, "product", 5),  # On a TPU two of 256.
+                (33, 1, True, "skip z", 3, 300, "product", 5),  # Three blocks of 128.
             ]
         ),
     ],
