@@ -39,6 +39,8 @@ STATE_FAMILIES = _of_form("diagonal", "matrix", "lti")
 INPUT_FAMILIES = _of_form("diagonal", "matrix")
 # Each runs another family's form, at its price or more: `make test-exhaustive` has most of them.
 TWINS = ("retnet", "s4")
+# Those of the slow tests that all families have; the rest of such tests is exhaustive.
+SLOW_FAMILIES = ("mamba2", "s4d")
 # Those whose programs compile in a few seconds: a recurrence by channels, one by heads.
 QUICK_FAMILIES = ("mamba", "gau_retnet")
 
@@ -48,9 +50,9 @@ def _marks(case: object, quick: Collection, slow: Collection) -> tuple[pytest.Ma
 
 
 def _with_families(families: Sequence[str]) -> pytest.MarkDecorator:
-  slow = [family for family in families if family not in TWINS]
   return pytest.mark.parametrize("family", [
-      pytest.param(family, marks=_marks(family, QUICK_FAMILIES, slow)) for family in families
+      pytest.param(family, marks=_marks(family, QUICK_FAMILIES, SLOW_FAMILIES))
+      for family in families
   ])
 
 
@@ -77,7 +79,7 @@ def kind_name(kind: tuple[str, int, str]) -> str:
 
 
 QUICK_KINDS = (("mamba", 2, "state"), ("gau_retnet", 2, "inputs"))
-SLOW_KINDS = (("transformer", 0, "state"), ("mamba2", 2, "state"), ("s4d", 2, "state"))
+SLOW_KINDS = (("mamba2", 2, "state"), ("s4d", 2, "state"))
 
 
 def with_kinds(kinds: list[tuple[str, int, str]]) -> pytest.MarkDecorator:

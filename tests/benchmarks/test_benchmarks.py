@@ -127,7 +127,7 @@ def test_gpu_in_two_parts(tmp_path):
     assert f"\n{heading}" in output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_short_plan_on_a_gpu(tmp_path):
   """Rehearses what is new in it; training and decoding are the cases of the full plan."""
   record, output = run(

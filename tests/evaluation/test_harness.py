@@ -60,7 +60,7 @@ def test_every_task_has_a_definition_of_the_harness():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize("shots", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_the_harness_asks_and_counts_as_our_tasks_do(tmp_path, shots):
   task_files.write_all(tmp_path)
   task_files.write_lines(tmp_path / "arc_easy_validation.jsonl", [

@@ -16,7 +16,14 @@ from dense_jax.evaluation.prefixes import build_tree
 from dense_jax.evaluation.reading import LENGTHS, choose_lengths, programs_of
 from dense_jax.models.params import get_params, logical_axes
 from dense_jax.ops import resolver
-from tests.builders import FAMILIES, STATE_FAMILIES, TWINS, VOCAB, model_config, random_model
+from tests.builders import (
+    FAMILIES,
+    SLOW_FAMILIES,
+    STATE_FAMILIES,
+    VOCAB,
+    model_config,
+    random_model,
+)
 
 RNG = np.random.default_rng(3)
 BYTES = ByteTokenizer()
@@ -89,7 +96,7 @@ def test_a_score_depends_on_its_request_alone():
 
 @pytest.mark.parametrize(("family", "depth"), [
     pytest.param(family, depth, marks=(
-        pytest.mark.exhaustive if family in TWINS else pytest.mark.slow))
+        pytest.mark.slow if family in SLOW_FAMILIES and depth else pytest.mark.exhaustive))
     for depth, families in ((0, FAMILIES), (2, STATE_FAMILIES)) for family in families
 ])
 def test_a_score_depends_on_its_request_alone_in_every_family(family, depth):

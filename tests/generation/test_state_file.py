@@ -17,7 +17,7 @@ from dense_jax.models.params import get_params, unrolled, with_params
 from tests.builders import (
   FAMILIES,
   QUICK_FAMILIES,
-  TWINS,
+  SLOW_FAMILIES,
   kind_name,
   model_config,
   random_model,
@@ -38,11 +38,11 @@ def _model(kind=("mamba", 2, "state"), **options):
 
 
 def _kinds(quick):
-  """Marks kinds: the quick ones, those that are slow, and twins, whose tests are exhaustive."""
+  """Marks kinds: the quick ones, those of slow families, and all others as exhaustive."""
   def marks(kind):
     if kind in quick:
       return ()
-    return pytest.mark.exhaustive if kind[0] in TWINS else pytest.mark.slow
+    return pytest.mark.slow if kind[0] in SLOW_FAMILIES else pytest.mark.exhaustive
 
   return pytest.mark.parametrize(
       "kind", [pytest.param(kind, id=kind_name(kind), marks=marks(kind)) for kind in KINDS]

@@ -30,7 +30,6 @@ from tests.builders import (
     INPUT_FAMILIES,
     QUICK_FAMILIES,
     STATE_FAMILIES,
-    TWINS,
     VOCAB,
     fast_jit,
     model_config,
@@ -97,19 +96,17 @@ def _kernels_take_part(family, option, length, scene):
 def _marks(family, option, length, scene, number):
   """Marks a case for `make test` (none), for `.ci/run` (slow) or for `make test-exhaustive`."""
   plain = option == ("m2" if family in STATE_FAMILIES else "base")
-  if scene == "strong-decays":  # A family that has two lengths has the longer one there.
-    return pytest.mark.exhaustive if (family, length) == ("mamba2", 63) else pytest.mark.slow
+  if scene == "strong-decays":
+    return pytest.mark.slow if family == "mamba" else pytest.mark.exhaustive
   if plain and length == C + 1 and scene == "documents":
     return () if family in QUICK_FAMILIES else pytest.mark.slow
   turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
   if turn and option not in ("base", "m2") and scene == "documents":  # One family each.
     return () if option in QUICK_OPTIONS else pytest.mark.slow
-  scenes = {"documents": 257, "carried": C + 1}
-  if family == "s4d":  # It has a form of its own for one document, and long rows take long.
-    scenes = {"one-document": 63}
-  ordinary = plain and length == scenes.get(scene)
-  ordinary |= _kernels_take_part(family, option, length, scene)
-  return pytest.mark.slow if ordinary and family not in TWINS else pytest.mark.exhaustive
+  # Kernels of input injection; s4d's form for one document; a state that comes from before.
+  some = (("mamba2", "inputs", "documents"), ("s4d", "m2", "one-document"),
+          ("gau_retnet", "m2", "carried"))
+  return pytest.mark.slow if (family, option, scene) in some else pytest.mark.exhaustive
 
 
 def _cases():

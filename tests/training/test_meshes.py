@@ -21,7 +21,7 @@ from dense_jax.training.step import Trainer
 from tests.builders import (
   COMPILER_OPTIONS,
   FAMILIES,
-  TWINS,
+  SLOW_FAMILIES,
   model_config,
   packed,
   random_batch,
@@ -42,7 +42,8 @@ SHAPES = [
 SSM = [family for family in FAMILIES if family != "transformer"]
 # The programs of the other two are those of gau_retnet and s4d, and longer.
 each_ssm = pytest.mark.parametrize("family", [
-    pytest.param(family, marks=getattr(pytest.mark, "exhaustive" if family in TWINS else "slow"))
+    pytest.param(family, marks=getattr(
+        pytest.mark, "slow" if family in SLOW_FAMILIES else "exhaustive"))
     for family in SSM
 ])
 
@@ -92,7 +93,7 @@ def _mark(family, shape):
   """Marks a case: mixed axes for each family; for mamba2 also each axis alone, and split tokens."""
   if (family, shape) == ("mamba2", (2, 1, 2, 2)):
     return ()
-  shapes = [(1, 2, 2, 2)] if family not in TWINS else []
+  shapes = [(1, 2, 2, 2)] if family in SLOW_FAMILIES else []
   if family == "mamba2":
     shapes += [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 2, 4)]
   return pytest.mark.slow if shape in shapes else pytest.mark.exhaustive
