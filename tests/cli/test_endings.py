@@ -157,9 +157,10 @@ DIVERGES = ["--config.optimizer.learning_rate=1e3", "--config.train.keep_last=1"
             "--allow-change=optimizer.learning_rate,train.steps"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("guard", "ends_with"), [
-    pytest.param(["skip=none"], 2, id="without a guard", marks=pytest.mark.exhaustive),
-    pytest.param(["in_a_row=2", "returns=1"], 3, id="with a guard", marks=pytest.mark.exhaustive),
+    pytest.param(["skip=none"], 2, id="without a guard"),
+    pytest.param(["in_a_row=2", "returns=1"], 3, id="with a guard"),
 ])
 def test_numbers_that_are_not_finite_stop_training_and_cost_nothing(
     text, tmp_path, guard, ends_with

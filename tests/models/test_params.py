@@ -204,8 +204,8 @@ def test_shapes_keep_their_shardings_by_layer():
   assert again == shapes
 
 
-@each_family
 @pytest.mark.slow
+@each_family
 def test_fresh_parameters_do_not_depend_on_how_layers_are_scanned(family):
   """A layer's numbers follow from the seed and its own number.
 

@@ -44,8 +44,8 @@ def _assert_equal(actual, expected):
     )
 
 
-@with_kinds(KINDS)
 @pytest.mark.slow
+@with_kinds(KINDS)
 def test_states_are_rounded_between_calls_and_nowhere_else(kind):
   exact, kept = _models(kind)
   step, read = (fast_jit(lambda m, *args, n=name: getattr(m, n)(*args)) for name in (

@@ -115,10 +115,13 @@ def test_the_new_model_computes_what_the_old_one_does(family, before, after):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [
-    pytest.param(cases[name][1], id=name) for cases, name in (
+    *(pytest.param(cases[name][1], id=name) for cases, name in (
         (INPUT_CASES, "0-2-inputs"), (STATE_CASES, "0-2-gated"),
         (MORE_STATE_CASES, "0-2-none-linear"),
-    )
+    )),
+    *(pytest.param(cases[name][1], id=name, marks=pytest.mark.exhaustive) for cases, name in (
+        (STATE_CASES, "0-2-concat"), (MORE_STATE_CASES, "0-2-none-concat"),
+    )),
 ])
 def test_what_is_closed_learns(after):
   source, target = config("gau_retnet", BASE), config("gau_retnet", after)

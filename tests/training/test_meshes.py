@@ -40,7 +40,7 @@ SHAPES = [
     if np.prod(shape) == 8 and shape[3] <= 4
 ]
 SSM = [family for family in FAMILIES if family != "transformer"]
-# The programs of the other two are those of gau_retnet and s4d, and longer.
+# The others' programs are much like one of these.
 each_ssm = pytest.mark.parametrize("family", [
     pytest.param(family, marks=getattr(
         pytest.mark, "slow" if family in SLOW_FAMILIES else "exhaustive"))
@@ -90,7 +90,7 @@ def _mesh_id(shape):
 
 
 def _mark(family, shape):
-  """Marks a case: mixed axes for each family; for mamba2 also each axis alone, and split tokens."""
+  """Marks a case: mixed axes; for mamba2 also each axis alone, and tokens that are split."""
   if (family, shape) == ("mamba2", (2, 1, 2, 2)):
     return ()
   shapes = [(1, 2, 2, 2)] if family in SLOW_FAMILIES else []

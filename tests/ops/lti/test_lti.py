@@ -151,8 +151,8 @@ def test_the_kernel_is_that_of_float64_powers(kind, noise, size, length):
   assert_trees_close(kernel, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_gradient_is_float64s_difference(kind):
   """Along one direction of each parameter; the only test of the branches of discretisation."""
   length, weight = 40, np.asarray(normal(1, 40, E), np.float64)
@@ -367,9 +367,9 @@ def test_bfloat16_inputs_keep_float32_states(kind):
   assert_trees_close(actual, run(rounded))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["convolution", "chunked", "documents"])
 @pytest.mark.parametrize("kind", SEQUENCE_KINDS)
-@pytest.mark.slow
 def test_training_never_holds_all_states(kind, form):
   batch, time, width, size = 8, 1024, 16, 64
   inputs = {
