@@ -14,7 +14,7 @@ from dense_jax.data.tokenizer import load_saved_tokenizer
 from dense_jax.errors import InputError
 from tests.data.hugging_face import EOS, TEXT, byte_level
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,8 @@ def test_batches_are_those_of_the_repository(kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, processes", [
-    ("plain", 1), ("packed", 1), ("mixed", 1), ("mixed", 2), ("mixed", 4)
+    ("packed", 1), ("mixed", 2), *(pytest.param(*case, marks=pytest.mark.exhaustive)
+                                   for case in (("plain", 1), ("mixed", 1), ("mixed", 4))),
 ])
 def test_batches_of_worker_processes_are_the_same(kind, processes, tmp_path):
   store, mixtures = KINDS[kind](tmp_path)

@@ -91,7 +91,10 @@ def test_the_evaluator_scores_all_rows_and_further_lengths(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 2}, {"data": 1, "sequence": 2}, {"tensor": 2}])
+@pytest.mark.parametrize("mesh", [
+    {"data": 2}, *(pytest.param(mesh, marks=pytest.mark.exhaustive)
+                   for mesh in ({"data": 1, "sequence": 2}, {"tensor": 2})),
+])
 def test_any_mesh_counts_the_same(model, mesh):
   settings = _settings(model, **mesh)
   trainer = Trainer(settings, make_mesh(settings.mesh, jax.devices()[:2]))

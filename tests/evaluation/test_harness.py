@@ -98,7 +98,7 @@ def test_the_harness_asks_and_counts_as_our_tasks_do(tmp_path, shots):
         assert found[theirs][metric + "_stderr"] == pytest.approx(error)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_by_default_each_prompt_has_other_examples(tmp_path):
   task_files.write_lines(tmp_path / "piqa_valid.jsonl", [
       {"goal": f"Open jar {i}", "sol1": "turn it", "sol2": "hit it", "label": i % 2}
@@ -140,7 +140,10 @@ HARD = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "byte_level", "llama"])
+@pytest.mark.parametrize("kind", [
+    "sentencepiece", *(pytest.param(kind, marks=pytest.mark.exhaustive)
+                       for kind in ("bytes", "byte_level", "llama")),
+])
 def test_the_border_is_where_the_harness_puts_it(tmp_path, kind):
   if kind == "bytes":
     tokenizer = ByteTokenizer()
@@ -164,7 +167,9 @@ def test_the_border_is_where_the_harness_puts_it(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mamba", "transformer"])
+@pytest.mark.parametrize("family", [
+    "mamba", pytest.param("transformer", marks=pytest.mark.exhaustive),
+])
 def test_log_likelihoods_by_hand(family):
   model = loaded(family)
   lm = harness.harness_model(model)
@@ -194,7 +199,7 @@ def test_the_greedy_continuation_is_greedy():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("carried", [True, False])
+@pytest.mark.parametrize("carried", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_whole_texts_by_hand(carried, monkeypatch):
   monkeypatch.setattr("dense_jax.runs.tasks._WINDOW", 16)
   model = loaded()
@@ -231,7 +236,7 @@ def test_generation_ends_at_the_first_stop_string():
     lm.generate_until(instances("generate_until", ("ab", {"until": ["x"], "num_beams": 3})))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_harness_knows_our_models_by_name(tmp_path):
   import lm_eval
 

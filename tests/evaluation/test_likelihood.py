@@ -231,8 +231,13 @@ def test_scores_are_told_as_soon_as_they_are_known():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "transformer"])
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "sequence": 2}])
+@pytest.mark.parametrize("family", [
+    "mamba", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mamba2", "transformer")),
+])
+@pytest.mark.parametrize("axes", [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    pytest.param({"data": 4, "sequence": 2}, marks=pytest.mark.exhaustive),
+])
 def test_scores_on_a_mesh(family, axes):
   """The mesh of training, with its placement of batches."""
   model = random_model(model_config(family, width=32, vocab_size=12, heads=4, kv_heads=4,

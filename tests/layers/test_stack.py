@@ -218,9 +218,13 @@ def test_remat_changes_nothing(family, inject):
     return fast_jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
 
   args = get_params(model), state.layers
-  expected = gradient("none")(*args)
+  gradients, outputs = gradient("none")(*args)
+  # Rounding differs, and reaches every leaf from the largest ones.
+  scale = max(1.0, *(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)))
   for remat in ("minimal", "reads", "full"):
-    assert_trees_close(gradient(remat)(*args), expected)
+    actual_gradients, actual_outputs = gradient(remat)(*args)
+    assert_trees_close(actual_gradients, gradients, scale=scale)
+    assert_trees_close(actual_outputs, outputs)
 
 
 @pytest.mark.slow

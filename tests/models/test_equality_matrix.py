@@ -30,6 +30,7 @@ from tests.builders import (
     INPUT_FAMILIES,
     QUICK_FAMILIES,
     STATE_FAMILIES,
+    TWINS,
     VOCAB,
     fast_jit,
     model_config,
@@ -74,8 +75,9 @@ KERNEL_LENGTHS = {
 KERNEL_READS = ("linear", "state-gate", "concat", "attention", "fused")
 TPU_READS = ("linear", "concat", "attention")  # The GPU's kernels are not given all of them.
 GPU_INPUTS = ("inputs", "inputs-fused")  # Only the GPU has kernels of input injection.
-# Of the options of dense connections, those that `make test` has.
+# Of the options of dense connections, those that `make test` has, and `make test-slow` besides.
 QUICK_OPTIONS = ("attention", "inputs-fused")
+SLOW_OPTIONS = ("spread", "linear", "concat", "inputs")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {
     "documents": (True, True), "one-document": (False, False), "carried": (False, True),
@@ -97,16 +99,17 @@ def _marks(family, option, length, scene, number):
   """Marks a case for `make test` (none), for `.ci/run` (slow) or for `make test-exhaustive`."""
   plain = option == ("m2" if family in STATE_FAMILIES else "base")
   if scene == "strong-decays":
-    return pytest.mark.slow if family == "mamba" else pytest.mark.exhaustive
+    return pytest.mark.exhaustive
   if plain and length == C + 1 and scene == "documents":
-    return () if family in QUICK_FAMILIES else pytest.mark.slow
+    return () if family in QUICK_FAMILIES else (
+        pytest.mark.exhaustive if family in TWINS else pytest.mark.slow)
   turn = family == QUICK_FAMILIES[number % len(QUICK_FAMILIES)]
-  if turn and option not in ("base", "m2") and scene == "documents":  # One family each.
+  if turn and option in (*QUICK_OPTIONS, *SLOW_OPTIONS) and scene == "documents":  # One family.
     return () if option in QUICK_OPTIONS else pytest.mark.slow
-  # Kernels of input injection; s4d's form for one document; a state that comes from before.
-  some = (("mamba2", "inputs", "documents"), ("s4d", "m2", "one-document"),
-          ("gau_retnet", "m2", "carried"))
-  return pytest.mark.slow if (family, option, scene) in some else pytest.mark.exhaustive
+  # Kernels of input injection; s4d's form for one document.
+  some = (("mamba2", "inputs", "documents", length), ("s4d", "m2", "one-document", 63))
+  here = (family, option, scene, length)
+  return pytest.mark.slow if here in some else pytest.mark.exhaustive
 
 
 def _cases():

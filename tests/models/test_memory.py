@@ -39,7 +39,7 @@ QUICK = [("gau_retnet", True, "lazy")]
 def _marks(family, documents, option):
   if (family, documents, option) in QUICK:
     return ()
-  rare = family in TWINS or (option == "mapped" and family != "mamba2")
+  rare = family in TWINS or option == "mapped"
   return pytest.mark.exhaustive if rare else pytest.mark.slow
 
 

@@ -79,12 +79,12 @@ QUICK = (("gau_retnet", "0-2-gated"),)
 
 
 def _cases():
-  """Yields all cases: one of `make test`, of every sixth change one family's as slow."""
+  """Yields all cases: one of `make test`, of every eighteenth change one family's as slow."""
   for cases, families in ((STATE_CASES, STATE_FAMILIES), (INPUT_CASES, INPUT_FAMILIES),
                           (MORE_STATE_CASES, STATE_FAMILIES)):
     for number, (name, (before, after)) in enumerate(cases.items()):
       for family in families:
-        slow = family == families[number % len(families)] and number % 6 == 0
+        slow = family == families[number % len(families)] and number % 18 == 0
         mark = pytest.mark.slow if slow else pytest.mark.exhaustive
         marks = () if (family, name) in QUICK else (mark,)
         yield pytest.param(family, before, after, id=f"{family}-{name}", marks=marks)

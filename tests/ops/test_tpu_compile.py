@@ -32,8 +32,8 @@ TEMPORARIES = {
 
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("tpus", [
-    pytest.param(("v5e", "v6e"), marks=pytest.mark.slow),
-    pytest.param(("v4", "v5p"), marks=pytest.mark.exhaustive),
+    pytest.param(("v5e",), marks=pytest.mark.slow),
+    pytest.param(("v4", "v5p", "v6e"), marks=pytest.mark.exhaustive),
 ], ids=" ".join)
 def test_recurrences_compile_for_every_tpu_and_need_little_memory(tpus):
   script = ROOT / "tests" / "ops" / "tpu_kernels.py"

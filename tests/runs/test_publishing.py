@@ -64,7 +64,7 @@ def in_layers(run):
 # Each layout; m = 2 of a scanned model; options that config.json of transformers does not have.
 CASES = [
     *(pytest.param(family, {"depth": 0, "vocab_size": 258}, id=family,
-                   marks=() if family == "mamba" else pytest.mark.slow)
+                   marks=() if family == "mamba" else pytest.mark.exhaustive)
       for family in FAMILIES),
     pytest.param("mamba2", {"depth": 0, "vocab_size": 260, "dtype": "bfloat16", "remat": "full",
                             "dt_limit_min": 0.01, "chunk": 4}, id="mamba2-options",

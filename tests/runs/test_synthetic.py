@@ -130,8 +130,11 @@ def _is_solved(folder):
   )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("task", "family"), SOLVED)
+@pytest.mark.parametrize(("task", "family"), [
+    pytest.param(*case, marks=pytest.mark.slow if case == ("mqar", "transformer") else
+                 pytest.mark.exhaustive)
+    for case in SOLVED
+])
 def test_solvable_tasks_are_solved(task, family, tmp_path):
   """Trains until a score shows it, on one device, as eight would share two cores."""
   with (tmp_path / "log").open("wb") as log:

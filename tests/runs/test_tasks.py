@@ -151,7 +151,7 @@ GOLDEN = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize("shots", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_all_eleven_tasks(model, folder, shots):
   report = evaluate_tasks(model, load_tasks(",".join(NAMES), folder, shots=shots))
   found = {}

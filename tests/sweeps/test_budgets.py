@@ -64,7 +64,7 @@ def test_a_time_is_measured_once(tmp_path):
     planned(tmp_path, base)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_ratio_measured_in_another_process(tmp_path, monkeypatch):
   monkeypatch.delenv("XLA_FLAGS")  # One device: a step on the eight that tests have takes long.
   cells = Cell("wide", {"model.width": 256}), Cell("narrow")

@@ -32,7 +32,7 @@ def test_important_cells_come_first(monkeypatch):
   assert load_sweep(f"{FILE}:debug").experiment == "experiments/evidence.py:25m-debug"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_sweep_for_a_gpu_at_toy_size(tmp_path):
   """Tokenizes, comes to its limit at once, goes on without the text, and has its table."""
   tokenize, sweep, _ = commands((ROOT / FILE).read_text().split('"""')[1])

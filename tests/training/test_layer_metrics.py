@@ -131,8 +131,9 @@ def test_a_measured_step_makes_the_same_update():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
-    {"block_layers": LAYERS}, *({"remat": remat} for remat in ("minimal", "reads", "full")),
     {"remat": "full", "block_layers": LAYERS},
+    *(pytest.param(options, marks=pytest.mark.exhaustive) for options in (
+        {"block_layers": LAYERS}, *({"remat": remat} for remat in ("minimal", "reads", "full")))),
 ], ids=str)
 def test_how_layers_run_changes_no_metric(options):
   expected, _ = _step(_config())

@@ -86,8 +86,9 @@ def begun(tmp_path_factory):
 
 @pytest.mark.parametrize(("block_layers", "remat"), [
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (1, "none"), (4, "full"), (4, "none"), (5, "minimal"), (5, "reads"), (LAYERS, "none"))),
-    *(pytest.param(1, remat, marks=pytest.mark.exhaustive) for remat in ("minimal", "full")),
+        (1, "none"), (4, "full"), (LAYERS, "none"))),
+    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (
+        (1, "minimal"), (1, "full"), (4, "none"), (5, "minimal"), (5, "reads"))),
 ])
 def test_a_run_goes_on_with_layers_scanned_in_another_way(begun, block_layers, remat):
   folder, layers, losses = begun

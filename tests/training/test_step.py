@@ -94,7 +94,7 @@ def test_a_mesh_changes_nothing(mesh):
 
 
 @pytest.mark.parametrize("family", [
-    pytest.param("mamba", marks=pytest.mark.slow),
+    pytest.param("mamba", marks=pytest.mark.exhaustive),
     *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mamba2", "gau_retnet")),
 ])
 def test_kernels_on_a_mesh_change_nothing(family):
@@ -127,7 +127,7 @@ def test_parameters_and_moments_are_sharded_as_their_axes_say():
     assert made.sharding.is_equivalent_to(shape.sharding, made.ndim)
 
 
-@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_accumulation_changes_nothing(accumulate):
   """The parts of the batch have different numbers of targets."""
   expected = _after_two_steps(_config())

@@ -69,7 +69,8 @@ _interpreted = functools.partial(splash_attention, interpret=True)
     (21, 3, 100, False), (8, 0, 3, False),
 ])
 @pytest.mark.parametrize("attend", [
-    _four, *(pytest.param(each, marks=pytest.mark.slow) for each in (_seven, blockwise_attention)),
+    _four, pytest.param(_seven, marks=pytest.mark.slow),
+    pytest.param(blockwise_attention, marks=pytest.mark.exhaustive),
 ], ids=["4", "7", "whole"])
 def test_blocks_equal_all_scores_at_once(attend, time, before, window, packed):
   inputs = _inputs(time, before)

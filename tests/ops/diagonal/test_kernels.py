@@ -164,10 +164,7 @@ def _segments(time, packed):
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                (2, 1, True, "z", 4, 32, "array", 4),
-                (15, 1, False, "skip x", 4, 32, "", 3),
                 (16, 1, True, "skip x z", 4, 32, "all", 1),
-                (40, 2, False, "", 4, 32, "product", 16),
                 (63, 3, True, "skip z", 16, 32, "shared", 17),
                 (37, 3, True, "z", 4, 32, "each", 5),
                 (33, 2, False, "z", 3, 512, "product", 5),  # On a TPU two blocks of 256 channels.
@@ -176,6 +173,9 @@ def _segments(time, packed):
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in [
+                (2, 1, True, "z", 4, 32, "array", 4),
+                (15, 1, False, "skip x", 4, 32, "", 3),
+                (40, 2, False, "", 4, 32, "product", 16),
                 (37, 3, False, "skip", 4, 32, "all", 5),
                 (257, 2, True, "skip z", 3, 32, "array", 0),
                 (33, 1, True, "skip z", 3, 300, "product", 5),  # Three blocks of 128.
@@ -194,7 +194,7 @@ def test_outputs_final_state_and_gradients_are_the_references(
 
 @pytest.mark.slow
 @each_platform
-@pytest.mark.parametrize("chunk", [0, 4, 48])
+@pytest.mark.parametrize("chunk", [0, pytest.param(4, marks=pytest.mark.exhaustive), 48])
 def test_chunk_length_changes_nothing(chunk, platform):
   inputs = _inputs(83, 1, "z", gates="product", rank=4)
   segments = _segments(83, True)
@@ -218,7 +218,7 @@ def _low(inputs):
 
 @pytest.mark.slow
 @each_platform
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 8])
 def test_bfloat16_inputs_keep_float32_states(rank, platform):
   gates = "product" if rank else "array"
   inputs = _low(_inputs(33, 2, "skip z", gates=gates, rank=rank))

@@ -26,7 +26,10 @@ B, E, N = 3, 3, 8
 ROW = [3, *[7] * 4, 32, 1, 1, 200]
 KINDS = ["zoh", "bilinear", "dplr"]
 # For the sequence forms the two discretisations differ only in numbers.
-SEQUENCE_KINDS = [*(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2]), KINDS[2]]
+SEQUENCE_KINDS = [
+    pytest.param("zoh", marks=pytest.mark.slow),
+    pytest.param("bilinear", marks=pytest.mark.exhaustive), "dplr",
+]
 # (length, chunks, with documents); without documents, only the masks differ.
 QUICK = [("zoh", 4, (3,), False), ("dplr", 4, (3,), True)]
 SLOW = [(1, (3,), True), (33, (32,), True), (257, (3, 32), True), (1, (), False)]

@@ -63,8 +63,9 @@ def joins(monkeypatch):
 
 
 @pytest.mark.parametrize(("implementation", "asked"), [
-    pytest.param(name, asked, marks=() if (name, asked) == QUICK else pytest.mark.slow)
-    for name in KERNELS for asked in READS
+    pytest.param(name, asked, marks=() if (name, asked) == QUICK else mark)
+    for name, mark in zip(KERNELS, (pytest.mark.exhaustive, pytest.mark.slow), strict=True)
+    for asked in READS
 ])
 def test_sources_with_one_query_and_gate_are_read_as_one(implementation, asked, joins):
   reads, expected = READS[asked]
