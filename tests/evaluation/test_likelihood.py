@@ -232,7 +232,8 @@ def test_scores_are_told_as_soon_as_they_are_known():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [
-    "mamba", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("mamba2", "transformer")),
+    "mamba", *(pytest.param(name, marks=pytest.mark.exhaustive)
+               for name in ("mamba2", "transformer")),
 ])
 @pytest.mark.parametrize("axes", [
     {"data": 2, "fsdp": 2, "tensor": 2},

@@ -8,7 +8,6 @@ import pytest
 from dense_jax.models.params import abstract_model, with_params
 from tests.builders import (
     STATE_FAMILIES,
-    TWINS,
     fast_jit,
     model_config,
     random_model,
