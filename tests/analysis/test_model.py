@@ -75,7 +75,7 @@ def test_gradients_between_layers_are_those_of_differences(seen_and_model):
   assert np.diag(seen.gradient) == pytest.approx(1, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cut_paths_are_those_of_dense_connections(seen_and_model):
   seen, _ = seen_and_model
   # Layer 1's state depends on layer 0's stream; layer 2 reads it past layer 1's own output.
@@ -92,7 +92,7 @@ def test_a_scanned_model_is_seen_as_it_is(seen_and_model):
   assert np.isfinite(seen.lens).all()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_attention_has_no_states_and_a_masked_position_no_loss():
   model = random_model(model_config("transformer", 0, layers=2))
   seen = look_into(model, [batch(0, masked=4)], samples=40)
