@@ -44,7 +44,9 @@ def workdir(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["latest", "best", "2"])
+@pytest.mark.parametrize("checkpoint", [
+    *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("latest", "2")), "best",
+])
 def test_a_checkpoint_comes_back_bitwise(workdir, tmp_path, capsys, checkpoint):
   output = tmp_path / "saved"
   arguments = ["--workdir", workdir, "--checkpoint", checkpoint, "--output", str(output)]

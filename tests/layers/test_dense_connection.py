@@ -147,7 +147,8 @@ def _option_name(options):
 
 @pytest.mark.parametrize(("form", "sources"), [
     ("diagonal", 1), ("matrix", 2),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("diagonal", 2), ("matrix", 1))),
+    pytest.param("diagonal", 2, marks=pytest.mark.slow),
+    pytest.param("matrix", 1, marks=pytest.mark.exhaustive),
 ])
 @pytest.mark.parametrize("options", OPTIONS, ids=_option_name)
 def test_state_injection_is_equations_3_and_4(form, options, sources):

@@ -116,7 +116,7 @@ def _apart(state, plan):
     pytest.param("mamba", "state", 1, {"layers": 4}, marks=pytest.mark.exhaustive),
     pytest.param("gau_retnet", "state", 2, {"layers": 7}, marks=pytest.mark.exhaustive),
     pytest.param("gau_retnet", "inputs", 1, {"layers": 6, "block_layers": 2},
-                 marks=pytest.mark.slow),
+                 marks=pytest.mark.exhaustive),
     # Two levels: three super-blocks, more layers in the bank than one layer renews.
     pytest.param("gau_retnet", "state", 2, {"layers": 8, "block_layers": 2, "remat": "full"},
                  marks=pytest.mark.slow),
@@ -134,7 +134,7 @@ def _apart(state, plan):
                                                  "block_layers": block}, marks=marks)
       for inject, depth, reads, remat, block, marks in (
           ("inputs", 1, "first", "minimal", 5, pytest.mark.exhaustive),
-          ("state", 3, "spread", "full", 0, pytest.mark.slow),
+          ("state", 3, "spread", "full", 0, pytest.mark.exhaustive),
           ("state", 2, "first", "full", 3, pytest.mark.slow),
           ("state", 2, "first", "reads", 0, pytest.mark.exhaustive),
           ("inputs", 2, "spread", "minimal", 2, pytest.mark.slow))],

@@ -77,7 +77,7 @@ TPU_READS = ("linear", "concat", "attention")  # The GPU's kernels are not given
 GPU_INPUTS = ("inputs", "inputs-fused")  # Only the GPU has kernels of input injection.
 # Of the options of dense connections, those that `make test` has, and `make test-slow` besides.
 QUICK_OPTIONS = ("attention", "inputs-fused")
-SLOW_OPTIONS = ("spread", "linear", "concat", "inputs")
+SLOW_OPTIONS = ("linear", "inputs")
 # (documents and padding, a carried state): without both, an LTI family convolves.
 SCENES = {
     "documents": (True, True), "one-document": (False, False), "carried": (False, True),

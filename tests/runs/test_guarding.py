@@ -123,7 +123,7 @@ def test_it_goes_back_and_ends_as_a_run_that_passed_over_the_window(
   assert column(tmp_path / "without", "loss") == column(workdir, "loss")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_course_does_not_depend_on_how_often_the_host_looks(config, tmp_path, monkeypatch):
   faulty.install(monkeypatch, {4: "nan", 5: "nan", 6: "nan"})
   seldom = changed(config, train={"log_every": 10, "checkpoint_every": 4})
@@ -135,7 +135,7 @@ def test_the_course_does_not_depend_on_how_often_the_host_looks(config, tmp_path
   assert params(tmp_path / "often") == params(tmp_path / "seldom")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_kill_after_the_return_changes_nothing(config, tmp_path, monkeypatch):
   faulty.install(monkeypatch, {5: "nan", 6: "nan", 7: "nan"})
   runs.train_run(config, tmp_path / "whole")
@@ -178,7 +178,7 @@ def test_before_the_first_checkpoint_it_begins_again(config, tmp_path, monkeypat
     assert not (folder / "passed_over.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_checkpoint_is_made_of_a_state_that_is_just_skipping(config, tmp_path, monkeypatch):
   faulty.install(monkeypatch, {6: "nan", 7: "nan", 8: "nan"})
   runs.train_run(config, tmp_path / "run")

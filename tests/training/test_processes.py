@@ -194,6 +194,7 @@ def test_two_processes_go_back_as_one(text, tmp_path):
   assert_same_run(*folders)
 
 
+@pytest.mark.exhaustive
 def test_two_processes_stop_with_the_status_that_starts_none_again(text, tmp_path):
   bad = ",".join(f"{number}:nan" for number in range(5, 20))
   status, _, err = run(2, text, tmp_path / "run", *GUARDED, faults=bad)

@@ -51,7 +51,7 @@ def test_a_job_that_failed_goes_on_and_ends_the_same(tmp_path, monkeypatch, opti
 def test_a_killed_job_goes_on_and_ends_the_same(tmp_path):
   text = tmp_path / "text"
   text.mkdir()
-  for number in range(12):
+  for number in range(8):
     (text / f"{number:02d}.jsonl").write_bytes(
         lines([f"{number} {document}" * 60 for document in DOCUMENTS])
     )

@@ -235,7 +235,7 @@ def test_tpu_kernels_run_on_each_device_of_a_mesh(tensor):
 VMEM = 128 * 2**20  # Of a v5e.
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.tpu_compiler
 def test_attention_compiles_for_every_tpu_and_needs_little_memory():
   script = ROOT / "tests" / "ops" / "attention" / "tpu_attention.py"

@@ -194,7 +194,9 @@ def test_outputs_final_state_and_gradients_are_the_references(
 
 @pytest.mark.slow
 @each_platform
-@pytest.mark.parametrize("chunk", [0, pytest.param(4, marks=pytest.mark.exhaustive), 48])
+@pytest.mark.parametrize("chunk", [
+    0, *(pytest.param(chunk, marks=pytest.mark.exhaustive) for chunk in (4, 48)),
+])
 def test_chunk_length_changes_nothing(chunk, platform):
   inputs = _inputs(83, 1, "z", gates="product", rank=4)
   segments = _segments(83, True)
