@@ -18,7 +18,6 @@ from dense_jax.models.params import get_params, logical_axes
 from dense_jax.ops import resolver
 from tests.builders import (
     FAMILIES,
-    SLOW_FAMILIES,
     STATE_FAMILIES,
     VOCAB,
     model_config,
@@ -28,8 +27,6 @@ from tests.builders import (
 RNG = np.random.default_rng(3)
 BYTES = ByteTokenizer()
 CLOSE = 1e-5
-# (family, depth) of the slow tests.
-SLOW = [(family, 2 if family in STATE_FAMILIES else 0) for family in SLOW_FAMILIES]
 
 
 def ids(length):
@@ -98,7 +95,7 @@ def test_a_score_depends_on_its_request_alone():
 
 @pytest.mark.parametrize(("family", "depth"), [
     pytest.param(family, depth, marks=(
-        pytest.mark.slow if (family, depth) in SLOW else pytest.mark.exhaustive))
+        pytest.mark.slow if family == "transformer" else pytest.mark.exhaustive))
     for depth, families in ((0, FAMILIES), (2, STATE_FAMILIES)) for family in families
 ])
 def test_a_score_depends_on_its_request_alone_in_every_family(family, depth):

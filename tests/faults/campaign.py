@@ -45,7 +45,7 @@ class Scale:
 
 SIZES = {
     "short": Scale(1, 2, 0, 0, 0, 0, 0.06, 0, 0, 0),
-    "part": Scale(1, 2, 1, 1, 1, 1, 0.02, 1, 1, 0),
+    "part": Scale(0, 0, 1, 1, 1, 1, 0.02, 1, 1, 0),
     "whole": Scale(),
 }
 

@@ -8,15 +8,12 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dense_jax.batch import Segments
 from dense_jax.models.language_model import ModelState
 from tests.builders import (
-    FAMILIES,
-    QUICK_FAMILIES,
     each_family,
     fast_jit,
     model_config,
@@ -88,10 +85,7 @@ def test_packed_documents_are_the_documents_apart(family, layout, seed):
   assert_trees_close(after, alone_after)  # The last document's.
 
 
-@pytest.mark.parametrize("family", [
-    pytest.param(family, marks=() if family in QUICK_FAMILIES else pytest.mark.slow)
-    for family in FAMILIES
-])
+@each_family
 @properties
 @given(layout=_layouts(), split=st.integers(0, T), seed=st.integers(0, 2**16))
 def test_a_row_in_two_parts_is_the_row(family, layout, split, seed):

@@ -132,7 +132,7 @@ def test_two_processes_train_as_one(text, tmp_path, alone):
 
 @pytest.mark.parametrize(("asked", "said"), [
     pytest.param("launcher", "SIGTERM", marks=pytest.mark.exhaustive),
-    ("process 1", "a signal to another process"),
+    pytest.param("process 1", "a signal to another process", marks=pytest.mark.exhaustive),
 ])
 def test_a_signal_stops_all_after_the_same_step(text, tmp_path, alone, asked, said):
   workdir = tmp_path / "run"
@@ -183,6 +183,7 @@ GUARDED = ["--config.guard.in_a_row=3", "--config.guard.returns=1",
            "--config.train.checkpoint_every=4"]
 
 
+@pytest.mark.exhaustive
 def test_two_processes_go_back_as_one(text, tmp_path):
   folders = [tmp_path / "one", tmp_path / "two"]
   for processes, folder in enumerate(folders, 1):
@@ -206,6 +207,7 @@ def test_two_processes_stop_with_the_status_that_starts_none_again(text, tmp_pat
   assert found["first"] == "the loss, although the activations of all layers are finite"
 
 
+@pytest.mark.exhaustive
 def test_what_differs_between_processes_is_named(text, tmp_path):
   """Starts two processes with different commands, by hand."""
   workdir = tmp_path / "run"
