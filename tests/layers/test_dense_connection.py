@@ -146,8 +146,7 @@ def _option_name(options):
 
 
 @pytest.mark.parametrize(("form", "sources"), [
-    ("diagonal", 1), ("matrix", 2),
-    pytest.param("diagonal", 2, marks=pytest.mark.slow),
+    ("diagonal", 1), ("matrix", 2), pytest.param("diagonal", 2, marks=pytest.mark.slow),
     pytest.param("matrix", 1, marks=pytest.mark.exhaustive),
 ])
 @pytest.mark.parametrize("options", OPTIONS, ids=_option_name)
@@ -314,8 +313,8 @@ def test_depth_0_is_the_base_model_exactly(family):
 
 @pytest.mark.parametrize(("family", "inject", "depth"), [
     ("mamba", "inputs", 2), ("gau_retnet", "state", 2),
-    *(pytest.param(*case, marks=pytest.mark.slow)
-      for case in (("mamba", "state", 1), ("gau_retnet", "inputs", 1))),
+    pytest.param("mamba", "state", 1, marks=pytest.mark.slow),
+    pytest.param("gau_retnet", "inputs", 1, marks=pytest.mark.slow),
 ])
 def test_zero_gates_leave_the_base_model_and_still_learn(family, inject, depth):
   options = {"input_norm": False} if inject == "inputs" else {"transition": "linear"}
