@@ -70,6 +70,14 @@ def assert_trees_close(
   assert not differing, f"{len(differing)} of {len(leaves)} leaves differ:\n" + "\n".join(differing)
 
 
+def scale_of(gradients: Any) -> float:
+  """The greatest absolute value of a tree's leaves, or 1 if that is more.
+
+  A gradient's rounding reaches every leaf from the largest ones.
+  """
+  return max(1.0, *(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)))
+
+
 def tpu_compiler_environment() -> dict[str, str]:
   """The environment of a subprocess that compiles for TPUs, on a machine without one.
 

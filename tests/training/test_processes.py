@@ -130,9 +130,9 @@ def test_two_processes_train_as_one(text, tmp_path, alone):
     assert (workdir / name).exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("asked", "said"), [
-    pytest.param("launcher", "SIGTERM", marks=pytest.mark.exhaustive),
-    pytest.param("process 1", "a signal to another process", marks=pytest.mark.exhaustive),
+    ("launcher", "SIGTERM"), ("process 1", "a signal to another process"),
 ])
 def test_a_signal_stops_all_after_the_same_step(text, tmp_path, alone, asked, said):
   workdir = tmp_path / "run"
