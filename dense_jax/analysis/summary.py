@@ -11,7 +11,7 @@ from etils import epath
 
 from dense_jax.analysis.model import Seen
 from dense_jax.errors import InputError
-from dense_jax.files import write_atomically
+from dense_jax.files import locked, write_atomically
 from dense_jax.formatting import markdown_table
 from dense_jax.statistics import Estimate
 
@@ -121,22 +121,29 @@ def read_summaries(file: epath.Path) -> dict[str, Summary]:
 
 
 def add_summary(file: epath.Path, summaries: dict[str, Summary], summary: Summary) -> None:
-  """Adds a run's line, and writes the file.
+  """Adds a run's line to the file, and what other processes have written there to `summaries`.
+
+  Args:
+    file: the record, which need not exist.
+    summaries: the runs that are known, by their folders; changed in place.
+    summary: the run.
 
   Raises:
-    InputError: the run was looked at in another way than those before.
+    InputError: the run was looked at in another way than those before, or a line is damaged.
   """
-  for other in summaries.values():
-    if other.seen != summary.seen:
-      raise InputError(
-          f"{summary.workdir} was looked at with {summary.seen}, and {other.workdir} in {file} "
-          f"with {other.seen}: expected the same --length, --batches, --batch-size and --samples, "
-          "or another file (--record)"
-      )
-  summaries[summary.workdir] = summary
   file.parent.mkdir(parents=True, exist_ok=True)
-  lines = [json.dumps(dataclasses.asdict(each)) for each in summaries.values()]
-  write_atomically(file, "".join(line + "\n" for line in lines).encode())
+  with locked(file):
+    summaries |= read_summaries(file)
+    for other in summaries.values():
+      if other.seen != summary.seen:
+        raise InputError(
+            f"{summary.workdir} was looked at with {summary.seen}, and {other.workdir} in {file} "
+            f"with {other.seen}: expected the same --length, --batches, --batch-size and "
+            "--samples, or another file (--record)"
+        )
+    summaries[summary.workdir] = summary
+    lines = [json.dumps(dataclasses.asdict(each)) for each in summaries.values()]
+    write_atomically(file, "".join(line + "\n" for line in lines).encode())
 
 
 def groups(summaries: Mapping[str, Summary]) -> dict[str, list[Summary]]:

@@ -111,6 +111,15 @@ def test_a_run_that_was_looked_at_otherwise_is_refused(lines):
   assert file.read_bytes() == before
 
 
+def test_two_processes_add_to_one_file(lines):
+  summaries, file = lines
+  other = dict(summaries)  # What another process knows, which began at the same time.
+  for known, name in ((summaries, "a"), (other, "b"), (summaries, "c")):
+    add_summary(file, known, dataclasses.replace(summaries["runs/transformer"], workdir=name))
+  assert set(read_summaries(file)) == set(summaries) > {"a", "b", "c"}
+  assert set(other) == set(summaries) - {"c"}
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"run": "x"}'])
 def test_a_damaged_line_is_named(lines, line):
   _, file = lines
