@@ -58,6 +58,12 @@ def make_path(text: str, field: str) -> epath.Path:
   return epath.Path(os.fspath(path))
 
 
+def whole_path(path: str | os.PathLike[str]) -> str:
+  """Returns a path from the root, or its bucket, on: the same text for each way to write it."""
+  text = os.fspath(path)
+  return text.rstrip("/") if is_remote(text) else os.path.abspath(text)
+
+
 def _reads_buckets() -> bool:
   return importlib.util.find_spec("gcsfs") is not None
 

@@ -13,8 +13,8 @@ class Estimate:
   """A mean, over seeds for example.
 
   Attributes:
-    mean: the mean; NaN without values.
-    error: its standard error, s / sqrt(n); NaN with fewer than two values.
+    mean: the mean; NaN without values, or if one is not finite.
+    error: its standard error, s / sqrt(n); NaN with fewer than two values, or if one is not finite.
     count: n, the number of values.
   """
 
@@ -26,6 +26,8 @@ class Estimate:
   def of(cls, values: Sequence[float]) -> "Estimate":
     """Estimates the mean that values are drawn around."""
     count = len(values)
+    if not all(map(math.isfinite, values)):
+      return cls(math.nan, math.nan, count)
     mean = statistics.fmean(values) if count else math.nan
     error = statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
     return cls(mean, error, count)

@@ -28,6 +28,14 @@ def test_p_values_by_hand(values, expected):
   assert Estimate.of(values).p_value == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("other", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_leaves_nothing_to_estimate(other):
+  for values in ([other], [other, 1.0], [other, other], [math.inf, -math.inf, 2.0]):
+    found = Estimate.of(values)
+    assert math.isnan(found.mean) and math.isnan(found.error) and math.isnan(found.p_value)
+    assert found.count == len(values) and not found.decided
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_no_p_value_without_a_spread(count):
   assert math.isnan(Estimate.of([1.0] * count).p_value)

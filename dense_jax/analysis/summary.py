@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -11,8 +12,8 @@ from etils import epath
 
 from dense_jax.analysis.model import Seen
 from dense_jax.errors import InputError
-from dense_jax.files import locked, write_atomically
-from dense_jax.formatting import markdown_table
+from dense_jax.files import locked, whole_path, write_atomically
+from dense_jax.formatting import endings, markdown_table
 from dense_jax.statistics import Estimate
 
 # The layers that tables have, by the share of the way from the first layer to the last.
@@ -26,7 +27,6 @@ class Summary:
   Attributes:
     workdir: the run's folder.
     run: its name, with the checkpoint.
-    group: runs of one group differ in their seeds alone.
     seen: how the text was looked at: tokens of a row, rows, tokens with states.
     loss: mean loss at positions [0, 16), [16, 32), [32, 64), ..., nats.
     recovered: for each layer, how much of its state a probe recovers from the last one's; this and
@@ -40,7 +40,6 @@ class Summary:
 
   workdir: str
   run: str
-  group: str
   seen: dict[str, int]
   loss: list[float]
   recovered: list[float]
@@ -57,11 +56,11 @@ def borders(length: int) -> list[int]:
   return [0, *doubled, length]
 
 
-def group_of(workdir: str) -> str:
-  """Returns the folder's name, or that of its parent if it is one seed of a sweep's cell."""
-  folder = epath.Path(workdir)
-  name = folder.parent.name if folder.name.removeprefix("seed").isdigit() else folder.name
-  return name.replace("_", " ")
+def _cell_of(workdir: str) -> str:
+  """Returns the folder, or its parent if it is one seed of a sweep's cell."""
+  folder = epath.Path(whole_path(workdir))
+  is_seed = folder.name.removeprefix("seed").isdigit()
+  return os.fspath(folder.parent if is_seed else folder)
 
 
 def summarize(run: str, workdir: str, rows: int, seen: Seen) -> Summary:
@@ -76,7 +75,7 @@ def summarize(run: str, workdir: str, rows: int, seen: Seen) -> Summary:
   edges = borders(len(seen.loss_at))
   states = seen.similarity.get("state", {})
   return Summary(
-      workdir=workdir, run=run, group=group_of(workdir),
+      workdir=workdir, run=run,
       seen={"length": len(seen.loss_at), "rows": rows, "samples": seen.samples},
       loss=_rounded([
           _mean(seen.loss_at[begin:end], seen.targets_at[begin:end])
@@ -147,16 +146,22 @@ def add_summary(file: epath.Path, summaries: dict[str, Summary], summary: Summar
 
 
 def groups(summaries: Mapping[str, Summary]) -> dict[str, list[Summary]]:
-  """Returns the runs of each group, in the order of the first one of each."""
+  """Returns the runs of each group, which differ in their seeds alone, in the order of the file.
+
+  A group is named by its folder, with as much of the path as tells it from the others.
+  """
   found: dict[str, list[Summary]] = {}
   for summary in summaries.values():
-    found.setdefault(summary.group, []).append(summary)
-  return found
+    found.setdefault(_cell_of(summary.workdir), []).append(summary)
+  names = (name.replace("_", " ") for name in endings(found))
+  return dict(zip(names, found.values(), strict=True))
 
 
 def mean(values: Sequence[float]) -> str:
-  """Formats the mean of some runs and its standard error, which takes two."""
+  """Formats the mean of some runs and its standard error, which takes two; a dash for NaN."""
   found = Estimate.of(values)
+  if math.isnan(found.mean):
+    return "-"
   digits = 3 if abs(found.mean) < 10 else 1 if abs(found.mean) < 100 else 0
   error = f" ± {found.error:.{digits}f}" if found.count > 1 else ""
   return f"{found.mean:.{digits}f}{error}"

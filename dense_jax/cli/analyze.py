@@ -14,7 +14,7 @@ from dense_jax.analysis.plot import plot_groups, plot_seen
 from dense_jax.analysis.summary import add_summary, markdown, read_summaries, summarize
 from dense_jax.cli import common
 from dense_jax.config import invalid
-from dense_jax.files import write_atomically
+from dense_jax.files import locked, whole_path, write_atomically
 from dense_jax.formatting import table
 from dense_jax.outputs import check_file, check_folder, write_json
 
@@ -76,14 +76,16 @@ def _compare(options: argparse.Namespace, command: str) -> None:
     raise invalid("--record", options.record, "a file whose name ends in .jsonl")
   summaries = read_summaries(record)
   for workdir in tqdm(options.workdir, unit="run", disable=None):
-    if workdir not in summaries:
+    if whole_path(workdir) not in map(whole_path, summaries):
       name, seen, _ = _look(options, workdir)
       rows = options.batches * options.batch_size
       add_summary(record, summaries, summarize(name, workdir, rows, seen))
   tables, picture = record.with_suffix(".md"), record.with_suffix(".png")
-  text = markdown(summaries, command)
-  write_atomically(tables, text.encode())
-  plot_groups(summaries, picture)
+  with locked(record):  # Another process may have added runs, whose tables must not be lost.
+    summaries |= read_summaries(record)
+    text = markdown(summaries, command)
+    write_atomically(tables, text.encode())
+    plot_groups(summaries, picture)
   print(f"{text}\nfigures   {record}\ntables    {tables}\nplot      {picture}")
 
 

@@ -1,5 +1,6 @@
 """Trains the cells of a sweep with several seeds, and compares them in one table."""
 
+import functools
 import math
 import shlex
 import time
@@ -9,15 +10,16 @@ import jax
 from etils import epath
 
 from dense_jax.cli import common
-from dense_jax.config import invalid
+from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.files import make_path
 from dense_jax.formatting import table
 from dense_jax.outputs import check_file
 from dense_jax.sweeps.budgets import describe_plan, plan
 from dense_jax.sweeps.definition import load_sweep
 from dense_jax.sweeps.results import Results
-from dense_jax.sweeps.running import next_jobs, run_sweep
+from dense_jax.sweeps.running import next_jobs, on_one_share, run_sweep
 from dense_jax.sweeps.table import rows, write_all
+from dense_jax.sweeps.timing import time_ratio
 
 _EPILOG = """
 A finished run is never done again, and one that was ended goes on: the same command continues.
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
   record = check_file(options.record or f"{options.workdir}/results.jsonl", "--record")
   if record.suffix != ".jsonl":
     raise invalid("--record", str(record), "the name of a .jsonl file")
-  planned = plan(sweep, folder)
+  planned = plan(sweep, folder, functools.partial(_time_ratio, options.jobs))
   if options.list:
     print(table(describe_plan(planned)))
     return 0
@@ -92,6 +94,12 @@ def main(arguments: Sequence[str]) -> int:
   for (name, seed), why in failed.items():
     print(f"failed    {name}, seed {seed}: {why}")
   return 1 if failed else 0
+
+
+def _time_ratio(jobs: int, one: ExperimentConfig, other: ExperimentConfig) -> float:
+  """Measures the time of a step over another's, on the cores that a run of the sweep will have."""
+  with on_one_share(jobs):
+    return time_ratio(one, other)
 
 
 def _known(name: str) -> epath.Path:

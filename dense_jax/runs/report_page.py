@@ -15,6 +15,7 @@ from etils import epath
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig
 from dense_jax.files import write_atomically
+from dense_jax.formatting import endings
 from dense_jax.models.params import abstract_model, count_params, get_params
 from dense_jax.runs import history, resume
 from dense_jax.runs.page import Page
@@ -59,7 +60,8 @@ def write_page(
     InputError: a folder holds no run.
   """
   folders = [workdir, *beside]
-  shown = [_Shown(folder.name, experiment.read(folder), read_metrics(folder)) for folder in folders]
+  shown = [_Shown(name, experiment.read(folder), read_metrics(folder))
+           for name, folder in zip(endings(folders), folders, strict=True)]
   first = shown[0]
   dense = first.config.model.dense
   page = Page(
@@ -89,10 +91,10 @@ def write_page(
   for prompt, continuation in samples:
     page.preformatted(continuation, prompt)
   page.text("Prompts are gray.")
-  for folder in folders:
+  for each, folder in zip(shown, folders, strict=True):
     if (folder / ANALYSIS_PLOT).is_file():
-      page.section(f"Layers of {folder.name}")
-      page.picture((folder / ANALYSIS_PLOT).read_bytes(), f"figures of the layers of {folder.name}")
+      page.section(f"Layers of {each.name}")
+      page.picture((folder / ANALYSIS_PLOT).read_bytes(), f"figures of the layers of {each.name}")
   page.section("Configuration")
   page.table([("key", "value"), *((key, str(value)) for key, value in
                                   resume.keys(first.config).items())])

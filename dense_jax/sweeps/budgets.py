@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from etils import epath
 
@@ -11,16 +13,20 @@ from dense_jax import experiment
 from dense_jax.config import ExperimentConfig, invalid
 from dense_jax.data.cache import digest
 from dense_jax.errors import InputError
-from dense_jax.files import parse_json
+from dense_jax.files import locked, parse_json
 from dense_jax.models.flops import train_flops
 from dense_jax.models.params import abstract_model, count_params, get_params
-from dense_jax.outputs import write_json
+from dense_jax.outputs import check_folder, write_json
 from dense_jax.runs import resume
 from dense_jax.runs.compile import with_vocab
 from dense_jax.sweeps.definition import Cell, Sweep
 from dense_jax.sweeps.timing import device_kind, time_ratio
 
 TIMES_FILE = "times.json"
+_OF_TIME = re.compile(
+    r"(model|mesh)\..*|data\.seq_len|train\.(batch_size|accumulate|loss_chunk|ema|z_loss)|"
+    r"optimizer\..*_dtype|guard\.skip"
+)
 _WIDTH_STEP = 8
 
 Measure = Callable[[ExperimentConfig, ExperimentConfig], float]
@@ -57,6 +63,11 @@ class PlannedCell:
     return train_flops(self.config.model, self.config.data.seq_len)
 
   @property
+  def scored_rows(self) -> int:
+    """The held-out rows that the loss is of, at most; 0 means all."""
+    return self.config.train.eval_batches * self.config.train.batch_size
+
+  @property
   def flops(self) -> int:
     """The model FLOPs of a run's training; see `dense_jax.models.flops`."""
     return self.tokens * self.token_flops
@@ -68,7 +79,7 @@ class PlannedCell:
 
 
 def course_digest(planned: PlannedCell) -> str:
-  """Returns the digest of a cell's settings that its results and measured times carry."""
+  """Returns the digest of a cell's settings that its results carry."""
   return digest(json.dumps(planned.course, sort_keys=True))
 
 
@@ -81,12 +92,13 @@ def plan(
   Args:
     sweep: the sweep.
     folder: where measured ratios of times are kept, so that a sweep that goes on has the budgets
-      that it began with. A ratio holds for two cells of these courses and this kind of device.
+      that it began with. A ratio holds for two cells of these settings and this kind of device.
     measure: (one, other) -> the time of a step of the one over the other's.
     device: returns the kind of device that `measure` measures on.
 
   Raises:
-    InputError: a cell's configuration is not valid, or no width has the wanted parameters.
+    InputError: a cell's configuration is not valid, no width has the wanted parameters, or cells
+      would be scored on different rows.
   """
   found: dict[str, PlannedCell] = {}
   for cell in sorted(sweep.cells, key=lambda cell: cell.match is not None):
@@ -103,7 +115,20 @@ def plan(
         change = {"train.steps": _steps(planned.config, other.config, ratio)}
       planned = _planned(sweep, cell, change)
     found[cell.name] = planned
+  _check_scored(found.values())
   return [found[cell.name] for cell in sweep.cells]
+
+
+def _check_scored(cells: Iterable[PlannedCell]) -> None:
+  """Checks that all cells are scored on as many held-out rows, which are then the same."""
+  first, *others = cells
+  for other in others:
+    if other.scored_rows != first.scored_rows:
+      raise invalid(
+          f"cell {other.cell.name!r}: train.eval_batches", other.config.train.eval_batches,
+          f"batches of as many rows as those of cell {first.cell.name!r}, "
+          f"{first.scored_rows or 'all'}",
+      )
 
 
 def _planned(sweep: Sweep, cell: Cell, change: Mapping[str, int]) -> PlannedCell:
@@ -151,19 +176,27 @@ def _measured(
     measure: Measure, device: str,
 ) -> float:
   """Returns the ratio of the times of a token, which is measured once in a sweep's folder."""
-  file = folder / TIMES_FILE
-  try:
-    times = parse_json(file.read_bytes()) if file.is_file() else {}
-  except ValueError as error:
-    raise InputError(f"{file} is damaged ({error}): expected what this sweep wrote") from error
-  one, two = (f"{each.cell.name} ({course_digest(each)})" for each in (planned, other))
+  file = check_folder(os.fspath(folder), "--workdir") / TIMES_FILE
+  folder.mkdir(parents=True, exist_ok=True)
+  one, two = (f"{each.cell.name} ({_time_digest(each.config)})" for each in (planned, other))
   key = f"{one} / {two} on {device}"
-  if key not in times:
-    tokens = planned.config.train.batch_size * planned.config.data.seq_len
-    others = other.config.train.batch_size * other.config.data.seq_len
-    times[key] = measure(planned.config, other.config) * others / tokens
-    write_json(file, times, "--workdir")
+  with locked(file):  # Another process may plan the same sweep.
+    try:
+      times = parse_json(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+      raise InputError(f"{file} is damaged ({error}): expected what this sweep wrote") from error
+    if key not in times:
+      tokens = planned.config.train.batch_size * planned.config.data.seq_len
+      others = other.config.train.batch_size * other.config.data.seq_len
+      times[key] = measure(planned.config, other.config) * others / tokens
+      write_json(file, times, "--workdir")
   return float(times[key])
+
+
+def _time_digest(config: ExperimentConfig) -> str:
+  """Returns the digest of the settings on which the time of a train step depends."""
+  values = {key: value for key, value in resume.keys(config).items() if _OF_TIME.fullmatch(key)}
+  return digest(json.dumps(values, sort_keys=True))
 
 
 def describe_plan(cells: Sequence[PlannedCell]) -> list[tuple[str, ...]]:

@@ -16,7 +16,7 @@ from dense_jax.runs.recording import OF_MACHINE
 from dense_jax.runs.workdir import CHECKPOINTS, DATA_FILE
 from dense_jax.sweeps.budgets import PlannedCell, course_digest
 from dense_jax.training.metrics import read_metrics
-from dense_jax.training.stored import saved_steps
+from dense_jax.training.stored import Stored, saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Result:
     seed: the run's seed.
     course: digest of all settings that determine what the run computes, but for seed and text.
     data: fingerprint of text and tokenizer, and the version of the order of rows
-      (`dense_jax.data.order`); records from before that order was ours have the first alone.
+      (`dense_jax.data.order`); that of a run whose order was grain's has the first alone.
     parameters, tokens, flops: as in `PlannedCell`.
     tokens_per_second: the median of the run's records.
     metrics: name -> the number after the last step.
+    scored_rows: as in `PlannedCell`; None in records from before it was kept.
   """
 
   cell: str
@@ -43,8 +44,10 @@ class Result:
   flops: int
   tokens_per_second: float
   metrics: Mapping[str, float]
+  scored_rows: int | None = None
 
 
+_ORDER = " order {}"  # Follows the fingerprint in `Result.data`.
 _FIELDS = {field.name for field in dataclasses.fields(Result)}
 
 
@@ -52,7 +55,7 @@ def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | No
   """Reads what the run in a folder has shown; None means that it is not finished.
 
   Raises:
-    InputError: the folder holds another run than this cell's.
+    InputError: the folder holds another run than this cell's, or its checkpoint is damaged.
   """
   steps = planned.config.train.steps
   if steps not in saved_steps(workdir / CHECKPOINTS):
@@ -70,13 +73,17 @@ def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | No
         f"{workdir} holds a run with other values of {', '.join(differing) or 'seed'} than the "
         f"sweep's cell {planned.cell.name!r}: expected another --workdir, or another cell's name"
     )
-  fingerprint = parse_json((workdir / DATA_FILE).read_bytes())["fingerprint"]
+  data = parse_json((workdir / DATA_FILE).read_bytes())["fingerprint"]
+  saved = Stored(workdir / CHECKPOINTS, steps)
+  if ordered := saved.position(saved.proof()).get("order"):
+    data += _ORDER.format(ordered["version"])
   speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
   metrics = {name: value for name, value in last.items()
              if name != "step" and name not in OF_MACHINE}
   return Result(
-      planned.cell.name, seed, course_digest(planned), f"{fingerprint} order {order.VERSION}",
+      planned.cell.name, seed, course_digest(planned), data,
       planned.parameters, planned.tokens, planned.flops, statistics.median(speeds), metrics,
+      config.train.eval_batches * config.train.batch_size,
   )
 
 
@@ -90,7 +97,7 @@ def read_results(file: epath.Path) -> Iterator[tuple[int, Result]]:
   for number, line in enumerate(lines, 1):
     try:
       values = parse_json(line.encode())
-      if not isinstance(values, dict) or values.keys() != _FIELDS:
+      if not (isinstance(values, dict) and _FIELDS - {"scored_rows"} <= values.keys() <= _FIELDS):
         raise ValueError(f"expected an object with {', '.join(sorted(_FIELDS))}")
     except ValueError as error:
       raise InputError(f"{file}:{number} is damaged: {error}") from error
@@ -143,6 +150,12 @@ class Results:
             f"tokenizer or another order of rows than {other.cell!r} (seed {other.seed}): expected "
             "the same for all cells"
         )
+      if None not in (scored := {other.scored_rows, result.scored_rows}) and len(scored) > 1:
+        raise InputError(
+            f"{self._file}: the loss of cell {result.cell!r} (seed {result.seed}) is of "
+            f"{result.scored_rows or 'all'} held-out rows, that of {other.cell!r} (seed "
+            f"{other.seed}) of {other.scored_rows or 'all'}: expected the same train.eval_batches"
+        )
 
   def __contains__(self, key: tuple[str, int]) -> bool:
     """Returns whether a cell's run with a seed is finished; the key is (name, seed)."""
@@ -173,7 +186,8 @@ class Results:
       seeds: the seeds that are wanted.
 
     Raises:
-      InputError: a line of the file is damaged, or a run saw other text than those of this sweep.
+      InputError: a line of the file is damaged, or a run saw other text than those of this sweep,
+        or rows in another order than this version's.
     """
     adopted = [
         dataclasses.replace(result, cell=cell)
@@ -182,6 +196,11 @@ class Results:
         if course == result.course and (cell, result.seed) not in self
     ]
     for result in adopted:
+      if not result.data.endswith(_ORDER.format(order.VERSION)):
+        raise InputError(
+            f"{record}: cell {result.cell!r} (seed {result.seed}) had its rows in another order "
+            "than this version's runs have: expected results of runs of this version"
+        )
       self.add(result)
     return len(adopted)
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import tqdm
 from etils import epath
@@ -79,31 +79,35 @@ def jobs(sweep: Sweep, planned: Sequence[PlannedCell], folder: epath.Path,
 
 
 def next_jobs(
-    sweep: Sweep, planned: Sequence[PlannedCell], folder: epath.Path, results: Results
+    sweep: Sweep, planned: Sequence[PlannedCell], folder: epath.Path, results: Results,
+    failed: Collection[tuple[str, int]] = (),
 ) -> list[Job]:
   """Returns the runs that are still to be done and depend on no other: empty at the sweep's end.
 
   Runs that are finished in their folder, but not among the results, are collected first. After the
   runs of `sweep.seeds` come those of `sweep.more_seeds`, one seed at a time, of cells whose
-  difference to their base is undecided, and of those bases.
+  difference to their base is undecided, and of those bases. Runs that have failed, given by their
+  keys, hold up no others.
   """
-  left = _unfinished(jobs(sweep, planned, folder, sweep.seeds), results)
+  left = _unfinished(jobs(sweep, planned, folder, sweep.seeds), results, failed)
   if left:
     return left
   for seed in sweep.more_seeds:
     names = undecided(sweep, results)
     names |= {sweep.base_of(sweep.cell(name)).name for name in names}
     chosen = [each for each in planned if each.cell.name in names]
-    left = _unfinished(jobs(sweep, chosen, folder, [seed]), results)
+    left = _unfinished(jobs(sweep, chosen, folder, [seed]), results, failed)
     if left:
       return left
   return []
 
 
-def _unfinished(all_jobs: Iterator[Job], results: Results) -> list[Job]:
+def _unfinished(
+    all_jobs: Iterator[Job], results: Results, failed: Collection[tuple[str, int]]
+) -> list[Job]:
   left = []
   for job in all_jobs:
-    if job.key in results:
+    if job.key in results or job.key in failed:
       continue
     found = collect(job.planned, job.seed, job.workdir)
     if found is None:
@@ -126,6 +130,19 @@ def _all_cores() -> set[int]:
   return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
+def _shares(side_by_side: int) -> list[set[int]]:
+  """Returns the cores of each of several runs side by side."""
+  cores = sorted(_all_cores())
+  return [set(cores[i::side_by_side]) or set(cores) for i in range(side_by_side)]
+
+
+@contextlib.contextmanager
+def on_one_share(side_by_side: int) -> Iterator[None]:
+  """Holds this process on the cores that one of several runs side by side has."""
+  with _pinned(_shares(side_by_side)[0]):
+    yield
+
+
 @contextlib.contextmanager
 def _pinned(cores: set[int]) -> Iterator[None]:
   """Holds this process on some cores; a child inherits them, and sizes its thread pool by them."""
@@ -145,7 +162,7 @@ class _Process:
 
   def __init__(self, job: Job, command: list[str], cores: set[int], side_by_side: int) -> None:
     self.job, self.cores = job, cores
-    self.log = job.workdir.parent / f"{job.workdir.name}.log"
+    self.log = job.workdir.parent / f"log_{job.workdir.name}.txt"  # Not one of seed*, the runs.
     job.workdir.parent.mkdir(parents=True, exist_ok=True)
     with self.log.open("wb") as output, _pinned(cores):
       self.process = subprocess.Popen(
@@ -179,8 +196,7 @@ def run_jobs(
   Returns:
     (name, seed) -> what a run that failed printed last.
   """
-  all_cores = sorted(_all_cores())
-  shares = [set(all_cores[i::side_by_side]) or set(all_cores) for i in range(side_by_side)]
+  shares = _shares(side_by_side)
   waiting, running = list(todo), list[_Process]()
   failed: dict[tuple[str, int], str] = {}
   late = False
@@ -206,7 +222,7 @@ def run_jobs(
               failed[each.job.key] = f"status {each.process.returncode}: {each.why()}"
               say(f"{each.job.describe()}: failed with {failed[each.job.key]} (see {each.log})")
     finally:
-      for each in running:
+      for each in running if not late else ():  # A second request would end a run that saves.
         each.process.terminate()
       for each in running:
         each.process.wait()
@@ -230,8 +246,7 @@ def run_sweep(
   failed: dict[tuple[str, int], str] = {}
   lock = RunLock(folder, say)
   try:
-    while todo := [job for job in next_jobs(sweep, planned, folder, results)
-                   if job.key not in failed]:
+    while todo := next_jobs(sweep, planned, folder, results, failed):
       if time.monotonic() >= deadline:
         say(f"the limit is reached, and {len(todo)} runs are left: the same command goes on")
         break

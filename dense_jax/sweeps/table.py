@@ -95,16 +95,21 @@ def markdown(sweep: Sweep, planned: list[PlannedCell], results: Results, command
 
 def _explained(sweep: Sweep) -> str:
   better = "higher" if sweep.higher_is_better else "lower"
+  more = (
+      " Undecided cells get more seeds, one at a time, while there are any. That favours verdicts, "
+      "and p takes no account of it: of cells without any effect 26 % get a verdict with three "
+      "seeds and two more."
+  ) if sweep.more_seeds else ""
   return (
       f"{sweep.metric} is that after the last step, the mean over seeds ± its standard error; "
-      f"{better} is better. \"less base\" is the mean difference to the cell under \"base\", taken "
-      "seed by seed, with the same order of the data. A verdict needs two standard errors, which "
-      "hold 82 % of such means with three seeds and 88 % with five: p is the two-sided p-value of "
-      "a paired t-test with n - 1 degrees of freedom, not corrected for the number of cells. FLOPs "
-      "are the model's, by formula; tokens/s the median of the runs, as they ran. \"time\" is that "
-      "of a run's training at this speed, without compiling and scoring; \"by FLOPs\" is an "
-      "estimate: what it would be if the cell did its FLOPs as fast as its base does. \"equal\" "
-      "says what a cell has in common with the others."
+      f"{better} is better. \"less base\" is the mean difference to the cell under \"base\", "
+      "taken seed by seed, with the same order of the data. A verdict needs two standard errors, "
+      "which hold 82 % of such means with three seeds and 88 % with five: p is the two-sided "
+      "p-value of a paired t-test with n - 1 degrees of freedom, not corrected for the number of "
+      f"cells.{more} FLOPs are the model's, by formula; tokens/s the median of the runs, as they "
+      "ran. \"time\" is that of a run's training at this speed, without compiling and scoring; "
+      "\"by FLOPs\" is an estimate: what it would be if the cell did its FLOPs as fast as its "
+      "base does. \"equal\" says what a cell has in common with the others."
   )
 
 

@@ -11,7 +11,7 @@ from dense_jax.analysis.plot import plot_groups
 from dense_jax.analysis.summary import (
     add_summary,
     borders,
-    group_of,
+    groups,
     markdown,
     mean,
     read_summaries,
@@ -64,8 +64,26 @@ def test_a_mean_of_positions_is_that_of_their_targets():
 
 
 def test_runs_of_a_cell_are_one_group():
-  assert group_of("a/16_layers_m=2/seed11") == "16 layers m=2"
-  assert group_of("a/smoke") == "smoke" and group_of("a/seedling") == "seedling"
+  def of(*workdirs):
+    made = {name: dataclasses.replace(summary, workdir=name) for name in workdirs}
+    return {name: [run.workdir for run in runs] for name, runs in groups(made).items()}
+
+  summary = summarize("run", "runs/smoke", 8, seen(2.0))
+  assert of("a/16_layers_m=2/seed11", "a/16_layers_m=2/seed2", "a/smoke", "a/seedling") == {
+      "16 layers m=2": ["a/16_layers_m=2/seed11", "a/16_layers_m=2/seed2"],
+      "smoke": ["a/smoke"], "seedling": ["a/seedling"],
+  }
+  assert [*of("depth/base/seed0", "parts/base/seed0")] == ["depth/base", "parts/base"]
+
+
+def test_positions_without_targets_have_no_mean(tmp_path):
+  unseen = seen(2.0)
+  unseen.targets_at[:16] = 0
+  summaries = {
+      name: summarize("run", name, 8, unseen) for name in ("mqar/base/seed0", "mqar/base/seed1")
+  }
+  assert "| base | 2 | - | 25.5 ± 0.0 |" in markdown(summaries, "command")
+  plot_groups(summaries, epath.Path(tmp_path / "layers.png"))
 
 
 def test_a_line_has_what_the_last_layer_tells_of_each(lines):

@@ -36,12 +36,15 @@ def test_one_run_has_a_table_of_its_layers(looked, tmp_path, capsys):
   assert json.loads((tmp_path / "run" / "analysis.json").read_text())["lens"] == [3.0, 2.5, 2.0]
 
 
-def test_runs_are_compared_and_not_looked_into_again(looked, tmp_path, capsys):
+def test_runs_are_compared_and_not_looked_into_again(looked, tmp_path, monkeypatch, capsys):
   folders = [str(tmp_path / name) for name in ("m=2/seed0", "m=2/seed1")]
   record = tmp_path / "layers.jsonl"
   assert analyze.main(["--workdir", folders[0], "--record", str(record)]) == 0
   assert analyze.main(["--workdir", *folders, "--record", str(record)]) == 0
   assert [folder for folder, *_ in looked] == ["seed0", "seed1"]
+  monkeypatch.chdir(tmp_path)
+  assert analyze.main(["--workdir", "m=2/seed0/", "./m=2/seed1", "--record", str(record)]) == 0
+  assert len(looked) == 2
   out = capsys.readouterr().out
   assert "| m=2 | 1 | 9.500 |" in out and "| m=2 | 2 | 9.500 ± 0.000 |" in out
   assert f"`dense-jax analyze --workdir {folders[0]} {folders[1]} --record" in out

@@ -53,6 +53,15 @@ def test_runs_side_by_side_with_their_layers(runs):
   assert "Layers of dense" in content and content.count("data:image/png;base64,") == 3
 
 
+def test_runs_of_one_name_are_told_apart(runs, tmp_path):
+  for cell in runs:
+    (tmp_path / "sweep" / cell.name).mkdir(parents=True)
+    cell.rename(tmp_path / "sweep" / cell.name / "seed0")
+  first, second = (epath.Path(tmp_path) / "sweep" / cell.name / "seed0" for cell in runs)
+  content = write_page(first, [("score", "value")], [], [second]).read_text()
+  assert "Report on base/seed0" in content and "dense/seed0</th>" in content
+
+
 def test_a_page_escapes_what_it_shows():
   page = Page("a < b")
   page.section("<s>")

@@ -35,7 +35,8 @@ def test_equal_parameters_are_as_near_as_a_width_gets(tmp_path):
 
 
 def test_equal_flops_take_more_steps_of_a_cheaper_model(tmp_path):
-  found = planned(tmp_path, Cell("base", {"model.layers": 4, "train.batch_size": 2},
+  found = planned(tmp_path, Cell("base", {"model.layers": 4, "train.batch_size": 2,
+                                          "train.eval_batches": 4},
                                  match=Match("flops", "dense")))
   dense, base = found["dense"], found["base"]
   assert base.config.train.steps > 200
@@ -50,13 +51,16 @@ def test_a_time_is_measured_once(tmp_path):
     calls.append((one.model.layers, other.model.layers))
     return 0.25
 
-  base = Cell("base", {"model.layers": 3}, match=Match("time", "dense"))
+  base = Cell("base", {"model.layers": 3, "train.log_every": 5}, match=Match("time", "dense"))
   found = planned(tmp_path, base, measure=measure)
   assert calls == [(3, 4)] and found["base"].config.train.steps == 400
   again = planned(tmp_path, base, measure=lambda *_: pytest.fail("measured again"))
   assert again["base"].config == found["base"].config
-  wider = dataclasses.replace(base, overrides={**base.overrides, "model.width": 64})
-  assert planned(tmp_path, wider, measure=lambda *_: 0.5)["base"].config.train.steps == 200
+  for key, value in (("model.width", 64), ("model.remat", "full"), ("train.accumulate", 2)):
+    other = dataclasses.replace(base, overrides={**base.overrides, key: value})
+    assert planned(tmp_path, other, measure=lambda *_: 0.5)["base"].config.train.steps == 200
+  same = dataclasses.replace(base, overrides={**base.overrides, "train.log_every": 7})
+  assert planned(tmp_path, same)["base"].config.train.steps == 400
   on_gpu = planned(tmp_path, base, measure=lambda *_: 0.1, device="NVIDIA H100 80GB HBM3")
   assert on_gpu["base"].config.train.steps == 1000
   (tmp_path / "times.json").write_text("{")
@@ -71,6 +75,14 @@ def test_the_ratio_measured_in_another_process(tmp_path, monkeypatch):
   found = planned(tmp_path, *cells)
   assert device_kind() == "cpu"
   assert time_ratio(found["wide"].config, found["narrow"].config) > 1
+
+
+def test_cells_that_would_be_scored_on_other_rows_are_refused(tmp_path):
+  halved = {"train.batch_size": 2}
+  with pytest.raises(InputError, match=r"cell 'base': train\.eval_batches = 2 is not valid: "
+                                       r"expected batches of as many rows as .* 'dense', 8"):
+    planned(tmp_path, Cell("base", halved))
+  assert planned(tmp_path, Cell("base", halved | {"train.eval_batches": 4}))["base"].tokens
 
 
 def test_a_cell_that_is_not_valid_is_named(tmp_path):

@@ -29,8 +29,8 @@ def planned(tmp_path_factory):
 
 def result(planned, name, seed, loss, **change):
   each = next(each for each in planned if each.cell.name == name)
-  values = Result(name, seed, course_digest(each), "text", each.parameters, each.tokens, each.flops,
-                  1000.0, {"heldout_loss": loss})
+  values = Result(name, seed, course_digest(each), "text order 1", each.parameters, each.tokens,
+                  each.flops, 1000.0, {"heldout_loss": loss}, each.scored_rows)
   return dataclasses.replace(values, **change)
 
 
@@ -102,7 +102,9 @@ def test_two_sweeps_with_one_record_keep_each_others_lines(planned, tmp_path):
     (lambda line: "{" + line, r"results\.jsonl:9 is damaged"),
     (lambda line: line.replace('"seed"', '"sead"'), r"results\.jsonl:9 is damaged: expected"),
     (lambda line: line.replace('"course": "', '"course": "0'), "'wide' was run with other setting"),
-    (lambda line: line.replace('"data": "text"', '"data": "other"'), "saw other text"),
+    (lambda line: line.replace('"data": "text', '"data": "other'), "saw other text"),
+    (lambda line: line.replace('"scored_rows": 8', '"scored_rows": 0'),
+     r"cell 'wide' \(seed 2\) is of all held-out rows, that of 'base' \(seed 0\) of 8: expected"),
     (lambda line: line.replace("heldout_loss", "accuracy"), "metric = 'heldout_loss' is not valid"),
 ])
 def test_a_line_that_is_not_the_sweeps_is_named(full, planned, tmp_path, change, message):
@@ -128,6 +130,8 @@ def test_the_table_and_the_picture(full, planned, tmp_path):
       "+0.0333 ± 0.0667", f"{1 - t / math.sqrt(t**2 + 2):.3f}", "undecided"]
   text = markdown(SWEEP, planned, full, "dense-jax sweep x.py")
   assert text.startswith("# Which?\n") and text.count("\n| ") == 5 and "`dense-jax sweep" in text
+  assert "26 % get a verdict" in text
+  assert "26 %" not in markdown(dataclasses.replace(SWEEP, more_seeds=()), planned, full, "x")
   assert "82 % of such means with three seeds and 88 % with five" in text
   higher = dataclasses.replace(SWEEP, higher_is_better=True)
   assert rows(higher, planned, full)[2][11] == "worse"
@@ -190,6 +194,19 @@ def test_runs_of_another_sweep_are_taken_over(full, planned, tmp_path):
   elsewhere.add(result(planned, "dense", 1, 4.0, data="other"))
   with pytest.raises(InputError, match="saw other text"):
     elsewhere.adopt(record, seeds={0})
+  record.write_text(record.read_text().replace(" order 1", ""))  # As an order of grain's has it.
+  unlike = Results(epath.Path(tmp_path) / "other.jsonl", others, SWEEP.metric)
+  with pytest.raises(InputError, match=r"cell 'plain' \(seed 0\) had its rows in another order"):
+    unlike.adopt(record, seeds={0, 2})
   record.write_text("{}\n")
   with pytest.raises(InputError, match=r"results\.jsonl:1 is damaged: expected an object with"):
     results.adopt(record, seeds={0})
+
+
+def test_a_record_from_before_scored_rows_were_kept(full, planned, tmp_path):
+  file = tmp_path / "deep" / "results.jsonl"
+  file.write_text(file.read_text().replace(', "scored_rows": 8', ""))
+  again = Results(epath.Path(file), planned, SWEEP.metric)
+  again.add(result(planned, "base", 3, 4.0))
+  assert [each.scored_rows for each in again.of("base").values()] == [None] * 3 + [8]
+  assert again.values("wide") == full.values("wide")

@@ -67,7 +67,7 @@ def test_every_run_is_done_once_and_open_cells_get_more_seeds(sweep):
       [("base", 3), ("wide", 3)],
   ]
   assert len(said) == 10 and any(line.startswith("dense, seed 1: 3.0000") for line in said)
-  assert (folder / "dense" / "seed1.log").read_text() == "hello\n"
+  assert (folder / "dense" / "log_seed1.txt").read_text() == "hello\n"
   assert not next_jobs(SWEEP, planned, folder,
                        Results(folder / "results.jsonl", planned, SWEEP.metric))
 
@@ -104,6 +104,21 @@ def test_a_finished_run_that_is_not_among_the_results_is_collected(sweep):
   assert ("base", 0) in results
 
 
+def test_a_run_that_fails_holds_up_no_seed(sweep, monkeypatch):
+  """Neither one of the first seeds, nor one of those that undecided cells get."""
+  planned, folder, results = sweep
+  failing = {("wide", 1), ("base", 2)}
+
+  def command(job):
+    return [sys.executable, "-c", "1 / 0"] if job.key in failing else write_loss(job)
+
+  monkeypatch.setattr(running.run_jobs, "__kwdefaults__",
+                      {**running.run_jobs.__kwdefaults__, "command": command})
+  failed = run_sweep(SWEEP, planned, folder, results, side_by_side=2, say=lambda _: None)
+  assert set(failed) == failing
+  assert set(results.of("base")) == {0, 1, 3} and set(results.of("wide")) == {0, 2, 3}
+
+
 def test_a_run_that_fails_stops_no_other(sweep):
   planned, folder, results = sweep
   said = []
@@ -117,7 +132,7 @@ def test_a_run_that_fails_stops_no_other(sweep):
                     say=said.append, command=command)
   assert failed == {("dense", 0): "status 1: first / error: no memory"}
   assert ("wide", 0) in results and ("dense", 0) not in results
-  assert any("dense, seed 0: failed" in line and "seed0.log" in line for line in said)
+  assert any("dense, seed 0: failed" in line and "log_seed0.txt" in line for line in said)
 
 
 @pytest.mark.slow
@@ -153,7 +168,7 @@ def test_runs_side_by_side_share_a_gpus_memory(sweep, monkeypatch):
 
     first = next(jobs(SWEEP, planned, folder, [0]))
     run_jobs([first], results, side_by_side=side_by_side, say=lambda _: None, command=command)
-    return (folder / "base" / "seed0.log").read_text().strip()
+    return (folder / "base" / "log_seed0.txt").read_text().strip()
 
   assert (shares(1), shares(3)) == ("all", "0.300")
   monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
