@@ -1,16 +1,18 @@
 """Results of a sweep: kept whole, of these settings only, and added up as by hand."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 from etils import epath
 
+from dense_jax import experiment
 from dense_jax.errors import InputError
 from dense_jax.sweeps.budgets import course_digest, plan
 from dense_jax.sweeps.definition import Cell, Sweep, load_sweep
 from dense_jax.sweeps.differences import difference, undecided
-from dense_jax.sweeps.results import Result, Results, read_results
+from dense_jax.sweeps.results import Result, Results, collect, read_results
 from dense_jax.sweeps.table import markdown, picture, rows, write_all
 from tests.helpers import ROOT
 
@@ -57,6 +59,26 @@ def test_results_that_were_recorded_before_a_key_existed_stay_valid(tmp_path, mo
   changed = dataclasses.replace(cells[0], config=other)
   assert course_digest(changed) != course_digest(cells[0])
   assert changed.course == cells[0].course | {"guard.skip": "none"}
+
+
+@pytest.mark.parametrize(("order", "data"), [
+    ({"order": {"version": 3, "digest": "d"}}, "text order 3"), ({}, "text"),
+])
+def test_a_finished_run_tells_the_order_of_its_rows(planned, tmp_path, order, data):
+  """The order is that of the run's checkpoint, not of the program that collects."""
+  cell, folder = planned[0], epath.Path(tmp_path)
+  assert collect(cell, 0, folder) is None
+  steps = cell.config.train.steps
+  experiment.save(cell.config, folder)
+  (folder / "data.json").write_text('{"fingerprint": "text"}')
+  (folder / "metrics.jsonl").write_text(
+      "".join(json.dumps({"step": steps, name: value}) + "\n"
+              for name, value in (("tokens_per_second", 5.0), ("heldout_loss", 4.0))))
+  saved = folder / "checkpoints" / str(steps) / "data"
+  saved.mkdir(parents=True)
+  (saved / "metadata").write_text(json.dumps({"step": steps, **order}))
+  found = collect(cell, 0, folder)
+  assert found == result(planned, "base", 0, 4.0, data=data, tokens_per_second=5.0)
 
 
 def test_differences_by_hand(full):
