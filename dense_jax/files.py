@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,6 +62,16 @@ def whole_path(path: str | os.PathLike[str]) -> str:
   """Returns a path from the root, or its bucket, on: the same text for each way to write it."""
   text = os.fspath(path)
   return text.rstrip("/") if is_remote(text) else os.path.abspath(text)
+
+
+def endings(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+  """Returns the endings of paths, of as few whole parts as tell different ones apart."""
+  parts = [tuple(whole_path(path).split("/")) for path in paths]
+  for count in range(1, max(map(len, parts), default=0) + 1):
+    found = ["/".join(each[-count:]) for each in parts]
+    if len(set(found)) == len(set(parts)):
+      return found
+  return []
 
 
 def _reads_buckets() -> bool:

@@ -1,10 +1,8 @@
 """Text for people: tables, numbers with units, and text that is safe on a terminal."""
 
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from dense_jax.files import whole_path
 from dense_jax.types import Params
 
 # Characters that a terminal obeys instead of showing: control characters except tabs and line ends
@@ -20,16 +18,6 @@ def printable(text: str) -> str:
   script. The length of the text does not change.
   """
   return _CONTROL.sub("\ufffd", text)
-
-
-def endings(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-  """Returns the endings of paths, of as few whole parts as tell different ones apart."""
-  parts = [tuple(whole_path(path).split("/")) for path in paths]
-  for count in range(1, max(map(len, parts), default=0) + 1):
-    found = ["/".join(each[-count:]) for each in parts]
-    if len(set(found)) == len(set(parts)):
-      return found
-  return []
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

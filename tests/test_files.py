@@ -238,3 +238,15 @@ def test_a_file_is_changed_by_one_at_a_time(tmp_path):
   for thread in threads:
     thread.join()
   assert file.read_text() == "200" and os.listdir(tmp_path) == ["count"]
+
+
+@pytest.mark.parametrize(("paths", "found"), [
+    ([], []),
+    (["a/b"], ["b"]),
+    (["a/b", "./a/b/", "c/d"], ["b", "b", "d"]),
+    (["a/base/seed0", "a/dense/seed0"], ["base/seed0", "dense/seed0"]),
+    (["gs://one/run", "gs://two/run/", "run"], ["one/run", "two/run", "{folder}/run"]),
+])
+def test_endings_tell_paths_apart(paths, found, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert files.endings(paths) == [each.format(folder=tmp_path.name) for each in found]

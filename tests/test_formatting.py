@@ -2,7 +2,7 @@
 
 import pytest
 
-from dense_jax.formatting import endings, markdown_table, printable
+from dense_jax.formatting import markdown_table, printable
 
 
 @pytest.mark.parametrize(("text", "shown"), [
@@ -19,18 +19,6 @@ from dense_jax.formatting import endings, markdown_table, printable
 ])
 def test_only_controls_are_replaced(text, shown):
   assert printable(text) == shown
-
-
-@pytest.mark.parametrize(("paths", "found"), [
-    ([], []),
-    (["a/b"], ["b"]),
-    (["a/b", "./a/b/", "c/d"], ["b", "b", "d"]),
-    (["a/base/seed0", "a/dense/seed0"], ["base/seed0", "dense/seed0"]),
-    (["gs://one/run", "gs://two/run/", "run"], ["one/run", "two/run", "{folder}/run"]),
-])
-def test_endings_tell_paths_apart(paths, found, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  assert endings(paths) == [each.format(folder=tmp_path.name) for each in found]
 
 
 @pytest.mark.parametrize(("numbers", "rule"), [

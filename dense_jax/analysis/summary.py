@@ -12,8 +12,8 @@ from etils import epath
 
 from dense_jax.analysis.model import Seen
 from dense_jax.errors import InputError
-from dense_jax.files import locked, whole_path, write_atomically
-from dense_jax.formatting import endings, markdown_table
+from dense_jax.files import endings, locked, whole_path, write_atomically
+from dense_jax.formatting import markdown_table
 from dense_jax.statistics import Estimate
 
 # The layers that tables have, by the share of the way from the first layer to the last.

@@ -14,8 +14,7 @@ from etils import epath
 
 from dense_jax import experiment
 from dense_jax.config import ExperimentConfig
-from dense_jax.files import write_atomically
-from dense_jax.formatting import endings
+from dense_jax.files import endings, write_atomically
 from dense_jax.models.params import abstract_model, count_params, get_params
 from dense_jax.runs import history, resume
 from dense_jax.runs.page import Page
