@@ -56,13 +56,14 @@ def plot_groups(summaries: Mapping[str, Summary], file: epath.Path) -> None:
   edges = borders(next(iter(summaries.values())).seen["length"])
   figure = Figure(figsize=(15, 4.2), layout="constrained")
   loss, recovered, lens = figure.subplots(1, 3)
-  for name, runs in by_group.items():
+  for number, (name, runs) in enumerate(by_group.items()):
+    style = {"label": name, "color": f"C{number}"}  # A model without states is not on all axes.
     places = np.sqrt([max(begin, 1) * end for begin, end in itertools.pairwise(edges)])
-    _error_line(loss, places, [run.loss for run in runs], name)
+    _error_line(loss, places, [run.loss for run in runs], style)
     depth = np.linspace(0, 1, len(runs[0].lens))
     if runs[0].recovered:
-      _error_line(recovered, depth[:-1], [run.recovered[:-1] for run in runs], name)
-    _error_line(lens, depth, [run.lens for run in runs], name)
+      _error_line(recovered, depth[:-1], [run.recovered[:-1] for run in runs], style)
+    _error_line(lens, depth, [run.lens for run in runs], style)
   loss.set_xscale("log", base=2)
   for axes, title, label in (
       (loss, "loss by position in a row, nats", "position"),
@@ -72,7 +73,7 @@ def plot_groups(summaries: Mapping[str, Summary], file: epath.Path) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
-  loss.legend(fontsize=8)
+  figure.legend(*loss.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
   _save(figure, file)
 
 
@@ -82,11 +83,13 @@ def _save(figure: Any, file: epath.Path) -> None:
   write_atomically(file, content.getvalue())
 
 
-def _error_line(axes: Any, places: np.ndarray, runs: Sequence[Sequence[float]], name: str) -> None:
+def _error_line(
+    axes: Any, places: np.ndarray, runs: Sequence[Sequence[float]], style: Mapping[str, str]
+) -> None:
   found = [Estimate.of(values) for values in zip(*runs, strict=True)]
   errors = [each.error for each in found] if len(runs) > 1 else None
   means = [each.mean for each in found]
-  axes.errorbar(places, means, yerr=errors, fmt="o-", markersize=3, label=name)
+  axes.errorbar(places, means, yerr=errors, fmt="o-", markersize=3, **style)
 
 
 def _lines(axes: np.ndarray, seen: Seen) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from dense_jax.analysis import plot
 from dense_jax.analysis.model import Seen
 from dense_jax.analysis.plot import plot_groups
 from dense_jax.analysis.summary import (
@@ -118,6 +119,17 @@ def test_a_mean_has_the_digits_of_its_size(values, expected):
 def test_the_picture_has_every_group(lines, tmp_path):
   plot_groups(lines[0], epath.Path(tmp_path / "layers.png"))
   assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_group_has_one_color(lines, tmp_path, monkeypatch):
+  figures = []
+  monkeypatch.setattr(plot, "_save", lambda figure, _: figures.append(figure))
+  groups_first = dict(reversed(lines[0].items()))  # The run without states, which one plot lacks.
+  plot_groups(groups_first, epath.Path(tmp_path / "layers.png"))
+  shown = [{label: handle[0].get_color() for handle, label in
+            zip(*axes.get_legend_handles_labels(), strict=True)} for axes in figures[0].axes]
+  assert shown[0] == shown[2] and [*shown[0]] == ["transformer", "gau m=2"]
+  assert shown[1] == {"gau m=2": shown[0]["gau m=2"]}
 
 
 def test_a_run_that_was_looked_at_otherwise_is_refused(lines):
