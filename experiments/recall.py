@@ -4,7 +4,7 @@ Command   dense-jax train --config experiments/recall.py:mqar --workdir runs/mqa
 Hardware  two CPU cores: a run takes minutes
 Size      gau_retnet, 0.12M parameters with the vocabulary of mqar: 4 layers of 64 channels
 Recipe    600 to 2400 steps of 32 or 64 rows, AdamW 3e-3 with a cosine; scored at the end
-Expected  docs/evidence.md
+Expected  docs/long_range.md
 """
 
 from typing import Any

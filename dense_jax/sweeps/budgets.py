@@ -65,7 +65,7 @@ class PlannedCell:
   @property
   def scored_rows(self) -> int:
     """The held-out rows that the loss is of, at most; 0 means all."""
-    return self.config.train.eval_batches * self.config.train.batch_size
+    return scored_rows(self.config)
 
   @property
   def flops(self) -> int:
@@ -76,6 +76,11 @@ class PlannedCell:
   def course(self) -> dict[str, object]:
     """All values that determine what a run computes; see `resume.course`."""
     return resume.course(self.config)
+
+
+def scored_rows(config: ExperimentConfig) -> int:
+  """Returns the held-out rows that a run's loss is of, at most; 0 means all."""
+  return config.train.eval_batches * config.train.batch_size
 
 
 def course_digest(planned: PlannedCell) -> str:

@@ -14,7 +14,7 @@ from dense_jax.files import locked, parse_json, write_atomically
 from dense_jax.runs import resume
 from dense_jax.runs.recording import OF_MACHINE
 from dense_jax.runs.workdir import CHECKPOINTS, DATA_FILE
-from dense_jax.sweeps.budgets import PlannedCell, course_digest
+from dense_jax.sweeps.budgets import PlannedCell, course_digest, scored_rows
 from dense_jax.training.metrics import read_metrics
 from dense_jax.training.stored import Stored, saved_steps
 
@@ -83,7 +83,7 @@ def collect(planned: PlannedCell, seed: int, workdir: epath.Path) -> Result | No
   return Result(
       planned.cell.name, seed, course_digest(planned), data,
       planned.parameters, planned.tokens, planned.flops, statistics.median(speeds), metrics,
-      config.train.eval_batches * config.train.batch_size,
+      scored_rows(config),
   )
 
 

@@ -2,7 +2,7 @@
 
 Command   dense-jax sweep experiments/sweeps/families.py --workdir runs/sweeps/families --jobs 2
 Hardware  two CPU cores
-Expected  no family gains more than 0.03 nats; docs/evidence.md
+Expected  with the default gate no family gains more than 0.03 nats (docs/evidence.md)
 """
 
 from dense_jax.experiment import check_argument

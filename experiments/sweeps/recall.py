@@ -2,7 +2,7 @@
 
 Command   dense-jax sweep experiments/sweeps/recall.py:mqar --workdir runs/sweeps/mqar --jobs 2
 Hardware  two CPU cores
-Expected  docs/evidence.md
+Expected  docs/long_range.md
 """
 
 from dense_jax.experiment import check_argument

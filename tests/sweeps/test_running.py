@@ -1,6 +1,7 @@
 """Runs of a sweep: side by side, once each, more seeds where the answer is open."""
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -112,8 +113,7 @@ def test_a_run_that_fails_holds_up_no_seed(sweep, monkeypatch):
   def command(job):
     return [sys.executable, "-c", "1 / 0"] if job.key in failing else write_loss(job)
 
-  monkeypatch.setattr(running.run_jobs, "__kwdefaults__",
-                      {**running.run_jobs.__kwdefaults__, "command": command})
+  monkeypatch.setattr(running, "run_jobs", functools.partial(run_jobs, command=command))
   failed = run_sweep(SWEEP, planned, folder, results, side_by_side=2, say=lambda _: None)
   assert set(failed) == failing
   assert set(results.of("base")) == {0, 1, 3} and set(results.of("wide")) == {0, 2, 3}
